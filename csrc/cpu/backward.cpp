@@ -1,0 +1,237 @@
+// Backward, with G = dy Q and c = [scaling ; dash_sigma]:
+//   dx = dy W + mask * ((G * c) D) / (1 - p)    dA = scaling G_r^T dropout(x)    dB = scaling dy^T P_r
+//   d(dash_sigma)_i = sum_m G_s P_s             db = sum_m dy
+//
+// FLOPs: 2 M N K + 2 M (R N + r N + r K + R K). Bytes: dy and x once, dx once, W once per block of rows. Per block of
+// rows: one pass over dy gives G, dB and db while it enters L2; the mask is drawn once, for dA and for dx; the tile of
+// dx starts as the masked low-rank term and the base product is added to it in cache.
+// Sums over M are taken block after block into at most 16 partial sums, which are then added in order.
+#include "blocking.h"
+
+namespace loradash::cpu {
+namespace {
+
+template <typename T, typename E>
+class Backward {
+ public:
+  Backward(const BackwardParams& params)
+      : p_(params),
+        kernels_(*kernels<T, E>()),
+        rank_(params.adapters.rank),
+        directions_(params.adapters.directions),
+        width_(rank_ + directions_),
+        blocks_(cut_rows<E>(params.shape.m, std::max(params.shape.n, params.shape.k), kernels_.tile_rows)),
+        n_panels_(ceil_div(params.shape.n, kPanel)),
+        k_panels_(ceil_div(params.shape.k, kPanel)),
+        words_(ceil_div(params.shape.k, 32)),
+        q_(pack_q(kernels_, params.adapters, params.shape.n, true)),
+        d_(pack_d(kernels_, params.adapters, params.shape.k, false)) {
+    grad_p_ = scratch<float>(kGradP, p_.shape.m * width_);
+    const int64_t per_split = (n_panels_ * (p_.db_lora ? rank_ : 0) + k_panels_ * (p_.da ? rank_ : 0) +
+                               (p_.dbias ? n_panels_ : 0)) * kPanel + (p_.dsigma ? directions_ : 0);
+    float* partial = scratch<float>(kPartials, blocks_.splits * per_split);
+    std::fill_n(partial, blocks_.splits * per_split, 0.0f);
+    partial_b_ = partial, partial += p_.db_lora ? blocks_.splits * n_panels_ * rank_ * kPanel : 0;
+    partial_a_ = partial, partial += p_.da ? blocks_.splits * k_panels_ * rank_ * kPanel : 0;
+    partial_bias_ = partial, partial += p_.dbias ? blocks_.splits * n_panels_ * kPanel : 0;
+    partial_sigma_ = partial;
+  }
+
+  void run(const ThreadPool& pool) const {
+    if (blocks_.splits >= pool.threads)
+      run_by_split(pool);
+    else
+      run_by_panel(pool);
+    reduce(pool);
+  }
+
+ private:
+  // Enough blocks for every thread: each takes whole blocks, whose dy and x stay in its L2.
+  void run_by_split(const ThreadPool& pool) const {
+    parallel(pool, kernels_, blocks_.splits, [&](int64_t split) {
+      for_blocks(split, [&](int64_t m0, int64_t rows) {
+        gradient_of_p(m0, rows);
+        gradient_of_sigma(split, m0, rows);
+        gradient_of_b(split, m0, rows, 0, n_panels_);
+        const uint32_t* bits = draw_mask(m0, rows, 0, k_panels_);
+        gradient_of_a(split, m0, rows, 0, k_panels_, bits, words_);
+        gradient_of_x(m0, rows, 0, k_panels_, bits, words_);
+      });
+    });
+  }
+
+  // Few rows: threads share the columns of a block. The mask is drawn once per group of panels and use.
+  void run_by_panel(const ThreadPool& pool) const {
+    const int64_t tiles = ceil_div(p_.shape.m, kernels_.tile_rows);
+    const int64_t n_groups = ceil_div(n_panels_, kPanelGroup), k_groups = ceil_div(k_panels_, kPanelGroup);
+    parallel(pool, kernels_, tiles, [&](int64_t tile) {
+      const int64_t m0 = tile * kernels_.tile_rows;
+      gradient_of_p(m0, std::min<int64_t>(kernels_.tile_rows, p_.shape.m - m0));
+    });
+    parallel(pool, kernels_, blocks_.splits * n_groups, [&](int64_t task) {
+      const int64_t split = task / n_groups, first = task % n_groups * kPanelGroup;
+      for_blocks(split, [&](int64_t m0, int64_t rows) {
+        if (first == 0) gradient_of_sigma(split, m0, rows);
+        gradient_of_b(split, m0, rows, first, std::min(n_panels_, first + kPanelGroup));
+      });
+    });
+    parallel(pool, kernels_, blocks_.splits * k_groups, [&](int64_t task) {
+      const int64_t split = task / k_groups, first = task % k_groups * kPanelGroup;
+      const int64_t last = std::min(k_panels_, first + kPanelGroup);
+      for_blocks(split, [&](int64_t m0, int64_t rows) {
+        const uint32_t* bits = draw_mask(m0, rows, first, last);
+        gradient_of_a(split, m0, rows, first, last, bits, last - first);
+        gradient_of_x(m0, rows, first, last, bits, last - first);
+      });
+    });
+  }
+
+  template <typename F>
+  void for_blocks(int64_t split, const F& body) const {
+    for (int64_t block = blocks_.split_begin(split); block < blocks_.split_begin(split + 1); ++block)
+      body(blocks_.begin(block), blocks_.size(block));
+  }
+
+  bool needs_mask() const { return p_.dropout.active() && width_ && (p_.da || p_.dx); }
+
+  // Words of keep bits, one a row and panel of 32 columns.
+  const uint32_t* draw_mask(int64_t m0, int64_t rows, int64_t first, int64_t last) const {
+    if (!needs_mask()) return nullptr;
+    uint32_t* bits = scratch<uint32_t>(kBits, rows * (last - first));
+    kernels_.dropout_bits(p_.dropout, m0, rows, first * kPanel, std::min(p_.shape.k, last * kPanel), bits, last - first);
+    return bits;
+  }
+
+  // G (rows, R) = dy Q
+  void gradient_of_p(int64_t m0, int64_t rows) const {
+    if (width_ == 0) return;
+    for_tiles(kernels_, rows, [&](int64_t i, int height) {
+      const RowOperand<E> a = row_operand(kernels_, dy(m0 + i), p_.lddy, height, p_.shape.n, nullptr, 0);
+      multiply_narrow(kernels_, a, height, q_, width_, 1.0f, grad_p_ + (m0 + i) * width_);
+    });
+  }
+
+  void gradient_of_sigma(int64_t split, int64_t m0, int64_t rows) const {
+    if (!p_.dsigma) return;
+    float* sums = partial_sigma_ + split * directions_;
+    for (int64_t m = m0; m < m0 + rows; ++m)
+      for (int64_t i = 0; i < directions_; ++i)
+        sums[i] += grad_p_[m * width_ + rank_ + i] * p_.p[m * width_ + rank_ + i];
+  }
+
+  // partial (panel, r, 32) += P_r^T dy, and column sums of dy
+  void gradient_of_b(int64_t split, int64_t m0, int64_t rows, int64_t first, int64_t last) const {
+    const int64_t n = p_.shape.n;
+    if (p_.dbias)
+      for (int64_t panel = first; panel < last; ++panel)
+        kernels_.column_sums(dy(m0) + panel * kPanel, p_.lddy, rows, columns(n, panel),
+                             partial_bias_ + (split * n_panels_ + panel) * kPanel);
+    if (p_.db_lora)
+      gradient_of_factor(p_.p + m0 * width_, rows, dy(m0), p_.lddy, n, first, last, nullptr, 0,
+                         partial_b_ + split * n_panels_ * rank_ * kPanel);
+  }
+
+  // partial (panel, r, 32) += G_r^T (mask * x)
+  void gradient_of_a(int64_t split, int64_t m0, int64_t rows, int64_t first, int64_t last, const uint32_t* bits,
+                     int64_t bits_stride) const {
+    if (p_.da)
+      gradient_of_factor(grad_p_ + m0 * width_, rows, x(m0), p_.ldx, p_.shape.k, first, last, bits, bits_stride,
+                         partial_a_ + split * k_panels_ * rank_ * kPanel);
+  }
+
+  // partial (panel, r, 32) += narrow (rows, R)[:, :r]^T wide (rows, 32), for panels first to last. Bits from `first` on.
+  void gradient_of_factor(const float* narrow, int64_t rows, const T* wide, int64_t ld, int64_t size, int64_t first,
+                          int64_t last, const uint32_t* bits, int64_t bits_stride, float* partial) const {
+    const int64_t depth = padded_depth<E>(rows);
+    E* transposed = scratch<E>(kSmall, rank_ * depth);
+    kernels_.transpose_rows(narrow, width_, rows, rank_, transposed);
+    E* staged = scratch<E>(kStaged, depth * kPanel);
+    for (int64_t panel = first; panel < last; ++panel) {
+      kernels_.stage_panel(wide + panel * kPanel, ld, rows, columns(size, panel), bits ? bits + panel - first : nullptr,
+                           bits_stride, staged);
+      multiply_block(kernels_, {transposed, depth}, rank_, staged, depth, partial + panel * rank_ * kPanel, true);
+    }
+  }
+
+  // dx (rows, panels): the masked low-rank term, then dy W on top.
+  void gradient_of_x(int64_t m0, int64_t rows, int64_t first, int64_t last, const uint32_t* bits,
+                     int64_t bits_stride) const {
+    if (!p_.dx) return;
+    const int64_t k = p_.shape.k, n = p_.shape.n;
+    E* scaled = scratch<E>(kSmall, rows * d_.depth());
+    float* factors = scratch<float>(kTile, width_);
+    column_factors(p_.adapters, p_.dropout.keep_scale(), factors);
+    kernels_.scale_rows(grad_p_ + m0 * width_, rows, width_, factors, scaled);
+
+    RowOperand<E> a{};
+    if (p_.packed) a = row_operand(kernels_, dy(m0), p_.lddy, rows, n, nullptr, 0);
+    const int64_t depth = padded_depth<E>(n);
+    const E* packed = static_cast<const E*>(p_.packed);
+    float* c = scratch<float>(kPanelB, rows * kPanel);
+    for (int64_t panel = first; panel < last; ++panel) {
+      multiply_block(kernels_, {scaled, d_.depth()}, rows, d_.panel(panel), d_.depth(), c, false);
+      if (width_ == 0) std::fill_n(c, rows * kPanel, 0.0f);
+      if (bits) kernels_.apply_mask(c, static_cast<int>(rows), bits + panel - first, bits_stride);
+      if (packed) multiply_block(kernels_, a, rows, packed + panel * depth * kPanel, depth, c, true);
+      const int64_t offset = m0 * k + panel * kPanel;
+      kernels_.store_tile(c, static_cast<int>(rows), columns(k, panel), nullptr,
+                          p_.base ? static_cast<const T*>(p_.base) + offset : nullptr, static_cast<T*>(p_.dx) + offset, k);
+    }
+  }
+
+  // The second stage of the sums over M: splits in order, then to the gradients' layouts.
+  void reduce(const ThreadPool& pool) const {
+    const float scaling = p_.adapters.scaling;
+    const auto total = [&](const float* partial, int64_t stride) {
+      float sum = 0;
+      for (int64_t split = 0; split < blocks_.splits; ++split) sum += partial[split * stride];
+      return sum;
+    };
+    const auto reduce_factor = [&](const float* partial, int64_t panels, int64_t size, float factor, float* out,
+                                   int64_t stride_rank, int64_t stride_column) {
+      parallel(pool, kernels_, ceil_div(panels, kPanelGroup), [&](int64_t group) {
+        for (int64_t j = group * kPanelGroup * kPanel; j < std::min(size, (group + 1) * kPanelGroup * kPanel); ++j)
+          for (int64_t i = 0; i < rank_; ++i)
+            out[i * stride_rank + j * stride_column] =
+                factor * total(partial + (j / kPanel * rank_ + i) * kPanel + j % kPanel, panels * rank_ * kPanel);
+      });
+    };
+    if (p_.db_lora) reduce_factor(partial_b_, n_panels_, p_.shape.n, scaling, p_.db_lora, 1, rank_);
+    if (p_.da)
+      reduce_factor(partial_a_, k_panels_, p_.shape.k, scaling * p_.dropout.keep_scale(), p_.da, p_.shape.k, 1);
+    if (p_.dbias)
+      for (int64_t j = 0; j < p_.shape.n; ++j) p_.dbias[j] = total(partial_bias_ + j, n_panels_ * kPanel);
+    if (p_.dsigma)
+      for (int64_t i = 0; i < directions_; ++i) p_.dsigma[i] = total(partial_sigma_ + i, directions_);
+  }
+
+  static int columns(int64_t size, int64_t panel) {
+    return static_cast<int>(std::min<int64_t>(kPanel, size - panel * kPanel));
+  }
+  const T* dy(int64_t m) const { return static_cast<const T*>(p_.dy) + m * p_.lddy; }
+  const T* x(int64_t m) const { return static_cast<const T*>(p_.x) + m * p_.ldx; }
+
+  const BackwardParams& p_;
+  const Kernels<T, E>& kernels_;
+  const int64_t rank_, directions_, width_;
+  const Blocks blocks_;
+  const int64_t n_panels_, k_panels_, words_;
+  const PackedAdapters<T, E> q_, d_;
+  float *grad_p_, *partial_b_, *partial_a_, *partial_bias_, *partial_sigma_;
+};
+
+}  // namespace
+
+void backward(const BackwardParams& params, const ThreadPool& pool) {
+  switch (params.dtype) {
+    case DType::kFloat32:
+      return Backward<float, float>(params).run(pool);
+    case DType::kFloat16:
+      return Backward<fp16, float>(params).run(pool);
+    case DType::kBFloat16:
+      if (kernels<bf16, bf16>()) return Backward<bf16, bf16>(params).run(pool);
+      return Backward<bf16, float>(params).run(pool);
+  }
+}
+
+}  // namespace loradash::cpu

@@ -1,0 +1,109 @@
+// Forward: y = x W^T + b + (P * c) Q^T with P = dropout(x) D^T.
+//
+// FLOPs: 2 M K N + 2 M R (K + N). Bytes: x once (twice where a block of it leaves L2), W once per block of rows, y once,
+// P once. The rank columns are a second product into the same tile of C, in cache: y is neither read nor rounded twice.
+#include "blocking.h"
+
+namespace loradash::cpu {
+namespace {
+
+template <typename T, typename E>
+class Forward {
+ public:
+  Forward(const ForwardParams& params)
+      : p_(params),
+        kernels_(*kernels<T, E>()),
+        width_(params.adapters.width()),
+        blocks_(cut_rows<E>(params.shape.m, params.shape.k, kernels_.tile_rows)),
+        panels_(ceil_div(params.shape.n, kPanel)),
+        d_(pack_d(kernels_, params.adapters, params.shape.k, true)),
+        q_(pack_q(kernels_, params.adapters, params.shape.n, false)) {}
+
+  void run(const ThreadPool& pool) const {
+    if (blocks_.count >= pool.threads) {  // a block at a time: x is still in L2 when its base product starts
+      parallel(pool, kernels_, blocks_.count, [&](int64_t block) {
+        const int64_t m0 = blocks_.begin(block), rows = blocks_.size(block);
+        down(m0, rows);
+        up(m0, rows, 0, panels_);
+      });
+      return;
+    }
+    const int64_t tiles = ceil_div(p_.shape.m, kernels_.tile_rows), groups = ceil_div(panels_, kPanelGroup);
+    parallel(pool, kernels_, tiles, [&](int64_t tile) {
+      const int64_t m0 = tile * kernels_.tile_rows;
+      down(m0, std::min<int64_t>(kernels_.tile_rows, p_.shape.m - m0));
+    });
+    parallel(pool, kernels_, blocks_.count * groups, [&](int64_t task) {
+      const int64_t block = task % blocks_.count, first = task / blocks_.count * kPanelGroup;
+      up(blocks_.begin(block), blocks_.size(block), first, std::min(panels_, first + kPanelGroup));
+    });
+  }
+
+ private:
+  // P (rows, R) = dropout(x) D^T: the mask is drawn in registers and x staged a tile at a time.
+  void down(int64_t m0, int64_t rows) const {
+    if (width_ == 0) return;
+    const int64_t k = p_.shape.k, words = ceil_div(k, 32);
+    const Dropout& dropout = p_.dropout;
+    uint32_t* bits = nullptr;
+    if (dropout.active()) {
+      bits = scratch<uint32_t>(kBits, rows * words);
+      kernels_.dropout_bits(dropout, m0, rows, 0, k, bits, words);
+    }
+    for_tiles(kernels_, rows, [&](int64_t i, int height) {
+      const RowOperand<E> a =
+          row_operand(kernels_, x() + (m0 + i) * p_.ldx, p_.ldx, height, k, bits ? bits + i * words : nullptr, words);
+      multiply_narrow(kernels_, a, height, d_, width_, dropout.keep_scale(), p_.p + (m0 + i) * width_);
+    });
+  }
+
+  // y (rows, panels) = base product, rank columns, bias.
+  void up(int64_t m0, int64_t rows, int64_t first, int64_t last) const {
+    const auto [m, k, n] = p_.shape;
+    E* scaled = scratch<E>(kSmall, rows * q_.depth());
+    float* factors = scratch<float>(kTile, width_);
+    column_factors(p_.adapters, 1.0f, factors);
+    kernels_.scale_rows(p_.p + m0 * width_, rows, width_, factors, scaled);
+
+    RowOperand<E> a{};
+    if (p_.packed) a = row_operand(kernels_, x() + m0 * p_.ldx, p_.ldx, rows, k, nullptr, 0);
+    const int64_t depth = padded_depth<E>(k);
+    float* c = scratch<float>(kPanelB, rows * kPanel);
+    for (int64_t panel = first; panel < last; ++panel) {
+      if (p_.packed) multiply_block(kernels_, a, rows, packed() + panel * depth * kPanel, depth, c, false);
+      multiply_block(kernels_, {scaled, q_.depth()}, rows, q_.panel(panel), q_.depth(), c, p_.packed && depth > 0);
+      if (width_ == 0 && !(p_.packed && depth > 0)) std::fill_n(c, rows * kPanel, 0.0f);
+      const int64_t n0 = panel * kPanel;
+      const T* base = p_.base ? static_cast<const T*>(p_.base) + m0 * n + n0 : nullptr;
+      kernels_.store_tile(c, static_cast<int>(rows), static_cast<int>(std::min<int64_t>(kPanel, n - n0)),
+                          p_.bias ? p_.bias + n0 : nullptr, base, static_cast<T*>(p_.y) + m0 * n + n0, n);
+    }
+  }
+
+  const T* x() const { return static_cast<const T*>(p_.x); }
+  const E* packed() const { return static_cast<const E*>(p_.packed); }
+
+  const ForwardParams& p_;
+  const Kernels<T, E>& kernels_;
+  const int64_t width_;
+  const Blocks blocks_;
+  const int64_t panels_;
+  const PackedAdapters<T, E> d_, q_;
+};
+
+}  // namespace
+
+void forward(const ForwardParams& params, const ThreadPool& pool) {
+  if (params.shape.m == 0) return;
+  switch (params.dtype) {
+    case DType::kFloat32:
+      return Forward<float, float>(params).run(pool);
+    case DType::kFloat16:
+      return Forward<fp16, float>(params).run(pool);
+    case DType::kBFloat16:
+      if (kernels<bf16, bf16>()) return Forward<bf16, bf16>(params).run(pool);
+      return Forward<bf16, float>(params).run(pool);
+  }
+}
+
+}  // namespace loradash::cpu

@@ -1,0 +1,104 @@
+// The table of primitives that one instruction set provides to the drivers in dash_linear.cpp.
+//
+// Every product of the layer is the same small matrix product C += A B: A row-major, B packed into panels of
+// kPanel columns, C a tile of fp32 in cache. What differs between instruction sets is the operand type E (fp32, or
+// bf16 where the CPU multiplies bf16 pairs) and the tile height. Elements of memory have type T.
+#pragma once
+
+#include <cstdint>
+
+#include "../dash_linear.h"
+
+namespace loradash::cpu {
+
+constexpr int kPanel = 32;    // columns of a packed panel
+constexpr int kMaxTile = 32;  // rows of the highest tile
+
+struct bf16 {
+  uint16_t bits;
+};
+struct fp16 {
+  uint16_t bits;
+};
+
+// Depth of a panel is padded to this multiple: AMX multiplies 32 bf16 at a time, fp32 goes one by one.
+template <typename E>
+constexpr int64_t kDepthStep = sizeof(E) == 2 ? 32 : 1;
+
+// Internal linkage, as in kernels_impl.h: these are compiled for several instruction sets.
+static inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+template <typename E>
+static inline int64_t padded_depth(int64_t depth) {
+  return ceil_div(depth, kDepthStep<E>) * kDepthStep<E>;
+}
+
+// Offset of B(d, column) in a packed matrix: fp32 panels are [depth][32], bf16 panels [depth / 2][32][2].
+template <typename E>
+static inline int64_t packed_offset(int64_t depth_padded, int64_t d, int64_t column) {
+  const int64_t panel = column / kPanel * depth_padded * kPanel, lane = column % kPanel;
+  return sizeof(E) == 2 ? panel + d / 2 * (2 * kPanel) + lane * 2 + d % 2 : panel + d * kPanel + lane;
+}
+
+template <typename T, typename E>
+struct Kernels {
+  const char* name;
+  bool fuses_base;  // is the base product at least as fast here as in the library?
+  int tile_rows;    // rows of a tile, at most kMaxTile
+  bool even_tiles;  // may a block of rows be cut into tiles of equal height, or are full tiles cheaper?
+
+  // Once per task, before and after any `multiply` (AMX configures and releases its tiles).
+  void (*enter)();
+  void (*leave)();
+
+  // c (rows, kPanel) = (accumulate ? c : 0) + a (rows, depth) b (depth, kPanel). depth a multiple of kDepthStep<E>.
+  void (*multiply)(const E* a, int64_t lda, int rows, const E* b, int64_t depth, float* c, bool accumulate);
+
+  // dst (rows, padded_depth(k)) = src (rows, k), dropped elements (bits) and padding zero. bits: stride words a row.
+  void (*stage_rows)(const T* src, int64_t ld, int rows, int64_t k, const uint32_t* bits, int64_t bits_stride, E* dst);
+  // One packed panel whose depth runs over the rows of src: B(d, j) = src[d * ld + j], j < columns <= kPanel.
+  void (*stage_panel)(const T* src, int64_t ld, int64_t rows, int columns, const uint32_t* bits, int64_t bits_stride,
+                      E* dst);
+  // One packed panel whose columns run over the rows of src: B(d, j) = src[j * ld + d].
+  void (*stage_transposed)(const T* src, int64_t ld, int64_t depth, int columns, E* dst);
+  // sums[j] += sum over rows of src[row * ld + j]
+  void (*column_sums)(const T* src, int64_t ld, int64_t rows, int columns, float* sums);
+
+  // c = bits ? c : 0, one word of bits a row.
+  void (*apply_mask)(float* c, int rows, const uint32_t* bits, int64_t bits_stride);
+  // dst = c + bias + base; bias and base may be null.
+  void (*store_tile)(const float* c, int rows, int columns, const float* bias, const T* base, T* dst, int64_t ld);
+
+  // The small operands, from fp32. dst (rows, padded_depth(columns)) = src * factor, one factor a column.
+  void (*scale_rows)(const float* src, int64_t rows, int64_t columns, const float* factor, E* dst);
+  // dst (columns, padded_depth(rows)) = src^T, of the first `columns` columns of src.
+  void (*transpose_rows)(const float* src, int64_t ld, int64_t rows, int64_t columns, E* dst);
+  // Packed B(d0 + d, c0 + j) = src[d * stride_d + j * stride_c], in a matrix that was zero.
+  void (*pack_block)(const float* src, int64_t stride_d, int64_t stride_c, int64_t depth, int64_t columns,
+                     int64_t depth_padded, int64_t d0, int64_t c0, E* dst);
+
+  // Keep bits of elements (row + i, k_begin + k), i < rows: bit k % 32 of bits[i * bits_stride + k / 32].
+  // k_begin is a multiple of 32; bits beyond k_end in the last word are arbitrary.
+  void (*dropout_bits)(const Dropout& dropout, int64_t row, int64_t rows, int64_t k_begin, int64_t k_end,
+                       uint32_t* bits, int64_t bits_stride);
+};
+
+// The best table this CPU runs, chosen once; LORADASH_CPU_ISA may ask for a lower one. Operands of type T in memory
+// are multiplied as E; there is no table for bf16 operands on CPUs without bf16 products.
+template <typename T, typename E>
+const Kernels<T, E>* kernels();
+
+// One definition per instruction set, in kernels_<isa>.cpp; null for (T, E) that the set does not serve.
+#define LORADASH_DECLARE_ISA(isa)           \
+  namespace isa {                           \
+  template <typename T, typename E>         \
+  const Kernels<T, E>* table();             \
+  }
+LORADASH_DECLARE_ISA(portable)
+LORADASH_DECLARE_ISA(avx2)
+LORADASH_DECLARE_ISA(avx512)
+LORADASH_DECLARE_ISA(avx512_bf16)
+LORADASH_DECLARE_ISA(amx)
+#undef LORADASH_DECLARE_ISA
+
+}  // namespace loradash::cpu

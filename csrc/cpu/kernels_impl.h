@@ -1,0 +1,377 @@
+// The primitives of kernels.h, written once on GCC vector extensions and compiled once per instruction set.
+//
+// A kernels_<isa>.cpp defines LORADASH_ISA (a namespace) and LORADASH_VECTOR_BYTES, switches the compiler's target,
+// includes this file and returns its table. Everything here has internal linkage: a function compiled for AVX-512 must never
+// be the copy that the linker keeps for other CPUs, which is also why no std:: template is called.
+#include "kernels.h"
+#include "philox.h"
+
+namespace loradash::cpu::LORADASH_ISA {
+namespace {
+
+// --- vectors ---------------------------------------------------------------------------------------------------------
+
+constexpr int kVectorBytes = LORADASH_VECTOR_BYTES;
+typedef float VecF __attribute__((vector_size(kVectorBytes), aligned(4)));
+typedef uint64_t VecU __attribute__((vector_size(kVectorBytes)));
+constexpr int kLanes = kVectorBytes / 4;
+
+// Products of the low 32 bits of every 64-bit lane: the one multiplication that compilers do not find by themselves.
+inline VecU multiply_low32(VecU a, VecU b) {
+#if LORADASH_VECTOR_BYTES == 64
+  return (VecU)_mm512_mul_epu32((__m512i)a, (__m512i)b);
+#elif LORADASH_VECTOR_BYTES == 32
+  return (VecU)_mm256_mul_epu32((__m256i)a, (__m256i)b);
+#elif defined(__SSE2__)
+  return (VecU)_mm_mul_epu32((__m128i)a, (__m128i)b);
+#else
+  return (a & 0xffffffffu) * (b & 0xffffffffu);
+#endif
+}
+
+// --- element types ---------------------------------------------------------------------------------------------------
+
+inline uint32_t float_bits(float x) {
+  uint32_t u;
+  __builtin_memcpy(&u, &x, 4);
+  return u;
+}
+inline float bits_float(uint32_t u) {
+  float x;
+  __builtin_memcpy(&x, &u, 4);
+  return x;
+}
+
+inline float load(float x) { return x; }
+inline float load(bf16 x) { return bits_float(static_cast<uint32_t>(x.bits) << 16); }
+inline float load(fp16 x) {  // exact: scale the shifted exponent by 2^112, infinities and NaN apart
+  const uint32_t magnitude = static_cast<uint32_t>(x.bits & 0x7fff) << 13, sign = static_cast<uint32_t>(x.bits & 0x8000) << 16;
+  const uint32_t special = (x.bits & 0x7c00) == 0x7c00 ? 0x7f800000u | magnitude : 0;
+  return bits_float(sign | (special ? special : float_bits(bits_float(magnitude) * 0x1p112f)));
+}
+
+template <typename T>
+inline T round_to(float x);
+template <>
+inline float round_to<float>(float x) {
+  return x;
+}
+template <>
+inline bf16 round_to<bf16>(float x) {  // to nearest even; NaN stays NaN
+  const uint32_t u = float_bits(x);
+  const uint32_t rounded = (u + 0x7fffu + ((u >> 16) & 1)) >> 16;
+  return {static_cast<uint16_t>((u & 0x7fffffffu) > 0x7f800000u ? (u >> 16 | 0x40u) : rounded)};
+}
+template <>
+inline fp16 round_to<fp16>(float x) {
+  const uint32_t u = float_bits(x), sign = u >> 16 & 0x8000u, magnitude = u & 0x7fffffffu;
+  uint32_t half;
+  if (magnitude > 0x7f800000u) {
+    half = 0x7e00;  // NaN
+  } else if (magnitude >= 0x477ff000u) {
+    half = 0x7c00;  // 65520 and above round to infinity
+  } else if (magnitude < 0x38800000u) {
+    // Below 2^-14 the adder rounds: the ulp of 0.5 is 2^-24, the step of fp16 subnormals.
+    half = float_bits(bits_float(magnitude) + 0.5f) - 0x3f000000u;
+  } else {
+    half = (magnitude + 0xfffu + ((magnitude >> 13) & 1) - 0x38000000u) >> 13;
+  }
+  return {static_cast<uint16_t>(sign | half)};
+}
+
+template <typename E, typename T>
+inline E convert(T x) {
+  return round_to<E>(load(x));
+}
+template <>
+inline bf16 convert<bf16, bf16>(bf16 x) {
+  return x;
+}
+
+// --- the product -----------------------------------------------------------------------------------------------------
+
+// 2 vectors of C per row: 14 rows of AVX-512 leave 2 registers for B and 1 for A; 6 rows of 16 registers likewise.
+constexpr int kTileRows = kVectorBytes == 64 ? 14 : 6;
+constexpr int kTileVecs = 2;
+constexpr int kPrefetchDepth = 16;  // rows of B ahead: panels stream from L2
+
+template <int kRows>
+void multiply_rows(const float* a, int64_t lda, const float* b, int64_t depth, float* c, bool accumulate) {
+  for (int j = 0; j < kPanel; j += kTileVecs * kLanes) {
+    VecF sum[kRows][kTileVecs];
+#pragma GCC unroll 16
+    for (int i = 0; i < kRows; ++i)
+#pragma GCC unroll 2
+      for (int v = 0; v < kTileVecs; ++v)
+        sum[i][v] = accumulate ? *reinterpret_cast<VecF*>(c + i * kPanel + j + v * kLanes) : VecF{};
+    for (int64_t d = 0; d < depth; ++d) {
+      const float* row = b + d * kPanel + j;
+      const VecF b0 = *reinterpret_cast<const VecF*>(row), b1 = *reinterpret_cast<const VecF*>(row + kLanes);
+      __builtin_prefetch(row + kPrefetchDepth * kPanel);
+      if (kLanes == 16) __builtin_prefetch(row + kPrefetchDepth * kPanel + kLanes);
+#pragma GCC unroll 16
+      for (int i = 0; i < kRows; ++i) {
+        sum[i][0] += a[i * lda + d] * b0;
+        sum[i][1] += a[i * lda + d] * b1;
+      }
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < kRows; ++i)
+#pragma GCC unroll 2
+      for (int v = 0; v < kTileVecs; ++v) *reinterpret_cast<VecF*>(c + i * kPanel + j + v * kLanes) = sum[i][v];
+  }
+}
+
+template <int kRows = kTileRows>
+void multiply_fp32(const float* a, int64_t lda, int rows, const float* b, int64_t depth, float* c, bool accumulate) {
+  if (rows == kRows) return multiply_rows<kRows>(a, lda, b, depth, c, accumulate);
+  if constexpr (kRows > 1) multiply_fp32<kRows - 1>(a, lda, rows, b, depth, c, accumulate);
+}
+
+// --- staging: memory (T) to operands (E) -----------------------------------------------------------------------------
+
+inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+
+template <typename E, typename T>
+inline E kept(T x, uint32_t word, int lane) {
+  return (word >> lane & 1) ? convert<E>(x) : E{};
+}
+
+template <typename T, typename E>
+void stage_rows(const T* src, int64_t ld, int rows, int64_t k, const uint32_t* bits, int64_t bits_stride, E* dst) {
+  const int64_t padded = padded_depth<E>(k);
+  for (int i = 0; i < rows; ++i, src += ld, dst += padded) {
+    for (int64_t j0 = 0; j0 < k; j0 += 32) {
+      const uint32_t word = bits ? bits[i * bits_stride + j0 / 32] : ~0u;
+      if (j0 + 32 <= k) {
+        for (int j = 0; j < 32; ++j) dst[j0 + j] = kept<E>(src[j0 + j], word, j);
+      } else {
+        for (int j = 0; j < k - j0; ++j) dst[j0 + j] = kept<E>(src[j0 + j], word, j);
+      }
+    }
+    for (int64_t j = k; j < padded; ++j) dst[j] = E{};
+  }
+}
+
+// A zero row for the missing second half of a pair.
+template <typename T>
+const T kZeroRow[kPanel] = {};
+
+template <typename T, typename E>
+void stage_panel(const T* src, int64_t ld, int64_t rows, int columns, const uint32_t* bits, int64_t bits_stride, E* dst) {
+  constexpr int kPair = sizeof(E) == 2 ? 2 : 1;
+  const int64_t padded = padded_depth<E>(rows);
+  for (int64_t d = 0; d < padded; d += kPair, dst += kPair * kPanel) {
+    const T* row[kPair];
+    uint32_t word[kPair];
+    for (int h = 0; h < kPair; ++h) {
+      const bool inside = d + h < rows;
+      row[h] = inside ? src + (d + h) * ld : kZeroRow<T>;
+      word[h] = !inside ? 0 : bits ? bits[(d + h) * bits_stride] : ~0u;
+    }
+    if (columns == kPanel) {
+      for (int j = 0; j < kPanel; ++j)
+        for (int h = 0; h < kPair; ++h) dst[j * kPair + h] = kept<E>(row[h][j], word[h], j);
+    } else {
+      for (int j = 0; j < kPanel; ++j)
+        for (int h = 0; h < kPair; ++h) dst[j * kPair + h] = j < columns ? kept<E>(row[h][j], word[h], j) : E{};
+    }
+  }
+}
+
+template <typename T, typename E>
+void stage_transposed(const T* src, int64_t ld, int64_t depth, int columns, E* dst) {
+  constexpr int kPair = sizeof(E) == 2 ? 2 : 1;
+  constexpr int kBlock = 32;  // depth per block: its reads and its writes both stay in L1
+  const int64_t padded = padded_depth<E>(depth);
+  for (int64_t d0 = 0; d0 < padded; d0 += kBlock) {
+    const int64_t d1 = smaller(d0 + kBlock, padded);
+    for (int j = 0; j < kPanel; ++j) {
+      const T* column = src + j * ld;
+      for (int64_t d = d0; d < d1; d += kPair)
+        for (int h = 0; h < kPair; ++h)
+          dst[d * kPanel + j * kPair + h] = j < columns && d + h < depth ? convert<E>(column[d + h]) : E{};
+    }
+  }
+}
+
+template <typename T>
+void column_sums(const T* src, int64_t ld, int64_t rows, int columns, float* sums) {
+  for (int64_t i = 0; i < rows; ++i)
+    for (int j = 0; j < columns; ++j) sums[j] += load(src[i * ld + j]);
+}
+
+// --- tiles of C ------------------------------------------------------------------------------------------------------
+
+void apply_mask(float* c, int rows, const uint32_t* bits, int64_t bits_stride) {
+  for (int i = 0; i < rows; ++i) {
+    const uint32_t word = bits[i * bits_stride];
+    for (int j = 0; j < kPanel; ++j) c[i * kPanel + j] = (word >> j & 1) ? c[i * kPanel + j] : 0.0f;
+  }
+}
+
+template <typename T, int kColumns>
+inline void store_row(const float* c, int columns, const float* bias, const T* base, T* dst) {
+  const int n = kColumns ? kColumns : columns;
+  float row[kPanel];
+  for (int j = 0; j < n; ++j) row[j] = c[j];
+  if (bias)
+    for (int j = 0; j < n; ++j) row[j] += bias[j];
+  if (base)
+    for (int j = 0; j < n; ++j) row[j] += load(base[j]);
+  for (int j = 0; j < n; ++j) dst[j] = round_to<T>(row[j]);
+}
+
+template <typename T>
+void store_tile(const float* c, int rows, int columns, const float* bias, const T* base, T* dst, int64_t ld) {
+  for (int i = 0; i < rows; ++i, c += kPanel, dst += ld, base = base ? base + ld : base) {
+    if (columns == kPanel)
+      store_row<T, kPanel>(c, columns, bias, base, dst);
+    else
+      store_row<T, 0>(c, columns, bias, base, dst);
+  }
+}
+
+// --- small operands from fp32 ----------------------------------------------------------------------------------------
+
+template <typename E>
+void scale_rows(const float* src, int64_t rows, int64_t columns, const float* factor, E* dst) {
+  const int64_t padded = padded_depth<E>(columns);
+  for (int64_t i = 0; i < rows; ++i, src += columns, dst += padded) {
+    for (int64_t j = 0; j < columns; ++j) dst[j] = round_to<E>(src[j] * factor[j]);
+    for (int64_t j = columns; j < padded; ++j) dst[j] = E{};
+  }
+}
+
+template <typename E>
+void transpose_rows(const float* src, int64_t ld, int64_t rows, int64_t columns, E* dst) {
+  const int64_t padded = padded_depth<E>(rows);
+  for (int64_t j = 0; j < columns; ++j, dst += padded) {
+    for (int64_t i = 0; i < rows; ++i) dst[i] = round_to<E>(src[i * ld + j]);
+    for (int64_t i = rows; i < padded; ++i) dst[i] = E{};
+  }
+}
+
+template <typename E>
+void pack_block(const float* src, int64_t stride_d, int64_t stride_c, int64_t depth, int64_t columns,
+                int64_t depth_padded, int64_t d0, int64_t c0, E* dst) {
+  constexpr int64_t kPair = sizeof(E) == 2 ? 2 : 1;
+  for (int64_t j0 = 0; j0 < columns;) {
+    const int64_t j1 = smaller(columns, ((c0 + j0) / kPanel + 1) * kPanel - c0);  // to the end of the panel
+    for (int64_t d = 0; d < depth; ++d) {
+      E* out = dst + packed_offset<E>(depth_padded, d0 + d, c0 + j0);
+      const float* in = src + d * stride_d + j0 * stride_c;
+      for (int64_t j = 0; j < j1 - j0; ++j) out[j * kPair] = round_to<E>(in[j * stride_c]);
+    }
+    j0 = j1;
+  }
+}
+
+// --- dropout ---------------------------------------------------------------------------------------------------------
+
+// Rounds 3 to 10 for kVectorBytes / 8 blocks at once, each in a 64-bit lane; upper halves of c hold what the
+// multiplications ignore. 6 vector operations a round.
+inline void philox_rounds(const VecU column[4], PhiloxRow row, const PhiloxKeys& keys, VecU c[4]) {
+  const VecU m0 = VecU{} + kPhiloxM0, m1 = VecU{} + kPhiloxM1;
+  const VecU product = multiply_low32(m1, (column[1] ^ row.word2_m));  // round 3, second half
+  c[0] = (product >> 32) ^ column[0] ^ keys.k0[2];
+  c[1] = product;
+  c[2] = column[2] ^ row.word3;
+  c[3] = column[3];
+#pragma GCC unroll 8
+  for (int i = 3; i < kPhiloxRounds; ++i) {
+    const VecU p0 = multiply_low32(m0, c[0]), p1 = multiply_low32(m1, c[2]);
+    c[0] = (p1 >> 32) ^ c[1] ^ keys.k0[i];
+    c[1] = p1;
+    c[2] = (p0 >> 32) ^ c[3] ^ keys.k1[i];
+    c[3] = p0;
+  }
+}
+
+// Keep bits of 64 elements from the words of their 8 blocks.
+inline uint64_t keep_bits(const uint64_t words[16], uint32_t threshold) {
+#if LORADASH_VECTOR_BYTES == 64
+  const __m512i limit = _mm512_set1_epi16(static_cast<short>(threshold));
+  const uint64_t low = _mm512_cmpge_epu16_mask(_mm512_load_si512(words), limit);
+  return low | static_cast<uint64_t>(_mm512_cmpge_epu16_mask(_mm512_load_si512(words + 8), limit)) << 32;
+#else
+  uint64_t keep = 0;
+  for (int i = 0; i < 16; ++i)
+    for (int j = 0; j < 4; ++j) keep |= static_cast<uint64_t>((words[i] >> 16 * j & 0xffff) >= threshold) << (4 * i + j);
+  return keep;
+#endif
+}
+
+// The 128-bit blocks in order of k, from one vector per word.
+inline void store_blocks(const VecU c[4], uint64_t* words) {
+  const VecU low = (c[0] & 0xffffffffu) | (c[1] << 32), high = (c[2] & 0xffffffffu) | (c[3] << 32);
+#if LORADASH_VECTOR_BYTES == 64
+  const __m512i first = _mm512_setr_epi64(0, 8, 1, 9, 2, 10, 3, 11), second = _mm512_setr_epi64(4, 12, 5, 13, 6, 14, 7, 15);
+  _mm512_store_si512(words, _mm512_permutex2var_epi64((__m512i)low, first, (__m512i)high));
+  _mm512_store_si512(words + 8, _mm512_permutex2var_epi64((__m512i)low, second, (__m512i)high));
+#else
+  for (int i = 0; i < kVectorBytes / 8; ++i) words[2 * i] = low[i], words[2 * i + 1] = high[i];
+#endif
+}
+
+constexpr int64_t kColumnBlocks = 256;  // Philox blocks whose first rounds are kept for all rows: 8 KB
+
+void dropout_bits(const Dropout& dropout, int64_t row, int64_t rows, int64_t k_begin, int64_t k_end, uint32_t* bits,
+                  int64_t bits_stride) {
+  const PhiloxKeys keys(dropout.seed);
+  alignas(64) uint64_t column[4][kColumnBlocks];
+  const int64_t last = ceil_div(k_end, kPhiloxElements);
+  for (int64_t b0 = k_begin / kPhiloxElements; b0 < last; b0 += kColumnBlocks) {
+    const int64_t count = smaller(last - b0, kColumnBlocks);
+    for (int64_t b = 0; b < ceil_div(count, 8) * 8; ++b) {
+      const PhiloxColumn words = philox_column(static_cast<uint32_t>(b0 + b), dropout, keys);
+      column[0][b] = words.word1, column[1][b] = words.word2_k, column[2][b] = words.next2_k, column[3][b] = words.next3;
+    }
+    for (int64_t i = 0; i < rows; ++i) {
+      const PhiloxRow shared = philox_row(static_cast<uint32_t>(row + i), dropout, keys);
+      uint32_t* out = bits + i * bits_stride + (b0 * kPhiloxElements - k_begin) / 32;
+      for (int64_t b = 0; b < count; b += 8, out += 2) {  // 64 elements
+        alignas(64) uint64_t words[16];
+        for (int part = 0; part < 8; part += kVectorBytes / 8) {
+          VecU fixed[4], c[4];
+          for (int j = 0; j < 4; ++j) fixed[j] = *reinterpret_cast<const VecU*>(&column[j][b + part]);
+          philox_rounds(fixed, shared, keys, c);
+          store_blocks(c, words + 2 * part);
+        }
+        const uint64_t keep = keep_bits(words, dropout.threshold);
+        out[0] = static_cast<uint32_t>(keep);
+        if ((b0 + b) * kPhiloxElements + 32 < k_end) out[1] = static_cast<uint32_t>(keep >> 32);
+      }
+    }
+  }
+}
+
+// --- the table -------------------------------------------------------------------------------------------------------
+
+[[maybe_unused]] void no_setup() {}
+
+template <typename T, typename E>
+constexpr Kernels<T, E> make_table(const char* name, bool fuses_base, int tile_rows, bool even_tiles,
+                                   void (*multiply)(const E*, int64_t, int, const E*, int64_t, float*, bool),
+                                   void (*enter)() = no_setup, void (*leave)() = no_setup) {
+  return {name,
+          fuses_base,
+          tile_rows,
+          even_tiles,
+          enter,
+          leave,
+          multiply,
+          stage_rows<T, E>,
+          stage_panel<T, E>,
+          stage_transposed<T, E>,
+          column_sums<T>,
+          apply_mask,
+          store_tile<T>,
+          scale_rows<E>,
+          transpose_rows<E>,
+          pack_block<E>,
+          dropout_bits};
+}
+
+}  // namespace
+}  // namespace loradash::cpu::LORADASH_ISA

@@ -1,0 +1,61 @@
+// Philox4x32-10 (Salmon et al., SC 2011), counter (k / 8, m, offset_lo, offset_hi), key (seed_lo, seed_hi).
+#pragma once
+
+#include <cstdint>
+
+#include "../dash_linear.h"
+
+namespace loradash::cpu {
+
+static constexpr uint32_t kPhiloxM0 = 0xD2511F53u, kPhiloxM1 = 0xCD9E8D57u;
+static constexpr uint32_t kPhiloxW0 = 0x9E3779B9u, kPhiloxW1 = 0xBB67AE85u;
+static constexpr int kPhiloxRounds = 10;
+static constexpr int kPhiloxElements = 8;  // one block of 128 bits serves 8 neighbours in k, 16 bits each
+
+// The rounds whose inputs depend on k alone or on m alone. Of the ten rounds, the first two cost nothing per element
+// and the third half: with the counter words in this order, round 1 multiplies k and a constant, and round 2 what
+// came from m and what came from k separately. `Column` is computed once per k block, `Row` once per m.
+struct PhiloxKeys {
+  uint32_t k0[kPhiloxRounds], k1[kPhiloxRounds];
+
+  explicit PhiloxKeys(uint64_t seed) {
+    uint32_t a = static_cast<uint32_t>(seed), b = static_cast<uint32_t>(seed >> 32);
+    for (int i = 0; i < kPhiloxRounds; ++i, a += kPhiloxW0, b += kPhiloxW1) k0[i] = a, k1[i] = b;
+  }
+};
+
+// Words after round 2 that depend on k alone, and the hi/lo halves of round 3's first product.
+struct PhiloxColumn {
+  uint32_t word1;           // c1
+  uint32_t word2_k;         // the part of c2 that depends on k
+  uint32_t next2_k, next3;  // round 3: hi(M0 c0) and lo(M0 c0)
+};
+
+static inline uint64_t philox_product(uint32_t m, uint32_t c) { return static_cast<uint64_t>(m) * c; }
+
+static inline PhiloxColumn philox_column(uint32_t block, const Dropout& dropout, const PhiloxKeys& keys) {
+  const uint32_t c2 = static_cast<uint32_t>(dropout.offset), c3 = static_cast<uint32_t>(dropout.offset >> 32);
+  const uint64_t first = philox_product(kPhiloxM0, block), fixed = philox_product(kPhiloxM1, c2);
+  const uint32_t r1_c1 = static_cast<uint32_t>(fixed);
+  const uint32_t r1_c2 = static_cast<uint32_t>(first >> 32) ^ c3 ^ keys.k1[0];
+  const uint32_t r1_c3 = static_cast<uint32_t>(first);
+  const uint64_t second = philox_product(kPhiloxM1, r1_c2);
+  const uint32_t r2_c0 = static_cast<uint32_t>(second >> 32) ^ r1_c1 ^ keys.k0[1];
+  const uint64_t third = philox_product(kPhiloxM0, r2_c0);
+  return {static_cast<uint32_t>(second), r1_c3 ^ keys.k1[1], static_cast<uint32_t>(third >> 32) ^ keys.k1[2],
+          static_cast<uint32_t>(third)};
+}
+
+// Words after round 2 that depend on m alone: the m part of c2, and c3.
+struct PhiloxRow {
+  uint32_t word2_m, word3;
+};
+
+static inline PhiloxRow philox_row(uint32_t m, const Dropout& dropout, const PhiloxKeys& keys) {
+  const uint64_t fixed = philox_product(kPhiloxM1, static_cast<uint32_t>(dropout.offset));
+  const uint32_t r1_c0 = static_cast<uint32_t>(fixed >> 32) ^ m ^ keys.k0[0];
+  const uint64_t second = philox_product(kPhiloxM0, r1_c0);
+  return {static_cast<uint32_t>(second >> 32), static_cast<uint32_t>(second)};
+}
+
+}  // namespace loradash::cpu

@@ -1,0 +1,62 @@
+"""Builds `loradash_kernels._C`, the compiled part, against the installed PyTorch.
+
+Environment: LORADASH_PURE_PYTHON=1 skips it; LORADASH_REQUIRE_EXTENSION=1 (for releases) turns a missing compiler into an
+error; LORADASH_CUDA=0/1 overrides whether CUDA kernels are built (default: CUDA_HOME is found). MAX_JOBS bounds the
+number of parallel compilations.
+"""
+
+import os
+import shutil
+import sys
+from pathlib import Path
+
+from setuptools import setup
+
+ROOT = Path(__file__).parent
+WARNING = "loradash-kernels: {}; installing without compiled kernels, every call will run the plain PyTorch reference."
+
+
+def flag(name: str, default: bool) -> bool:
+    return os.environ.get(name, str(int(default))).lower() not in ("0", "false", "off", "")
+
+
+def sources(pattern: str) -> list[str]:
+    return sorted(str(p.relative_to(ROOT)) for p in (ROOT / "csrc").rglob(pattern))
+
+
+def missing_part(reason: str) -> dict:
+    if flag("LORADASH_REQUIRE_EXTENSION", False):
+        raise SystemExit(f"loradash-kernels: {reason}, and LORADASH_REQUIRE_EXTENSION is set")
+    print(WARNING.format(reason), file=sys.stderr)
+    return {}
+
+
+def extension() -> dict:
+    if flag("LORADASH_PURE_PYTHON", False):
+        return missing_part("LORADASH_PURE_PYTHON is set")
+    if not shutil.which(os.environ.get("CXX", "c++")):
+        return missing_part("no C++ compiler was found")
+    try:
+        from torch.utils import cpp_extension
+    except ImportError as error:
+        raise SystemExit(
+            "loradash-kernels compiles against the PyTorch you run, which this build environment lacks.\n"
+            "Install PyTorch first, then: pip install --no-build-isolation . "
+            "(or set LORADASH_PURE_PYTHON=1 for an install without compiled kernels)"
+        ) from error
+
+    cuda_sources = sources("*.cu")
+    cuda = bool(cuda_sources) and flag("LORADASH_CUDA", cpp_extension.CUDA_HOME is not None)
+    compile_args = {"cxx": ["-O3", "-std=c++20", "-ffp-contract=fast", "-Wno-psabi"]}
+    make = cpp_extension.CUDAExtension if cuda else cpp_extension.CppExtension
+    module = make(
+        "loradash_kernels._C",
+        sources("*.cpp") + (cuda_sources if cuda else []),
+        include_dirs=[str(ROOT / "csrc")],
+        define_macros=[("LORADASH_WITH_CUDA", "1")] if cuda else [],
+        extra_compile_args=compile_args,
+    )
+    return {"ext_modules": [module], "cmdclass": {"build_ext": cpp_extension.BuildExtension.with_options(use_ninja=True)}}
+
+
+setup(**extension())
