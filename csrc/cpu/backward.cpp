@@ -25,7 +25,8 @@ class Backward {
         k_panels_(ceil_div(params.shape.k, kPanel)),
         words_(ceil_div(params.shape.k, 32)),
         q_(pack_q(kernels_, params.adapters, params.shape.n, true)),
-        d_(pack_d(kernels_, params.adapters, params.shape.k, false)) {
+        d_(pack_d(kernels_, params.adapters, params.shape.k, false)),
+        w_{static_cast<const E*>(params.packed), params.packed ? padded_depth<E>(params.shape.n) : 0} {
     grad_p_ = scratch<float>(kGradP, p_.shape.m * width_);
     const int64_t per_split = (n_panels_ * (p_.db_lora ? rank_ : 0) + k_panels_ * (p_.da ? rank_ : 0) +
                                (p_.dbias ? n_panels_ : 0)) * kPanel + (p_.dsigma ? directions_ : 0);
@@ -50,12 +51,13 @@ class Backward {
   void run_by_split(const ThreadPool& pool) const {
     parallel(pool, kernels_, blocks_.splits, [&](int64_t split) {
       for_blocks(split, [&](int64_t m0, int64_t rows) {
-        gradient_of_p(m0, rows);
+        const RowOperand<E> dy = stage_dy(m0, rows);
+        gradient_of_p(m0, rows, dy);
         gradient_of_sigma(split, m0, rows);
         gradient_of_b(split, m0, rows, 0, n_panels_);
         const uint32_t* bits = draw_mask(m0, rows, 0, k_panels_);
         gradient_of_a(split, m0, rows, 0, k_panels_, bits, words_);
-        gradient_of_x(m0, rows, 0, k_panels_, bits, words_);
+        gradient_of_x(m0, rows, dy, 0, k_panels_, bits, words_);
       });
     });
   }
@@ -65,8 +67,8 @@ class Backward {
     const int64_t tiles = ceil_div(p_.shape.m, kernels_.tile_rows);
     const int64_t n_groups = ceil_div(n_panels_, kPanelGroup), k_groups = ceil_div(k_panels_, kPanelGroup);
     parallel(pool, kernels_, tiles, [&](int64_t tile) {
-      const int64_t m0 = tile * kernels_.tile_rows;
-      gradient_of_p(m0, std::min<int64_t>(kernels_.tile_rows, p_.shape.m - m0));
+      const int64_t m0 = tile * kernels_.tile_rows, rows = std::min<int64_t>(kernels_.tile_rows, p_.shape.m - m0);
+      gradient_of_p(m0, rows, stage_dy(m0, rows));
     });
     parallel(pool, kernels_, blocks_.splits * n_groups, [&](int64_t task) {
       const int64_t split = task / n_groups, first = task % n_groups * kPanelGroup;
@@ -81,7 +83,7 @@ class Backward {
       for_blocks(split, [&](int64_t m0, int64_t rows) {
         const uint32_t* bits = draw_mask(m0, rows, first, last);
         gradient_of_a(split, m0, rows, first, last, bits, last - first);
-        gradient_of_x(m0, rows, first, last, bits, last - first);
+        gradient_of_x(m0, rows, stage_dy(m0, rows), first, last, bits, last - first);
       });
     });
   }
@@ -102,13 +104,14 @@ class Backward {
     return bits;
   }
 
+  // dy as left operand of dy Q and dy W.
+  RowOperand<E> stage_dy(int64_t m0, int64_t rows) const {
+    return row_operand(kernels_, dy(m0), p_.lddy, rows, p_.shape.n, nullptr, 0);
+  }
+
   // G (rows, R) = dy Q
-  void gradient_of_p(int64_t m0, int64_t rows) const {
-    if (width_ == 0) return;
-    for_tiles(kernels_, rows, [&](int64_t i, int height) {
-      const RowOperand<E> a = row_operand(kernels_, dy(m0 + i), p_.lddy, height, p_.shape.n, nullptr, 0);
-      multiply_narrow(kernels_, a, height, q_, width_, 1.0f, grad_p_ + (m0 + i) * width_);
-    });
+  void gradient_of_p(int64_t m0, int64_t rows, RowOperand<E> dy) const {
+    if (width_) multiply_narrow(kernels_, dy, rows, q_, width_, 1.0f, grad_p_ + m0 * width_);
   }
 
   void gradient_of_sigma(int64_t split, int64_t m0, int64_t rows) const {
@@ -142,40 +145,50 @@ class Backward {
   // partial (panel, r, 32) += narrow (rows, R)[:, :r]^T wide (rows, 32), for panels first to last. Bits from `first` on.
   void gradient_of_factor(const float* narrow, int64_t rows, const T* wide, int64_t ld, int64_t size, int64_t first,
                           int64_t last, const uint32_t* bits, int64_t bits_stride, float* partial) const {
-    const int64_t depth = padded_depth<E>(rows);
-    E* transposed = scratch<E>(kSmall, rank_ * depth);
-    kernels_.transpose_rows(narrow, width_, rows, rank_, transposed);
-    E* staged = scratch<E>(kStaged, depth * kPanel);
+    const int64_t depth = padded_depth<E>(rows), pitch = tile_pitch<E>(rows);
+    E* transposed = scratch<E>(kSmall, rank_ * pitch);
+    for_tiles(kernels_, rank_, [&](int64_t i, int height) {
+      kernels_.transpose_tile(narrow + i, width_, rows, height, transposed + i * pitch);
+    });
+    const RowOperand<E> a{transposed, pitch};
+    E* staged = scratch<E>(kStagedPanel, depth * kPanel);
     for (int64_t panel = first; panel < last; ++panel) {
-      kernels_.stage_panel(wide + panel * kPanel, ld, rows, columns(size, panel), bits ? bits + panel - first : nullptr,
-                           bits_stride, staged);
-      multiply_block(kernels_, {transposed, depth}, rank_, staged, depth, partial + panel * rank_ * kPanel, true);
+      const T* src = wide + panel * kPanel;
+      const E* b = staged;
+      int64_t ldb = kPanel;
+      if (std::is_same_v<E, float> && std::is_same_v<T, float> && !bits && columns(size, panel) == kPanel)
+        b = reinterpret_cast<const E*>(src), ldb = ld;
+      else
+        kernels_.stage_panel(src, ld, rows, columns(size, panel), bits ? bits + panel - first : nullptr, bits_stride, staged);
+      float* sums = partial + panel * rank_ * kPanel;
+      for_tiles(kernels_, rank_, [&](int64_t i, int height) {
+        const Term<E> term{a.at(i, height, 0), a.ld, b, ldb, depth, nullptr, 0};
+        kernels_.multiply(&term, 1, height, sums + i * kPanel, true);
+      });
     }
   }
 
   // dx (rows, panels): the masked low-rank term, then dy W on top.
-  void gradient_of_x(int64_t m0, int64_t rows, int64_t first, int64_t last, const uint32_t* bits,
+  void gradient_of_x(int64_t m0, int64_t rows, RowOperand<E> dy, int64_t first, int64_t last, const uint32_t* bits,
                      int64_t bits_stride) const {
     if (!p_.dx) return;
-    const int64_t k = p_.shape.k, n = p_.shape.n;
-    E* scaled = scratch<E>(kSmall, rows * d_.depth());
-    float* factors = scratch<float>(kTile, width_);
+    const int64_t k = p_.shape.k;
+    float* factors = scratch<float>(kFactors, width_);
     column_factors(p_.adapters, p_.dropout.keep_scale(), factors);
-    kernels_.scale_rows(grad_p_ + m0 * width_, rows, width_, factors, scaled);
-
-    RowOperand<E> a{};
-    if (p_.packed) a = row_operand(kernels_, dy(m0), p_.lddy, rows, n, nullptr, 0);
-    const int64_t depth = padded_depth<E>(n);
-    const E* packed = static_cast<const E*>(p_.packed);
-    float* c = scratch<float>(kPanelB, rows * kPanel);
+    const RowOperand<E> scaled = scaled_operand(kernels_, grad_p_ + m0 * width_, rows, width_, factors);
+    float* c = scratch<float>(kTiles, rows * kPanel);
     for (int64_t panel = first; panel < last; ++panel) {
-      multiply_block(kernels_, {scaled, d_.depth()}, rows, d_.panel(panel), d_.depth(), c, false);
-      if (width_ == 0) std::fill_n(c, rows * kPanel, 0.0f);
-      if (bits) kernels_.apply_mask(c, static_cast<int>(rows), bits + panel - first, bits_stride);
-      if (packed) multiply_block(kernels_, a, rows, packed + panel * depth * kPanel, depth, c, true);
-      const int64_t offset = m0 * k + panel * kPanel;
-      kernels_.store_tile(c, static_cast<int>(rows), columns(k, panel), nullptr,
-                          p_.base ? static_cast<const T*>(p_.base) + offset : nullptr, static_cast<T*>(p_.dx) + offset, k);
+      const int64_t x0 = m0 * k + panel * kPanel;
+      const auto store = [&](int64_t i, int height, const float* tile) {
+        kernels_.store_tile(tile, height, columns(k, panel), nullptr,
+                            p_.base ? static_cast<const T*>(p_.base) + x0 + i * k : nullptr,
+                            static_cast<T*>(p_.dx) + x0 + i * k, k);
+      };
+      const auto fetch = [&](int64_t i, int height) {
+        fetch_tile(static_cast<T*>(p_.dx) + x0 + i * k, k, height, columns(k, panel));
+      };
+      multiply_block(kernels_, scaled, d_, dy, w_, panel, rows, bits ? bits + panel - first : nullptr, bits_stride, c,
+                     fetch, store);
     }
   }
 
@@ -216,7 +229,7 @@ class Backward {
   const int64_t rank_, directions_, width_;
   const Blocks blocks_;
   const int64_t n_panels_, k_panels_, words_;
-  const PackedAdapters<T, E> q_, d_;
+  const Panels<E> q_, d_, w_;
   float *grad_p_, *partial_b_, *partial_a_, *partial_bias_, *partial_sigma_;
 };
 

@@ -14,7 +14,7 @@ namespace loradash::cpu {
 // --- scratch ---------------------------------------------------------------------------------------------------------
 
 // Memory that a thread keeps between calls: allocating megabytes in every call costs a page fault per 4 KB.
-enum Slot { kPackedD, kPackedQ, kGradP, kPartials, kBits, kStaged, kSmall, kTile, kPanelB, kSlots };
+enum Slot { kPackedD, kPackedQ, kGradP, kPartials, kBits, kStaged, kStagedPanel, kSmall, kFactors, kTiles, kSlots };
 
 template <typename X>
 X* scratch(Slot slot, int64_t count) {
@@ -47,10 +47,10 @@ struct Blocks {
   int64_t split_begin(int64_t split) const { return count * split / splits; }
 };
 
-// A block of A stays in L2 while the panels of B pass: 1 MB of bf16; fp32, four times slower per byte, may use L3.
+// A block of A stays in L2 while the panels of B pass: 512 KB of bf16; fp32, slower per byte, may use L3.
 template <typename E>
 Blocks cut_rows(int64_t m, int64_t depth, int tile_rows) {
-  constexpr int64_t kMaxRows = 256, kMaxSplits = 16, kBytes = sizeof(E) == 2 ? 1 << 20 : 4 << 20;
+  constexpr int64_t kMaxRows = 256, kMaxSplits = 16, kBytes = sizeof(E) == 2 ? 1 << 19 : 4 << 20;
   const int64_t fit = std::clamp<int64_t>(kBytes / (sizeof(E) * std::max<int64_t>(depth, 1)), 4 * tile_rows, kMaxRows);
   const int64_t rows = fit / tile_rows * tile_rows, count = ceil_div(m, rows);
   return {m, rows, count, std::min(count, kMaxSplits)};
@@ -66,71 +66,89 @@ void for_tiles(const K& kernels, int64_t rows, const F& body) {
 
 // --- operands --------------------------------------------------------------------------------------------------------
 
-// A block of rows as the left operand of a product: memory itself where it will do, else a staged copy.
+// A block of rows as the left operand of a product: memory itself where it will do, else staged tiles. The tile that
+// starts at row i is at data + i * ld, steps of depth are `step` apart for a tile of so many rows.
 template <typename E>
 struct RowOperand {
   const E* data;
   int64_t ld;
+
+  const E* at(int64_t row, int height, int64_t d) const {
+    return data + row * ld + d * (sizeof(E) == 2 ? 1 : height);
+  }
 };
 
 template <typename T, typename E>
 RowOperand<E> row_operand(const Kernels<T, E>& kernels, const T* src, int64_t ld, int64_t rows, int64_t k,
                           const uint32_t* bits, int64_t bits_stride) {
-  if constexpr (std::is_same_v<T, E>)
+  if constexpr (std::is_same_v<E, bf16>)  // read row by row: T is bf16 too
     if (!bits && k % kDepthStep<E> == 0) return {src, ld};
-  const int64_t padded = padded_depth<E>(k);
-  E* staged = scratch<E>(kStaged, rows * padded);
-  kernels.stage_rows(src, ld, static_cast<int>(rows), k, bits, bits_stride, staged);
-  return {staged, padded};
+  const int64_t pitch = tile_pitch<E>(k);
+  E* staged = scratch<E>(kStaged, rows * pitch);
+  for_tiles(kernels, rows, [&](int64_t i, int height) {
+    kernels.stage_tile(src + i * ld, ld, height, k, bits ? bits + i * bits_stride : nullptr, bits_stride,
+                       staged + i * pitch);
+  });
+  return {staged, pitch};
 }
 
-// A packed matrix of fp32 blocks, built once per call; zero where no block is put.
+// The block of rows (rows, R) of P or G, times one factor a column.
 template <typename T, typename E>
-class PackedAdapters {
- public:
-  PackedAdapters(const Kernels<T, E>& kernels, Slot slot, int64_t depth, int64_t columns)
-      : kernels_(kernels), depth_(padded_depth<E>(depth)) {
-    const int64_t count = depth_ * ceil_div(columns, kPanel) * kPanel;
-    data_ = scratch<E>(slot, count);
-    std::fill_n(data_, count, E{});
-  }
-  void put(const float* src, int64_t stride_d, int64_t stride_c, int64_t depth, int64_t columns, int64_t d0, int64_t c0) {
-    kernels_.pack_block(src, stride_d, stride_c, depth, columns, depth_, d0, c0, data_);
-  }
-  const E* panel(int64_t index) const { return data_ + index * depth_ * kPanel; }
-  int64_t depth() const { return depth_; }
+RowOperand<E> scaled_operand(const Kernels<T, E>& kernels, const float* src, int64_t rows, int64_t width,
+                             const float* factors) {
+  const int64_t pitch = tile_pitch<E>(width);
+  E* staged = scratch<E>(kSmall, rows * pitch);
+  for_tiles(kernels, rows, [&](int64_t i, int height) {
+    kernels.scale_tile(src + i * width, height, width, factors, staged + i * pitch);
+  });
+  return {staged, pitch};
+}
 
- private:
-  const Kernels<T, E>& kernels_;
-  int64_t depth_;
-  E* data_;
+// The right operand of a product: panels of equal depth, one after the other.
+template <typename E>
+struct Panels {
+  const E* data;
+  int64_t depth;
+
+  const E* at(int64_t panel) const { return data + panel * depth * kPanel; }
 };
 
-// D = [A; Vt] with depth K (for x D^T) or depth R (for G D); Q = [B | U] with depth R (for P Q^T) or N (for dy Q).
-template <typename T, typename E>
-PackedAdapters<T, E> pack_d(const Kernels<T, E>& kernels, const Adapters& a, int64_t k, bool depth_is_k) {
-  PackedAdapters<T, E> packed(kernels, kPackedD, depth_is_k ? k : a.width(), depth_is_k ? a.width() : k);
-  if (depth_is_k) {
-    packed.put(a.lora_a, 1, k, k, a.rank, 0, 0);
-    packed.put(a.dash_vt, 1, k, k, a.directions, 0, a.rank);
-  } else {
-    packed.put(a.lora_a, k, 1, a.rank, k, 0, 0);
-    packed.put(a.dash_vt, k, 1, a.directions, k, a.rank, 0);
-  }
-  return packed;
+template <typename E>
+E* zeroed_panels(Slot slot, int64_t depth, int64_t columns) {
+  const int64_t count = depth * ceil_div(columns, kPanel) * kPanel;
+  E* data = scratch<E>(slot, count);
+  std::fill_n(data, count, E{});
+  return data;
 }
 
+// D = [A; Vt] as right operand with depth K (for x D^T) or depth R (for G D), packed once per call.
 template <typename T, typename E>
-PackedAdapters<T, E> pack_q(const Kernels<T, E>& kernels, const Adapters& a, int64_t n, bool depth_is_n) {
-  PackedAdapters<T, E> packed(kernels, kPackedQ, depth_is_n ? n : a.width(), depth_is_n ? a.width() : n);
-  if (depth_is_n) {
-    packed.put(a.lora_b, a.rank, 1, n, a.rank, 0, 0);
-    packed.put(a.dash_u, a.directions, 1, n, a.directions, 0, a.rank);
+Panels<E> pack_d(const Kernels<T, E>& kernels, const Adapters& a, int64_t k, bool depth_is_k) {
+  const int64_t columns = depth_is_k ? a.width() : k, depth = padded_depth<E>(depth_is_k ? k : a.width());
+  E* data = zeroed_panels<E>(kPackedD, depth, columns);
+  if (depth_is_k) {
+    kernels.pack_block(a.lora_a, 1, k, k, a.rank, depth, 0, 0, data);
+    kernels.pack_block(a.dash_vt, 1, k, k, a.directions, depth, 0, a.rank, data);
   } else {
-    packed.put(a.lora_b, 1, a.rank, a.rank, n, 0, 0);
-    packed.put(a.dash_u, 1, a.directions, a.directions, n, a.rank, 0);
+    kernels.pack_block(a.lora_a, k, 1, a.rank, k, depth, 0, 0, data);
+    kernels.pack_block(a.dash_vt, k, 1, a.directions, k, depth, a.rank, 0, data);
   }
-  return packed;
+  return {data, depth};
+}
+
+// Q = [B | U] as right operand with depth R (for P Q^T) or depth N (for dy Q).
+template <typename T, typename E>
+Panels<E> pack_q(const Kernels<T, E>& kernels, const Adapters& a, int64_t n, bool depth_is_n) {
+  const int64_t columns = depth_is_n ? a.width() : n, depth = padded_depth<E>(depth_is_n ? n : a.width());
+  E* data = zeroed_panels<E>(kPackedQ, depth, columns);
+  if (depth_is_n) {
+    kernels.pack_block(a.lora_b, a.rank, 1, n, a.rank, depth, 0, 0, data);
+    kernels.pack_block(a.dash_u, a.directions, 1, n, a.directions, depth, 0, a.rank, data);
+  } else {
+    kernels.pack_block(a.lora_b, 1, a.rank, a.rank, n, depth, 0, 0, data);
+    kernels.pack_block(a.dash_u, 1, a.directions, a.directions, n, depth, a.rank, 0, data);
+  }
+  return {data, depth};
 }
 
 // c = [scaling * 1_r ; dash_sigma] * factor, in a caller's array of R.
@@ -141,33 +159,63 @@ inline void column_factors(const Adapters& a, float factor, float* c) {
 
 // --- products --------------------------------------------------------------------------------------------------------
 
-// Depth of one pass over a panel. 512 rows of bf16 pairs (32 KB) stay in L1 while the tiles of a block pass over them;
-// the fp32 product is not bound by loads and runs through.
+// Depth of one pass over a panel: 256 rows of bf16 (16 KB) stay in L1 while the tiles of a block pass over them; fp32
+// panels stream from L2.
 template <typename E>
-constexpr int64_t kDepthBlock = sizeof(E) == 2 ? 512 : int64_t{1} << 40;
+constexpr int64_t kDepthBlock = sizeof(E) == 2 ? 256 : 1024;
 
-// c (rows, kPanel) = (accumulate ? c : 0) + a (rows, depth) * panel.
-template <typename T, typename E>
-void multiply_block(const Kernels<T, E>& kernels, RowOperand<E> a, int64_t rows, const E* panel, int64_t depth, float* c,
-                    bool accumulate) {
-  for (int64_t d = 0; d < depth; d += kDepthBlock<E>) {
+// Fetches the lines of a tile of the output while its product is computed: a store to a line that is not in L1 waits.
+template <typename T>
+void fetch_tile(const T* dst, int64_t ld, int rows, int columns) {
+  for (int i = 0; i < rows; ++i)
+    for (int j = 0; j < columns; j += 64 / static_cast<int>(sizeof(T))) __builtin_prefetch(dst + i * ld + j, 1);
+}
+
+// The low-rank and the base term of a block of rows and a panel, the former masked by `bits` if there are any:
+// c = mask * (low_a low_b) + base_a base_b, a tile at a time; finish(i, height, c) takes each, and prepare(i, height) is called
+// when its last pass begins. `c` has room for the block.
+// While the tiles of a block pass over a part of the base panel, each fetches its share of the part that follows.
+template <typename T, typename E, typename Prepare, typename Finish>
+void multiply_block(const Kernels<T, E>& kernels, RowOperand<E> low_a, Panels<E> low_b, RowOperand<E> base_a,
+                    Panels<E> base_b, int64_t panel, int64_t rows, const uint32_t* bits, int64_t bits_stride, float* c,
+                    const Prepare& prepare, const Finish& finish) {
+  const int64_t depth = base_b.depth, tiles = ceil_div(rows, kernels.tile_rows);
+  const bool one_pass = depth <= kDepthBlock<E>;  // then the first tile of c serves all
+  const int64_t next_step = ceil_div(kPanel * static_cast<int64_t>(sizeof(E)), tiles);
+  for (int64_t d = 0; d == 0 || d < depth; d += kDepthBlock<E>) {
     const int64_t width = std::min(kDepthBlock<E>, depth - d);
+    const E* part = base_b.at(panel) + d * kPanel;
+    const char* next = reinterpret_cast<const char*>(part + width * kPanel);
     for_tiles(kernels, rows, [&](int64_t i, int height) {
-      kernels.multiply(a.data + i * a.ld + d, a.ld, height, panel + d * kPanel, width, c + i * kPanel,
-                       accumulate || d > 0);
+      float* tile = one_pass ? c : c + i * kPanel;
+      const Term<E> terms[2] = {{low_a.at(i, height, 0), low_a.ld, low_b.at(panel), kPanel, low_b.depth, nullptr, 0},
+                                {base_a.at(i, height, d), base_a.ld, part, kPanel, width, next, next_step}};
+      next += width * next_step;
+      if (d + width == depth) prepare(i, height);
+      if (d > 0) {
+        kernels.multiply(terms + 1, 1, height, tile, true);
+      } else if (bits) {
+        kernels.multiply(terms, 1, height, tile, false);
+        kernels.apply_mask(tile, height, bits + i * bits_stride, bits_stride);
+        if (width > 0) kernels.multiply(terms + 1, 1, height, tile, true);
+      } else {
+        kernels.multiply(terms, 2, height, tile, false);
+      }
+      if (d + width == depth) finish(i, height, tile);
     });
   }
 }
 
-// out (rows, columns) = a * packed * factor, for the narrow products x D^T and dy Q.
+// out (rows, columns) = a * b * factor, for the narrow products x D^T and dy Q.
 template <typename T, typename E>
-void multiply_narrow(const Kernels<T, E>& kernels, RowOperand<E> a, int64_t rows, const PackedAdapters<T, E>& packed,
-                     int64_t columns, float factor, float* out) {
+void multiply_narrow(const Kernels<T, E>& kernels, RowOperand<E> a, int64_t rows, Panels<E> b, int64_t columns,
+                     float factor, float* out) {
   alignas(64) float c[kMaxTile * kPanel];
   for (int64_t j = 0; j < columns; j += kPanel) {
     const int64_t width = std::min<int64_t>(kPanel, columns - j);
     for_tiles(kernels, rows, [&](int64_t i, int height) {
-      kernels.multiply(a.data + i * a.ld, a.ld, height, packed.panel(j / kPanel), packed.depth(), c, false);
+      const Term<E> term{a.at(i, height, 0), a.ld, b.at(j / kPanel), kPanel, b.depth, nullptr, 0};
+      kernels.multiply(&term, 1, height, c, false);
       for (int r = 0; r < height; ++r)
         for (int64_t l = 0; l < width; ++l) out[(i + r) * columns + j + l] = c[r * kPanel + l] * factor;
     });

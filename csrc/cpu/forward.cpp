@@ -17,7 +17,8 @@ class Forward {
         blocks_(cut_rows<E>(params.shape.m, params.shape.k, kernels_.tile_rows)),
         panels_(ceil_div(params.shape.n, kPanel)),
         d_(pack_d(kernels_, params.adapters, params.shape.k, true)),
-        q_(pack_q(kernels_, params.adapters, params.shape.n, false)) {}
+        q_(pack_q(kernels_, params.adapters, params.shape.n, false)),
+        w_{static_cast<const E*>(params.packed), params.packed ? padded_depth<E>(params.shape.k) : 0} {}
 
   void run(const ThreadPool& pool) const {
     if (blocks_.count >= pool.threads) {  // a block at a time: x is still in L2 when its base product starts
@@ -40,55 +41,52 @@ class Forward {
   }
 
  private:
-  // P (rows, R) = dropout(x) D^T: the mask is drawn in registers and x staged a tile at a time.
+  // P (rows, R) = dropout(x) D^T, a tile of x at a time.
   void down(int64_t m0, int64_t rows) const {
     if (width_ == 0) return;
     const int64_t k = p_.shape.k, words = ceil_div(k, 32);
-    const Dropout& dropout = p_.dropout;
     uint32_t* bits = nullptr;
-    if (dropout.active()) {
+    if (p_.dropout.active()) {
       bits = scratch<uint32_t>(kBits, rows * words);
-      kernels_.dropout_bits(dropout, m0, rows, 0, k, bits, words);
+      kernels_.dropout_bits(p_.dropout, m0, rows, 0, k, bits, words);
     }
     for_tiles(kernels_, rows, [&](int64_t i, int height) {
       const RowOperand<E> a =
-          row_operand(kernels_, x() + (m0 + i) * p_.ldx, p_.ldx, height, k, bits ? bits + i * words : nullptr, words);
-      multiply_narrow(kernels_, a, height, d_, width_, dropout.keep_scale(), p_.p + (m0 + i) * width_);
+          row_operand(kernels_, x(m0 + i), p_.ldx, height, k, bits ? bits + i * words : nullptr, words);
+      multiply_narrow(kernels_, a, height, d_, width_, p_.dropout.keep_scale(), p_.p + (m0 + i) * width_);
     });
   }
 
   // y (rows, panels) = base product, rank columns, bias.
   void up(int64_t m0, int64_t rows, int64_t first, int64_t last) const {
-    const auto [m, k, n] = p_.shape;
-    E* scaled = scratch<E>(kSmall, rows * q_.depth());
-    float* factors = scratch<float>(kTile, width_);
+    const int64_t n = p_.shape.n;
+    float* factors = scratch<float>(kFactors, width_);
     column_factors(p_.adapters, 1.0f, factors);
-    kernels_.scale_rows(p_.p + m0 * width_, rows, width_, factors, scaled);
-
+    const RowOperand<E> scaled = scaled_operand(kernels_, p_.p + m0 * width_, rows, width_, factors);
     RowOperand<E> a{};
-    if (p_.packed) a = row_operand(kernels_, x() + m0 * p_.ldx, p_.ldx, rows, k, nullptr, 0);
-    const int64_t depth = padded_depth<E>(k);
-    float* c = scratch<float>(kPanelB, rows * kPanel);
+    if (p_.packed) a = row_operand(kernels_, x(m0), p_.ldx, rows, p_.shape.k, nullptr, 0);
+    float* c = scratch<float>(kTiles, rows * kPanel);
     for (int64_t panel = first; panel < last; ++panel) {
-      if (p_.packed) multiply_block(kernels_, a, rows, packed() + panel * depth * kPanel, depth, c, false);
-      multiply_block(kernels_, {scaled, q_.depth()}, rows, q_.panel(panel), q_.depth(), c, p_.packed && depth > 0);
-      if (width_ == 0 && !(p_.packed && depth > 0)) std::fill_n(c, rows * kPanel, 0.0f);
-      const int64_t n0 = panel * kPanel;
-      const T* base = p_.base ? static_cast<const T*>(p_.base) + m0 * n + n0 : nullptr;
-      kernels_.store_tile(c, static_cast<int>(rows), static_cast<int>(std::min<int64_t>(kPanel, n - n0)),
-                          p_.bias ? p_.bias + n0 : nullptr, base, static_cast<T*>(p_.y) + m0 * n + n0, n);
+      const int64_t n0 = panel * kPanel, y0 = m0 * n + n0;
+      const int columns = static_cast<int>(std::min<int64_t>(kPanel, n - n0));
+      const auto store = [&](int64_t i, int height, const float* tile) {
+        kernels_.store_tile(tile, height, columns, p_.bias ? p_.bias + n0 : nullptr,
+                            p_.base ? static_cast<const T*>(p_.base) + y0 + i * n : nullptr,
+                            static_cast<T*>(p_.y) + y0 + i * n, n);
+      };
+      const auto fetch = [&](int64_t i, int height) { fetch_tile(static_cast<T*>(p_.y) + y0 + i * n, n, height, columns); };
+      multiply_block(kernels_, scaled, q_, a, w_, panel, rows, nullptr, 0, c, fetch, store);
     }
   }
 
-  const T* x() const { return static_cast<const T*>(p_.x); }
-  const E* packed() const { return static_cast<const E*>(p_.packed); }
+  const T* x(int64_t m) const { return static_cast<const T*>(p_.x) + m * p_.ldx; }
 
   const ForwardParams& p_;
   const Kernels<T, E>& kernels_;
   const int64_t width_;
   const Blocks blocks_;
   const int64_t panels_;
-  const PackedAdapters<T, E> d_, q_;
+  const Panels<E> d_, q_, w_;
 };
 
 }  // namespace

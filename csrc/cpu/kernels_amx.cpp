@@ -27,7 +27,7 @@ void release_tiles() { _tile_release(); }
 
 // C tiles 0 1 / 2 3, A tiles 4 / 5, B tiles 6 7: each loaded tile enters two products.
 template <bool kTwoRows>
-inline void multiply_full(const bf16* a, int64_t lda, const bf16* b, int64_t depth, float* c, bool accumulate) {
+inline void multiply_full(const Term<bf16>* terms, int count, float* c, bool accumulate) {
   constexpr int kStride = kPanel * 4;
   float* c2 = c + kTile * kPanel;
   if (accumulate) {
@@ -45,17 +45,23 @@ inline void multiply_full(const bf16* a, int64_t lda, const bf16* b, int64_t dep
       _tile_zero(3);
     }
   }
-  const bf16* a2 = a + kTile * lda;
-  for (int64_t d = 0; d < depth; d += 32) {
-    _tile_loadd(6, b + d * kPanel, 2 * kPanel * 2);
-    _tile_loadd(4, a + d, lda * 2);
-    _tile_dpbf16ps(0, 4, 6);
-    _tile_loadd(7, b + d * kPanel + kPanel, 2 * kPanel * 2);
-    _tile_dpbf16ps(1, 4, 7);
-    if (kTwoRows) {
-      _tile_loadd(5, a2 + d, lda * 2);
-      _tile_dpbf16ps(2, 5, 6);
-      _tile_dpbf16ps(3, 5, 7);
+  for (int t = 0; t < count; ++t) {
+    const Term<bf16>& term = terms[t];
+    const bf16 *a = term.a, *a2 = a + kTile * term.lda, *b = term.b;
+    const int64_t lda = term.lda;
+    for (int64_t d = 0; d < term.depth; d += 32) {
+      _tile_loadd(6, b + d * kPanel, 2 * kPanel * 2);
+      _tile_loadd(4, a + d, lda * 2);
+      _tile_dpbf16ps(0, 4, 6);
+      for (int64_t line = 0; line < 32 * term.next_step; line += 64)
+        __builtin_prefetch(term.next + d * term.next_step + line, 0, 2);
+      _tile_loadd(7, b + d * kPanel + kPanel, 2 * kPanel * 2);
+      _tile_dpbf16ps(1, 4, 7);
+      if (kTwoRows) {
+        _tile_loadd(5, a2 + d, lda * 2);
+        _tile_dpbf16ps(2, 5, 6);
+        _tile_dpbf16ps(3, 5, 7);
+      }
     }
   }
   _tile_stored(0, c, kStride);
@@ -67,28 +73,33 @@ inline void multiply_full(const bf16* a, int64_t lda, const bf16* b, int64_t dep
 }
 
 // A tile with missing rows: those of A would be read and those of C written beyond their ends, so both are staged.
-void multiply_tail(const bf16* a, int64_t lda, int rows, const bf16* b, int64_t depth, float* c, bool accumulate) {
+void multiply_tail(const Term<bf16>* terms, int count, int rows, float* c, bool accumulate) {
   alignas(64) static thread_local bf16 tail_a[2 * kTile * kTailDepth];
   alignas(64) static thread_local float tail_c[2 * kTile * kPanel];
-  const int64_t step = smaller(depth, kTailDepth);
-  __builtin_memset(tail_a, 0, sizeof(bf16) * 2 * kTile * step);
   __builtin_memset(tail_c, 0, sizeof(tail_c));
   if (accumulate) __builtin_memcpy(tail_c, c, sizeof(float) * rows * kPanel);
-  for (int64_t d = 0; d < depth; d += step) {
-    const int64_t width = smaller(step, depth - d);
-    for (int i = 0; i < rows; ++i) __builtin_memcpy(tail_a + i * step, a + i * lda + d, sizeof(bf16) * width);
-    if (rows > kTile)
-      multiply_full<true>(tail_a, step, b + d * kPanel, width, tail_c, true);
-    else
-      multiply_full<false>(tail_a, step, b + d * kPanel, width, tail_c, true);
+  for (int t = 0; t < count; ++t) {
+    const Term<bf16>& term = terms[t];
+    const int64_t step = smaller(term.depth, kTailDepth);
+    __builtin_memset(tail_a, 0, sizeof(bf16) * 2 * kTile * step);
+    for (int64_t d = 0; d < term.depth; d += step) {
+      const int64_t width = smaller(step, term.depth - d);
+      for (int i = 0; i < rows; ++i)
+        __builtin_memcpy(tail_a + i * step, term.a + i * term.lda + d, sizeof(bf16) * width);
+      const Term<bf16> part{tail_a, step, term.b + d * kPanel, kPanel, width, nullptr, 0};
+      if (rows > kTile)
+        multiply_full<true>(&part, 1, tail_c, true);
+      else
+        multiply_full<false>(&part, 1, tail_c, true);
+    }
   }
   __builtin_memcpy(c, tail_c, sizeof(float) * rows * kPanel);
 }
 
-void multiply_tiles(const bf16* a, int64_t lda, int rows, const bf16* b, int64_t depth, float* c, bool accumulate) {
-  if (rows == 2 * kTile) return multiply_full<true>(a, lda, b, depth, c, accumulate);
-  if (rows == kTile) return multiply_full<false>(a, lda, b, depth, c, accumulate);
-  multiply_tail(a, lda, rows, b, depth, c, accumulate);
+void multiply_tiles(const Term<bf16>* terms, int count, int rows, float* c, bool accumulate) {
+  if (rows == 2 * kTile) return multiply_full<true>(terms, count, c, accumulate);
+  if (rows == kTile) return multiply_full<false>(terms, count, c, accumulate);
+  multiply_tail(terms, count, rows, c, accumulate);
 }
 
 }  // namespace

@@ -96,7 +96,7 @@ constexpr int kTileVecs = 2;
 constexpr int kPrefetchDepth = 16;  // rows of B ahead: panels stream from L2
 
 template <int kRows>
-void multiply_rows(const float* a, int64_t lda, const float* b, int64_t depth, float* c, bool accumulate) {
+void multiply_rows(const Term<float>* terms, int count, float* c, bool accumulate) {
   for (int j = 0; j < kPanel; j += kTileVecs * kLanes) {
     VecF sum[kRows][kTileVecs];
 #pragma GCC unroll 16
@@ -104,15 +104,20 @@ void multiply_rows(const float* a, int64_t lda, const float* b, int64_t depth, f
 #pragma GCC unroll 2
       for (int v = 0; v < kTileVecs; ++v)
         sum[i][v] = accumulate ? *reinterpret_cast<VecF*>(c + i * kPanel + j + v * kLanes) : VecF{};
-    for (int64_t d = 0; d < depth; ++d) {
-      const float* row = b + d * kPanel + j;
-      const VecF b0 = *reinterpret_cast<const VecF*>(row), b1 = *reinterpret_cast<const VecF*>(row + kLanes);
-      __builtin_prefetch(row + kPrefetchDepth * kPanel);
-      if (kLanes == 16) __builtin_prefetch(row + kPrefetchDepth * kPanel + kLanes);
+    for (int t = 0; t < count; ++t) {
+      const Term<float>& term = terms[t];
+      const float *a = term.a, *row = term.b + j;
+      const char* next = term.next;
+      for (int64_t d = 0; d < term.depth; ++d, a += kRows, row += term.ldb, next += term.next_step) {
+        const VecF b0 = *reinterpret_cast<const VecF*>(row), b1 = *reinterpret_cast<const VecF*>(row + kLanes);
+        __builtin_prefetch(row + kPrefetchDepth * kPanel);
+        if (kLanes == 16) __builtin_prefetch(row + kPrefetchDepth * kPanel + kLanes);
+        __builtin_prefetch(next, 0, 2);
 #pragma GCC unroll 16
-      for (int i = 0; i < kRows; ++i) {
-        sum[i][0] += a[i * lda + d] * b0;
-        sum[i][1] += a[i * lda + d] * b1;
+        for (int i = 0; i < kRows; ++i) {
+          sum[i][0] += a[i] * b0;
+          sum[i][1] += a[i] * b1;
+        }
       }
     }
 #pragma GCC unroll 16
@@ -123,9 +128,9 @@ void multiply_rows(const float* a, int64_t lda, const float* b, int64_t depth, f
 }
 
 template <int kRows = kTileRows>
-void multiply_fp32(const float* a, int64_t lda, int rows, const float* b, int64_t depth, float* c, bool accumulate) {
-  if (rows == kRows) return multiply_rows<kRows>(a, lda, b, depth, c, accumulate);
-  if constexpr (kRows > 1) multiply_fp32<kRows - 1>(a, lda, rows, b, depth, c, accumulate);
+void multiply_fp32(const Term<float>* terms, int count, int rows, float* c, bool accumulate) {
+  if (rows == kRows) return multiply_rows<kRows>(terms, count, c, accumulate);
+  if constexpr (kRows > 1) multiply_fp32<kRows - 1>(terms, count, rows, c, accumulate);
 }
 
 // --- staging: memory (T) to operands (E) -----------------------------------------------------------------------------
@@ -137,19 +142,98 @@ inline E kept(T x, uint32_t word, int lane) {
   return (word >> lane & 1) ? convert<E>(x) : E{};
 }
 
+// dst[j] = bit j of word ? src[j] : 0, j < 32
 template <typename T, typename E>
-void stage_rows(const T* src, int64_t ld, int rows, int64_t k, const uint32_t* bits, int64_t bits_stride, E* dst) {
-  const int64_t padded = padded_depth<E>(k);
-  for (int i = 0; i < rows; ++i, src += ld, dst += padded) {
-    for (int64_t j0 = 0; j0 < k; j0 += 32) {
-      const uint32_t word = bits ? bits[i * bits_stride + j0 / 32] : ~0u;
-      if (j0 + 32 <= k) {
-        for (int j = 0; j < 32; ++j) dst[j0 + j] = kept<E>(src[j0 + j], word, j);
-      } else {
-        for (int j = 0; j < k - j0; ++j) dst[j0 + j] = kept<E>(src[j0 + j], word, j);
-      }
+inline void keep_32(const T* src, uint32_t word, E* dst) {
+  for (int j = 0; j < kPanel; ++j) dst[j] = kept<E>(src[j], word, j);
+}
+// dst[2 j + h] = row h kept by word h: one pair row of a bf16 panel
+template <typename T, typename E>
+inline void keep_pairs(const T* const row[2], const uint32_t word[2], E* dst) {
+  for (int j = 0; j < kPanel; ++j)
+    for (int h = 0; h < 2; ++h) dst[2 * j + h] = kept<E>(row[h][j], word[h], j);
+}
+#if LORADASH_VECTOR_BYTES == 64
+template <>
+inline void keep_32(const float* src, uint32_t word, float* dst) {
+  _mm512_storeu_ps(dst, _mm512_maskz_loadu_ps(static_cast<__mmask16>(word), src));
+  _mm512_storeu_ps(dst + 16, _mm512_maskz_loadu_ps(static_cast<__mmask16>(word >> 16), src + 16));
+}
+template <>
+inline void keep_32(const bf16* src, uint32_t word, bf16* dst) {
+  _mm512_storeu_si512(dst, _mm512_maskz_loadu_epi16(word, src));
+}
+template <>
+inline void keep_pairs(const bf16* const row[2], const uint32_t word[2], bf16* dst) {
+  const __m512i even = _mm512_maskz_loadu_epi16(word[0], row[0]), odd = _mm512_maskz_loadu_epi16(word[1], row[1]);
+  // 32-bit lanes of pairs in order: low and high 16-bit words of (even, odd), unpacked per 128 bits and put in order.
+  const __m512i low = _mm512_unpacklo_epi16(even, odd), high = _mm512_unpackhi_epi16(even, odd);
+  const __m512i first = _mm512_setr_epi64(0, 1, 8, 9, 2, 3, 10, 11), second = _mm512_setr_epi64(4, 5, 12, 13, 6, 7, 14, 15);
+  _mm512_storeu_si512(dst, _mm512_permutex2var_epi64(low, first, high));
+  _mm512_storeu_si512(dst + kPanel, _mm512_permutex2var_epi64(low, second, high));
+}
+#endif
+
+// Position of (row i, depth d) in a tile of a left operand.
+template <typename E>
+inline int64_t tile_offset(int rows, int64_t pitch, int64_t i, int64_t d) {
+  return sizeof(E) == 2 ? i * pitch + d : d * rows + i;
+}
+
+// 32 columns of an fp32 tile, transposed: dst[j * rows + i] = row i kept by word i.
+template <typename T>
+inline void transpose_32(const T* src, int64_t ld, int rows, const uint32_t* bits, int64_t bits_stride, float* dst) {
+  float block[kTileRows][kPanel];
+  for (int i = 0; i < rows; ++i) keep_32(src + i * ld, bits ? bits[i * bits_stride] : ~0u, block[i]);
+  for (int j = 0; j < kPanel; ++j)
+    for (int i = 0; i < rows; ++i) dst[j * rows + i] = block[i][j];
+}
+#if LORADASH_VECTOR_BYTES == 64
+template <>
+inline void transpose_32(const float* src, int64_t ld, int rows, const uint32_t* bits, int64_t bits_stride, float* dst) {
+  const __mmask16 lanes = static_cast<__mmask16>((1u << rows) - 1);
+  for (int half = 0; half < 2; ++half) {
+    __m512 r[16], t[16];
+    for (int i = 0; i < 16; ++i) {
+      const uint32_t word = i >= rows ? 0 : bits ? bits[i * bits_stride] : ~0u;
+      r[i] = _mm512_maskz_loadu_ps(static_cast<__mmask16>(word >> 16 * half), src + (i < rows ? i : 0) * ld + 16 * half);
     }
-    for (int64_t j = k; j < padded; ++j) dst[j] = E{};
+    // 16x16: within 128-bit lanes by pairs and quadruples of rows, then whole lanes.
+    for (int i = 0; i < 16; i += 2) {
+      t[i] = _mm512_unpacklo_ps(r[i], r[i + 1]);
+      t[i + 1] = _mm512_unpackhi_ps(r[i], r[i + 1]);
+    }
+    for (int i = 0; i < 16; i += 4)
+      for (int h = 0; h < 2; ++h) {
+        r[i + 2 * h] = _mm512_shuffle_ps(t[i + h], t[i + 2 + h], 0x44);
+        r[i + 2 * h + 1] = _mm512_shuffle_ps(t[i + h], t[i + 2 + h], 0xee);
+      }
+    for (int c = 0; c < 4; ++c) {
+      const __m512 a = _mm512_shuffle_f32x4(r[c], r[c + 4], 0x44), b = _mm512_shuffle_f32x4(r[c], r[c + 4], 0xee);
+      const __m512 d = _mm512_shuffle_f32x4(r[c + 8], r[c + 12], 0x44), e = _mm512_shuffle_f32x4(r[c + 8], r[c + 12], 0xee);
+      t[c] = _mm512_shuffle_f32x4(a, d, 0x88), t[c + 4] = _mm512_shuffle_f32x4(a, d, 0xdd);
+      t[c + 8] = _mm512_shuffle_f32x4(b, e, 0x88), t[c + 12] = _mm512_shuffle_f32x4(b, e, 0xdd);
+    }
+    for (int j = 0; j < 16; ++j) _mm512_mask_storeu_ps(dst + (16 * half + j) * rows, lanes, t[j]);
+  }
+}
+#endif
+
+template <typename T, typename E>
+void stage_tile(const T* src, int64_t ld, int rows, int64_t k, const uint32_t* bits, int64_t bits_stride, E* dst) {
+  const int64_t padded = padded_depth<E>(k), pitch = tile_pitch<E>(k), full = k / kPanel * kPanel;
+  if constexpr (sizeof(E) == 4) {
+    for (int64_t j = 0; j < full; j += kPanel)
+      transpose_32(src + j, ld, rows, bits ? bits + j / kPanel : nullptr, bits_stride, dst + j * rows);
+  } else {
+    for (int i = 0; i < rows; ++i)
+      for (int64_t j = 0; j < full; j += kPanel)
+        keep_32(src + i * ld + j, bits ? bits[i * bits_stride + j / kPanel] : ~0u, dst + i * pitch + j);
+  }
+  for (int i = 0; i < rows; ++i) {
+    const uint32_t word = bits && full < k ? bits[i * bits_stride + full / kPanel] : ~0u;
+    for (int64_t j = full; j < padded; ++j)
+      dst[tile_offset<E>(rows, pitch, i, j)] = j < k ? kept<E>(src[i * ld + j], word, static_cast<int>(j - full)) : E{};
   }
 }
 
@@ -161,21 +245,23 @@ template <typename T, typename E>
 void stage_panel(const T* src, int64_t ld, int64_t rows, int columns, const uint32_t* bits, int64_t bits_stride, E* dst) {
   constexpr int kPair = sizeof(E) == 2 ? 2 : 1;
   const int64_t padded = padded_depth<E>(rows);
+  T partial[kPair][kPanel] = {};  // rows of a panel that is not full
   for (int64_t d = 0; d < padded; d += kPair, dst += kPair * kPanel) {
     const T* row[kPair];
     uint32_t word[kPair];
     for (int h = 0; h < kPair; ++h) {
       const bool inside = d + h < rows;
       row[h] = inside ? src + (d + h) * ld : kZeroRow<T>;
-      word[h] = !inside ? 0 : bits ? bits[(d + h) * bits_stride] : ~0u;
+      word[h] = inside && bits ? bits[(d + h) * bits_stride] : ~0u;
+      if (columns < kPanel && inside) {
+        for (int j = 0; j < columns; ++j) partial[h][j] = row[h][j];
+        row[h] = partial[h];
+      }
     }
-    if (columns == kPanel) {
-      for (int j = 0; j < kPanel; ++j)
-        for (int h = 0; h < kPair; ++h) dst[j * kPair + h] = kept<E>(row[h][j], word[h], j);
-    } else {
-      for (int j = 0; j < kPanel; ++j)
-        for (int h = 0; h < kPair; ++h) dst[j * kPair + h] = j < columns ? kept<E>(row[h][j], word[h], j) : E{};
-    }
+    if constexpr (kPair == 2)
+      keep_pairs(row, word, dst);
+    else
+      keep_32(row[0], word[0], dst);
   }
 }
 
@@ -205,51 +291,55 @@ void column_sums(const T* src, int64_t ld, int64_t rows, int columns, float* sum
 
 void apply_mask(float* c, int rows, const uint32_t* bits, int64_t bits_stride) {
   for (int i = 0; i < rows; ++i) {
-    const uint32_t word = bits[i * bits_stride];
-    for (int j = 0; j < kPanel; ++j) c[i * kPanel + j] = (word >> j & 1) ? c[i * kPanel + j] : 0.0f;
+    float* row = c + i * kPanel;
+    keep_32(row, bits[i * bits_stride], row);
   }
 }
 
-template <typename T, int kColumns>
-inline void store_row(const float* c, int columns, const float* bias, const T* base, T* dst) {
-  const int n = kColumns ? kColumns : columns;
-  float row[kPanel];
-  for (int j = 0; j < n; ++j) row[j] = c[j];
-  if (bias)
-    for (int j = 0; j < n; ++j) row[j] += bias[j];
-  if (base)
-    for (int j = 0; j < n; ++j) row[j] += load(base[j]);
-  for (int j = 0; j < n; ++j) dst[j] = round_to<T>(row[j]);
+// dst = c, 32 columns
+template <typename T>
+inline void store_32(const float* c, T* dst) {
+  for (int j = 0; j < kPanel; ++j) dst[j] = round_to<T>(c[j]);
 }
+#if defined(__AVX512BF16__)
+template <>
+inline void store_32(const float* c, bf16* dst) {
+  _mm512_storeu_si512(dst, (__m512i)_mm512_cvtne2ps_pbh(_mm512_loadu_ps(c + 16), _mm512_loadu_ps(c)));
+}
+#endif
 
 template <typename T>
 void store_tile(const float* c, int rows, int columns, const float* bias, const T* base, T* dst, int64_t ld) {
-  for (int i = 0; i < rows; ++i, c += kPanel, dst += ld, base = base ? base + ld : base) {
+  for (int i = 0; i < rows; ++i, c += kPanel, dst += ld) {
+    if (columns == kPanel && !bias && !base) {
+      store_32(c, dst);
+      continue;
+    }
+    float row[kPanel] = {};
+    for (int j = 0; j < columns; ++j) row[j] = c[j] + (bias ? bias[j] : 0.0f) + (base ? load(base[i * ld + j]) : 0.0f);
     if (columns == kPanel)
-      store_row<T, kPanel>(c, columns, bias, base, dst);
+      store_32(row, dst);
     else
-      store_row<T, 0>(c, columns, bias, base, dst);
+      for (int j = 0; j < columns; ++j) dst[j] = round_to<T>(row[j]);
   }
 }
 
 // --- small operands from fp32 ----------------------------------------------------------------------------------------
 
 template <typename E>
-void scale_rows(const float* src, int64_t rows, int64_t columns, const float* factor, E* dst) {
-  const int64_t padded = padded_depth<E>(columns);
-  for (int64_t i = 0; i < rows; ++i, src += columns, dst += padded) {
-    for (int64_t j = 0; j < columns; ++j) dst[j] = round_to<E>(src[j] * factor[j]);
-    for (int64_t j = columns; j < padded; ++j) dst[j] = E{};
-  }
+void scale_tile(const float* src, int rows, int64_t columns, const float* factor, E* dst) {
+  const int64_t padded = padded_depth<E>(columns), pitch = tile_pitch<E>(columns);
+  for (int i = 0; i < rows; ++i)
+    for (int64_t j = 0; j < padded; ++j)
+      dst[tile_offset<E>(rows, pitch, i, j)] = j < columns ? round_to<E>(src[i * columns + j] * factor[j]) : E{};
 }
 
 template <typename E>
-void transpose_rows(const float* src, int64_t ld, int64_t rows, int64_t columns, E* dst) {
-  const int64_t padded = padded_depth<E>(rows);
-  for (int64_t j = 0; j < columns; ++j, dst += padded) {
-    for (int64_t i = 0; i < rows; ++i) dst[i] = round_to<E>(src[i * ld + j]);
-    for (int64_t i = rows; i < padded; ++i) dst[i] = E{};
-  }
+void transpose_tile(const float* src, int64_t ld, int64_t rows, int columns, E* dst) {
+  const int64_t padded = padded_depth<E>(rows), pitch = tile_pitch<E>(rows);
+  for (int64_t d = 0; d < padded; ++d)
+    for (int i = 0; i < columns; ++i)
+      dst[tile_offset<E>(columns, pitch, i, d)] = d < rows ? round_to<E>(src[d * ld + i]) : E{};
 }
 
 template <typename E>
@@ -352,7 +442,7 @@ void dropout_bits(const Dropout& dropout, int64_t row, int64_t rows, int64_t k_b
 
 template <typename T, typename E>
 constexpr Kernels<T, E> make_table(const char* name, bool fuses_base, int tile_rows, bool even_tiles,
-                                   void (*multiply)(const E*, int64_t, int, const E*, int64_t, float*, bool),
+                                   void (*multiply)(const Term<E>*, int, int, float*, bool),
                                    void (*enter)() = no_setup, void (*leave)() = no_setup) {
   return {name,
           fuses_base,
@@ -361,14 +451,14 @@ constexpr Kernels<T, E> make_table(const char* name, bool fuses_base, int tile_r
           enter,
           leave,
           multiply,
-          stage_rows<T, E>,
+          stage_tile<T, E>,
           stage_panel<T, E>,
           stage_transposed<T, E>,
           column_sums<T>,
           apply_mask,
           store_tile<T>,
-          scale_rows<E>,
-          transpose_rows<E>,
+          scale_tile<E>,
+          transpose_tile<E>,
           pack_block<E>,
           dropout_bits};
 }
