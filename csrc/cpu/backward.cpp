@@ -143,28 +143,32 @@ class Backward {
   }
 
   // partial (panel, r, 32) += narrow (rows, R)[:, :r]^T wide (rows, 32), for panels first to last. Bits from `first` on.
+  // A few rows at a time: a panel is 128 bytes of each, and more rows than the TLB has pages would miss on every one.
   void gradient_of_factor(const float* narrow, int64_t rows, const T* wide, int64_t ld, int64_t size, int64_t first,
                           int64_t last, const uint32_t* bits, int64_t bits_stride, float* partial) const {
-    const int64_t depth = padded_depth<E>(rows), pitch = tile_pitch<E>(rows);
+    constexpr int64_t kRows = 64;
+    const int64_t pitch = tile_pitch<E>(kRows);
     E* transposed = scratch<E>(kSmall, rank_ * pitch);
-    for_tiles(kernels_, rank_, [&](int64_t i, int height) {
-      kernels_.transpose_tile(narrow + i, width_, rows, height, transposed + i * pitch);
-    });
     const RowOperand<E> a{transposed, pitch};
-    E* staged = scratch<E>(kStagedPanel, depth * kPanel);
-    for (int64_t panel = first; panel < last; ++panel) {
-      const T* src = wide + panel * kPanel;
-      const E* b = staged;
-      int64_t ldb = kPanel;
-      if (std::is_same_v<E, float> && std::is_same_v<T, float> && !bits && columns(size, panel) == kPanel)
-        b = reinterpret_cast<const E*>(src), ldb = ld;
-      else
-        kernels_.stage_panel(src, ld, rows, columns(size, panel), bits ? bits + panel - first : nullptr, bits_stride, staged);
-      float* sums = partial + panel * rank_ * kPanel;
+    E* staged = scratch<E>(kStagedPanel, kRows * kPanel);
+    for (int64_t m = 0; m < rows; m += kRows) {
+      const int64_t count = std::min(kRows, rows - m), depth = padded_depth<E>(count);
       for_tiles(kernels_, rank_, [&](int64_t i, int height) {
-        const Term<E> term{a.at(i, height, 0), a.ld, b, ldb, depth, nullptr, 0};
-        kernels_.multiply(&term, 1, height, sums + i * kPanel, true);
+        kernels_.transpose_tile(narrow + m * width_ + i, width_, count, height, pitch, transposed + i * pitch);
       });
+      for (int64_t panel = first; panel < last; ++panel) {
+        const T* src = wide + m * ld + panel * kPanel;
+        const uint32_t* words = bits ? bits + m * bits_stride + panel - first : nullptr;
+        Term<E> term{nullptr, a.ld, staged, kPanel, depth, nullptr, 0};
+        if constexpr (std::is_same_v<T, E> && std::is_same_v<E, float>)
+          if (!words && columns(size, panel) == kPanel) term.b = src, term.ldb = ld;  // rows of memory will do
+        if (term.b == staged) kernels_.stage_panel(src, ld, count, columns(size, panel), words, bits_stride, staged);
+        float* sums = partial + panel * rank_ * kPanel;
+        for_tiles(kernels_, rank_, [&](int64_t i, int height) {
+          term.a = a.at(i, height, 0);
+          kernels_.multiply(&term, 1, height, sums + i * kPanel, true);
+        });
+      }
     }
   }
 

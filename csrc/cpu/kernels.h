@@ -93,8 +93,8 @@ struct Kernels {
 
   // The small operands, from fp32. A tile of src (rows, columns) * factor, one factor a column.
   void (*scale_tile)(const float* src, int rows, int64_t columns, const float* factor, E* dst);
-  // A tile of src^T: its rows are `columns` columns of src, its depth runs over the rows of src.
-  void (*transpose_tile)(const float* src, int64_t ld, int64_t rows, int columns, E* dst);
+  // A tile of src^T: its rows are `columns` columns of src, its depth runs over the rows of src. pitch: bf16 only.
+  void (*transpose_tile)(const float* src, int64_t ld, int64_t rows, int columns, int64_t pitch, E* dst);
   // Packed B(d0 + d, c0 + j) = src[d * stride_d + j * stride_c], in a matrix that was zero.
   void (*pack_block)(const float* src, int64_t stride_d, int64_t stride_c, int64_t depth, int64_t columns,
                      int64_t depth_padded, int64_t d0, int64_t c0, E* dst);

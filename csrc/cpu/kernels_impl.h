@@ -110,8 +110,8 @@ void multiply_rows(const Term<float>* terms, int count, float* c, bool accumulat
       const char* next = term.next;
       for (int64_t d = 0; d < term.depth; ++d, a += kRows, row += term.ldb, next += term.next_step) {
         const VecF b0 = *reinterpret_cast<const VecF*>(row), b1 = *reinterpret_cast<const VecF*>(row + kLanes);
-        __builtin_prefetch(row + kPrefetchDepth * kPanel);
-        if (kLanes == 16) __builtin_prefetch(row + kPrefetchDepth * kPanel + kLanes);
+        __builtin_prefetch(row + kPrefetchDepth * term.ldb);
+        if (kLanes == 16) __builtin_prefetch(row + kPrefetchDepth * term.ldb + kLanes);
         __builtin_prefetch(next, 0, 2);
 #pragma GCC unroll 16
         for (int i = 0; i < kRows; ++i) {
@@ -335,8 +335,8 @@ void scale_tile(const float* src, int rows, int64_t columns, const float* factor
 }
 
 template <typename E>
-void transpose_tile(const float* src, int64_t ld, int64_t rows, int columns, E* dst) {
-  const int64_t padded = padded_depth<E>(rows), pitch = tile_pitch<E>(rows);
+void transpose_tile(const float* src, int64_t ld, int64_t rows, int columns, int64_t pitch, E* dst) {
+  const int64_t padded = padded_depth<E>(rows);
   for (int64_t d = 0; d < padded; ++d)
     for (int i = 0; i < columns; ++i)
       dst[tile_offset<E>(columns, pitch, i, d)] = d < rows ? round_to<E>(src[d * ld + i]) : E{};
