@@ -20,7 +20,7 @@ class Backward {
         rank_(params.adapters.rank),
         directions_(params.adapters.directions),
         width_(rank_ + directions_),
-        blocks_(cut_rows<E>(params.shape.m, std::max(params.shape.n, params.shape.k), kernels_.tile_rows)),
+        blocks_(cut_rows<E>(params.shape.m, std::max(params.shape.n, params.shape.k))),
         n_panels_(ceil_div(params.shape.n, kPanel)),
         k_panels_(ceil_div(params.shape.k, kPanel)),
         words_(ceil_div(params.shape.k, 32)),

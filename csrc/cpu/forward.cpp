@@ -14,7 +14,7 @@ class Forward {
       : p_(params),
         kernels_(*kernels<T, E>()),
         width_(params.adapters.width()),
-        blocks_(cut_rows<E>(params.shape.m, params.shape.k, kernels_.tile_rows)),
+        blocks_(cut_rows<E>(params.shape.m, params.shape.k)),
         panels_(ceil_div(params.shape.n, kPanel)),
         d_(pack_d(kernels_, params.adapters, params.shape.k, true)),
         q_(pack_q(kernels_, params.adapters, params.shape.n, false)),
