@@ -1,0 +1,25 @@
+"""Constants and pure functions that every backend shares."""
+
+from __future__ import annotations
+
+import torch
+
+PHILOX_STEPS = 65536
+"""Dropout probabilities are multiples of 1 / 65536: 16 random bits an element."""
+
+
+def dropout_threshold(p: float) -> int:
+    """The 16-bit threshold below which an element is dropped. `p` is a probability in [0, 1); ValueError otherwise."""
+    if not 0.0 <= p < 1.0:
+        raise ValueError(f"dropout_p must be in [0, 1), got {p}")
+    return min(round(p * PHILOX_STEPS), PHILOX_STEPS - 1)
+
+
+def keep_scale(threshold: int) -> float:
+    """1 / (1 - p) for the p that the threshold stands for."""
+    return PHILOX_STEPS / (PHILOX_STEPS - threshold)
+
+
+def accumulator(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of sums, of P and of gradients before they are rounded: float64 for float64, else float32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32

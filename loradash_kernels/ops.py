@@ -1,0 +1,244 @@
+"""Operators of the `loradash` namespace: schemas, allocation and the choice of a backend.
+
+One schema per operator, here and nowhere else. `allocate_*` serves the real and the fake implementation alike, so their
+shapes, dtypes and strides agree by construction. A backend fills what it is given.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from . import _extension, reference
+from .config import accumulator
+
+LIBRARY = torch.library.Library("loradash", "DEF")
+
+_ADAPTERS = "Tensor lora_a, Tensor lora_b, Tensor? dash_u, Tensor? dash_vt, Tensor? dash_sigma"
+_OPTIONS = "Tensor? seed, float scaling, int threshold"
+
+LIBRARY.define(
+    f"dash_linear(Tensor x, Tensor weight, Tensor? bias, {_ADAPTERS}, {_OPTIONS}, str? backend) -> (Tensor y, Tensor p)"
+)
+LIBRARY.define(
+    f"low_rank_update(Tensor y, Tensor x, {_ADAPTERS}, {_OPTIONS}, str? backend) -> (Tensor out, Tensor p)"
+)
+LIBRARY.define(
+    f"dash_linear_backward(Tensor dy, Tensor x, Tensor? weight, {_ADAPTERS}, Tensor p, {_OPTIONS}, bool[] needs, "
+    "str? backend) -> (Tensor dx, Tensor da, Tensor db_lora, Tensor dsigma, Tensor dbias)"
+)
+
+# --- backends --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Backend:
+    """A set of kernels: why it cannot run at all, why it cannot take this x, and its two entry points."""
+
+    name: str
+    missing: Callable[[], str | None]
+    refuses: Callable[[Tensor], str | None]
+    forward: Callable[..., None]
+    backward: Callable[..., None]
+
+
+_CPU_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def _cpu_refuses(x: Tensor) -> str | None:
+    if x.device.type != "cpu":
+        return f"x is on {x.device}"
+    if x.dtype not in _CPU_DTYPES:
+        return f"x is {x.dtype}, the compiled kernels take float32, bfloat16 and float16"
+    return None
+
+
+def _cpu_forward(*args: object) -> None:
+    torch.ops.loradash_cpu.forward(*args)
+
+
+def _cpu_backward(*args: object) -> None:
+    torch.ops.loradash_cpu.backward(*args)
+
+
+BACKENDS = (
+    Backend(
+        "cpu",
+        lambda: _extension.missing_reason,
+        _cpu_refuses,
+        torch.ops.loradash_cpu.forward.default if _extension.is_compiled() else _cpu_forward,
+        torch.ops.loradash_cpu.backward.default if _extension.is_compiled() else _cpu_backward,
+    ),
+    Backend("reference", lambda: None, lambda x: None, reference.forward, reference.backward),
+)
+"""In order of preference."""
+
+
+@dataclass(frozen=True)
+class BackendChoice:
+    """Which backend a call takes, and for every other one why not."""
+
+    backend: str
+    reasons: dict[str, str]
+
+    def __str__(self) -> str:
+        return "\n".join([f"{self.backend}: runs", *(f"{name}: {reason}" for name, reason in self.reasons.items())])
+
+
+def _reason_against(backend: Backend, x: Tensor) -> str | None:
+    return backend.missing() or backend.refuses(x)
+
+
+def pick_backend(x: Tensor, requested: str | None = None) -> Backend:
+    """The backend for x: the requested one, or the first that takes it.
+
+    Raises ValueError for an unknown name and RuntimeError when the requested backend cannot run.
+    """
+    if requested is None:
+        return next(b for b in BACKENDS if _reason_against(b, x) is None)
+    for backend in BACKENDS:
+        if backend.name == requested:
+            reason = _reason_against(backend, x)
+            if reason is not None:
+                raise RuntimeError(f"backend={requested!r} cannot run: {reason}")
+            return backend
+    raise ValueError(f"backend must be one of {[b.name for b in BACKENDS]}, got {requested!r}")
+
+
+def explain_backend(x: Tensor, backend: str | None = None) -> BackendChoice:
+    """Which backend a call with this x takes, and why not the others. Shapes do not matter, device and dtype do."""
+    chosen = pick_backend(x, backend)
+    reasons = {
+        b.name: _reason_against(b, x) or (f"{chosen.name} was asked for" if backend else f"{chosen.name} comes first")
+        for b in BACKENDS
+        if b is not chosen
+    }
+    return BackendChoice(chosen.name, reasons)
+
+
+def available_backends() -> dict[str, str | None]:
+    """Every backend by name, with None where it can run here, else the reason why it cannot."""
+    return {b.name: b.missing() for b in BACKENDS}
+
+
+# --- allocation, shared by real and fake -----------------------------------------------------------------------------
+
+
+def allocate_forward(x: Tensor, out_features: int, width: int) -> tuple[Tensor, Tensor]:
+    """y (M, N) in the dtype of x, P (M, R) in the accumulator's."""
+    m = x.shape[0]
+    return x.new_empty((m, out_features)), x.new_empty((m, width), dtype=accumulator(x.dtype))
+
+
+def allocate_backward(
+    x: Tensor, lora_a: Tensor, lora_b: Tensor, directions: int, needs: list[bool]
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """dx, da, db_lora, dsigma, dbias; those not needed are empty (0,). All but dx in the accumulator's dtype."""
+    wide = accumulator(x.dtype)
+    shapes = (x.shape, lora_a.shape, lora_b.shape, (directions,), (lora_b.shape[0],))
+    dtypes = (x.dtype, wide, wide, wide, wide)
+    out = [x.new_empty(s if n else (0,), dtype=t) for s, t, n in zip(shapes, dtypes, needs, strict=True)]
+    return out[0], out[1], out[2], out[3], out[4]
+
+
+def directions_of(dash_sigma: Tensor | None) -> int:
+    return 0 if dash_sigma is None else dash_sigma.shape[0]
+
+
+# --- implementations -------------------------------------------------------------------------------------------------
+
+
+def dash_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    dash_u: Tensor | None,
+    dash_vt: Tensor | None,
+    dash_sigma: Tensor | None,
+    seed: Tensor | None,
+    scaling: float,
+    threshold: int,
+    backend: str | None,
+) -> tuple[Tensor, Tensor]:
+    y, p = allocate_forward(x, weight.shape[0], lora_a.shape[0] + directions_of(dash_sigma))
+    run = pick_backend(x, backend).forward
+    run(x, weight, bias, lora_a, lora_b, dash_u, dash_vt, dash_sigma, seed, scaling, threshold, None, y, p)
+    return y, p
+
+
+def low_rank_update(
+    y: Tensor,
+    x: Tensor,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    dash_u: Tensor | None,
+    dash_vt: Tensor | None,
+    dash_sigma: Tensor | None,
+    seed: Tensor | None,
+    scaling: float,
+    threshold: int,
+    backend: str | None,
+) -> tuple[Tensor, Tensor]:
+    out, p = allocate_forward(x, lora_b.shape[0], lora_a.shape[0] + directions_of(dash_sigma))
+    run = pick_backend(x, backend).forward
+    run(x, None, None, lora_a, lora_b, dash_u, dash_vt, dash_sigma, seed, scaling, threshold, y, out, p)
+    return out, p
+
+
+def dash_linear_backward(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    dash_u: Tensor | None,
+    dash_vt: Tensor | None,
+    dash_sigma: Tensor | None,
+    p: Tensor,
+    seed: Tensor | None,
+    scaling: float,
+    threshold: int,
+    needs: list[bool],
+    backend: str | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    grads = allocate_backward(x, lora_a, lora_b, directions_of(dash_sigma), needs)
+    out = [g if n else None for g, n in zip(grads, needs, strict=True)]
+    run = pick_backend(x, backend).backward
+    run(dy, x, weight, lora_a, lora_b, dash_u, dash_vt, dash_sigma, p, seed, scaling, threshold, *out)
+    return grads
+
+
+def _fake_dash_linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None, lora_a: Tensor, lora_b: Tensor, dash_u: Tensor | None,
+    dash_vt: Tensor | None, dash_sigma: Tensor | None, *options: object,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    return allocate_forward(x, weight.shape[0], lora_a.shape[0] + directions_of(dash_sigma))
+
+
+def _fake_low_rank_update(
+    y: Tensor, x: Tensor, lora_a: Tensor, lora_b: Tensor, dash_u: Tensor | None, dash_vt: Tensor | None,
+    dash_sigma: Tensor | None, *options: object,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    return allocate_forward(x, lora_b.shape[0], lora_a.shape[0] + directions_of(dash_sigma))
+
+
+def _fake_backward(
+    dy: Tensor, x: Tensor, weight: Tensor | None, lora_a: Tensor, lora_b: Tensor, dash_u: Tensor | None,
+    dash_vt: Tensor | None, dash_sigma: Tensor | None, p: Tensor, seed: Tensor | None, scaling: float, threshold: int,
+    needs: list[bool], backend: str | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    return allocate_backward(x, lora_a, lora_b, directions_of(dash_sigma), needs)
+
+
+for _name, _real, _fake in (
+    ("dash_linear", dash_linear, _fake_dash_linear),
+    ("low_rank_update", low_rank_update, _fake_low_rank_update),
+    ("dash_linear_backward", dash_linear_backward, _fake_backward),
+):
+    LIBRARY.impl(_name, _real, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"loradash::{_name}", _fake, lib=LIBRARY)
