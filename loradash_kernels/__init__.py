@@ -4,17 +4,34 @@ LoRA-Dash: Si et al., "Unleashing the Power of Task-Specific Directions in Param
 """
 
 from ._version import __version__
+from .directions import (
+    ChangeRates,
+    Directions,
+    change_rates,
+    direction_accuracy,
+    direction_recall,
+    task_specific_directions,
+)
 from .functional import dash_linear, low_rank_update
 from .ops import BackendChoice, available_backends, explain_backend
+from .svd import Triplets, batched_randomized_svd
 from .weights import enable_packed_weights, packed_weight_bytes
 
 __all__ = [
     "BackendChoice",
+    "ChangeRates",
+    "Directions",
+    "Triplets",
     "__version__",
     "available_backends",
+    "batched_randomized_svd",
+    "change_rates",
     "dash_linear",
+    "direction_accuracy",
+    "direction_recall",
     "enable_packed_weights",
     "explain_backend",
     "low_rank_update",
     "packed_weight_bytes",
+    "task_specific_directions",
 ]
