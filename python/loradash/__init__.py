@@ -1,0 +1,38 @@
+"""LoRA-Dash for PyTorch models: a drop-in module, its schedule, checkpoints and export.
+
+    model = apply_dash(model, DashConfig(r=8, directions=8))
+    schedule = DashSchedule(model)
+    ...  # after every optimizer.step():
+    schedule.step()
+    save_adapter(model, "adapter")
+"""
+
+from loradash_kernels import __version__
+
+from .checkpoint import AdapterError, export_lora, load_adapter, save_adapter
+from .config import DashConfig
+from .inject import apply_dash, dash_layers, dash_only, dash_state, disable, merge, summary, unmerge
+from .linear import DashLinear
+from .prelaunch import LayerReport, prelaunch
+from .schedule import DashSchedule
+
+__all__ = [
+    "AdapterError",
+    "DashConfig",
+    "DashLinear",
+    "DashSchedule",
+    "LayerReport",
+    "__version__",
+    "apply_dash",
+    "dash_layers",
+    "dash_only",
+    "dash_state",
+    "disable",
+    "export_lora",
+    "load_adapter",
+    "merge",
+    "prelaunch",
+    "save_adapter",
+    "summary",
+    "unmerge",
+]
