@@ -1,0 +1,84 @@
+"""Pictures of a fine-tuning run. Needs matplotlib: `pip install loradash-kernels[plots]`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+BLUE, RED, GREY = "#2b6cb0", "#c53030", "#a0aec0"
+
+
+def _axes(columns: int = 1, width: float = 6.0) -> tuple[Any, Any]:
+    try:
+        import matplotlib
+    except ImportError as error:
+        raise ImportError("pictures need matplotlib: pip install loradash-kernels[plots]") from error
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(1, columns, figsize=(width * columns, 3.6), constrained_layout=True, squeeze=False)
+    for axis in axes[0]:
+        axis.spines[["top", "right"]].set_visible(False)
+    return figure, axes[0]
+
+
+def _save(figure: Any, path: Path) -> Path:
+    from matplotlib import pyplot
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=140)
+    pyplot.close(figure)
+    return path
+
+
+def change_rates(rates: dict[str, tuple[Tensor, Tensor]], path: Path) -> Path:
+    """Change rate by singular index (0: largest σ) for some layers; values are (rate (n,), chosen indices (s,))."""
+    figure, axes = _axes(len(rates), 5.0)
+    for axis, (name, (rate, chosen)) in zip(axes, rates.items(), strict=True):
+        axis.semilogy(range(len(rate)), rate.clamp_min(1e-12), color=GREY, lw=0.8)
+        axis.semilogy(chosen, rate[chosen].clamp_min(1e-12), "o", color=RED, ms=4, label=f"chosen ({len(chosen)})")
+        axis.set(title=name, xlabel="singular index, largest σ first", ylabel="change rate")
+        axis.legend(frameon=False)
+    return _save(figure, path)
+
+
+def loss_curves(losses: dict[str, list[list[float]]], launch: int, path: Path, window: int = 20) -> Path:
+    """Training loss by step, one line a seed, running means; a dotted line where the directions launch."""
+    figure, (axis,) = _axes(width=7)
+    for (name, runs), color in zip(losses.items(), (BLUE, RED, GREY), strict=False):
+        for i, run in enumerate(runs):
+            smooth = [sum(run[max(0, j - window) : j + 1]) / len(run[max(0, j - window) : j + 1]) for j in range(len(run))]
+            axis.plot(smooth, color=color, lw=1, alpha=0.8, label=name if i == 0 else None)
+    axis.axvline(launch, color="k", ls=":", lw=0.8)
+    axis.set(xlabel="optimizer step", ylabel=f"training loss (mean of {window})", yscale="log")
+    axis.legend(frameon=False)
+    return _save(figure, path)
+
+
+def sigma_paths(paths: dict[str, Tensor], path: Path) -> Path:
+    """Δσ of some layers by step; values are (steps, s)."""
+    figure, axes = _axes(len(paths), 5.0)
+    for axis, (name, values) in zip(axes, paths.items(), strict=True):
+        axis.plot(values.numpy(), lw=0.9)
+        axis.set(title=name, xlabel="optimizer step", ylabel="Δσ")
+        axis.axhline(0, color="k", lw=0.5)
+    return _save(figure, path)
+
+
+def ratio_bars(rows: dict[str, dict[str, float]], title: str, path: Path) -> Path:
+    """Time over a frozen nn.Linear: groups of bars; rows: group -> variant -> ratio."""
+    figure, (axis,) = _axes(width=max(7, 1.5 * len(rows)))
+    variants = list(next(iter(rows.values())))
+    width = 0.8 / max(1, len(variants))
+    for i, variant in enumerate(variants):
+        values = [row.get(variant, float("nan")) for row in rows.values()]
+        color = RED if variant == "ours" else None
+        axis.bar([g + i * width for g in range(len(rows))], values, width, label=variant, color=color)
+    axis.axhline(1, color="k", lw=0.6)
+    axis.set_xticks([g + 0.4 - width / 2 for g in range(len(rows))], list(rows), fontsize=7)
+    axis.set(title=title, ylabel="time / frozen nn.Linear")
+    axis.legend(frameon=False, fontsize=7)
+    return _save(figure, path)
