@@ -7,6 +7,7 @@ number of parallel compilations.
 
 import os
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -22,6 +23,13 @@ def flag(name: str, default: bool) -> bool:
 
 def sources(pattern: str) -> list[str]:
     return sorted(str(p.relative_to(ROOT)) for p in (ROOT / "csrc").rglob(pattern))
+
+
+def openmp_flags() -> list[str]:
+    """at::parallel_for is a header that is serial without OpenMP. PyTorch's Linux builds carry GNU's runtime, which only
+    GCC's code calls; nothing is linked here, so that there is one thread pool, PyTorch's."""
+    version = subprocess.run([os.environ.get("CXX", "c++"), "--version"], capture_output=True, text=True).stdout
+    return ["-fopenmp"] if sys.platform == "linux" and "Free Software Foundation" in version else []
 
 
 def missing_part(reason: str) -> dict:
@@ -47,7 +55,7 @@ def extension() -> dict:
 
     cuda_sources = sources("*.cu")
     cuda = bool(cuda_sources) and flag("LORADASH_CUDA", cpp_extension.CUDA_HOME is not None)
-    compile_args = {"cxx": ["-O3", "-std=c++20", "-ffp-contract=fast", "-Wno-psabi"]}
+    compile_args = {"cxx": ["-O3", "-std=c++20", "-ffp-contract=fast", "-Wno-psabi", *openmp_flags()]}
     make = cpp_extension.CUDAExtension if cuda else cpp_extension.CppExtension
     module = make(
         "loradash_kernels._C",

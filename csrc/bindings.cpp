@@ -263,6 +263,11 @@ PYBIND11_MODULE(_C, m) {
   m.def("enable_packed_weights", [](bool on) { packed_weights().enable(on); });
   m.def("packed_weight_bytes", [] { return packed_weights().bytes(); });
   m.def("compiler", [] { return __VERSION__; });
+#ifdef _OPENMP
+  m.attr("parallel") = true;
+#else
+  m.attr("parallel") = false;  // at::parallel_for runs serially without OpenMP
+#endif
 }
 
 }  // namespace loradash
