@@ -3,8 +3,8 @@
 //   d(dash_sigma)_i = sum_m G_s P_s             db = sum_m dy
 //
 // FLOPs: 2 M N K + 2 M (R N + r N + r K + R K). Bytes: dy and x once, dx once, W once per block of rows. Per block of
-// rows: one pass over dy gives G, dB and db while it enters L2; the mask is drawn once, for dA and for dx; the tile of
-// dx starts as the masked low-rank term and the base product is added to it in cache.
+// rows: one pass over dy gives G, dB and db while it enters L2; the mask is drawn once, for dA and for dx; the masked
+// low-rank term joins a tile of dx while it is in cache.
 // Sums over M are taken block after block into at most 16 partial sums, which are then added in order.
 #include "blocking.h"
 
@@ -116,10 +116,12 @@ class Backward {
 
   void gradient_of_sigma(int64_t split, int64_t m0, int64_t rows) const {
     if (!p_.dsigma) return;
-    float* sums = partial_sigma_ + split * directions_;
-    for (int64_t m = m0; m < m0 + rows; ++m)
-      for (int64_t i = 0; i < directions_; ++i)
-        sums[i] += grad_p_[m * width_ + rank_ + i] * p_.p[m * width_ + rank_ + i];
+    for (int64_t i = 0; i < directions_; ++i) {
+      double sum = 0;
+      for (int64_t m = m0; m < m0 + rows; ++m)
+        sum += static_cast<double>(grad_p_[m * width_ + rank_ + i]) * p_.p[m * width_ + rank_ + i];
+      partial_sigma_[split * directions_ + i] += static_cast<float>(sum);
+    }
   }
 
   // partial (panel, r, 32) += P_r^T dy, and column sums of dy
@@ -172,7 +174,7 @@ class Backward {
     }
   }
 
-  // dx (rows, panels): the masked low-rank term, then dy W on top.
+  // dx (rows, panels): dy W and the masked low-rank term.
   void gradient_of_x(int64_t m0, int64_t rows, RowOperand<E> dy, int64_t first, int64_t last, const uint32_t* bits,
                      int64_t bits_stride) const {
     if (!p_.dx) return;

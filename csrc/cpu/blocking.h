@@ -180,7 +180,8 @@ void fetch_tile(const T* dst, int64_t ld, int rows, int columns) {
 }
 
 // The low-rank and the base term of a block of rows and a panel, the former masked by `bits` if there are any:
-// c = mask * (low_a low_b) + base_a base_b, a tile at a time; finish(i, height, c) takes each, and prepare(i, height) is called
+// c = base_a base_b + mask * (low_a low_b), in this order (the rank columns are few and large: a running sum that began
+// with them would round every one of the many small base products at their magnitude), a tile at a time; finish(i, height, c) takes each, and prepare(i, height) is called
 // when its last pass begins. `c` has room for the block.
 // While the tiles of a block pass over a part of the base panel, each fetches its share of the part that follows.
 template <typename T, typename E, typename Prepare, typename Finish>
@@ -196,20 +197,18 @@ void multiply_block(const Kernels<T, E>& kernels, RowOperand<E> low_a, Panels<E>
     const char* next = reinterpret_cast<const char*>(part + width * kPanel);
     for_tiles(kernels, rows, [&](int64_t i, int height) {
       float* tile = one_pass ? c : c + i * kPanel;
-      const Term<E> terms[2] = {{low_a.at(i, height, 0), low_a.ld, low_b.at(panel), kPanel, low_b.depth, nullptr, 0},
-                                {base_a.at(i, height, d), base_a.ld, part, kPanel, width, next, next_step}};
+      const bool last = d + width == depth;
+      const Term<E> terms[2] = {{base_a.at(i, height, d), base_a.ld, part, kPanel, width, next, next_step},
+                                {low_a.at(i, height, 0), low_a.ld, low_b.at(panel), kPanel, low_b.depth, nullptr, 0}};
       next += width * next_step;
-      if (d + width == depth) prepare(i, height);
-      if (d > 0) {
-        kernels.multiply(terms + 1, 1, height, tile, true);
-      } else if (bits) {
-        kernels.multiply(terms, 1, height, tile, false);
-        kernels.apply_mask(tile, height, bits + i * bits_stride, bits_stride);
-        if (width > 0) kernels.multiply(terms + 1, 1, height, tile, true);
-      } else {
-        kernels.multiply(terms, 2, height, tile, false);
+      if (last) prepare(i, height);
+      kernels.multiply(terms, last && !bits ? 2 : 1, height, tile, d > 0);
+      if (last && bits) {
+        alignas(64) float low[kMaxTile * kPanel];
+        kernels.multiply(terms + 1, 1, height, low, false);
+        kernels.add_masked(low, height, bits + i * bits_stride, bits_stride, tile);
       }
-      if (d + width == depth) finish(i, height, tile);
+      if (last) finish(i, height, tile);
     });
   }
 }

@@ -72,7 +72,7 @@ struct Kernels {
   void (*enter)();
   void (*leave)();
 
-  // c (rows, kPanel) = (accumulate ? c : 0) + sum of the terms; c stays in registers from the first to the last.
+  // c (rows, kPanel) = (accumulate ? c : 0) + sum of the terms.
   void (*multiply)(const Term<E>* terms, int count, int rows, float* c, bool accumulate);
 
   // A tile of a left operand, rows <= tile_rows: src (rows, k), dropped elements (bits) and padding zero. bits: one word
@@ -86,8 +86,8 @@ struct Kernels {
   // sums[j] += sum over rows of src[row * ld + j]
   void (*column_sums)(const T* src, int64_t ld, int64_t rows, int columns, float* sums);
 
-  // c = bits ? c : 0, one word of bits a row.
-  void (*apply_mask)(float* c, int rows, const uint32_t* bits, int64_t bits_stride);
+  // c += bits ? term : 0, one word of bits a row.
+  void (*add_masked)(const float* term, int rows, const uint32_t* bits, int64_t bits_stride, float* c);
   // dst = c + bias + base; bias and base may be null.
   void (*store_tile)(const float* c, int rows, int columns, const float* bias, const T* base, T* dst, int64_t ld);
 

@@ -29,6 +29,8 @@ inline VecU multiply_low32(VecU a, VecU b) {
 #endif
 }
 
+inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+
 // --- element types ---------------------------------------------------------------------------------------------------
 
 inline uint32_t float_bits(float x) {
@@ -95,35 +97,41 @@ constexpr int kTileRows = kVectorBytes == 64 ? 14 : 6;
 constexpr int kTileVecs = 2;
 constexpr int kPrefetchDepth = 16;  // rows of B ahead: panels stream from L2
 
+// Sums of this many products are taken in registers and then added to c: the rounding error of one running sum over a
+// depth of thousands would be several times that of a blocked library product.
+constexpr int64_t kSumDepth = 384;
+
 template <int kRows>
 void multiply_rows(const Term<float>* terms, int count, float* c, bool accumulate) {
   for (int j = 0; j < kPanel; j += kTileVecs * kLanes) {
-    VecF sum[kRows][kTileVecs];
-#pragma GCC unroll 16
-    for (int i = 0; i < kRows; ++i)
-#pragma GCC unroll 2
-      for (int v = 0; v < kTileVecs; ++v)
-        sum[i][v] = accumulate ? *reinterpret_cast<VecF*>(c + i * kPanel + j + v * kLanes) : VecF{};
+    bool add = accumulate;
     for (int t = 0; t < count; ++t) {
       const Term<float>& term = terms[t];
       const float *a = term.a, *row = term.b + j;
       const char* next = term.next;
-      for (int64_t d = 0; d < term.depth; ++d, a += kRows, row += term.ldb, next += term.next_step) {
-        const VecF b0 = *reinterpret_cast<const VecF*>(row), b1 = *reinterpret_cast<const VecF*>(row + kLanes);
-        __builtin_prefetch(row + kPrefetchDepth * term.ldb);
-        if (kLanes == 16) __builtin_prefetch(row + kPrefetchDepth * term.ldb + kLanes);
-        __builtin_prefetch(next, 0, 2);
+      for (int64_t left = term.depth; left > 0 || !add; left -= kSumDepth) {
+        VecF sum[kRows][kTileVecs] = {};
+        for (int64_t d = smaller(left, kSumDepth); d > 0; --d, a += kRows, row += term.ldb, next += term.next_step) {
+          const VecF b0 = *reinterpret_cast<const VecF*>(row), b1 = *reinterpret_cast<const VecF*>(row + kLanes);
+          __builtin_prefetch(row + kPrefetchDepth * term.ldb);
+          if (kLanes == 16) __builtin_prefetch(row + kPrefetchDepth * term.ldb + kLanes);
+          __builtin_prefetch(next, 0, 2);
 #pragma GCC unroll 16
-        for (int i = 0; i < kRows; ++i) {
-          sum[i][0] += a[i] * b0;
-          sum[i][1] += a[i] * b1;
+          for (int i = 0; i < kRows; ++i) {
+            sum[i][0] += a[i] * b0;
+            sum[i][1] += a[i] * b1;
+          }
         }
+#pragma GCC unroll 16
+        for (int i = 0; i < kRows; ++i)
+#pragma GCC unroll 2
+          for (int v = 0; v < kTileVecs; ++v) {
+            VecF* out = reinterpret_cast<VecF*>(c + i * kPanel + j + v * kLanes);
+            *out = add ? *out + sum[i][v] : sum[i][v];
+          }
+        add = true;
       }
     }
-#pragma GCC unroll 16
-    for (int i = 0; i < kRows; ++i)
-#pragma GCC unroll 2
-      for (int v = 0; v < kTileVecs; ++v) *reinterpret_cast<VecF*>(c + i * kPanel + j + v * kLanes) = sum[i][v];
   }
 }
 
@@ -134,8 +142,6 @@ void multiply_fp32(const Term<float>* terms, int count, int rows, float* c, bool
 }
 
 // --- staging: memory (T) to operands (E) -----------------------------------------------------------------------------
-
-inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
 template <typename E, typename T>
 inline E kept(T x, uint32_t word, int lane) {
@@ -283,16 +289,22 @@ void stage_transposed(const T* src, int64_t ld, int64_t depth, int columns, E* d
 
 template <typename T>
 void column_sums(const T* src, int64_t ld, int64_t rows, int columns, float* sums) {
-  for (int64_t i = 0; i < rows; ++i)
-    for (int j = 0; j < columns; ++j) sums[j] += load(src[i * ld + j]);
+  constexpr int64_t kGroup = 16;  // summed apart first: the rounding error grows with the groups, not with the rows
+  for (int64_t i0 = 0; i0 < rows; i0 += kGroup) {
+    float group[kPanel] = {};
+    for (int64_t i = i0; i < smaller(i0 + kGroup, rows); ++i)
+      for (int j = 0; j < columns; ++j) group[j] += load(src[i * ld + j]);
+    for (int j = 0; j < columns; ++j) sums[j] += group[j];
+  }
 }
 
 // --- tiles of C ------------------------------------------------------------------------------------------------------
 
-void apply_mask(float* c, int rows, const uint32_t* bits, int64_t bits_stride) {
-  for (int i = 0; i < rows; ++i) {
-    float* row = c + i * kPanel;
-    keep_32(row, bits[i * bits_stride], row);
+void add_masked(const float* term, int rows, const uint32_t* bits, int64_t bits_stride, float* c) {
+  for (int i = 0; i < rows; ++i, term += kPanel, c += kPanel) {
+    float kept[kPanel];
+    keep_32(term, bits[i * bits_stride], kept);
+    for (int j = 0; j < kPanel; ++j) c[j] += kept[j];
   }
 }
 
@@ -455,7 +467,7 @@ constexpr Kernels<T, E> make_table(const char* name, bool fuses_base, int tile_r
           stage_panel<T, E>,
           stage_transposed<T, E>,
           column_sums<T>,
-          apply_mask,
+          add_masked,
           store_tile<T>,
           scale_tile<E>,
           transpose_tile<E>,

@@ -1,0 +1,44 @@
+"""Common fixtures. Tests state no times; large products run on two threads at most."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+from loradash_kernels import available_backends
+
+# Real LoRA factors for judging pre-launch selection; optional.
+FACTORS = Path(
+    os.environ.get(
+        "LORADASH_FACTORS", Path(__file__).parents[2] / "shared" / "data" / "minilm_boolq_lora_r8_step100.safetensors"
+    )
+)
+
+
+@pytest.fixture(autouse=True)
+def _seeded():
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def threads():
+    """Sets the number of threads for one test."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(params=[name for name, reason in available_backends().items() if reason is None])
+def backend(request):
+    """Every backend that can run here."""
+    return request.param
+
+
+@pytest.fixture
+def factors():
+    if not FACTORS.is_file():
+        pytest.skip(f"real LoRA factors are not at {FACTORS}; set LORADASH_FACTORS to a file of them")
+    return FACTORS

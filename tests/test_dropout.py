@@ -1,0 +1,85 @@
+"""The dropout mask: the published Philox, equal bits on every backend, one mask per forward and its backward."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.utils.checkpoint import checkpoint
+
+from loradash_kernels import _extension, dash_linear
+from loradash_kernels.config import dropout_threshold, keep_scale
+from loradash_kernels.reference import dropout_mask, philox_words
+from loradash_kernels.testing import make_case, run
+
+compiled = pytest.mark.skipif(not _extension.is_compiled(), reason="the compiled part is missing")
+
+
+@pytest.mark.parametrize(
+    ("counter", "key", "expected"),
+    [  # known answers of Random123
+        ((0, 0, 0, 0), (0, 0), (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8)),
+        ((0xFFFFFFFF,) * 4, (0xFFFFFFFF,) * 2, (0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD)),
+        (
+            (0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344),
+            (0xA4093822, 0x299F31D0),
+            (0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1),
+        ),
+    ],
+)
+def test_known_answers(counter, key, expected):
+    def signed(low, high):
+        value = low | high << 32
+        return value - 2**64 if value >= 2**63 else value
+
+    seed = torch.tensor([signed(*key), signed(*counter[2:])])
+    words = philox_words(seed, torch.tensor([counter[1]]), torch.tensor([counter[0]]))
+    assert tuple(int(w) for w in words) == expected
+
+
+@compiled
+@pytest.mark.parametrize(("m", "k"), [(1, 1), (3, 31), (40, 64), (7, 1000), (2, 5000)])
+@pytest.mark.parametrize("p", [1e-4, 0.05, 0.5, 0.999])
+def test_same_bits_as_the_reference(m, k, p):
+    seed = torch.randint(-(2**63), 2**63 - 1, (2,), dtype=torch.int64)
+    threshold = dropout_threshold(p)
+    assert torch.equal(torch.ops.loradash_cpu.dropout_mask(seed, threshold, m, k), dropout_mask(seed, threshold, m, k))
+
+
+def test_share_of_kept_elements():
+    seed = torch.tensor([123, -456])
+    for p in (0.05, 0.5):
+        kept = dropout_mask(seed, dropout_threshold(p), 512, 512).double().mean()
+        assert abs(float(kept) - (1 - p)) < 5 * (p * (1 - p)) ** 0.5 / 512
+
+
+def test_probability_is_rounded_and_the_scale_fits():
+    assert dropout_threshold(0.05) == round(0.05 * 65536)
+    assert keep_scale(32768) == 2.0
+    assert dropout_threshold(0.9999999) == 65535
+
+
+def test_seeds_decide(backend):
+    case = make_case(30, 40, 50, dropout_p=0.5)
+    first, again = run(case, backend), run(case, backend)
+    assert all(torch.equal(first[n], again[n]) for n in first)
+    case.seed += 1
+    assert not torch.equal(run(case, backend)["y"], first["y"])
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpoint_recomputes_the_same_mask(backend, reentrant):
+    case = make_case(33, 48, 40, dropout_p=0.3)
+
+    def grads(recompute):
+        torch.manual_seed(7)
+        leaves = {n: None if v is None else v.clone().requires_grad_(n not in ("weight", "dash_u", "dash_vt")) for n, v in case.tensors.items()}
+        x, weight, bias = (leaves.pop(n) for n in ("x", "weight", "bias"))
+
+        def layer(x):
+            return dash_linear(x, weight, bias, dropout_p=0.3, backend=backend, **leaves)
+
+        y = checkpoint(layer, x, use_reentrant=reentrant) if recompute else layer(x)
+        y.square().sum().backward()
+        return [x.grad, *(leaves[n].grad for n in ("lora_a", "lora_b", "dash_sigma"))]
+
+    assert all(torch.equal(p, q) for p, q in zip(grads(True), grads(False), strict=True))
