@@ -23,7 +23,8 @@ from torch import Tensor
 from .svd import Triplets, batched_randomized_svd
 
 METHODS = ("auto", "exact", "randomized")
-TAIL_FRACTION = 12  # the tail route takes the last n / 12 triplets,
+TAIL_FRACTION = 12  # the tail route takes the last n / 12 triplets, at least 32 of them,
+MIN_TAIL = 32
 TAIL_POWER_ITERS = 4  # 4 steps of subspace iteration and 8 columns of oversampling: 99.5% of the top 8 directions
 MIN_TAIL_CONDITION = 300.0  # below, the small end is too flat to be told apart by the tail route
 MAX_RELATIVE_ERROR = 1e-3  # of the smallest σ² from a Gram matrix: eps · condition²
@@ -71,7 +72,7 @@ def change_rates(
         weight: finite, of any rank; a zero σ counts as 0, so its rate is |δ| / eps.
         method: "exact" gives all triplets, "randomized" the `rank` smallest, "auto" the tail where every matrix of the
             batch is graded enough for it, else all.
-        rank: of the tail, max(8, min(N, K) / 12) by default.
+        rank: of the tail, max(32, min(N, K) / 12) by default, bounded by min(N, K).
         generator: of the tail's sketch; a fixed seed by default, so that the same input gives the same directions.
 
     Raises:
@@ -131,7 +132,7 @@ def task_specific_directions(
 
     todo = list(range(w.shape[0]))
     if method == "randomized" or (method == "auto" and _square(w) and todo):
-        tail = _tail(w, max(rank or 0, s, n // TAIL_FRACTION), generator)
+        tail = _tail(w, max(rank or max(MIN_TAIL, n // TAIL_FRACTION), s), generator)
         if method == "randomized":
             todo = settle(todo, tail, "tail", check=False)
         else:
@@ -211,7 +212,7 @@ def _tail(w: Tensor, rank: int | None, generator: torch.Generator | None) -> Tri
     n = min(w.shape[-2:])
     if generator is None:
         generator = torch.Generator(w.device).manual_seed(0)
-    rank = min(n, rank or max(8, n // TAIL_FRACTION))
+    rank = min(n, rank or max(MIN_TAIL, n // TAIL_FRACTION))
     return batched_randomized_svd(w, rank, power_iters=TAIL_POWER_ITERS, generator=generator)
 
 

