@@ -64,7 +64,10 @@ def extension() -> dict:
         define_macros=[("LORADASH_WITH_CUDA", "1")] if cuda else [],
         extra_compile_args=compile_args,
     )
-    return {"ext_modules": [module], "cmdclass": {"build_ext": cpp_extension.BuildExtension.with_options(use_ninja=True)}}
+    return {
+        "ext_modules": [module],
+        "cmdclass": {"build_ext": cpp_extension.BuildExtension.with_options(use_ninja=True)},
+    }
 
 
 setup(**extension())

@@ -16,7 +16,9 @@ import torch
 import loradash_kernels
 
 
-def interleaved(steps: Mapping[str, Callable[[], object]], rounds: int, per_block: int, warm: int = 2) -> dict[str, float]:
+def interleaved(
+    steps: Mapping[str, Callable[[], object]], rounds: int, per_block: int, warm: int = 2
+) -> dict[str, float]:
     """Median seconds of every step: `rounds` rounds of one block each, whose first `warm` calls do not count."""
     times: dict[str, list[float]] = {name: [] for name in steps}
     for round_ in range(rounds + 1):
@@ -33,8 +35,13 @@ def interleaved(steps: Mapping[str, Callable[[], object]], rounds: int, per_bloc
 
 def environment() -> dict[str, str]:
     """Machine, versions and commit."""
-    cpu = next((line.split(":")[1].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")), platform.processor())
-    commit = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, cwd=Path(__file__).parent)
+    cpu = next(
+        (line.split(":")[1].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")),
+        platform.processor(),
+    )
+    commit = subprocess.run(
+        ["git", "describe", "--always", "--dirty"], capture_output=True, text=True, cwd=Path(__file__).parent
+    )
     from loradash_kernels import _extension
 
     isa = "/".join(_extension.compiled().isa(i) for i in range(3)) if _extension.is_compiled() else "reference"

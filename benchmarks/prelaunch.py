@@ -45,14 +45,21 @@ def minilm(factors: Path | None) -> list[Group]:
         b = tensors.get(f"{name}.lora_b", 0.01 * torch.randn(w.shape[0], 8))
         shapes[tuple(w.shape)].append((w, a, b))
     return [
-        (f"MiniLM, {len(g)} of {n}x{k}", *(torch.stack(t) for t in zip(*g, strict=True)), scaling) for (n, k), g in shapes.items()
+        (f"MiniLM, {len(g)} of {n}x{k}", *(torch.stack(t) for t in zip(*g, strict=True)), scaling)
+        for (n, k), g in shapes.items()
     ]
 
 
 def random(count: int, n: int, k: int) -> Group:
     """Gaussian weights: graded at the small end where square (condition number about n), flat where 1:4."""
     title = f"Gaussian, {count} of {n}x{k}"
-    return title, torch.randn(count, n, k) / k**0.5, 0.01 * torch.randn(count, 8, k), 0.01 * torch.randn(count, n, 8), 2.0
+    return (
+        title,
+        torch.randn(count, n, k) / k**0.5,
+        0.01 * torch.randn(count, 8, k),
+        0.01 * torch.randn(count, n, 8),
+        2.0,
+    )
 
 
 def measure(group: Group, rounds: int) -> dict[str, Any]:

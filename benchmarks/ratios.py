@@ -15,13 +15,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from loradash import plots
 from measure import environment, interleaved, write_csv
 from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
-from variants import COMPILED, DENSE, DTYPES, FACTORED, FROZEN, OURS, PEFT, RANK, DIRECTIONS, SHAPES, build
-
-from loradash import plots
+from variants import COMPILED, DENSE, DIRECTIONS, DTYPES, FACTORED, FROZEN, OURS, PEFT, RANK, SHAPES, build
 
 console = Console(width=140)
 
@@ -44,7 +43,12 @@ def layer_rows(names: list[str], rounds: int) -> list[dict[str, Any]]:
 
 
 def print_layers(rows: list[dict[str, Any]], names: list[str]) -> None:
-    table = Table("dtype", "M x K x N", *names, title="forward + backward over a frozen nn.Linear (forward alone), dropout 0.05, r 16, s 8")
+    table = Table(
+        "dtype",
+        "M x K x N",
+        *names,
+        title="forward + backward over a frozen nn.Linear (forward alone), dropout 0.05, r 16, s 8",
+    )
     ours: dict[str, list[float]] = {}
     for dtype in DTYPES:
         for shape in dict.fromkeys(r["shape"] for r in rows if r["dtype"] == dtype):
@@ -53,7 +57,9 @@ def print_layers(rows: list[dict[str, Any]], names: list[str]) -> None:
             ours.setdefault(dtype, []).append(found[OURS]["ratio"])
     console.print(table)
     for dtype, ratios in ours.items():
-        console.print(f"{dtype}: geometric mean of ours {statistics.geometric_mean(ratios):.3f}, worst {max(ratios):.3f}")
+        console.print(
+            f"{dtype}: geometric mean of ours {statistics.geometric_mean(ratios):.3f}, worst {max(ratios):.3f}"
+        )
     saved = Table("variant", *(f"M {m}, K {k}" for m, k, _ in SHAPES), title="bytes saved for backward beside x, fp32")
     for name in names:
         saved.add_row(name, *(f"{r['saved bytes']:,}" for r in rows if r["variant"] == name and r["dtype"] == "fp32"))

@@ -7,11 +7,10 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
+from loradash import DashConfig, DashLinear
 from loradash.baselines import DenseDash, FactoredDash
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
-
-from loradash import DashConfig, DashLinear
 
 SHAPES = ((512, 1024, 1024), (2048, 768, 768), (512, 2048, 2048), (256, 4096, 4096))  # M, K, N
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -76,7 +75,9 @@ def _ours(linear: nn.Linear, dropout: float) -> DashLinear:
     return layer
 
 
-def build(shape: tuple[int, int, int], dtype: torch.dtype, names: Iterable[str] = VARIANTS, dropout: float = DROPOUT) -> dict[str, Case]:
+def build(
+    shape: tuple[int, int, int], dtype: torch.dtype, names: Iterable[str] = VARIANTS, dropout: float = DROPOUT
+) -> dict[str, Case]:
     """Every variant by name, each with its own copy of one linear layer and one input."""
     m, k, n = shape
     torch.manual_seed(0)

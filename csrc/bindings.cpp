@@ -53,11 +53,17 @@ struct AdapterTensors {
   Tensor a, b, u, vt, sigma;
   Adapters params;
 
-  AdapterTensors(const Tensor& lora_a, const Tensor& lora_b, const OptionalTensor& dash_u, const OptionalTensor& dash_vt,
-                 const OptionalTensor& dash_sigma, double scaling)
+  AdapterTensors(const Tensor& lora_a, const Tensor& lora_b, const OptionalTensor& dash_u,
+                 const OptionalTensor& dash_vt, const OptionalTensor& dash_sigma, double scaling)
       : a(fp32(lora_a)), b(fp32(lora_b)), u(fp32(dash_u)), vt(fp32(dash_vt)), sigma(fp32(dash_sigma)) {
-    params = {float_data(a),  float_data(b), float_data(u),                     float_data(vt), float_data(sigma),
-              lora_a.size(0), u.defined() ? u.size(1) : 0, static_cast<float>(scaling)};
+    params = {float_data(a),
+              float_data(b),
+              float_data(u),
+              float_data(vt),
+              float_data(sigma),
+              lora_a.size(0),
+              u.defined() ? u.size(1) : 0,
+              static_cast<float>(scaling)};
   }
 };
 
@@ -115,11 +121,14 @@ class PackedWeights {
     Tensor packed[2];
 
     explicit Entry(const Tensor& weight)
-        : owner(weight.getIntrusivePtr()), data(weight.const_data_ptr()), version(weight._version()), sample(hash(weight)) {}
+        : owner(weight.getIntrusivePtr()),
+          data(weight.const_data_ptr()),
+          version(weight._version()),
+          sample(hash(weight)) {}
 
     bool matches(const Tensor& weight) const {
-      return !owner.expired() && data == weight.const_data_ptr() && version == static_cast<int64_t>(weight._version()) &&
-             sample == hash(weight);
+      return !owner.expired() && data == weight.const_data_ptr() &&
+             version == static_cast<int64_t>(weight._version()) && sample == hash(weight);
     }
 
     // FNV-1a over 32 elements spread over the storage.
@@ -209,8 +218,7 @@ void backward(const Tensor& dy_in, const Tensor& x_in, const OptionalTensor& wei
               const OptionalTensor& dsigma, const OptionalTensor& dbias) {
   const Tensor x = unit_rows(x_in), dy = unit_rows(dy_in);
   const AdapterTensors adapters(lora_a, lora_b, dash_u, dash_vt, dash_sigma, scaling);
-  const Tensor packed =
-      dx ? packed_or_undefined(weight, x.size(0), Direction::kBackward) : Tensor();
+  const Tensor packed = dx ? packed_or_undefined(weight, x.size(0), Direction::kBackward) : Tensor();
   Tensor addend;
   if (dx && weight && !packed.defined()) {
     addend = *dx;
@@ -258,7 +266,9 @@ TORCH_LIBRARY(loradash_cpu, m) {
 
 // What is not an operator: facts about the build and the machine, and the switch of the packed-weight cache.
 PYBIND11_MODULE(_C, m) {
-  m.def("isa", [](int dtype) { return cpu::isa_name(static_cast<DType>(dtype)); }, "Instruction set that serves a dtype.");
+  m.def(
+      "isa", [](int dtype) { return cpu::isa_name(static_cast<DType>(dtype)); },
+      "Instruction set that serves a dtype.");
   m.def("fuses_base", [](int dtype) { return cpu::fuses_base(static_cast<DType>(dtype)); });
   m.def("enable_packed_weights", [](bool on) { packed_weights().enable(on); });
   m.def("packed_weight_bytes", [] { return packed_weights().bytes(); });

@@ -44,14 +44,14 @@ struct ForwardParams {
   Shape shape;
   Adapters adapters;
   Dropout dropout;
-  DType dtype;               // of x, base and y
-  const void* x;             // (M, K), row stride ldx
+  DType dtype;    // of x, base and y
+  const void* x;  // (M, K), row stride ldx
   int64_t ldx;
-  const void* packed;        // pack_weight(.., kForward), or null: the base product is already in `base`
-  const float* bias;         // (N) or null; only with `packed`
-  const void* base;          // (M, N) contiguous or null; may equal y
-  void* y;                   // (M, N) contiguous
-  float* p;                  // (M, R)
+  const void* packed;  // pack_weight(.., kForward), or null: the base product is already in `base`
+  const float* bias;   // (N) or null; only with `packed`
+  const void* base;    // (M, N) contiguous or null; may equal y
+  void* y;             // (M, N) contiguous
+  float* p;            // (M, R)
 };
 
 // dx = dy W + mask * (G * c) D / (1 - p), dA, dB, d(dash_sigma), db; null outputs are not computed.
@@ -59,19 +59,19 @@ struct BackwardParams {
   Shape shape;
   Adapters adapters;
   Dropout dropout;
-  DType dtype;               // of x, dy, base and dx
-  const void* dy;            // (M, N), row stride lddy
+  DType dtype;     // of x, dy, base and dx
+  const void* dy;  // (M, N), row stride lddy
   int64_t lddy;
-  const void* x;             // (M, K), row stride ldx
+  const void* x;  // (M, K), row stride ldx
   int64_t ldx;
-  const void* packed;        // pack_weight(.., kBackward), or null: dy W is already in `base`, or there is none
-  const void* base;          // (M, K) contiguous or null; may equal dx
-  const float* p;            // (M, R), from the forward pass
-  void* dx;                  // (M, K) contiguous
-  float* da;                 // (r, K)
-  float* db_lora;            // (N, r)
-  float* dsigma;             // (s)
-  float* dbias;              // (N)
+  const void* packed;  // pack_weight(.., kBackward), or null: dy W is already in `base`, or there is none
+  const void* base;    // (M, K) contiguous or null; may equal dx
+  const float* p;      // (M, R), from the forward pass
+  void* dx;            // (M, K) contiguous
+  float* da;           // (r, K)
+  float* db_lora;      // (N, r)
+  float* dsigma;       // (s)
+  float* dbias;        // (N)
 };
 
 // The caller's thread pool: run(context, count, body, body_context) calls body for every index in [0, count).

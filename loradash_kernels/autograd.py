@@ -94,7 +94,9 @@ def _function(name: str, plain: Any, context: Any, backward: Any) -> Any:
         context(ctx, args, output)
         return output
 
-    return type(name, (torch.autograd.Function,), {"forward": staticmethod(forward), "backward": staticmethod(backward)})
+    return type(
+        name, (torch.autograd.Function,), {"forward": staticmethod(forward), "backward": staticmethod(backward)}
+    )
 
 
 DashLinearFunction = _function("DashLinearFunction", ops.dash_linear, _dash_linear_context, _dash_linear_backward)

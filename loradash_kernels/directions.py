@@ -189,7 +189,9 @@ def _checked(weight: Tensor, lora_a: Tensor, lora_b: Tensor, method: str) -> tup
     *batch, n, k = weight.shape
     r = lora_a.shape[-2] if lora_a.dim() >= 2 else 0
     if r == 0 or lora_a.shape != (*batch, r, k):
-        raise ValueError(f"lora_a has shape {tuple(lora_a.shape)}; wanted ({', '.join(map(str, (*batch, 'r >= 1', k)))})")
+        raise ValueError(
+            f"lora_a has shape {tuple(lora_a.shape)}; wanted ({', '.join(map(str, (*batch, 'r >= 1', k)))})"
+        )
     if lora_b.shape != (*batch, n, r):
         raise ValueError(f"lora_b has shape {tuple(lora_b.shape)}; wanted {(*batch, n, r)}")
     for name, t in (("weight", weight), ("lora_a", lora_a), ("lora_b", lora_b)):

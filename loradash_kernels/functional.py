@@ -53,7 +53,9 @@ def dash_linear(
         x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
     _check(x, weight.shape, lora_a, lora_b, dash_u, dash_vt, dash_sigma)
     if weight.requires_grad:
-        raise ValueError("weight requires grad; the base weight of a LoRA-Dash layer is frozen: weight.requires_grad_(False)")
+        raise ValueError(
+            "weight requires grad; the base weight of a LoRA-Dash layer is frozen: weight.requires_grad_(False)"
+        )
     if weight.dtype != x.dtype:
         raise ValueError(f"weight is {weight.dtype}, x is {x.dtype}; they must be of one dtype")
     if bias is not None and (bias.shape != weight.shape[:1] or bias.dtype != x.dtype):
@@ -89,9 +91,13 @@ def low_rank_update(
         x = x.to(torch.get_autocast_dtype(x.device.type))
     if y.dtype != x.dtype:
         raise ValueError(f"y is {y.dtype}, x is {x.dtype}; they must be of one dtype")
-    _check(x, (y.shape[-1] if y.dim() else 0, x.shape[-1] if x.dim() else 0), lora_a, lora_b, dash_u, dash_vt, dash_sigma)
+    _check(
+        x, (y.shape[-1] if y.dim() else 0, x.shape[-1] if x.dim() else 0), lora_a, lora_b, dash_u, dash_vt, dash_sigma
+    )
     if y.shape[:-1] != x.shape[:-1]:
-        raise ValueError(f"y has shape {tuple(y.shape)}, x {tuple(x.shape)}; they must agree but for the last dimension")
+        raise ValueError(
+            f"y has shape {tuple(y.shape)}, x {tuple(x.shape)}; they must agree but for the last dimension"
+        )
     threshold, seed = _dropout(x, dropout_p, training)
     flat_x, flat_y = x.reshape(-1, x.shape[-1]), y.reshape(-1, y.shape[-1])
     args = (flat_y, flat_x, lora_a, lora_b, dash_u, dash_vt, dash_sigma, seed, float(scaling), threshold, backend)
@@ -100,7 +106,9 @@ def low_rank_update(
 
 def _call(op: object, function: object, plain: object, args: tuple) -> Tensor:
     """Compiled graphs and tensor subclasses see the operator, eager training the Function, the rest neither."""
-    if torch.compiler.is_compiling() or not all(type(t) in (Tensor, torch.nn.Parameter) for t in args if isinstance(t, Tensor)):
+    if torch.compiler.is_compiling() or not all(
+        type(t) in (Tensor, torch.nn.Parameter) for t in args if isinstance(t, Tensor)
+    ):
         return op(*args)[0]  # type: ignore[operator]
     if torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in args):
         return function.apply(*args)[0]  # type: ignore[attr-defined]
@@ -139,9 +147,17 @@ def _check(
         raise ValueError("dash_u, dash_vt and dash_sigma go together: pass all three or none")
     if present:
         s = present[2].numel()
-        for name, tensor, shape in zip(("dash_u", "dash_vt", "dash_sigma"), present, ((n, s), (s, k), (s,)), strict=True):
+        for name, tensor, shape in zip(
+            ("dash_u", "dash_vt", "dash_sigma"), present, ((n, s), (s, k), (s,)), strict=True
+        ):
             if tensor.shape != shape:
                 raise ValueError(f"{name} has shape {tuple(tensor.shape)}; wanted {shape}")
-    for name, tensor in (("lora_a", lora_a), ("lora_b", lora_b), ("dash_u", dash_u), ("dash_vt", dash_vt), ("dash_sigma", dash_sigma)):
+    for name, tensor in (
+        ("lora_a", lora_a),
+        ("lora_b", lora_b),
+        ("dash_u", dash_u),
+        ("dash_vt", dash_vt),
+        ("dash_sigma", dash_sigma),
+    ):
         if tensor is not None and (tensor.device != x.device or not tensor.dtype.is_floating_point):
             raise ValueError(f"{name} is {tensor.dtype} on {tensor.device}; wanted a floating dtype on {x.device}")

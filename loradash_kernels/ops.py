@@ -23,9 +23,7 @@ _OPTIONS = "Tensor? seed, float scaling, int threshold"
 LIBRARY.define(
     f"dash_linear(Tensor x, Tensor weight, Tensor? bias, {_ADAPTERS}, {_OPTIONS}, str? backend) -> (Tensor y, Tensor p)"
 )
-LIBRARY.define(
-    f"low_rank_update(Tensor y, Tensor x, {_ADAPTERS}, {_OPTIONS}, str? backend) -> (Tensor out, Tensor p)"
-)
+LIBRARY.define(f"low_rank_update(Tensor y, Tensor x, {_ADAPTERS}, {_OPTIONS}, str? backend) -> (Tensor out, Tensor p)")
 LIBRARY.define(
     f"dash_linear_backward(Tensor dy, Tensor x, Tensor? weight, {_ADAPTERS}, Tensor p, {_OPTIONS}, bool[] needs, "
     "str? backend) -> (Tensor dx, Tensor da, Tensor db_lora, Tensor dsigma, Tensor dbias)"

@@ -90,7 +90,7 @@ def _tail(inverse: Inverse, sketch: Tensor, rank: int, power_iters: int) -> tupl
         z = orthonormal(inverse.apply(orthonormal(inverse.apply_transposed(z))))
     # W⁻ᵀ Z = U Σ⁻¹ (Z V)ᵀ: its largest singular values are the smallest of W, to full relative accuracy.
     c = inverse.apply_transposed(z)
-    reciprocal, v = torch.linalg.eigh((c.mT.double() @ c.double()))  # ascending 1/σ²: descending σ
+    reciprocal, v = torch.linalg.eigh(c.mT.double() @ c.double())  # ascending 1/σ²: descending σ
     v = v[..., -rank:].to(z.dtype)
     norms = reciprocal[..., -rank:].clamp_min(torch.finfo(torch.float64).tiny).sqrt().to(z.dtype)
     return inverse.left(c @ v / norms[..., None, :]), 1 / norms, (z @ v).mT

@@ -91,7 +91,10 @@ def run(case: Case, backend: str | None = None, base: bool = True) -> dict[str, 
         y = low_rank_update(F.linear(x, weight, bias), x, **options)  # type: ignore[arg-type]
     y.backward(case.dy)
     wanted = {"x": x, "bias": bias, **leaves}
-    return {"y": y.detach(), **{n: t.grad for n in GRADIENTS if (t := wanted.get(n)) is not None and t.grad is not None}}
+    return {
+        "y": y.detach(),
+        **{n: t.grad for n in GRADIENTS if (t := wanted.get(n)) is not None and t.grad is not None},
+    }
 
 
 def drawn_mask(case: Case) -> Tensor:
@@ -103,12 +106,17 @@ def drawn_mask(case: Case) -> Tensor:
 
 def formula(case: Case, dtype: torch.dtype, mask: Tensor | None = None) -> dict[str, Tensor]:
     """Output and gradients of the plain formula, every tensor cast to `dtype`, by autograd. mask: instead of the drawn."""
-    t = {n: None if v is None else v.detach().clone().to(dtype).requires_grad_(n in GRADIENTS) for n, v in case.tensors.items()}
+    t = {
+        n: None if v is None else v.detach().clone().to(dtype).requires_grad_(n in GRADIENTS)
+        for n, v in case.tensors.items()
+    }
     x, weight, bias, a, b = t["x"], t["weight"], t["bias"], t["lora_a"], t["lora_b"]
     assert x is not None and weight is not None and a is not None and b is not None
     dropped = x
     if case.dropout_p:
-        dropped = x * (drawn_mask(case) if mask is None else mask).to(dtype) * keep_scale(dropout_threshold(case.dropout_p))
+        dropped = (
+            x * (drawn_mask(case) if mask is None else mask).to(dtype) * keep_scale(dropout_threshold(case.dropout_p))
+        )
     y = F.linear(x, weight, bias) + case.scaling * (dropped @ a.t() @ b.t())
     u, vt, sigma = t["dash_u"], t["dash_vt"], t["dash_sigma"]
     if u is not None and vt is not None and sigma is not None:
@@ -152,7 +160,9 @@ def check_error_rule(case: Case, ours: dict[str, Tensor]) -> None:
         if ref.numel() == 0:
             continue
         error, allowed = _worst(value, ref), 2 * max(_worst(p[name], ref) for p in plain) + _rounding(ref, case.x.dtype)
-        assert error <= allowed, f"{name}: error {error:.3e} exceeds {allowed:.3e} (largest value {ref.abs().max():.3e})"
+        assert error <= allowed, (
+            f"{name}: error {error:.3e} exceeds {allowed:.3e} (largest value {ref.abs().max():.3e})"
+        )
 
 
 def _rounding(ref: Tensor, dtype: torch.dtype) -> float:

@@ -23,14 +23,6 @@ def _seeded():
     torch.manual_seed(0)
 
 
-@pytest.fixture
-def threads():
-    """Sets the number of threads for one test."""
-    before = torch.get_num_threads()
-    yield torch.set_num_threads
-    torch.set_num_threads(before)
-
-
 @pytest.fixture(params=[name for name, reason in available_backends().items() if reason is None])
 def backend(request):
     """Every backend that can run here."""

@@ -5,13 +5,12 @@ from __future__ import annotations
 import copy
 import os
 
+import loradash
 import pytest
 import torch
+from loradash import AdapterError, DashConfig, DashSchedule, apply_dash, load_adapter, save_adapter
 from safetensors.torch import save_file
 from torch import nn
-
-import loradash
-from loradash import AdapterError, DashConfig, DashSchedule, apply_dash, load_adapter, save_adapter
 
 
 def network():
@@ -98,9 +97,15 @@ def test_damaged_files(tmp_path, kind, adapted):
 @pytest.mark.parametrize(
     ("other", "message"),
     [
-        (lambda: nn.Sequential(nn.Linear(20, 31), nn.Tanh(), nn.Linear(31, 20), nn.Tanh(), nn.Linear(20, 3)), "has shape"),
+        (
+            lambda: nn.Sequential(nn.Linear(20, 31), nn.Tanh(), nn.Linear(31, 20), nn.Tanh(), nn.Linear(20, 3)),
+            "has shape",
+        ),
         (lambda: nn.Sequential(nn.Linear(20, 30), nn.Tanh(), nn.Linear(30, 20)), "has no place|does not fit"),
-        (lambda: nn.Sequential(nn.Linear(20, 30), nn.Tanh(), nn.Linear(30, 20), nn.Linear(20, 9), nn.Linear(9, 3)), "missing|shape"),
+        (
+            lambda: nn.Sequential(nn.Linear(20, 30), nn.Tanh(), nn.Linear(30, 20), nn.Linear(20, 9), nn.Linear(9, 3)),
+            "missing|shape",
+        ),
         (lambda: apply_dash(network(), DashConfig(r=2)), "shape|missing|place"),
     ],
 )

@@ -25,7 +25,9 @@ def with_spectrum(sigma, n, k, seed=0):
 
 
 def graded(n, k=None, seed=0, condition=1e4):
-    return with_spectrum(torch.logspace(0, -torch.log10(torch.tensor(condition)).item(), min(n, k or n)), n, k or n, seed)
+    return with_spectrum(
+        torch.logspace(0, -torch.log10(torch.tensor(condition)).item(), min(n, k or n)), n, k or n, seed
+    )
 
 
 def update(n, k, r=4, seed=1, batch=()):

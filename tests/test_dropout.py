@@ -72,7 +72,10 @@ def test_checkpoint_recomputes_the_same_mask(backend, reentrant):
 
     def grads(recompute):
         torch.manual_seed(7)
-        leaves = {n: None if v is None else v.clone().requires_grad_(n not in ("weight", "dash_u", "dash_vt")) for n, v in case.tensors.items()}
+        leaves = {
+            n: None if v is None else v.clone().requires_grad_(n not in ("weight", "dash_u", "dash_vt"))
+            for n, v in case.tensors.items()
+        }
         x, weight, bias = (leaves.pop(n) for n in ("x", "weight", "bias"))
 
         def layer(x):

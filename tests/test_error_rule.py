@@ -91,7 +91,15 @@ def test_gradcheck_of_the_reference():
     def f(x, bias, a, b, sigma):
         t = case.tensors
         return dash_linear(
-            x, t["weight"], bias, lora_a=a, lora_b=b, dash_u=t["dash_u"], dash_vt=t["dash_vt"], dash_sigma=sigma, scaling=0.7
+            x,
+            t["weight"],
+            bias,
+            lora_a=a,
+            lora_b=b,
+            dash_u=t["dash_u"],
+            dash_vt=t["dash_vt"],
+            dash_sigma=sigma,
+            scaling=0.7,
         )
 
     assert torch.autograd.gradcheck(f, leaves)

@@ -49,7 +49,9 @@ def test_strided_weight(case, backend):
     assert torch.equal(call(case, weight=sliced[:, ::2], backend=backend), expected)
 
 
-@pytest.mark.parametrize("make", [lambda dy: dy.t().contiguous().t(), lambda dy: dy[:1].expand(24, 56), lambda dy: dy[:1, :1].expand(24, 56)])
+@pytest.mark.parametrize(
+    "make", [lambda dy: dy.t().contiguous().t(), lambda dy: dy[:1].expand(24, 56), lambda dy: dy[:1, :1].expand(24, 56)]
+)
 def test_strided_dy(case, backend, make):
     grads = []
     for dy in (make(case.dy), make(case.dy).contiguous()):
@@ -82,7 +84,7 @@ def test_only_needed_gradients(case):
     t = case.tensors
     b = t["lora_b"].clone().requires_grad_()
     y = call(case, lora_b=b)
-    assert [n for n, _ in y.grad_fn.next_functions if n is not None][0].variable is b
+    assert next(n for n, _ in y.grad_fn.next_functions if n is not None).variable is b
     y.sum().backward()
     assert b.grad is not None
     assert not call(case).requires_grad

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import copy
 
+import loradash
 import pytest
 import torch
+from loradash import DashConfig, DashLinear, DashSchedule, apply_dash
 from torch import nn
 
-import loradash
-from loradash import DashConfig, DashLinear, DashSchedule, apply_dash
 from loradash_kernels import task_specific_directions
 
 
@@ -101,7 +101,9 @@ def test_targets(options, expected):
 
 
 def test_overrides():
-    model = apply_dash(Net(), DashConfig(r=2, overrides={"out": {"r": 5, "alpha": 10, "directions": 1}, r"inner\.\d": {"r": 3}}))
+    model = apply_dash(
+        Net(), DashConfig(r=2, overrides={"out": {"r": 5, "alpha": 10, "directions": 1}, r"inner\.\d": {"r": 3}})
+    )
     assert model.out.lora_a.shape == (5, 24)
     assert model.out.scaling == 2.0
     assert model.out.dash_sigma.numel() == 1
@@ -120,7 +122,9 @@ def test_nothing_matches():
         apply_dash(model, CONFIG)
 
 
-@pytest.mark.parametrize("options", [{"r": 0}, {"dropout": 1.0}, {"svd": "x"}, {"directions": -1}, {"overrides": {"a": {"dropout": 1}}}])
+@pytest.mark.parametrize(
+    "options", [{"r": 0}, {"dropout": 1.0}, {"svd": "x"}, {"directions": -1}, {"overrides": {"a": {"dropout": 1}}}]
+)
 def test_bad_settings(options):
     with pytest.raises(ValueError, match=next(iter(options))):
         DashConfig(**options)
@@ -204,7 +208,11 @@ def test_failed_prelaunch_changes_nothing():
 def test_dash_only():
     model, _ = launched_model()
     loradash.dash_only(loradash_without_unused := _without_unused(model))
-    assert {n.rsplit(".", 1)[1] for n, p in loradash_without_unused.named_parameters() if p.requires_grad and "head" not in n} == {"dash_sigma"}
+    assert {
+        n.rsplit(".", 1)[1]
+        for n, p in loradash_without_unused.named_parameters()
+        if p.requires_grad and "head" not in n
+    } == {"dash_sigma"}
     with pytest.raises(ValueError, match="dash_only comes after launch"):
         loradash.dash_only(apply_dash(Net(), CONFIG))
 

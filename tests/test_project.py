@@ -53,7 +53,11 @@ def test_only_autograd_saves_tensors():
 
 
 def test_only_bindings_know_torch():
-    users = [f.name for f in (ROOT / "csrc").rglob("*") if f.is_file() and ("torch/" in f.read_text() or "ATen/" in f.read_text())]
+    users = [
+        f.name
+        for f in (ROOT / "csrc").rglob("*")
+        if f.is_file() and ("torch/" in f.read_text() or "ATen/" in f.read_text())
+    ]
     assert users == ["bindings.cpp"]
 
 
@@ -83,7 +87,9 @@ def test_imports_are_light():
     """Neither package imports what only an extra installs."""
     heavy = "matplotlib", "peft", "transformers", "triton.compiler"
     code = f"import sys, loradash, loradash_kernels; print([m for m in {heavy!r} if m in sys.modules])"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
+    assert (
+        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
+    )
 
 
 WORKER = """
@@ -119,7 +125,12 @@ def test_ddp_before_and_after_launch(tmp_path):
     """Two gloo processes: every parameter gets a gradient in both phases, and both end with equal weights."""
     env = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
     workers = [
-        subprocess.Popen([sys.executable, "-c", WORKER, str(rank), str(tmp_path / "store")], env=env, stderr=subprocess.PIPE, text=True)
+        subprocess.Popen(
+            [sys.executable, "-c", WORKER, str(rank), str(tmp_path / "store")],
+            env=env,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
         for rank in range(2)
     ]
     for worker in workers:

@@ -17,7 +17,10 @@ def arguments(case, grad, seed=None, threshold=0):
     trainable = ("x", "bias", "lora_a", "lora_b", "dash_sigma")
     tensors = [case.tensors[n] for n in names]
     if grad:
-        tensors = [t if t is None or n not in trainable else t.clone().requires_grad_() for n, t in zip(names, tensors, strict=True)]
+        tensors = [
+            t if t is None or n not in trainable else t.clone().requires_grad_()
+            for n, t in zip(names, tensors, strict=True)
+        ]
     return [*tensors, seed, 2.0, threshold, None]
 
 

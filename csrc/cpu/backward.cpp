@@ -28,8 +28,9 @@ class Backward {
         d_(pack_d(kernels_, params.adapters, params.shape.k, false)),
         w_{static_cast<const E*>(params.packed), params.packed ? padded_depth<E>(params.shape.n) : 0} {
     grad_p_ = scratch<float>(kGradP, p_.shape.m * width_);
-    const int64_t per_split = (n_panels_ * (p_.db_lora ? rank_ : 0) + k_panels_ * (p_.da ? rank_ : 0) +
-                               (p_.dbias ? n_panels_ : 0)) * kPanel + (p_.dsigma ? directions_ : 0);
+    const int64_t per_split =
+        (n_panels_ * (p_.db_lora ? rank_ : 0) + k_panels_ * (p_.da ? rank_ : 0) + (p_.dbias ? n_panels_ : 0)) * kPanel +
+        (p_.dsigma ? directions_ : 0);
     float* partial = scratch<float>(kPartials, blocks_.splits * per_split);
     std::fill_n(partial, blocks_.splits * per_split, 0.0f);
     partial_b_ = partial, partial += p_.db_lora ? blocks_.splits * n_panels_ * rank_ * kPanel : 0;
@@ -100,7 +101,8 @@ class Backward {
   const uint32_t* draw_mask(int64_t m0, int64_t rows, int64_t first, int64_t last) const {
     if (!needs_mask()) return nullptr;
     uint32_t* bits = scratch<uint32_t>(kBits, rows * (last - first));
-    kernels_.dropout_bits(p_.dropout, m0, rows, first * kPanel, std::min(p_.shape.k, last * kPanel), bits, last - first);
+    kernels_.dropout_bits(p_.dropout, m0, rows, first * kPanel, std::min(p_.shape.k, last * kPanel), bits,
+                          last - first);
     return bits;
   }
 
@@ -144,8 +146,9 @@ class Backward {
                          partial_a_ + split * k_panels_ * rank_ * kPanel);
   }
 
-  // partial (panel, r, 32) += narrow (rows, R)[:, :r]^T wide (rows, 32), for panels first to last. Bits from `first` on.
-  // A few rows at a time: a panel is 128 bytes of each, and more rows than the TLB has pages would miss on every one.
+  // partial (panel, r, 32) += narrow (rows, R)[:, :r]^T wide (rows, 32), for panels first to last. Bits from `first`
+  // on. A few rows at a time: a panel is 128 bytes of each, and more rows than the TLB has pages would miss on every
+  // one.
   void gradient_of_factor(const float* narrow, int64_t rows, const T* wide, int64_t ld, int64_t size, int64_t first,
                           int64_t last, const uint32_t* bits, int64_t bits_stride, float* partial) const {
     constexpr int64_t kRows = 64;

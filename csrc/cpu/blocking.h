@@ -81,9 +81,7 @@ struct RowOperand {
   const E* data;
   int64_t ld;
 
-  const E* at(int64_t row, int height, int64_t d) const {
-    return data + row * ld + d * (sizeof(E) == 2 ? 1 : height);
-  }
+  const E* at(int64_t row, int height, int64_t d) const { return data + row * ld + d * (sizeof(E) == 2 ? 1 : height); }
 };
 
 template <typename T, typename E>
@@ -181,9 +179,9 @@ void fetch_tile(const T* dst, int64_t ld, int rows, int columns) {
 
 // The low-rank and the base term of a block of rows and a panel, the former masked by `bits` if there are any:
 // c = base_a base_b + mask * (low_a low_b), in this order (the rank columns are few and large: a running sum that began
-// with them would round every one of the many small base products at their magnitude), a tile at a time; finish(i, height, c) takes each, and prepare(i, height) is called
-// when its last pass begins. `c` has room for the block.
-// While the tiles of a block pass over a part of the base panel, each fetches its share of the part that follows.
+// with them would round every one of the many small base products at their magnitude), a tile at a time; finish(i,
+// height, c) takes each, and prepare(i, height) is called when its last pass begins. `c` has room for the block. While
+// the tiles of a block pass over a part of the base panel, each fetches its share of the part that follows.
 template <typename T, typename E, typename Prepare, typename Finish>
 void multiply_block(const Kernels<T, E>& kernels, RowOperand<E> low_a, Panels<E> low_b, RowOperand<E> base_a,
                     Panels<E> base_b, int64_t panel, int64_t rows, const uint32_t* bits, int64_t bits_stride, float* c,

@@ -1,7 +1,8 @@
 // Forward: y = x W^T + b + (P * c) Q^T with P = dropout(x) D^T.
 //
-// FLOPs: 2 M K N + 2 M R (K + N). Bytes: x once (twice where a block of it leaves L2), W once per block of rows, y once,
-// P once. The rank columns are a second product into the same tile of C, in cache: y is neither read nor rounded twice.
+// FLOPs: 2 M K N + 2 M R (K + N). Bytes: x once (twice where a block of it leaves L2), W once per block of rows, y
+// once, P once. The rank columns are a second product into the same tile of C, in cache: y is neither read nor rounded
+// twice.
 #include "blocking.h"
 
 namespace loradash::cpu {
@@ -74,7 +75,9 @@ class Forward {
                             p_.base ? static_cast<const T*>(p_.base) + y0 + i * n : nullptr,
                             static_cast<T*>(p_.y) + y0 + i * n, n);
       };
-      const auto fetch = [&](int64_t i, int height) { fetch_tile(static_cast<T*>(p_.y) + y0 + i * n, n, height, columns); };
+      const auto fetch = [&](int64_t i, int height) {
+        fetch_tile(static_cast<T*>(p_.y) + y0 + i * n, n, height, columns);
+      };
       multiply_block(kernels_, scaled, q_, a, w_, panel, rows, nullptr, 0, c, fetch, store);
     }
   }

@@ -33,8 +33,8 @@ static inline int64_t padded_depth(int64_t depth) {
   return ceil_div(depth, kDepthStep<E>) * kDepthStep<E>;
 }
 
-// Distance of two rows of a staged left operand. bf16 tiles are read 16 rows at a time: one line more than the depth keeps
-// rows of a power of two apart from falling into one set of L1.
+// Distance of two rows of a staged left operand. bf16 tiles are read 16 rows at a time: one line more than the depth
+// keeps rows of a power of two apart from falling into one set of L1.
 template <typename E>
 static inline int64_t tile_pitch(int64_t depth) {
   return padded_depth<E>(depth) + (sizeof(E) == 2 ? 32 : 0);
@@ -48,8 +48,8 @@ static inline int64_t packed_offset(int64_t depth_padded, int64_t d, int64_t col
 }
 
 // One factor pair of a product: a (rows, depth) times b (depth, kPanel). depth is a multiple of kDepthStep<E>.
-// A tile of a is laid out as its kernel reads it: bf16 row by row, a[i * lda + d]; fp32 step by step, a[d * rows + i], so
-// that the values broadcast in one step share a cache line (8 to 10% over row by row, measured).
+// A tile of a is laid out as its kernel reads it: bf16 row by row, a[i * lda + d]; fp32 step by step, a[d * rows + i],
+// so that the values broadcast in one step share a cache line (8 to 10% over row by row, measured).
 template <typename E>
 struct Term {
   const E* a;
@@ -57,8 +57,8 @@ struct Term {
   const E* b;
   int64_t ldb;  // fp32 only: distance of two steps of b, kPanel where b is packed
   int64_t depth;
-  const char* next;    // what is multiplied after this panel, to be fetched into L2 meanwhile, or null
-  int64_t next_step;   // bytes of it per unit of depth
+  const char* next;   // what is multiplied after this panel, to be fetched into L2 meanwhile, or null
+  int64_t next_step;  // bytes of it per unit of depth
 };
 
 template <typename T, typename E>
@@ -75,8 +75,8 @@ struct Kernels {
   // c (rows, kPanel) = (accumulate ? c : 0) + sum of the terms.
   void (*multiply)(const Term<E>* terms, int count, int rows, float* c, bool accumulate);
 
-  // A tile of a left operand, rows <= tile_rows: src (rows, k), dropped elements (bits) and padding zero. bits: one word
-  // per 32 elements, bits_stride words a row. Rows of bf16 are tile_pitch<E>(k) apart.
+  // A tile of a left operand, rows <= tile_rows: src (rows, k), dropped elements (bits) and padding zero. bits: one
+  // word per 32 elements, bits_stride words a row. Rows of bf16 are tile_pitch<E>(k) apart.
   void (*stage_tile)(const T* src, int64_t ld, int rows, int64_t k, const uint32_t* bits, int64_t bits_stride, E* dst);
   // One packed panel whose depth runs over the rows of src: B(d, j) = src[d * ld + j], j < columns <= kPanel.
   void (*stage_panel)(const T* src, int64_t ld, int64_t rows, int columns, const uint32_t* bits, int64_t bits_stride,
@@ -111,10 +111,10 @@ template <typename T, typename E>
 const Kernels<T, E>* kernels();
 
 // One definition per instruction set, in kernels_<isa>.cpp; null for (T, E) that the set does not serve.
-#define LORADASH_DECLARE_ISA(isa)           \
-  namespace isa {                           \
-  template <typename T, typename E>         \
-  const Kernels<T, E>* table();             \
+#define LORADASH_DECLARE_ISA(isa)   \
+  namespace isa {                   \
+  template <typename T, typename E> \
+  const Kernels<T, E>* table();     \
   }
 LORADASH_DECLARE_ISA(portable)
 LORADASH_DECLARE_ISA(avx2)

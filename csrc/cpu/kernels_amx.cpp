@@ -10,7 +10,7 @@
 namespace loradash::cpu::amx {
 namespace {
 
-constexpr int kTile = 16;          // rows of a tile; its columns are 64 bytes
+constexpr int kTile = 16;            // rows of a tile; its columns are 64 bytes
 constexpr int64_t kTailDepth = 512;  // depth staged at a time for a tile with missing rows: 32 KB
 
 struct alignas(64) TileConfig {

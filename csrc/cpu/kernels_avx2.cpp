@@ -1,4 +1,5 @@
-// AVX2 and FMA. The base product stays in the library: 16 registers hold a 6x16 tile, which oneDNN's generated code beats.
+// AVX2 and FMA. The base product stays in the library: 16 registers hold a 6x16 tile, which oneDNN's generated code
+// beats.
 #if defined(__x86_64__)
 #pragma GCC target("avx2,fma,f16c,bmi2")
 #include <immintrin.h>

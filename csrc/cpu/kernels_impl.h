@@ -1,8 +1,8 @@
 // The primitives of kernels.h, written once on GCC vector extensions and compiled once per instruction set.
 //
 // A kernels_<isa>.cpp defines LORADASH_ISA (a namespace) and LORADASH_VECTOR_BYTES, switches the compiler's target,
-// includes this file and returns its table. Everything here has internal linkage: a function compiled for AVX-512 must never
-// be the copy that the linker keeps for other CPUs, which is also why no std:: template is called.
+// includes this file and returns its table. Everything here has internal linkage: a function compiled for AVX-512 must
+// never be the copy that the linker keeps for other CPUs, which is also why no std:: template is called.
 #include "kernels.h"
 #include "philox.h"
 
@@ -47,7 +47,8 @@ inline float bits_float(uint32_t u) {
 inline float load(float x) { return x; }
 inline float load(bf16 x) { return bits_float(static_cast<uint32_t>(x.bits) << 16); }
 inline float load(fp16 x) {  // exact: scale the shifted exponent by 2^112, infinities and NaN apart
-  const uint32_t magnitude = static_cast<uint32_t>(x.bits & 0x7fff) << 13, sign = static_cast<uint32_t>(x.bits & 0x8000) << 16;
+  const uint32_t magnitude = static_cast<uint32_t>(x.bits & 0x7fff) << 13, sign = static_cast<uint32_t>(x.bits & 0x8000)
+                                                                                  << 16;
   const uint32_t special = (x.bits & 0x7c00) == 0x7c00 ? 0x7f800000u | magnitude : 0;
   return bits_float(sign | (special ? special : float_bits(bits_float(magnitude) * 0x1p112f)));
 }
@@ -174,7 +175,8 @@ inline void keep_pairs(const bf16* const row[2], const uint32_t word[2], bf16* d
   const __m512i even = _mm512_maskz_loadu_epi16(word[0], row[0]), odd = _mm512_maskz_loadu_epi16(word[1], row[1]);
   // 32-bit lanes of pairs in order: low and high 16-bit words of (even, odd), unpacked per 128 bits and put in order.
   const __m512i low = _mm512_unpacklo_epi16(even, odd), high = _mm512_unpackhi_epi16(even, odd);
-  const __m512i first = _mm512_setr_epi64(0, 1, 8, 9, 2, 3, 10, 11), second = _mm512_setr_epi64(4, 5, 12, 13, 6, 7, 14, 15);
+  const __m512i first = _mm512_setr_epi64(0, 1, 8, 9, 2, 3, 10, 11),
+                second = _mm512_setr_epi64(4, 5, 12, 13, 6, 7, 14, 15);
   _mm512_storeu_si512(dst, _mm512_permutex2var_epi64(low, first, high));
   _mm512_storeu_si512(dst + kPanel, _mm512_permutex2var_epi64(low, second, high));
 }
@@ -196,13 +198,15 @@ inline void transpose_32(const T* src, int64_t ld, int rows, const uint32_t* bit
 }
 #if LORADASH_VECTOR_BYTES == 64
 template <>
-inline void transpose_32(const float* src, int64_t ld, int rows, const uint32_t* bits, int64_t bits_stride, float* dst) {
+inline void transpose_32(const float* src, int64_t ld, int rows, const uint32_t* bits, int64_t bits_stride,
+                         float* dst) {
   const __mmask16 lanes = static_cast<__mmask16>((1u << rows) - 1);
   for (int half = 0; half < 2; ++half) {
     __m512 r[16], t[16];
     for (int i = 0; i < 16; ++i) {
       const uint32_t word = i >= rows ? 0 : bits ? bits[i * bits_stride] : ~0u;
-      r[i] = _mm512_maskz_loadu_ps(static_cast<__mmask16>(word >> 16 * half), src + (i < rows ? i : 0) * ld + 16 * half);
+      r[i] =
+          _mm512_maskz_loadu_ps(static_cast<__mmask16>(word >> 16 * half), src + (i < rows ? i : 0) * ld + 16 * half);
     }
     // 16x16: within 128-bit lanes by pairs and quadruples of rows, then whole lanes.
     for (int i = 0; i < 16; i += 2) {
@@ -216,7 +220,8 @@ inline void transpose_32(const float* src, int64_t ld, int rows, const uint32_t*
       }
     for (int c = 0; c < 4; ++c) {
       const __m512 a = _mm512_shuffle_f32x4(r[c], r[c + 4], 0x44), b = _mm512_shuffle_f32x4(r[c], r[c + 4], 0xee);
-      const __m512 d = _mm512_shuffle_f32x4(r[c + 8], r[c + 12], 0x44), e = _mm512_shuffle_f32x4(r[c + 8], r[c + 12], 0xee);
+      const __m512 d = _mm512_shuffle_f32x4(r[c + 8], r[c + 12], 0x44),
+                   e = _mm512_shuffle_f32x4(r[c + 8], r[c + 12], 0xee);
       t[c] = _mm512_shuffle_f32x4(a, d, 0x88), t[c + 4] = _mm512_shuffle_f32x4(a, d, 0xdd);
       t[c + 8] = _mm512_shuffle_f32x4(b, e, 0x88), t[c + 12] = _mm512_shuffle_f32x4(b, e, 0xdd);
     }
@@ -248,7 +253,8 @@ template <typename T>
 const T kZeroRow[kPanel] = {};
 
 template <typename T, typename E>
-void stage_panel(const T* src, int64_t ld, int64_t rows, int columns, const uint32_t* bits, int64_t bits_stride, E* dst) {
+void stage_panel(const T* src, int64_t ld, int64_t rows, int columns, const uint32_t* bits, int64_t bits_stride,
+                 E* dst) {
   constexpr int kPair = sizeof(E) == 2 ? 2 : 1;
   const int64_t padded = padded_depth<E>(rows);
   T partial[kPair][kPanel] = {};  // rows of a panel that is not full
@@ -399,7 +405,8 @@ inline uint64_t keep_bits(const uint64_t words[16], uint32_t threshold) {
 #else
   uint64_t keep = 0;
   for (int i = 0; i < 16; ++i)
-    for (int j = 0; j < 4; ++j) keep |= static_cast<uint64_t>((words[i] >> 16 * j & 0xffff) >= threshold) << (4 * i + j);
+    for (int j = 0; j < 4; ++j)
+      keep |= static_cast<uint64_t>((words[i] >> 16 * j & 0xffff) >= threshold) << (4 * i + j);
   return keep;
 #endif
 }
@@ -408,7 +415,8 @@ inline uint64_t keep_bits(const uint64_t words[16], uint32_t threshold) {
 inline void store_blocks(const VecU c[4], uint64_t* words) {
   const VecU low = (c[0] & 0xffffffffu) | (c[1] << 32), high = (c[2] & 0xffffffffu) | (c[3] << 32);
 #if LORADASH_VECTOR_BYTES == 64
-  const __m512i first = _mm512_setr_epi64(0, 8, 1, 9, 2, 10, 3, 11), second = _mm512_setr_epi64(4, 12, 5, 13, 6, 14, 7, 15);
+  const __m512i first = _mm512_setr_epi64(0, 8, 1, 9, 2, 10, 3, 11),
+                second = _mm512_setr_epi64(4, 12, 5, 13, 6, 14, 7, 15);
   _mm512_store_si512(words, _mm512_permutex2var_epi64((__m512i)low, first, (__m512i)high));
   _mm512_store_si512(words + 8, _mm512_permutex2var_epi64((__m512i)low, second, (__m512i)high));
 #else
@@ -427,7 +435,8 @@ void dropout_bits(const Dropout& dropout, int64_t row, int64_t rows, int64_t k_b
     const int64_t count = smaller(last - b0, kColumnBlocks);
     for (int64_t b = 0; b < ceil_div(count, 8) * 8; ++b) {
       const PhiloxColumn words = philox_column(static_cast<uint32_t>(b0 + b), dropout, keys);
-      column[0][b] = words.word1, column[1][b] = words.word2_k, column[2][b] = words.next2_k, column[3][b] = words.next3;
+      column[0][b] = words.word1, column[1][b] = words.word2_k, column[2][b] = words.next2_k,
+      column[3][b] = words.next3;
     }
     for (int64_t i = 0; i < rows; ++i) {
       const PhiloxRow shared = philox_row(static_cast<uint32_t>(row + i), dropout, keys);
@@ -454,25 +463,12 @@ void dropout_bits(const Dropout& dropout, int64_t row, int64_t rows, int64_t k_b
 
 template <typename T, typename E>
 constexpr Kernels<T, E> make_table(const char* name, bool fuses_base, int tile_rows, bool even_tiles,
-                                   void (*multiply)(const Term<E>*, int, int, float*, bool),
-                                   void (*enter)() = no_setup, void (*leave)() = no_setup) {
-  return {name,
-          fuses_base,
-          tile_rows,
-          even_tiles,
-          enter,
-          leave,
-          multiply,
-          stage_tile<T, E>,
-          stage_panel<T, E>,
-          stage_transposed<T, E>,
-          column_sums<T>,
-          add_masked,
-          store_tile<T>,
-          scale_tile<E>,
-          transpose_tile<E>,
-          pack_block<E>,
-          dropout_bits};
+                                   void (*multiply)(const Term<E>*, int, int, float*, bool), void (*enter)() = no_setup,
+                                   void (*leave)() = no_setup) {
+  return {name,           fuses_base,  tile_rows,        even_tiles,        enter,
+          leave,          multiply,    stage_tile<T, E>, stage_panel<T, E>, stage_transposed<T, E>,
+          column_sums<T>, add_masked,  store_tile<T>,    scale_tile<E>,     transpose_tile<E>,
+          pack_block<E>,  dropout_bits};
 }
 
 }  // namespace

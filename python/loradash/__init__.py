@@ -1,10 +1,10 @@
 """LoRA-Dash for PyTorch models: a drop-in module, its schedule, checkpoints and export.
 
-    model = apply_dash(model, DashConfig(r=8, directions=8))
-    schedule = DashSchedule(model)
-    ...  # after every optimizer.step():
-    schedule.step()
-    save_adapter(model, "adapter")
+model = apply_dash(model, DashConfig(r=8, directions=8))
+schedule = DashSchedule(model)
+...  # after every optimizer.step():
+schedule.step()
+save_adapter(model, "adapter")
 """
 
 from loradash_kernels import __version__

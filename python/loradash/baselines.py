@@ -54,7 +54,9 @@ class FactoredDash(AdaptedLinear):
         return (x @ self.dash_vt.t() * self.dash_sigma) @ self.dash_u.t()
 
 
-def replace_linears(model: nn.Module, form: type[AdaptedLinear], r: int, s: int, scaling: float, dropout: float) -> nn.Module:
+def replace_linears(
+    model: nn.Module, form: type[AdaptedLinear], r: int, s: int, scaling: float, dropout: float
+) -> nn.Module:
     """Puts `form` around every nn.Linear of a frozen model, in place."""
     model.requires_grad_(False)
     for parent in list(model.modules()):

@@ -15,8 +15,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from .config import DashConfig
-from .inject import DashState, apply_dash, dash_layers, dash_state, trainable_modules, unwrap
 from .inject import STATE as _STATE
+from .inject import DashState, apply_dash, dash_layers, dash_state, trainable_modules, unwrap
 
 FORMAT = "loradash-1"
 FILE_NAME = "loradash_adapter.safetensors"

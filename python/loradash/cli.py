@@ -7,9 +7,10 @@ from typing import Annotated
 
 import torch
 import typer
-from loradash_kernels import __version__, available_backends, explain_backend
 from rich.console import Console
 from rich.table import Table
+
+from loradash_kernels import __version__, available_backends, explain_backend
 
 app = typer.Typer(help="LoRA-Dash fine-tuning with fused kernels.", no_args_is_help=True)
 console = Console()
@@ -34,7 +35,9 @@ def finetune(
     console.print(f"\nBackend: [bold]{report.backend}")
     for name, count in report.parameters.items():
         console.print(f"{name}: {count}")
-    scores = Table("method", "Spearman (test)", "mean absolute error", title=f"{seeds} seeds, {steps} steps: mean ± deviation")
+    scores = Table(
+        "method", "Spearman (test)", "mean absolute error", title=f"{seeds} seeds, {steps} steps: mean ± deviation"
+    )
     for row in report.scores():
         scores.add_row(*row)
     times = Table("training step", "ms", "over frozen", title="Median time of a step of 32 words")

@@ -18,14 +18,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from loradash_kernels import change_rates, explain_backend
 from torch import Tensor, nn
 from tqdm.auto import tqdm
+
+from loradash_kernels import change_rates, explain_backend
 
 from . import baselines, plots
 from .checkpoint import export_lora, load_adapter, save_adapter
 from .config import DashConfig
-from .inject import apply_dash, dash_layers, dash_state, disable, merge, summary, unmerge
+from .inject import apply_dash, dash_layers, disable, merge, summary, unmerge
 from .schedule import DashSchedule
 
 BATCH = 32
@@ -149,7 +150,9 @@ def train(model: nn.Module, data: Ratings, steps: int, seed: int, rate: float, l
 # --- time per step ---------------------------------------------------------------------------------------------------
 
 
-def step_times(pristine: nn.Module, data: Ratings, config: DashConfig, blocks: int, per_block: int = 2) -> dict[str, float]:
+def step_times(
+    pristine: nn.Module, data: Ratings, config: DashConfig, blocks: int, per_block: int = 2
+) -> dict[str, float]:
     """Median seconds of a training step (forward, backward; batch of 32) of every form, blocks of each in turn."""
     variants = {
         "frozen model, head only": _frozen(pristine),
@@ -185,7 +188,11 @@ def _peft(pristine: nn.Module, config: DashConfig) -> nn.Module:
 
     targets = [n for n, m in pristine.named_modules() if isinstance(m, nn.Linear) and n.startswith("encoder.encoder.")]
     lora = LoraConfig(
-        r=config.r, lora_alpha=int(config.alpha), lora_dropout=config.dropout, target_modules=targets, modules_to_save=["head"]
+        r=config.r,
+        lora_alpha=int(config.alpha),
+        lora_dropout=config.dropout,
+        target_modules=targets,
+        modules_to_save=["head"],
     )
     return get_peft_model(copy.deepcopy(pristine), lora)
 
@@ -246,7 +253,8 @@ class Report:
             return f"{statistics.fmean(values):.4f} ± {statistics.stdev(values) if len(values) > 1 else 0:.4f}"
 
         return [
-            (name, spread([r.spearman for r in runs]), spread([r.mae for r in runs])) for name, runs in self.runs.items()
+            (name, spread([r.spearman for r in runs]), spread([r.mae for r in runs]))
+            for name, runs in self.runs.items()
         ]
 
     def markdown(self) -> str:
@@ -263,7 +271,9 @@ class Report:
         return "\n".join(lines)
 
     def to_json(self) -> str:
-        runs = {n: [{"losses": r.losses, "spearman": r.spearman, "mae": r.mae} for r in rs] for n, rs in self.runs.items()}
+        runs = {
+            n: [{"losses": r.losses, "spearman": r.spearman, "mae": r.mae} for r in rs] for n, rs in self.runs.items()
+        }
         about = {k: getattr(self, k) for k in ("backend", "parameters", "times", "gaps", "routes")}
         return json.dumps({**about, "runs": runs}, indent=1)
 

@@ -64,7 +64,9 @@ def apply_dash(model: nn.Module, config: DashConfig | None = None) -> nn.Module:
         )
     for parameter in model.parameters():
         parameter.requires_grad_(False)
-    adapted: dict[nn.Module, nn.Module] = {m: DashLinear.from_linear(m, config.for_module(n)) for n, m in chosen.items()}
+    adapted: dict[nn.Module, nn.Module] = {
+        m: DashLinear.from_linear(m, config.for_module(n)) for n, m in chosen.items()
+    }
     for parent in list(model.modules()):
         for child, module in parent._modules.items():  # named_children would skip a module's second name
             if module in adapted:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import math
 
 import torch
-from loradash_kernels import Directions, dash_linear
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from loradash_kernels import Directions, dash_linear
 
 from .config import DashConfig
 
@@ -90,7 +91,11 @@ class DashLinear(nn.Module):
         """The weight as (N, K). One view object as long as the memory stays: packed copies are kept per tensor."""
         if not self.transposed:
             return self.weight
-        if self._view is None or self._view.data_ptr() != self.weight.data_ptr() or self._view.dtype != self.weight.dtype:
+        if (
+            self._view is None
+            or self._view.data_ptr() != self.weight.data_ptr()
+            or self._view.dtype != self.weight.dtype
+        ):
             self._view = self.weight.detach().t()
         return self._view
 

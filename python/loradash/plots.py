@@ -50,7 +50,9 @@ def loss_curves(losses: dict[str, list[list[float]]], launch: int, path: Path, w
     figure, (axis,) = _axes(width=7)
     for (name, runs), color in zip(losses.items(), (BLUE, RED, GREY), strict=False):
         for i, run in enumerate(runs):
-            smooth = [sum(run[max(0, j - window) : j + 1]) / len(run[max(0, j - window) : j + 1]) for j in range(len(run))]
+            smooth = [
+                sum(run[max(0, j - window) : j + 1]) / len(run[max(0, j - window) : j + 1]) for j in range(len(run))
+            ]
             axis.plot(smooth, color=color, lw=1, alpha=0.8, label=name if i == 0 else None)
     axis.axvline(launch, color="k", ls=":", lw=0.8)
     axis.set(xlabel="optimizer step", ylabel=f"training loss (mean of {window})", yscale="log")

@@ -6,9 +6,10 @@ import warnings
 from dataclasses import dataclass
 
 import torch
-from loradash_kernels import Directions, task_specific_directions
 from torch import Tensor, nn
 from tqdm.auto import tqdm
+
+from loradash_kernels import Directions, task_specific_directions
 
 from .inject import dash_layers, dash_state
 from .linear import DashLinear
@@ -44,7 +45,9 @@ def prelaunch(model: nn.Module, progress: bool = True) -> list[LayerReport]:
         raise ValueError(f"unmerge(model) before prelaunch; merged: {', '.join(merged[:4])}")
     idle = [name for name, layer in layers.items() if not bool(layer.lora_b.any()) or not bool(layer.lora_a.any())]
     if idle:
-        warnings.warn(f"loradash: no update yet in {len(idle)} layers, they stay plain LoRA: {', '.join(idle[:4])}", stacklevel=2)
+        warnings.warn(
+            f"loradash: no update yet in {len(idle)} layers, they stay plain LoRA: {', '.join(idle[:4])}", stacklevel=2
+        )
     names = [name for name, layer in layers.items() if name not in set(idle) and layer.dash_sigma.numel()]
 
     found: dict[str, tuple[Directions, str]] = {}
@@ -67,7 +70,13 @@ def _batches(names: list[str], layers: dict[str, DashLinear]) -> list[list[str]]
     groups: dict[tuple, list[str]] = {}
     for name in names:
         layer = layers[name]
-        key = (layer.weight_nk().shape, layer.lora_a.shape, layer.dash_sigma.numel(), layer.scaling, layer.weight.device)
+        key = (
+            layer.weight_nk().shape,
+            layer.lora_a.shape,
+            layer.dash_sigma.numel(),
+            layer.scaling,
+            layer.weight.device,
+        )
         groups.setdefault(key, []).append(name)
     batches = []
     for members in groups.values():

@@ -1,0 +1,51 @@
+# Every target sets up its own virtual environment on first use. PYTHON=... and VENV=... change which and where.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+TORCH ?= torch==2.13.0
+# Without an NVIDIA GPU the CPU build of PyTorch will do, a tenth of the download; its index first, the default one else.
+CPU_INDEX ?= https://download.pytorch.org/whl/cpu
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+STAMP := $(VENV)/.installed
+
+.PHONY: demo test bench bench-all lint format docs clean
+
+demo: $(STAMP)
+	$(BIN)/loradash finetune --out runs/demo
+
+test: $(STAMP)
+	$(BIN)/python -m pytest
+
+bench: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/ratios.py --out benchmarks/results
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/prelaunch.py --out benchmarks/results $(if $(FACTORS),--factors $(FACTORS))
+
+bench-all: bench
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/ratios.py --compiled
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest benchmarks --benchmark-enable --benchmark-group-by=group --benchmark-json=benchmarks/results/pytest.json
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run --Werror $(shell find csrc -name '*.cpp' -o -name '*.h')
+	$(BIN)/mypy
+
+format: $(STAMP)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(shell find csrc -name '*.cpp' -o -name '*.h')
+
+docs: $(STAMP)
+	$(BIN)/python -m pydoc -w loradash loradash_kernels && mkdir -p docs/api && mv loradash.html loradash_kernels.html docs/api/
+
+clean:
+	rm -rf build dist *.egg-info loradash_kernels/*.so runs
+
+# Kernels compile once, against the PyTorch of this environment: no build isolation.
+$(STAMP): pyproject.toml setup.py $(shell find csrc -type f)
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PIP) install --quiet --upgrade pip "setuptools>=77" wheel ninja
+	$(BIN)/python -c "import torch" 2>/dev/null || { command -v nvidia-smi >/dev/null && $(PIP) install "$(TORCH)"; } \
+		|| $(PIP) install --retries 0 --timeout 5 --index-url $(CPU_INDEX) "$(TORCH)" || $(PIP) install "$(TORCH)"
+	$(PIP) install --quiet --no-build-isolation -e ".[dev]"
+	touch $@
