@@ -51,7 +51,7 @@ class Directions(NamedTuple):
     vt: Tensor
     sigma: Tensor
     rate: Tensor
-    index: Tensor
+    index: Tensor  # type: ignore[assignment]  # hides tuple.index
     routes: tuple[str, ...]
 
 
@@ -88,8 +88,9 @@ def change_rates(
         spectrum, route = _full(w, method == "exact")
     delta = scaling * _overlap(spectrum, a, b)
     batch = weight.shape[:-2]
-    fields = (*spectrum, delta, delta.abs() / (spectrum.sigma + eps))
-    return ChangeRates(*(t.reshape(*batch, *t.shape[1:]) for t in fields), route=route)
+    rate = delta.abs() / (spectrum.sigma + eps)
+    u, sigma, vt, delta, rate = (t.reshape(*batch, *t.shape[1:]) for t in (*spectrum, delta, rate))
+    return ChangeRates(u, sigma, vt, delta, rate, route)
 
 
 def task_specific_directions(

@@ -9,6 +9,7 @@ from . import ops
 from .autograd import DashLinearFunction, LowRankUpdateFunction
 from .config import dropout_threshold
 
+_ADAPTERS = ("lora_a", "lora_b", "dash_u", "dash_vt", "dash_sigma")
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -147,17 +148,10 @@ def _check(
         raise ValueError("dash_u, dash_vt and dash_sigma go together: pass all three or none")
     if present:
         s = present[2].numel()
-        for name, tensor, shape in zip(
-            ("dash_u", "dash_vt", "dash_sigma"), present, ((n, s), (s, k), (s,)), strict=True
-        ):
-            if tensor.shape != shape:
-                raise ValueError(f"{name} has shape {tuple(tensor.shape)}; wanted {shape}")
-    for name, tensor in (
-        ("lora_a", lora_a),
-        ("lora_b", lora_b),
-        ("dash_u", dash_u),
-        ("dash_vt", dash_vt),
-        ("dash_sigma", dash_sigma),
-    ):
+        wanted = ((n, s), (s, k), (s,))
+        for name, given, shape in zip(("dash_u", "dash_vt", "dash_sigma"), present, wanted, strict=True):
+            if given.shape != shape:
+                raise ValueError(f"{name} has shape {tuple(given.shape)}; wanted {shape}")
+    for name, tensor in zip(_ADAPTERS, (lora_a, lora_b, *dash), strict=True):
         if tensor is not None and (tensor.device != x.device or not tensor.dtype.is_floating_point):
             raise ValueError(f"{name} is {tensor.dtype} on {tensor.device}; wanted a floating dtype on {x.device}")

@@ -6,6 +6,7 @@ For comparisons only: benchmarks and the demonstration time these next to `DashL
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +23,7 @@ class AdaptedLinear(nn.Module):
         for frozen in (self.weight, self.bias):
             if frozen is not None:
                 frozen.requires_grad_(False)
-        options = {"dtype": linear.weight.dtype, "device": linear.weight.device}
+        options: Any = {"dtype": linear.weight.dtype, "device": linear.weight.device}
         self.lora_a = nn.Parameter(torch.empty(r, k, **options))
         self.lora_b = nn.Parameter(torch.zeros(n, r, **options))
         self.dash_sigma = nn.Parameter(torch.zeros(s, **options))

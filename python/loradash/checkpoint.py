@@ -144,6 +144,10 @@ def _compare(file: Path, found: dict[str, torch.Size], wanted: dict[str, torch.S
         raise AdapterError(f"{file}: does not fit the model: {'; '.join(sorted(problems)[:5])}{more}")
 
 
+def _write_text(path: str, text: str) -> None:
+    Path(path).write_text(text)
+
+
 # --- export ----------------------------------------------------------------------------------------------------------
 
 
@@ -192,5 +196,5 @@ def export_lora(model: nn.Module, path: str | os.PathLike) -> Path:
     }
     contiguous = {k: t.detach().cpu().contiguous().clone() for k, t in tensors.items()}
     replace_file(folder / "adapter_model.safetensors", lambda f: save_file(contiguous, f, metadata={"format": "pt"}))
-    replace_file(folder / "adapter_config.json", lambda f: Path(f).write_text(json.dumps(about, indent=2)) and None)
+    replace_file(folder / "adapter_config.json", lambda f: _write_text(f, json.dumps(about, indent=2)))
     return folder

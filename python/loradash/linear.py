@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -28,7 +29,11 @@ class DashLinear(nn.Module):
         device, dtype: of the weight and bias.
     """
 
+    weight: Tensor
     bias: Tensor | None
+    dash_u: Tensor
+    dash_vt: Tensor
+    launched: Tensor
 
     def __init__(
         self,
@@ -54,7 +59,8 @@ class DashLinear(nn.Module):
             raise TypeError(f"from_linear takes nn.Linear or transformers' Conv1D, got {type(linear).__name__}")
         layer = cls.__new__(cls)
         nn.Module.__init__(layer)
-        layer._adopt(linear.weight, linear.bias, config or DashConfig(), transposed)
+        weight, bias = cast(Tensor, linear.weight), cast("Tensor | None", linear.bias)
+        layer._adopt(weight, bias, config or DashConfig(), transposed)
         layer.train(linear.training)
         return layer
 
@@ -67,12 +73,12 @@ class DashLinear(nn.Module):
         self.register_parameter("bias", bias)  # type: ignore[arg-type]
         if bias is not None:
             bias.requires_grad_(config.train_bias)
-        options = {"device": weight.device, "dtype": torch.float32}
-        self.lora_a = nn.Parameter(torch.empty(config.r, k, **options))  # type: ignore[arg-type]
-        self.lora_b = nn.Parameter(torch.zeros(n, config.r, **options))  # type: ignore[arg-type]
-        self.dash_sigma = nn.Parameter(torch.zeros(s, **options))  # type: ignore[arg-type]
-        self.register_buffer("dash_u", torch.zeros(n, s, **options))  # type: ignore[arg-type]
-        self.register_buffer("dash_vt", torch.zeros(s, k, **options))  # type: ignore[arg-type]
+        options: Any = {"device": weight.device, "dtype": torch.float32}
+        self.lora_a = nn.Parameter(torch.empty(config.r, k, **options))
+        self.lora_b = nn.Parameter(torch.zeros(n, config.r, **options))
+        self.dash_sigma = nn.Parameter(torch.zeros(s, **options))
+        self.register_buffer("dash_u", torch.zeros(n, s, **options))
+        self.register_buffer("dash_vt", torch.zeros(s, k, **options))
         self.register_buffer("launched", torch.zeros((), dtype=torch.bool, device=weight.device))
         nn.init.kaiming_uniform_(self.lora_a, a=math.sqrt(5))
         self.enabled = True

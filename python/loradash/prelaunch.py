@@ -56,7 +56,8 @@ def prelaunch(model: nn.Module, progress: bool = True) -> list[LayerReport]:
             group = [layers[name] for name in batch]
             directions = _directions(group, method)
             for i, name in enumerate(batch):
-                one = Directions(*(t[i] for t in directions[:5]), routes=directions.routes[i : i + 1])
+                u, vt, sigma, rate, index = (t[i] for t in directions[:5])
+                one = Directions(u, vt, sigma, rate, index, directions.routes[i : i + 1])
                 found[name] = (one, directions.routes[i])
             bar.update(len(batch))
     for name in names:
