@@ -30,14 +30,17 @@ class Case:
     x: Tensor
     dy: Tensor
 
+    def __post_init__(self) -> None:
+        self.leaves = [self.x, *(p for p in self.layer.parameters() if p.requires_grad)]
+
     def forward(self) -> Tensor:
         return self.layer(self.x)
 
     def step(self) -> None:
         """Forward and backward; gradients are dropped, as by zero_grad between steps."""
         self.forward().backward(self.dy)
-        self.x.grad = None
-        self.layer.zero_grad(set_to_none=True)
+        for leaf in self.leaves:
+            leaf.grad = None
 
     def saved_bytes(self) -> int:
         """Bytes kept for backward beside x, parameters and buffers."""

@@ -204,27 +204,37 @@ class Backward {
   // The second stage of the sums over M: splits in order, then to the gradients' layouts.
   void reduce(const ThreadPool& pool) const {
     const float scaling = p_.adapters.scaling;
-    const auto total = [&](const float* partial, int64_t stride) {
-      float sum = 0;
-      for (int64_t split = 0; split < blocks_.splits; ++split) sum += partial[split * stride];
-      return sum;
-    };
-    const auto reduce_factor = [&](const float* partial, int64_t panels, int64_t size, float factor, float* out,
-                                   int64_t stride_rank, int64_t stride_column) {
-      parallel(pool, kernels_, ceil_div(panels, kPanelGroup), [&](int64_t group) {
-        for (int64_t j = group * kPanelGroup * kPanel; j < std::min(size, (group + 1) * kPanelGroup * kPanel); ++j)
-          for (int64_t i = 0; i < rank_; ++i)
-            out[i * stride_rank + j * stride_column] =
-                factor * total(partial + (j / kPanel * rank_ + i) * kPanel + j % kPanel, panels * rank_ * kPanel);
-      });
-    };
-    if (p_.db_lora) reduce_factor(partial_b_, n_panels_, p_.shape.n, scaling, p_.db_lora, 1, rank_);
+    if (p_.db_lora) reduce_factor(pool, partial_b_, n_panels_, p_.shape.n, scaling, p_.db_lora, 1, rank_);
     if (p_.da)
-      reduce_factor(partial_a_, k_panels_, p_.shape.k, scaling * p_.dropout.keep_scale(), p_.da, p_.shape.k, 1);
-    if (p_.dbias)
-      for (int64_t j = 0; j < p_.shape.n; ++j) p_.dbias[j] = total(partial_bias_ + j, n_panels_ * kPanel);
-    if (p_.dsigma)
-      for (int64_t i = 0; i < directions_; ++i) p_.dsigma[i] = total(partial_sigma_ + i, directions_);
+      reduce_factor(pool, partial_a_, k_panels_, p_.shape.k, scaling * p_.dropout.keep_scale(), p_.da, p_.shape.k, 1);
+    if (p_.dbias) {
+      std::fill_n(p_.dbias, p_.shape.n, 0.0f);
+      add_splits(partial_bias_, n_panels_ * kPanel, p_.shape.n, p_.dbias);
+    }
+    if (p_.dsigma) {
+      std::fill_n(p_.dsigma, directions_, 0.0f);
+      add_splits(partial_sigma_, directions_, directions_, p_.dsigma);
+    }
+  }
+
+  // out (count) += the partial sums of every split, `stride` apart.
+  void add_splits(const float* partial, int64_t stride, int64_t count, float* out) const {
+    for (int64_t split = 0; split < blocks_.splits; ++split)
+      for (int64_t j = 0; j < count; ++j) out[j] += partial[split * stride + j];
+  }
+
+  // out[i * stride_rank + column * stride_column] = factor * sum over splits of partial (panel, r, 32).
+  void reduce_factor(const ThreadPool& pool, const float* partial, int64_t panels, int64_t size, float factor,
+                     float* out, int64_t stride_rank, int64_t stride_column) const {
+    parallel(pool, kernels_, ceil_div(panels, kPanelGroup), [&](int64_t group) {
+      for (int64_t panel = group * kPanelGroup; panel < std::min(panels, (group + 1) * kPanelGroup); ++panel)
+        for (int64_t i = 0; i < rank_; ++i) {
+          float sums[kPanel] = {};
+          add_splits(partial + (panel * rank_ + i) * kPanel, panels * rank_ * kPanel, kPanel, sums);
+          float* dst = out + i * stride_rank + panel * kPanel * stride_column;
+          for (int j = 0; j < columns(size, panel); ++j) dst[j * stride_column] = factor * sums[j];
+        }
+    });
   }
 
   static int columns(int64_t size, int64_t panel) {
