@@ -23,3 +23,10 @@ def keep_scale(threshold: int) -> float:
 def accumulator(dtype: torch.dtype) -> torch.dtype:
     """The dtype of sums, of P and of gradients before they are rounded: float64 for float64, else float32."""
     return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def draw_seed(device: torch.device | str = "cpu") -> torch.Tensor:
+    """(2,) int64: the key of Philox and the offset of its counter, 63 random bits each, from torch's generator."""
+    if torch.compiler.is_compiling():  # which knows no in-place draws
+        return torch.randint(0, 2**63 - 1, (2,), dtype=torch.int64, device=device)
+    return torch.empty(2, dtype=torch.int64, device=device).random_()

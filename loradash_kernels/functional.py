@@ -7,9 +7,8 @@ from torch import Tensor
 
 from . import ops
 from .autograd import DashLinearFunction, LowRankUpdateFunction
-from .config import dropout_threshold
+from .config import draw_seed, dropout_threshold
 
-_ADAPTERS = ("lora_a", "lora_b", "dash_u", "dash_vt", "dash_sigma")
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -66,7 +65,8 @@ def dash_linear(
     threshold, seed = _dropout(x, dropout_p, training)
     flat = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
     args = (flat, weight, bias, lora_a, lora_b, dash_u, dash_vt, dash_sigma, seed, float(scaling), threshold, backend)
-    y = _call(torch.ops.loradash.dash_linear, DashLinearFunction, ops.dash_linear, args)
+    leaves = (x, lora_a, lora_b, dash_sigma, bias)
+    y = _call(torch.ops.loradash.dash_linear, DashLinearFunction, ops.dash_linear, args, leaves)
     return y if x.dim() == 2 else y.view(*x.shape[:-1], weight.shape[0])
 
 
@@ -102,26 +102,33 @@ def low_rank_update(
     threshold, seed = _dropout(x, dropout_p, training)
     flat_x, flat_y = x.reshape(-1, x.shape[-1]), y.reshape(-1, y.shape[-1])
     args = (flat_y, flat_x, lora_a, lora_b, dash_u, dash_vt, dash_sigma, seed, float(scaling), threshold, backend)
-    return _call(torch.ops.loradash.low_rank_update, LowRankUpdateFunction, ops.low_rank_update, args).view(y.shape)
+    leaves = (x, y, lora_a, lora_b, dash_sigma)
+    return _call(torch.ops.loradash.low_rank_update, LowRankUpdateFunction, ops.low_rank_update, args, leaves).view(
+        y.shape
+    )
 
 
-def _call(op: object, function: object, plain: object, args: tuple) -> Tensor:
-    """Compiled graphs and tensor subclasses see the operator, eager training the Function, the rest neither."""
-    if torch.compiler.is_compiling() or not all(
-        type(t) in (Tensor, torch.nn.Parameter) for t in args if isinstance(t, Tensor)
-    ):
+def _call(op: object, function: object, plain: object, args: tuple, leaves: tuple[Tensor | None, ...]) -> Tensor:
+    """Compiled graphs and tensor subclasses see the operator, eager training the Function, the rest neither.
+
+    leaves: the arguments that a gradient may be wanted for, x first.
+    """
+    x = leaves[0]
+    if torch.compiler.is_compiling() or not (type(x) is Tensor or type(x) is torch.nn.Parameter):
         return op(*args)[0]  # type: ignore[operator]
-    if torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in args):
-        return function.apply(*args)[0]  # type: ignore[attr-defined]
+    if torch.is_grad_enabled():
+        for leaf in leaves:
+            if leaf is not None and leaf.requires_grad:
+                return function.apply(*args)[0]  # type: ignore[attr-defined]
     return plain(*args)[0]  # type: ignore[operator]
 
 
 def _dropout(x: Tensor, p: float, training: bool) -> tuple[int, Tensor | None]:
-    """The 16-bit threshold, and 128 random bits from torch's generator where anything may be dropped."""
+    """The 16-bit threshold, and the seed where anything may be dropped."""
     threshold = dropout_threshold(p) if p else 0
     if threshold == 0 or not training:
         return 0, None
-    return threshold, torch.randint(-(2**63), 2**63 - 1, (2,), dtype=torch.int64, device=x.device)
+    return threshold, draw_seed(x.device)
 
 
 def _check(
@@ -138,20 +145,22 @@ def _check(
     if len(weight_shape) != 2 or weight_shape[1] != x.shape[-1]:
         raise ValueError(f"weight has shape {tuple(weight_shape)}; wanted (N, {x.shape[-1]}) for x {tuple(x.shape)}")
     n, k = weight_shape
+    device = x.device
     if lora_a.dim() != 2 or lora_a.shape[1] != k:
         raise ValueError(f"lora_a has shape {tuple(lora_a.shape)}; wanted (r, {k})")
     if lora_b.shape != (n, lora_a.shape[0]):
         raise ValueError(f"lora_b has shape {tuple(lora_b.shape)}; wanted ({n}, {lora_a.shape[0]})")
-    dash = (dash_u, dash_vt, dash_sigma)
-    present = [t for t in dash if t is not None]
-    if len(present) not in (0, 3):
+    adapters = [("lora_a", lora_a), ("lora_b", lora_b)]
+    if dash_u is not None and dash_vt is not None and dash_sigma is not None:
+        s = dash_sigma.numel()
+        if dash_u.shape != (n, s) or dash_vt.shape != (s, k) or dash_sigma.dim() != 1:
+            shapes = tuple(dash_u.shape), tuple(dash_vt.shape), tuple(dash_sigma.shape)
+            raise ValueError(
+                f"dash_u, dash_vt and dash_sigma have shapes {shapes}; wanted ({n}, s), (s, {k}) and (s,) of one s"
+            )
+        adapters += [("dash_u", dash_u), ("dash_vt", dash_vt), ("dash_sigma", dash_sigma)]
+    elif dash_u is not None or dash_vt is not None or dash_sigma is not None:
         raise ValueError("dash_u, dash_vt and dash_sigma go together: pass all three or none")
-    if present:
-        s = present[2].numel()
-        wanted = ((n, s), (s, k), (s,))
-        for name, given, shape in zip(("dash_u", "dash_vt", "dash_sigma"), present, wanted, strict=True):
-            if given.shape != shape:
-                raise ValueError(f"{name} has shape {tuple(given.shape)}; wanted {shape}")
-    for name, tensor in zip(_ADAPTERS, (lora_a, lora_b, *dash), strict=True):
-        if tensor is not None and (tensor.device != x.device or not tensor.dtype.is_floating_point):
-            raise ValueError(f"{name} is {tensor.dtype} on {tensor.device}; wanted a floating dtype on {x.device}")
+    for name, tensor in adapters:
+        if tensor.device != device or not tensor.dtype.is_floating_point:
+            raise ValueError(f"{name} is {tensor.dtype} on {tensor.device}; wanted a floating dtype on {device}")

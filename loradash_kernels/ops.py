@@ -6,7 +6,7 @@ shapes, dtypes and strides agree by construction. A backend fills what it is giv
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -134,12 +134,19 @@ def allocate_forward(x: Tensor, out_features: int, width: int) -> tuple[Tensor, 
 def allocate_backward(
     x: Tensor, lora_a: Tensor, lora_b: Tensor, directions: int, needs: list[bool]
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """dx, da, db_lora, dsigma, dbias; those not needed are empty (0,). All but dx in the accumulator's dtype."""
+    """dx, da, db_lora, dsigma, dbias; those not needed are empty (0,), in the dtype of x."""
     wide = accumulator(x.dtype)
-    shapes = (x.shape, lora_a.shape, lora_b.shape, (directions,), (lora_b.shape[0],))
-    dtypes = (x.dtype, wide, wide, wide, wide)
-    out = [x.new_empty(s if n else (0,), dtype=t) for s, t, n in zip(shapes, dtypes, needs, strict=True)]
-    return out[0], out[1], out[2], out[3], out[4]
+
+    def gradient(i: int, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        return x.new_empty(shape, dtype=dtype) if needs[i] else x.new_empty(0)
+
+    return (
+        gradient(0, x.shape, x.dtype),
+        gradient(1, lora_a.shape, wide),
+        gradient(2, lora_b.shape, wide),
+        gradient(3, (directions,), wide),
+        gradient(4, (lora_b.shape[0],), wide),
+    )
 
 
 def directions_of(dash_sigma: Tensor | None) -> int:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .config import dropout_threshold, keep_scale
+from .config import draw_seed, dropout_threshold, keep_scale
 from .functional import dash_linear, low_rank_update
 from .reference import dropout_mask
 
@@ -100,8 +100,7 @@ def run(case: Case, backend: str | None = None, base: bool = True) -> dict[str, 
 def drawn_mask(case: Case) -> Tensor:
     """The keep mask (M, K) that `run` draws."""
     torch.manual_seed(case.seed)
-    seed = torch.randint(-(2**63), 2**63 - 1, (2,), dtype=torch.int64)
-    return dropout_mask(seed, dropout_threshold(case.dropout_p), *case.x.shape)
+    return dropout_mask(draw_seed(), dropout_threshold(case.dropout_p), *case.x.shape)
 
 
 def formula(case: Case, dtype: torch.dtype, mask: Tensor | None = None) -> dict[str, Tensor]:
