@@ -3,33 +3,12 @@
 // A kernels_<isa>.cpp defines LORADASH_ISA (a namespace) and LORADASH_VECTOR_BYTES, switches the compiler's target,
 // includes this file and returns its table. Everything here has internal linkage: a function compiled for AVX-512 must
 // never be the copy that the linker keeps for other CPUs, which is also why no std:: template is called.
+#include "dropout_impl.h"
 #include "kernels.h"
-#include "philox.h"
+#include "vectors.h"
 
 namespace loradash::cpu::LORADASH_ISA {
 namespace {
-
-// --- vectors ---------------------------------------------------------------------------------------------------------
-
-constexpr int kVectorBytes = LORADASH_VECTOR_BYTES;
-typedef float VecF __attribute__((vector_size(kVectorBytes), aligned(4)));
-typedef uint64_t VecU __attribute__((vector_size(kVectorBytes)));
-constexpr int kLanes = kVectorBytes / 4;
-
-// Products of the low 32 bits of every 64-bit lane: the one multiplication that compilers do not find by themselves.
-inline VecU multiply_low32(VecU a, VecU b) {
-#if LORADASH_VECTOR_BYTES == 64
-  return (VecU)_mm512_mul_epu32((__m512i)a, (__m512i)b);
-#elif LORADASH_VECTOR_BYTES == 32
-  return (VecU)_mm256_mul_epu32((__m256i)a, (__m256i)b);
-#elif defined(__SSE2__)
-  return (VecU)_mm_mul_epu32((__m128i)a, (__m128i)b);
-#else
-  return (a & 0xffffffffu) * (b & 0xffffffffu);
-#endif
-}
-
-inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
 // --- element types ---------------------------------------------------------------------------------------------------
 
@@ -377,110 +356,6 @@ void pack_block(const float* src, int64_t stride_d, int64_t stride_c, int64_t de
       for (int64_t j = 0; j < j1 - j0; ++j) out[j * kPair] = round_to<E>(in[j * stride_c]);
     }
     j0 = j1;
-  }
-}
-
-// --- dropout ---------------------------------------------------------------------------------------------------------
-
-inline VecU xor3(VecU a, VecU b, VecU c) {
-#if LORADASH_VECTOR_BYTES == 64
-  return (VecU)_mm512_ternarylogic_epi64((__m512i)a, (__m512i)b, (__m512i)c, 0x96);
-#else
-  return a ^ b ^ c;
-#endif
-}
-
-// The high 32 bits of every 64-bit lane, moved to the low ones; what is above does not matter. A shuffle rather than a
-// shift: shifts of 512 bits share their only port with half of the multiplications.
-inline VecU high_word(VecU a) {
-#if LORADASH_VECTOR_BYTES == 64
-  return (VecU)_mm512_movehdup_ps((__m512)a);
-#else
-  return a >> 32;
-#endif
-}
-
-// The keys of all rounds in every lane.
-struct KeyVectors {
-  VecU k0[kPhiloxRounds], k1[kPhiloxRounds];
-
-  explicit KeyVectors(const PhiloxKeys& keys) {
-    for (int i = 0; i < kPhiloxRounds; ++i) k0[i] = VecU{} + keys.k0[i], k1[i] = VecU{} + keys.k1[i];
-  }
-};
-
-// Rounds 3 to 10 for kVectorBytes / 8 blocks at once, each in a 64-bit lane; upper halves of c hold what the
-// multiplications ignore. 6 vector operations a round.
-inline void philox_rounds(const VecU column[4], PhiloxRow row, const KeyVectors& keys, VecU c[4]) {
-  const VecU m0 = VecU{} + kPhiloxM0, m1 = VecU{} + kPhiloxM1;
-  const VecU product = multiply_low32(m1, (column[1] ^ row.word2_m));  // round 3, second half
-  c[0] = xor3(high_word(product), column[0], keys.k0[2]);
-  c[1] = product;
-  c[2] = column[2] ^ row.word3;
-  c[3] = column[3];
-#pragma GCC unroll 8
-  for (int i = 3; i < kPhiloxRounds; ++i) {
-    const VecU p0 = multiply_low32(m0, c[0]), p1 = multiply_low32(m1, c[2]);
-    c[0] = xor3(high_word(p1), c[1], keys.k0[i]);
-    c[1] = p1;
-    c[2] = xor3(high_word(p0), c[3], keys.k1[i]);
-    c[3] = p0;
-  }
-}
-
-// Keep bits of the 8 half-words of each block, in order of k, from one vector per word: 8 bits a block.
-inline uint64_t keep_bits(const VecU c[4], uint32_t threshold) {
-#if LORADASH_VECTOR_BYTES == 64
-  const auto pairs = [](VecU even, VecU odd) {  // low 32 bits of even, then of odd, in every 64-bit lane
-    return _mm512_mask_shuffle_epi32((__m512i)even, 0xaaaa, (__m512i)odd, static_cast<_MM_PERM_ENUM>(0xa0));
-  };
-  const __m512i low = pairs(c[0], c[1]), high = pairs(c[2], c[3]);
-  const __m512i first = _mm512_setr_epi64(0, 8, 1, 9, 2, 10, 3, 11),
-                second = _mm512_setr_epi64(4, 12, 5, 13, 6, 14, 7, 15);
-  const __m512i limit = _mm512_set1_epi16(static_cast<short>(threshold));
-  const uint64_t keep = _mm512_cmpge_epu16_mask(_mm512_permutex2var_epi64(low, first, high), limit);
-  const uint64_t rest = _mm512_cmpge_epu16_mask(_mm512_permutex2var_epi64(low, second, high), limit);
-  return keep | rest << 32;
-#else
-  uint64_t keep = 0;
-  for (int i = 0; i < kVectorBytes / 8; ++i)
-    for (int h = 0; h < 8; ++h)
-      keep |= static_cast<uint64_t>((c[h / 2][i] >> 16 * (h % 2) & 0xffff) >= threshold) << (8 * i + h);
-  return keep;
-#endif
-}
-
-constexpr int64_t kColumnBlocks = 256;  // Philox blocks whose first rounds are kept for all rows: 8 KB
-
-void dropout_bits(const Dropout& dropout, int64_t row, int64_t rows, int64_t k_begin, int64_t k_end, uint32_t* bits,
-                  int64_t bits_stride) {
-  constexpr int kBlocks = kVectorBytes / 8;  // a vector
-  const PhiloxKeys keys(dropout.seed);
-  const KeyVectors key_vectors(keys);
-  alignas(64) uint64_t column[4][kColumnBlocks];
-  const int64_t last = ceil_div(k_end, kPhiloxElements);
-  for (int64_t b0 = k_begin / kPhiloxElements; b0 < last; b0 += kColumnBlocks) {
-    const int64_t count = smaller(last - b0, kColumnBlocks);
-    for (int64_t b = 0; b < ceil_div(count, 8) * 8; ++b) {
-      const PhiloxColumn words = philox_column(static_cast<uint32_t>(b0 + b), dropout, keys);
-      column[0][b] = words.word1, column[1][b] = words.word2_k;
-      column[2][b] = words.next2_k, column[3][b] = words.next3;
-    }
-    for (int64_t i = 0; i < rows; ++i) {
-      const PhiloxRow shared = philox_row(static_cast<uint32_t>(row + i), dropout, keys);
-      uint32_t* out = bits + i * bits_stride + (b0 * kPhiloxElements - k_begin) / 32;
-      for (int64_t b = 0; b < count; b += 8, out += 2) {  // 64 elements
-        uint64_t keep = 0;
-        for (int part = 0; part < 8; part += kBlocks) {
-          VecU fixed[4], c[4];
-          for (int j = 0; j < 4; ++j) fixed[j] = *reinterpret_cast<const VecU*>(&column[j][b + part]);
-          philox_rounds(fixed, shared, key_vectors, c);
-          keep |= keep_bits(c, dropout.threshold) << 8 * part;
-        }
-        out[0] = static_cast<uint32_t>(keep);
-        if ((b0 + b) * kPhiloxElements + 32 < k_end) out[1] = static_cast<uint32_t>(keep >> 32);
-      }
-    }
   }
 }
 

@@ -5,6 +5,7 @@ For comparisons only: benchmarks and the demonstration time these next to `DashL
 
 from __future__ import annotations
 
+import abc
 import math
 from typing import Any
 
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 
-class AdaptedLinear(nn.Module):
+class AdaptedLinear(nn.Module, abc.ABC):
     """A frozen linear layer with the parameters of LoRA-Dash; subclasses say how the dash term is computed."""
 
     def __init__(self, linear: nn.Linear, r: int, s: int, scaling: float, dropout: float) -> None:
@@ -33,8 +34,9 @@ class AdaptedLinear(nn.Module):
         self.dropout = nn.Dropout(dropout)
         self.scaling = scaling
 
+    @abc.abstractmethod
     def dash(self, x: Tensor) -> Tensor:
-        raise NotImplementedError
+        """The dash term (..., N) of a dropped x (..., K)."""
 
     def forward(self, x: Tensor) -> Tensor:
         lora = self.dropout(x) @ self.lora_a.t() @ self.lora_b.t() * self.scaling
