@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import pytest
-from variants import DTYPES, FROZEN, SHAPES, VARIANTS, build, flops
+import torch
+from variants import DTYPES, SHAPES, VARIANTS, build, flops
 
 
 @pytest.mark.parametrize("name", VARIANTS)
@@ -20,5 +21,4 @@ def test_layer(benchmark, phase, dtype, shape, name):
         )
     else:
         benchmark.pedantic(case.forward if phase == "forward" else case.step, rounds=10, warmup_rounds=2)
-    if name == FROZEN:
-        assert case.x.grad is None or case.x.grad.shape == case.x.shape
+    assert torch.isfinite(case.forward()).all()
