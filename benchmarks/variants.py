@@ -60,7 +60,7 @@ class Case:
 
 
 def flops(m: int, k: int, n: int) -> int:
-    """Of forward and backward of a frozen linear layer; the low-rank terms add M R (K + N) times 5, times 2 / 2."""
+    """Of forward and backward of a frozen linear layer; the low-rank terms add 2 M (2 R + r)(K + N)."""
     return 4 * m * k * n
 
 

@@ -282,7 +282,7 @@ def finetune(folder: Path, steps: int = 300, seeds: int = 3, rate: float = 1e-3,
     """Runs the demonstration and writes report.md, results.json, pictures and adapters to `folder`.
 
     LoRA and LoRA-Dash have the same rank and learn for the same number of steps on the same batches; LoRA-Dash trains its
-    s coordinates a layer on top (0.04% more parameters). Scores are what they are, whichever wins.
+    s coordinates a layer on top (0.1% more parameters). Scores are what they are, whichever wins.
     """
     if steps < 4 or seeds < 1:
         raise ValueError(f"steps must be at least 4 and seeds at least 1, got {steps}, {seeds}")
