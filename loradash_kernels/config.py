@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 
 PHILOX_STEPS = 65536
@@ -30,3 +32,31 @@ def draw_seed(device: torch.device | str = "cpu") -> torch.Tensor:
     if torch.compiler.is_compiling():  # which knows no in-place draws
         return torch.randint(0, 2**63 - 1, (2,), dtype=torch.int64, device=device)
     return torch.empty(2, dtype=torch.int64, device=device).random_()
+
+
+@dataclass(frozen=True)
+class TileConfig:
+    """How a kernel cuts its product: tiles of block_m x block_n, block_k deep; group_m rows of tiles share L2."""
+
+    block_m: int
+    block_n: int
+    block_k: int
+    num_warps: int
+    num_stages: int
+    group_m: int = 8
+
+    def shared_bytes(self, itemsize: int) -> int:
+        """Shared memory of the operands in flight, as a planning figure: num_stages of both."""
+        return self.num_stages * (self.block_m + self.block_n) * self.block_k * itemsize
+
+
+@dataclass(frozen=True)
+class Target:
+    """What a GPU architecture offers: the most shared memory a block may take, and processors to fill (those of the
+    largest common card; a running device's own count is used where there is one)."""
+
+    name: str
+    shared_limit: int
+    processors: int
+    warp_size: int = 32
+    matrix_instruction: str = "HMMA"

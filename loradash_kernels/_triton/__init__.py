@@ -1,0 +1,144 @@
+"""The Triton backend: fused kernels for every GPU that Triton compiles to. Importing this needs no Triton.
+
+`missing` and `refuses` give the reasons against it in words; `forward` and `backward` fill what they are given.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import os
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from .plan import Problem
+
+MINIMUM = (3, 6)
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+@functools.cache
+def missing() -> str | None:
+    """Why Triton cannot be used here at all, or None."""
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed; `pip install triton` (or a CUDA or ROCm build of PyTorch, which brings it)"
+    import triton
+
+    found = tuple(int(part) for part in triton.__version__.split(".")[:2])
+    if found < MINIMUM:
+        return f"Triton {triton.__version__} is too old; {'.'.join(map(str, MINIMUM))} or newer is needed"
+    if interpreted():
+        return None
+    if not torch.cuda.is_available():
+        return "PyTorch sees no GPU"
+    return None
+
+
+def interpreted() -> bool:
+    """Does TRITON_INTERPRET=1 ask for Triton's interpreter, which runs kernels on the CPU?"""
+    return os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+
+def refuses(x: Tensor, width: int = 0) -> str | None:
+    """Why a call with this x and R = `width` cannot run, or None."""
+    from .plan import MAX_WIDTH
+
+    if x.device.type == "cpu" and not interpreted():
+        return "x is on the CPU (TRITON_INTERPRET=1 would run the kernels there, slowly)"
+    if x.device.type not in ("cpu", "cuda"):
+        return f"x is on {x.device}"
+    if x.dtype not in _DTYPES:
+        return f"x is {x.dtype}, the Triton kernels take float32, bfloat16 and float16"
+    if width > MAX_WIDTH:
+        return f"r + s is {width}, the Triton kernels take at most {MAX_WIDTH}"
+    architecture = architecture_of(x.device)
+    from .tiles import TARGETS
+
+    if architecture not in TARGETS:
+        return f"{architecture} has no tile table; known are {', '.join(TARGETS)}"
+    return None
+
+
+@functools.cache
+def architecture_of(device: torch.device) -> str:
+    """ "sm_80", "gfx942", ...; the interpreter takes the tiles of sm_80."""
+    if device.type == "cpu":
+        return "sm_80"
+    if torch.version.hip:
+        return torch.cuda.get_device_properties(device).gcnArchName.split(":")[0]
+    major, minor = torch.cuda.get_device_capability(device)
+    return f"sm_{major}{minor}"
+
+
+def _problem(x: Tensor, *args: object) -> Problem:
+    from .plan import Problem
+    from .tiles import TARGETS
+
+    tf32 = x.dtype == torch.float32 and x.device.type == "cuda" and torch.backends.cuda.matmul.allow_tf32
+    problem = Problem(x, *args, TARGETS[architecture_of(x.device)], tf32)  # type: ignore[arg-type]
+    if x.device.type == "cuda":
+        problem.processors = torch.cuda.get_device_properties(x.device).multi_processor_count
+    return problem
+
+
+def forward(
+    x: Tensor,  # (M, K)
+    weight: Tensor | None,  # (N, K); None: the base product is in `base`
+    bias: Tensor | None,  # (N,)
+    lora_a: Tensor,
+    lora_b: Tensor,
+    dash_u: Tensor | None,
+    dash_vt: Tensor | None,
+    dash_sigma: Tensor | None,
+    seed: Tensor | None,
+    scaling: float,
+    threshold: int,
+    base: Tensor | None,  # (M, N)
+    y: Tensor,  # (M, N), written
+    p: Tensor,  # (M, R), written
+) -> None:
+    from . import tuner
+    from .plan import plan_forward
+
+    problem = _problem(x, weight, lora_a, lora_b, dash_u, dash_vt, dash_sigma, seed, scaling, threshold)
+    strategy = tuner.choose("forward", problem)
+    with _on(x.device):
+        for launch in plan_forward(problem, bias, base, y, p, strategy):
+            launch.run()
+
+
+def backward(
+    dy: Tensor,  # (M, N)
+    x: Tensor,
+    weight: Tensor | None,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    dash_u: Tensor | None,
+    dash_vt: Tensor | None,
+    dash_sigma: Tensor | None,
+    p: Tensor,
+    seed: Tensor | None,
+    scaling: float,
+    threshold: int,
+    dx: Tensor | None,  # (M, K), written; None: not wanted
+    da: Tensor | None,  # (r, K)
+    db_lora: Tensor | None,  # (N, r)
+    dsigma: Tensor | None,  # (s,)
+    dbias: Tensor | None,  # (N,)
+) -> None:
+    from . import tuner
+    from .plan import plan_backward
+
+    problem = _problem(x, weight, lora_a, lora_b, dash_u, dash_vt, dash_sigma, seed, scaling, threshold)
+    strategy = tuner.choose("backward", problem)
+    with _on(x.device):
+        for launch in plan_backward(problem, dy, p, dx, da, db_lora, dsigma, dbias, strategy):
+            launch.run()
+
+
+def _on(device: torch.device) -> torch.cuda.device:
+    """Triton launches on the current device: make it that of x (-1 leaves it alone)."""
+    return torch.cuda.device(device if device.type == "cuda" else -1)

@@ -1,0 +1,214 @@
+"""Backward kernels, with G = dy Q and c = [scaling; sigma]:
+
+    dx = dy W + mask * ((G * c) D) / (1 - p)    dA = scaling G_r^T dropout(x)    dB = scaling dy^T P_r
+    d(sigma)_i = sum_m G_s P_s                  db = sum_m dy
+
+Five launches. `dy_pass` reads dy once for partial G, dB and db; `sum_g` adds the partial G's and writes T = G * c, the
+operand of dx and dA; `dx_gemm`; `x_pass` reads x once for partial dA; `finish` adds the partial sums over M. Every sum
+over programs is taken in a fixed order: no atomics, the same bits from run to run.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .common import column_factors, grouped, keep_mask, span, stacked
+
+
+@triton.jit
+def dy_pass(
+    dy, lora_b, dash_u, p, g_part, db_part, dbias_part,
+    M, N, stride_ym, stride_yn, stride_bn, stride_br, stride_un, stride_us, rows_per_split,
+    RANK: tl.constexpr, DIRECTIONS: tl.constexpr, R_BLOCK: tl.constexpr, RANK_BLOCK: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, EVEN_N: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Of BLOCK_N columns and rows_per_split rows of dy: G partial over N, dB and db partial over M.
+
+    g_part (tiles of N, M, R_BLOCK), db_part (splits, r, N), dbias_part (splits, N), fp32; null where not wanted.
+    FLOPs: 2 M N (R_BLOCK + RANK_BLOCK). Bytes: dy once, Q once per split; partial sums of 4 R M N / BLOCK_N and
+    4 r M N / rows_per_split bytes. Grid: (tiles of N, splits).
+    """
+    pid_n, split = tl.program_id(0), tl.program_id(1)
+    n0 = pid_n * BLOCK_N
+    first, last = split * rows_per_split, tl.minimum(M, (split + 1) * rows_per_split)
+    dy += tl.cast(n0, tl.int64) * stride_yn
+    rows, columns = span(BLOCK_M, WIDE)[:, None], span(BLOCK_N, WIDE)
+    ranks, lora_ranks = span(R_BLOCK, WIDE)[None, :], span(RANK_BLOCK, WIDE)
+    dtype: tl.constexpr = dy.dtype.element_ty
+    if g_part is not None:
+        q = stacked(
+            lora_b + tl.cast(n0, tl.int64) * stride_bn, stride_br, stride_bn,
+            None if DIRECTIONS == 0 else dash_u + tl.cast(n0, tl.int64) * stride_un, stride_us, stride_un,
+            ranks, columns[:, None], N - n0, RANK, DIRECTIONS, dtype,
+        )  # fmt: skip
+        g_part += tl.cast(pid_n, tl.int64) * M * R_BLOCK
+    db = tl.zeros((RANK_BLOCK, BLOCK_N), tl.float32)
+    dbias = tl.zeros((BLOCK_N,), tl.float32)
+    for m0 in tl.range(first, last, BLOCK_M):
+        start = tl.cast(m0, tl.int64)
+        mask = rows < last - m0
+        if not EVEN_N:
+            mask = mask & (columns[None, :] < N - n0)
+        tile = tl.load(dy + start * stride_ym + rows * stride_ym + columns[None, :] * stride_yn, mask=mask, other=0.0)
+        if g_part is not None:
+            g = tl.dot(tile, q, input_precision=PRECISION)
+            tl.store(g_part + (start + rows) * R_BLOCK + ranks, g, mask=rows < last - m0)
+        if db_part is not None:
+            offsets = (start + rows) * (RANK + DIRECTIONS) + lora_ranks[None, :]
+            p_tile = tl.load(p + offsets, mask=(rows < last - m0) & (lora_ranks[None, :] < RANK), other=0.0)
+            db = tl.dot(tl.trans(p_tile.to(dtype)), tile, db, input_precision=PRECISION)
+        if dbias_part is not None:
+            dbias += tl.sum(tile.to(tl.float32), axis=0)
+    inside = columns < N - n0
+    if db_part is not None:
+        out = db_part + (tl.cast(split, tl.int64) * RANK + lora_ranks[:, None]) * N + n0 + columns[None, :]
+        tl.store(out, db, mask=(lora_ranks[:, None] < RANK) & inside[None, :])
+    if dbias_part is not None:
+        tl.store(dbias_part + tl.cast(split, tl.int64) * N + n0 + columns, dbias, mask=inside)
+
+
+@triton.jit
+def sum_g(
+    g_part, p, dash_sigma, t, dsigma_part, M, parts, scaling,
+    RANK: tl.constexpr, DIRECTIONS: tl.constexpr, R_BLOCK: tl.constexpr, BLOCK_M: tl.constexpr,
+):  # fmt: skip
+    """T = G * c (M, R_BLOCK) in the dtype of x, and the partial sums over M of G_s P_s (tiles of M, R_BLOCK) fp32.
+
+    Bytes: g_part once, P once, T once. Grid: tiles of M.
+    """
+    pid = tl.program_id(0)
+    rows, ranks = tl.cast(pid, tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)[:, None], tl.arange(0, R_BLOCK)[None, :]
+    inside = rows < M
+    g = tl.zeros((BLOCK_M, R_BLOCK), tl.float32)
+    for part in tl.range(0, parts):
+        g += tl.load(g_part + (tl.cast(part, tl.int64) * M + rows) * R_BLOCK + ranks, mask=inside, other=0.0)
+    factors = column_factors(dash_sigma, scaling, ranks, RANK, DIRECTIONS)
+    tl.store(t + rows * R_BLOCK + ranks, (g * factors).to(t.dtype.element_ty), mask=inside)
+    if dsigma_part is not None:
+        dash = (ranks >= RANK) & (ranks < RANK + DIRECTIONS)
+        p_tile = tl.load(p + rows * (RANK + DIRECTIONS) + ranks, mask=inside & dash, other=0.0)
+        tl.store(dsigma_part + tl.cast(pid, tl.int64) * R_BLOCK + tl.arange(0, R_BLOCK), tl.sum(g * p_tile, axis=0))
+
+
+@triton.jit
+def dx_gemm(
+    dy, w, t, lora_a, dash_vt, seed, base, dx,
+    M, N, K, stride_ym, stride_yn, stride_wn, stride_wk, stride_ar, stride_ak, stride_vs, stride_vk, keep_scale, threshold,
+    RANK: tl.constexpr, DIRECTIONS: tl.constexpr, R_BLOCK: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr, DROPOUT: tl.constexpr, EVEN_N: tl.constexpr, WIDE: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """dx (M, K) = mask * (T D) * keep_scale + dy W + base. Tiles are BLOCK_M x BLOCK_N of dx; BLOCK_K runs over N.
+
+    FLOPs: 2 M K (N + R_BLOCK). Bytes: dy, W, dx once as far as L2 holds a group of tiles; T and D from L2. The masked
+    low-rank term starts the accumulator: nothing of size M x K is stored but dx. N = 0 (low_rank_update): that term alone.
+    Grid: tiles of M times tiles of K.
+    """
+    pid_m, pid_k = grouped(tl.program_id(0), tl.cdiv(M, BLOCK_M), tl.cdiv(K, BLOCK_N), GROUP_M)
+    m0, k0 = pid_m * BLOCK_M, pid_k * BLOCK_N
+    dtype: tl.constexpr = t.dtype.element_ty
+    rows, columns, ns = span(BLOCK_M, WIDE)[:, None], span(BLOCK_N, WIDE)[None, :], span(BLOCK_K, WIDE)
+    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    if RANK + DIRECTIONS > 0:
+        ranks = span(R_BLOCK, WIDE)
+        start = tl.cast(m0, tl.int64) + rows
+        t_tile = tl.load(t + start * R_BLOCK + ranks[None, :], mask=start < M, other=0.0)
+        d = stacked(
+            lora_a + tl.cast(k0, tl.int64) * stride_ak, stride_ar, stride_ak,
+            None if DIRECTIONS == 0 else dash_vt + tl.cast(k0, tl.int64) * stride_vk, stride_vs, stride_vk,
+            ranks[:, None], columns, K - k0, RANK, DIRECTIONS, dtype,
+        )  # fmt: skip
+        acc = tl.dot(t_tile, d, acc, input_precision=PRECISION)
+        if DROPOUT:
+            acc = tl.where(keep_mask(seed, threshold, m0, k0, BLOCK_M, BLOCK_N), acc * keep_scale, 0.0)
+    out_rows, out_columns = tl.cast(m0, tl.int64) + tl.arange(0, BLOCK_M)[:, None], k0 + tl.arange(0, BLOCK_N)[None, :]
+    inside = (out_rows < M) & (out_columns < K)
+    if base is not None:
+        acc += tl.load(base + out_rows * K + out_columns, mask=inside, other=0.0).to(tl.float32)
+    dy += tl.cast(m0, tl.int64) * stride_ym
+    w += tl.cast(k0, tl.int64) * stride_wk
+    for n0 in tl.range(0, N, BLOCK_K):
+        step = tl.cast(n0, tl.int64)
+        mask_a, mask_b = rows < M - m0, columns < K - k0
+        if not EVEN_N:
+            mask_a, mask_b = mask_a & (ns[None, :] < N - n0), mask_b & (ns[:, None] < N - n0)
+        dy_tile = tl.load(dy + step * stride_yn + rows * stride_ym + ns[None, :] * stride_yn, mask=mask_a, other=0.0)
+        w_tile = tl.load(w + step * stride_wn + ns[:, None] * stride_wn + columns * stride_wk, mask=mask_b, other=0.0)
+        acc = tl.dot(dy_tile, w_tile, acc, input_precision=PRECISION)
+    tl.store(dx + out_rows * K + out_columns, acc.to(dx.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def x_pass(
+    x, t, seed, da_part,
+    M, K, stride_xm, stride_xk, threshold, rows_per_split,
+    RANK: tl.constexpr, R_BLOCK: tl.constexpr, RANK_BLOCK: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
+    DROPOUT: tl.constexpr, EVEN_K: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """da_part (splits, r, K) fp32 = T_r^T (mask * x) over rows_per_split rows; T (M, R_BLOCK) holds scaling G_r.
+
+    FLOPs: 2 M K RANK_BLOCK. Bytes: x once, T once per tile of K from L2, partial sums of 4 r M K / rows_per_split.
+    Grid: (tiles of K, splits).
+    """
+    pid_k, split = tl.program_id(0), tl.program_id(1)
+    k0 = pid_k * BLOCK_K
+    first, last = split * rows_per_split, tl.minimum(M, (split + 1) * rows_per_split)
+    x += tl.cast(k0, tl.int64) * stride_xk
+    rows, columns, ranks = span(BLOCK_M, WIDE), span(BLOCK_K, WIDE)[None, :], span(RANK_BLOCK, WIDE)
+    acc = tl.zeros((RANK_BLOCK, BLOCK_K), tl.float32)
+    for m0 in tl.range(first, last, BLOCK_M):
+        start = tl.cast(m0, tl.int64)
+        mask = rows[:, None] < last - m0
+        if not EVEN_K:
+            mask = mask & (columns < K - k0)
+        tile = tl.load(x + start * stride_xm + rows[:, None] * stride_xm + columns * stride_xk, mask=mask, other=0.0)
+        t_tile = tl.load(
+            t + (start + rows[:, None]) * R_BLOCK + ranks[None, :],
+            mask=(rows[:, None] < last - m0) & (ranks[None, :] < RANK), other=0.0,
+        )  # fmt: skip
+        if DROPOUT:
+            tile = tl.where(keep_mask(seed, threshold, m0, k0, BLOCK_M, BLOCK_K), tile, 0.0)
+        acc = tl.dot(tl.trans(t_tile), tile, acc, input_precision=PRECISION)
+    out = da_part + (tl.cast(split, tl.int64) * RANK + ranks[:, None]) * K + k0 + columns
+    tl.store(out, acc, mask=(ranks[:, None] < RANK) & (columns < K - k0))
+
+
+@triton.jit
+def _sum_splits(part, out, tile, splits, RANKS, COLUMNS, stride_rank, stride_column, factor, BLOCK: tl.constexpr):
+    """out[i, j] = factor * sum over splits of part (splits, RANKS, COLUMNS), in order; one BLOCK of the flat (i, j)."""
+    index = tl.cast(tile, tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    size = tl.cast(RANKS, tl.int64) * COLUMNS
+    total = tl.zeros((BLOCK,), tl.float32)
+    for split in tl.range(0, splits):
+        total += tl.load(part + tl.cast(split, tl.int64) * size + index, mask=index < size, other=0.0)
+    rank, column = index // COLUMNS, index % COLUMNS
+    tl.store(out + rank * stride_rank + column * stride_column, total * factor, mask=index < size)
+
+
+@triton.jit
+def finish(
+    da_part, db_part, dbias_part, dsigma_part, da, db_lora, dbias, dsigma,
+    K, N, x_splits, y_splits, sum_tiles, a_tiles, b_tiles, bias_tiles, scale_a, scale_b,
+    RANK: tl.constexpr, DIRECTIONS: tl.constexpr, R_BLOCK: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """The second stage of the sums over M: dA (r, K), dB (N, r), db (N,), d(sigma) (s,), each by its own programs.
+
+    Bytes: every partial sum once. Grid: a_tiles + b_tiles + bias_tiles + (1 where d(sigma) is wanted).
+    """
+    pid = tl.program_id(0)
+    if da is not None and pid < a_tiles:
+        _sum_splits(da_part, da, pid, x_splits, RANK, K, K, 1, scale_a, BLOCK)
+    pid -= a_tiles
+    if db_lora is not None and (pid >= 0) & (pid < b_tiles):
+        _sum_splits(db_part, db_lora, pid, y_splits, RANK, N, 1, RANK, scale_b, BLOCK)
+    pid -= b_tiles
+    if dbias is not None and (pid >= 0) & (pid < bias_tiles):
+        _sum_splits(dbias_part, dbias, pid, y_splits, 1, N, N, 1, 1.0, BLOCK)
+    pid -= bias_tiles
+    if dsigma is not None and pid == 0:
+        ranks = tl.arange(0, R_BLOCK)
+        total = tl.zeros((R_BLOCK,), tl.float32)
+        for tile in tl.range(0, sum_tiles):
+            total += tl.load(dsigma_part + tl.cast(tile, tl.int64) * R_BLOCK + ranks)
+        tl.store(dsigma + ranks - RANK, total, mask=(ranks >= RANK) & (ranks < RANK + DIRECTIONS))

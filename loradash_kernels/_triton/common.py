@@ -1,0 +1,82 @@
+"""What the forward and the backward kernels share: index arithmetic, the dropout mask, and adapter tiles.
+
+Letters as everywhere: M tokens, K in_features, N out_features, r LoRA rank, s directions, R = r + s,
+D = [A; Vt] (R, K), Q = [B | U] (N, R), c = [scaling; sigma] (R,).
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+@triton.jit
+def span(SIZE: tl.constexpr, WIDE: tl.constexpr):
+    """0, 1, ..., SIZE - 1; 64-bit where a stride times SIZE may exceed 2^31."""
+    index = tl.arange(0, SIZE)
+    if WIDE:
+        index = index.to(tl.int64)
+    return index
+
+
+@triton.jit
+def grouped(pid, tiles_m, tiles_n, GROUP_M: tl.constexpr):
+    """Tile (m, n) of a program: GROUP_M rows of tiles at a time, so that neighbours share operands in L2."""
+    group = pid // (GROUP_M * tiles_n)
+    first = group * GROUP_M
+    height = tl.minimum(tiles_m - first, GROUP_M)
+    inside = pid % (GROUP_M * tiles_n)
+    return first + inside % height, inside // height
+
+
+@triton.jit
+def keep_mask(seed, threshold, m0, k0, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr):
+    """Keep bits (BLOCK_M, BLOCK_K) of elements (m0 + i, k0 + j): Philox4x32-10 (Salmon et al., SC 2011).
+
+    Counter (k // 8, m, offset), key seed; half-word k % 8 of the block is compared with the threshold. k0 is a multiple
+    of 8. Shapes broadcast as late as they can: two of the ten rounds and a half cost nothing per element.
+    """
+    M0: tl.constexpr = 0xD2511F53
+    M1: tl.constexpr = 0xCD9E8D57
+    W0: tl.constexpr = 0x9E3779B9
+    W1: tl.constexpr = 0xBB67AE85
+    key, offset = tl.load(seed), tl.load(seed + 1)
+    k_0, k_1 = key.to(tl.uint32), (key >> 32).to(tl.uint32)
+    c0 = (tl.cast(k0 // 8, tl.uint32) + tl.arange(0, BLOCK_K // 8).to(tl.uint32))[None, :]
+    c1 = (tl.cast(m0, tl.uint32) + tl.arange(0, BLOCK_M).to(tl.uint32))[:, None]
+    c2, c3 = offset.to(tl.uint32), (offset >> 32).to(tl.uint32)
+    for _ in tl.static_range(10):
+        high0, low0 = tl.umulhi(c0, M0), tl.mul(c0, M0, sanitize_overflow=False)
+        high1, low1 = tl.umulhi(c2, M1), tl.mul(c2, M1, sanitize_overflow=False)
+        c0, c1, c2, c3 = high1 ^ c1 ^ k_0, low1, high0 ^ c3 ^ k_1, low0
+        k_0, k_1 = tl.add(k_0, W0, sanitize_overflow=False), tl.add(k_1, W1, sanitize_overflow=False)
+    words = tl.join(tl.join(c0, c2), tl.join(c1, c3))  # (.., .., 2, 2): words 0 1 / 2 3
+    halves = tl.join(words & 0xFFFF, words >> 16)
+    return tl.reshape(halves, (BLOCK_M, BLOCK_K)) >= threshold
+
+
+@triton.jit
+def stacked(
+    first, first_rank, first_other, second, second_rank, second_other, ranks, others, limit,
+    RANK: tl.constexpr, DIRECTIONS: tl.constexpr, DTYPE: tl.constexpr,
+):  # fmt: skip
+    """A tile of [A; Vt] or [B | U]: rank indices below RANK from `first`, the following DIRECTIONS from `second`.
+
+    `ranks` and `others` broadcast to the tile; others < limit. Cast to DTYPE; zero outside.
+    """
+    inside = others < limit
+    tile = tl.load(first + ranks * first_rank + others * first_other, mask=(ranks < RANK) & inside, other=0.0).to(DTYPE)
+    if DIRECTIONS > 0:
+        below = (ranks >= RANK) & (ranks < RANK + DIRECTIONS) & inside
+        offsets = (ranks - RANK) * second_rank + others * second_other
+        tile = tl.where(ranks < RANK, tile, tl.load(second + offsets, mask=below, other=0.0).to(DTYPE))
+    return tile
+
+
+@triton.jit
+def column_factors(sigma, scaling, ranks, RANK: tl.constexpr, DIRECTIONS: tl.constexpr):
+    """c for the given rank indices, fp32; zero beyond R."""
+    factors = tl.where(ranks < RANK, scaling, 0.0)
+    if DIRECTIONS > 0:
+        inside = (ranks >= RANK) & (ranks < RANK + DIRECTIONS)
+        factors += tl.load(sigma + ranks - RANK, mask=inside, other=0.0).to(tl.float32)
+    return factors

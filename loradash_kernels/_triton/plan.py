@@ -1,0 +1,396 @@
+"""From tensors to launches: which kernels a call runs, with which arguments, tiles and workspace.
+
+A plan is data: `run` executes it on a GPU (or in Triton's interpreter); the tests also compile every launch of it for
+each architecture and execute the result in an emulator.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..config import Target, TileConfig, accumulator, keep_scale
+from . import backward_kernels as bwd
+from . import forward_kernels as fwd
+from . import tiles
+
+MAX_WIDTH = 256
+_PACK_N = 64
+_FINISH_BLOCK = 1024
+_SUM_ROWS = 16
+_MIN_ROWS = 256  # of a split of M: below, partial sums outweigh what they are sums of
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One kernel launch."""
+
+    kernel: Any
+    grid: tuple[int, ...]
+    args: dict[str, Any]
+    constants: dict[str, Any]
+    num_warps: int = 4
+    num_stages: int = 1
+
+    def run(self) -> None:
+        self.kernel[self.grid](**self.args, **self.constants, num_warps=self.num_warps, num_stages=self.num_stages)
+
+
+@dataclass(frozen=True)
+class LibraryProduct:
+    """A product left to the vendor's library: out = a b^T + bias, or a b."""
+
+    a: Tensor
+    b: Tensor
+    bias: Tensor | None
+    out: Tensor
+    transposed: bool
+
+    def run(self) -> None:
+        b = self.b.t() if self.transposed else self.b
+        if self.bias is None:
+            torch.mm(self.a, b, out=self.out)
+        else:
+            torch.addmm(self.bias, self.a, b, out=self.out)
+
+
+@dataclass(frozen=True)
+class Strategy:
+    """How a product is computed: "fused" (two launches forward), "one_launch" (forward only) or "library" (the vendor's
+    product with our low-rank kernels), and the tile, where it is not the table's."""
+
+    kind: str = "fused"
+    tile: TileConfig | None = None
+
+
+@dataclass
+class Problem:
+    """What every launch of a call needs to know."""
+
+    x: Tensor
+    weight: Tensor | None
+    lora_a: Tensor
+    lora_b: Tensor
+    dash_u: Tensor | None
+    dash_vt: Tensor | None
+    dash_sigma: Tensor | None
+    seed: Tensor | None
+    scaling: float
+    threshold: int
+    target: Target
+    tf32: bool = False
+    processors: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.m, self.k = self.x.shape
+        self.n, self.rank = self.lora_b.shape
+        self.directions = 0 if self.dash_sigma is None else self.dash_sigma.shape[0]
+        self.width = self.rank + self.directions
+        self.r_block = _power_of_two(self.width)
+        self.rank_block = _power_of_two(self.rank)
+        self.itemsize = self.x.element_size()
+        self.dropout = self.threshold > 0 and self.seed is not None
+        self.keep_scale = keep_scale(self.threshold)
+        self.processors = self.target.processors
+
+    @property
+    def precision(self) -> str:
+        return "tf32" if self.tf32 else "ieee"
+
+    def adapter_args(self, names: str) -> dict[str, Any]:
+        """Pointers and strides of the adapters named by their letters: a, b, u, v."""
+        tensors = {
+            "a": ("lora_a", self.lora_a, "r", "k"), "b": ("lora_b", self.lora_b, "n", "r"),
+            "u": ("dash_u", self.dash_u, "n", "s"), "v": ("dash_vt", self.dash_vt, "s", "k"),
+        }  # fmt: skip
+        args: dict[str, Any] = {}
+        for letter in names:
+            name, tensor, first, second = tensors[letter]
+            present = tensor is not None and (self.directions > 0 or letter in "ab")
+            args[name] = tensor if present else None
+            strides = tensor.stride() if present and tensor is not None else (0, 0)
+            args[f"stride_{letter}{first}"], args[f"stride_{letter}{second}"] = strides
+        return args
+
+    def sigma(self) -> Tensor | None:
+        return self.dash_sigma if self.directions else None
+
+    def empty(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
+        """Workspace on the device of x."""
+        return self.x.new_empty(shape, dtype=dtype or self.x.dtype)
+
+
+def plan_forward(
+    q: Problem, bias: Tensor | None, base: Tensor | None, y: Tensor, p: Tensor, strategy: Strategy | None = None
+) -> list[Launch | LibraryProduct]:
+    """y (M, N) and P (M, R). `base` (M, N) replaces the base product where there is no weight."""
+    if q.m == 0:
+        return []
+    strategy = strategy or Strategy()
+    tile = strategy.tile or tiles.pick_gemm(q.target, q.itemsize, q.m, q.n)
+    if strategy.kind == "one_launch" and q.weight is not None and q.width and q.n:
+        return [_one_launch(q, tile, bias, y, p)]
+    r_width = _round_up(q.width, tile.block_k)
+    t, packed = (q.empty(q.m, r_width), q.empty(q.n, r_width)) if q.width else (q.x, q.x)
+    launches: list[Launch | LibraryProduct] = [_down(q, r_width, p, t, packed)] if q.width else []
+    weight, k = q.weight, q.k
+    if strategy.kind == "library" and weight is not None:
+        launches.append(LibraryProduct(q.x, weight, bias, y, True))
+        weight, bias, base = None, None, y
+    if weight is None:
+        weight, k = packed, 0
+    if y.numel():
+        launches.append(_extended_gemm(q, tile, weight, k, r_width, t, packed, bias, base, y))
+    return launches
+
+
+def _down(q: Problem, r_width: int, p: Tensor, t: Tensor, packed: Tensor) -> Launch:
+    tile = tiles.pick_down(q.target, q.itemsize, q.m, q.r_block)
+    tiles_m = _tiles(q.m, tile.block_m)
+    adapters = q.adapter_args("abuv")
+    return Launch(
+        fwd.down_projection,
+        (tiles_m + _tiles(q.n, _PACK_N),),
+        {
+            "x": q.x, **adapters, "dash_sigma": q.sigma(), "seed": q.seed if q.dropout else None, "p": p, "t": t,
+            "q": packed, "M": q.m, "K": q.k, "N": q.n, "stride_xm": q.x.stride(0), "stride_xk": q.x.stride(1),
+            "scaling": q.scaling, "keep_scale": q.keep_scale, "threshold": q.threshold, "tiles_m": tiles_m,
+        },
+        {
+            "RANK": q.rank, "DIRECTIONS": q.directions, "R_BLOCK": q.r_block, "R_WIDTH": r_width,
+            "R_STORE": _power_of_two(r_width), "BLOCK_M": tile.block_m, "BLOCK_K": tile.block_k, "PACK_N": _PACK_N,
+            "DROPOUT": q.dropout, "EVEN_K": q.k % tile.block_k == 0, "WIDE": _wide(q.x, *adapters.values()),
+            "PRECISION": q.precision,
+        },
+        tile.num_warps,
+        tile.num_stages,
+    )  # fmt: skip
+
+
+def _extended_gemm(
+    q: Problem, tile: TileConfig, weight: Tensor, k: int, r_width: int, t: Tensor, packed: Tensor, bias: Tensor | None,
+    base: Tensor | None, y: Tensor,
+) -> Launch:  # fmt: skip
+    strides = base.stride() if base is not None else (0, 0)
+    return Launch(
+        fwd.extended_gemm,
+        (_tiles(q.m, tile.block_m) * _tiles(q.n, tile.block_n),),
+        {
+            "x": q.x, "w": weight, "t": t, "q": packed, "bias": bias, "base": base, "y": y, "M": q.m, "N": q.n, "K": k,
+            "stride_xm": q.x.stride(0), "stride_xk": q.x.stride(1), "stride_wn": weight.stride(0),
+            "stride_wk": weight.stride(1), "stride_bm": strides[0], "stride_bn": strides[1],
+        },
+        {
+            "R_WIDTH": r_width, "BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "BLOCK_K": tile.block_k,
+            "GROUP_M": tile.group_m, "EVEN_K": k % tile.block_k == 0, "WIDE": _wide(q.x, weight),
+            "PRECISION": q.precision,
+        },
+        tile.num_warps,
+        tile.num_stages,
+    )  # fmt: skip
+
+
+def _one_launch(q: Problem, tile: TileConfig, bias: Tensor | None, y: Tensor, p: Tensor) -> Launch:
+    assert q.weight is not None
+    tiles_m = _tiles(q.m, tile.block_m)
+    count = tiles_m * _tiles(q.n, tile.block_n)
+    adapters = q.adapter_args("abuv")
+    return Launch(
+        fwd.one_launch_forward,
+        (min(count, q.processors),),
+        {
+            "x": q.x, "w": q.weight, **adapters, "dash_sigma": q.sigma(), "bias": bias,
+            "seed": q.seed if q.dropout else None, "p": p, "t": q.empty(q.m, q.r_block), "y": y,
+            "state": q.x.new_zeros(2 * tiles_m, dtype=torch.int32), "M": q.m, "N": q.n, "K": q.k,
+            "stride_xm": q.x.stride(0), "stride_xk": q.x.stride(1), "stride_wn": q.weight.stride(0),
+            "stride_wk": q.weight.stride(1), "scaling": q.scaling, "keep_scale": q.keep_scale,
+            "threshold": q.threshold,
+        },
+        {
+            "RANK": q.rank, "DIRECTIONS": q.directions, "R_BLOCK": q.r_block, "BLOCK_M": tile.block_m,
+            "BLOCK_N": tile.block_n, "BLOCK_K": tile.block_k, "GROUP_M": tile.group_m, "DROPOUT": q.dropout,
+            "EVEN_K": q.k % tile.block_k == 0, "WIDE": _wide(q.x, q.weight, *adapters.values()),
+            "PRECISION": q.precision,
+        },
+        tile.num_warps,
+        tile.num_stages,
+    )  # fmt: skip
+
+
+def plan_backward(
+    q: Problem, dy: Tensor, p: Tensor, dx: Tensor | None, da: Tensor | None, db_lora: Tensor | None,
+    dsigma: Tensor | None, dbias: Tensor | None, strategy: Strategy | None = None,
+) -> list[Launch | LibraryProduct]:  # fmt: skip
+    """The wanted ones of dx (M, K), dA (r, K), dB (N, r), d(sigma) (s,), db (N,)."""
+    if q.m == 0 or q.n == 0:
+        for grad in (dx, da, db_lora, dsigma, dbias):
+            if grad is not None:
+                grad.zero_()
+        return []
+    da, db_lora, dsigma = (g if g is not None and g.numel() else None for g in (da, db_lora, dsigma))
+    dx = dx if dx is not None and dx.numel() else None
+    needs_g = q.width > 0 and any(g is not None for g in (dx, da, dsigma))
+    f32 = accumulator(q.x.dtype)
+    launches: list[Launch | LibraryProduct] = []
+
+    tile = tiles.pick_dy(q.target, q.itemsize, q.r_block)
+    parts, (splits, rows) = _tiles(q.n, tile.block_n), _splits(q, q.n, tile.block_n, tile.block_m)
+    g_part = q.empty(parts, q.m, q.r_block, dtype=f32) if needs_g else None
+    db_part = q.empty(splits, q.rank, q.n, dtype=f32) if db_lora is not None else None
+    dbias_part = q.empty(splits, q.n, dtype=f32) if dbias is not None else None
+    if needs_g or db_part is not None or dbias_part is not None:
+        launches.append(_dy_pass(q, tile, (parts, splits), rows, dy, p, g_part, db_part, dbias_part))
+
+    t, dsigma_part, sum_tiles = dy, None, _tiles(q.m, _SUM_ROWS)
+    if g_part is not None:
+        t = q.empty(q.m, q.r_block)
+        dsigma_part = q.empty(sum_tiles, q.r_block, dtype=f32) if dsigma is not None else None
+        launches.append(
+            Launch(
+                bwd.sum_g,
+                (sum_tiles,),
+                {
+                    "g_part": g_part, "p": p, "dash_sigma": q.sigma(), "t": t, "dsigma_part": dsigma_part, "M": q.m,
+                    "parts": parts, "scaling": q.scaling,
+                },
+                {"RANK": q.rank, "DIRECTIONS": q.directions, "R_BLOCK": q.r_block, "BLOCK_M": _SUM_ROWS},
+            )
+        )  # fmt: skip
+    if dx is not None:
+        launches += _dx(q, dy, t, dx, strategy or Strategy())
+    da_part, x_splits = None, 0
+    if da is not None:
+        tile = tiles.pick_x(q.target, q.itemsize, q.rank_block)
+        x_splits, rows = _splits(q, q.k, tile.block_k, tile.block_m)
+        da_part = q.empty(x_splits, q.rank, q.k, dtype=f32)
+        launches.append(_x_pass(q, tile, x_splits, rows, t, da_part))
+    launches += _finish(q, splits, x_splits, sum_tiles, (da_part, db_part, dbias_part, dsigma_part), (da, db_lora, dbias, dsigma))
+    return launches
+
+
+def _dy_pass(
+    q: Problem, tile: TileConfig, grid: tuple[int, int], rows: int, dy: Tensor, p: Tensor, g_part: Tensor | None,
+    db_part: Tensor | None, dbias_part: Tensor | None,
+) -> Launch:  # fmt: skip
+    adapters = q.adapter_args("bu")
+    return Launch(
+        bwd.dy_pass,
+        grid,
+        {
+            "dy": dy, **adapters, "p": p, "g_part": g_part, "db_part": db_part, "dbias_part": dbias_part, "M": q.m,
+            "N": q.n, "stride_ym": dy.stride(0), "stride_yn": dy.stride(1), "rows_per_split": rows,
+        },
+        {
+            "RANK": q.rank, "DIRECTIONS": q.directions, "R_BLOCK": q.r_block, "RANK_BLOCK": q.rank_block,
+            "BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "EVEN_N": q.n % tile.block_n == 0,
+            "WIDE": _wide(dy, *adapters.values()), "PRECISION": q.precision,
+        },
+        tile.num_warps,
+        tile.num_stages,
+    )  # fmt: skip
+
+
+def _dx(q: Problem, dy: Tensor, t: Tensor, dx: Tensor, strategy: Strategy) -> list[Launch | LibraryProduct]:
+    tile = strategy.tile or tiles.pick_gemm(q.target, q.itemsize, q.m, q.k)
+    launches: list[Launch | LibraryProduct] = []
+    weight, n, base = q.weight, q.n, None
+    if strategy.kind == "library" and weight is not None:
+        launches.append(LibraryProduct(dy, weight, None, dx, False))
+        if not q.width:
+            return launches
+        weight, base = None, dx
+    if weight is None:
+        weight, n = q.x, 0
+    adapters = q.adapter_args("av")
+    launches.append(
+        Launch(
+            bwd.dx_gemm,
+            (_tiles(q.m, tile.block_m) * _tiles(q.k, tile.block_n),),
+            {
+                "dy": dy, "w": weight, "t": t, **adapters, "seed": q.seed if q.dropout else None, "base": base, "dx": dx,
+                "M": q.m, "N": n, "K": q.k, "stride_ym": dy.stride(0), "stride_yn": dy.stride(1),
+                "stride_wn": weight.stride(0), "stride_wk": weight.stride(1), "keep_scale": q.keep_scale,
+                "threshold": q.threshold,
+            },
+            {
+                "RANK": q.rank, "DIRECTIONS": q.directions, "R_BLOCK": q.r_block, "BLOCK_M": tile.block_m,
+                "BLOCK_N": tile.block_n, "BLOCK_K": tile.block_k, "GROUP_M": tile.group_m, "DROPOUT": q.dropout,
+                "EVEN_N": n % tile.block_k == 0, "WIDE": _wide(dy, weight, *adapters.values()),
+                "PRECISION": q.precision,
+            },
+            tile.num_warps,
+            tile.num_stages,
+        )
+    )  # fmt: skip
+    return launches
+
+
+def _x_pass(q: Problem, tile: TileConfig, splits: int, rows: int, t: Tensor, da_part: Tensor) -> Launch:
+    return Launch(
+        bwd.x_pass,
+        (_tiles(q.k, tile.block_k), splits),
+        {
+            "x": q.x, "t": t, "seed": q.seed if q.dropout else None, "da_part": da_part, "M": q.m, "K": q.k,
+            "stride_xm": q.x.stride(0), "stride_xk": q.x.stride(1), "threshold": q.threshold, "rows_per_split": rows,
+        },
+        {
+            "RANK": q.rank, "R_BLOCK": q.r_block, "RANK_BLOCK": q.rank_block, "BLOCK_M": tile.block_m,
+            "BLOCK_K": tile.block_k, "DROPOUT": q.dropout, "EVEN_K": q.k % tile.block_k == 0, "WIDE": _wide(q.x),
+            "PRECISION": q.precision,
+        },
+        tile.num_warps,
+        tile.num_stages,
+    )  # fmt: skip
+
+
+def _finish(
+    q: Problem, splits: int, x_splits: int, sum_tiles: int, parts: Sequence[Tensor | None], grads: Sequence[Tensor | None]
+) -> list[Launch]:
+    da_part, db_part, dbias_part, dsigma_part = parts
+    da, db_lora, dbias, dsigma = grads
+    counts = [_tiles(0 if g is None else g.numel(), _FINISH_BLOCK) for g in (da, db_lora, dbias)]
+    grid = sum(counts) + (dsigma is not None)
+    if grid == 0:
+        return []
+    return [
+        Launch(
+            bwd.finish,
+            (grid,),
+            {
+                "da_part": da_part, "db_part": db_part, "dbias_part": dbias_part, "dsigma_part": dsigma_part, "da": da,
+                "db_lora": db_lora, "dbias": dbias, "dsigma": dsigma, "K": q.k, "N": q.n, "x_splits": x_splits,
+                "y_splits": splits, "sum_tiles": sum_tiles, "a_tiles": counts[0], "b_tiles": counts[1],
+                "bias_tiles": counts[2], "scale_a": q.keep_scale, "scale_b": q.scaling,
+            },
+            {"RANK": q.rank, "DIRECTIONS": q.directions, "R_BLOCK": q.r_block, "BLOCK": _FINISH_BLOCK},
+        )
+    ]  # fmt: skip
+
+
+def _splits(q: Problem, columns: int, block: int, block_m: int) -> tuple[int, int]:
+    """How many parts M is summed in and the rows of each: twice the processors' programs, at least _MIN_ROWS rows."""
+    wanted = max(1, 2 * q.processors // _tiles(columns, block))
+    rows = _round_up(max(_MIN_ROWS, _tiles(q.m, wanted)), block_m)
+    return _tiles(q.m, rows), rows
+
+
+def _tiles(size: int, block: int) -> int:
+    return -(-size // block)
+
+
+def _round_up(size: int, block: int) -> int:
+    return _tiles(size, block) * block
+
+
+def _power_of_two(size: int) -> int:
+    """At least 16: the smallest side of a matrix instruction."""
+    return max(16, 1 << max(size - 1, 0).bit_length())
+
+
+def _wide(*operands: Any) -> bool:
+    """Do offsets inside a tile need 64 bits? Tiles are at most 256 long in each direction."""
+    return any(abs(s) * 512 >= 2**31 for t in operands if isinstance(t, Tensor) for s in t.stride())

@@ -1,0 +1,88 @@
+"""Tile tables of the Triton kernels per architecture, and the pure function that picks from them.
+
+Every entry is compiled for its target by the tests and held to the target's shared memory and registers without spills.
+The order within a table is by size: the first tile that still fills the processors is taken.
+"""
+
+from __future__ import annotations
+
+from ..config import Target, TileConfig
+
+KB = 1024
+TARGETS = {
+    t.name: t
+    for t in (
+        Target("sm_80", 163 * KB, 108),
+        Target("sm_86", 99 * KB, 82),
+        Target("sm_89", 99 * KB, 128),
+        Target("sm_90", 227 * KB, 132, matrix_instruction="HGMMA"),
+        Target("sm_100", 227 * KB, 148, matrix_instruction="UTCHMMA"),
+        Target("gfx90a", 64 * KB, 104, warp_size=64, matrix_instruction="v_mfma"),
+        Target("gfx942", 64 * KB, 304, warp_size=64, matrix_instruction="v_mfma"),
+    )
+}
+
+# block_m, block_n, block_k, num_warps, num_stages. block_k 32 keeps R = 24 at 32 rank columns; Hopper's instructions
+# and descriptors want rows of 128 bytes.
+_AMPERE_SMALL = (TileConfig(128, 128, 32, 4, 3), TileConfig(64, 128, 32, 4, 3), TileConfig(64, 64, 32, 4, 4))
+_HOPPER = (
+    TileConfig(128, 256, 64, 8, 3),
+    TileConfig(128, 128, 64, 8, 4),
+    TileConfig(64, 128, 64, 4, 4),
+    TileConfig(64, 64, 64, 4, 4),
+)
+_CDNA = (TileConfig(128, 128, 32, 4, 2), TileConfig(64, 128, 32, 4, 2), TileConfig(64, 64, 32, 4, 2))
+
+GEMM: dict[str, tuple[TileConfig, ...]] = {
+    "sm_80": (TileConfig(128, 256, 32, 8, 4), TileConfig(128, 128, 32, 4, 4), *_AMPERE_SMALL[1:]),
+    "sm_86": _AMPERE_SMALL,
+    "sm_89": _AMPERE_SMALL,
+    "sm_90": _HOPPER,
+    "sm_100": _HOPPER,
+    "gfx90a": _CDNA,
+    "gfx942": _CDNA,
+}
+# Without tensor cores for full fp32 products: accumulators and both operands live in registers.
+GEMM_FP32 = (TileConfig(64, 64, 16, 4, 3), TileConfig(32, 64, 16, 4, 3))
+
+# The passes over one large operand. down: rows x block_k of x; dy: rows x block_n of dy; x: rows x block_k of x.
+# Wide rank blocks take registers and shared memory: narrower tiles from 64 on.
+_DOWN = (TileConfig(32, 0, 128, 4, 3), TileConfig(16, 0, 128, 4, 3))
+_DY = TileConfig(32, 128, 0, 4, 3)
+_X = TileConfig(32, 0, 128, 4, 3)
+
+
+def _fills(config: TileConfig, rows: int, columns: int, target: Target) -> bool:
+    return -(-rows // config.block_m) * -(-columns // config.block_n) >= target.processors
+
+
+def pick_gemm(target: Target, itemsize: int, rows: int, columns: int) -> TileConfig:
+    """The tile of the forward product (rows M, columns N) or of dx (rows M, columns K)."""
+    table = GEMM_FP32 if itemsize == 4 else GEMM[target.name]
+    return next((c for c in table if _fills(c, rows, columns, target)), table[-1])
+
+
+def pick_down(target: Target, itemsize: int, rows: int, rank_block: int) -> TileConfig:
+    """Of the down-projection: block_m rows of x, block_k columns at a time."""
+    config = _DOWN[0] if -(-rows // _DOWN[0].block_m) >= target.processors else _DOWN[1]
+    return _narrowed(config, itemsize, rank_block)
+
+
+def pick_dy(target: Target, itemsize: int, rank_block: int) -> TileConfig:
+    """Of the pass over dy: block_m rows at a time, block_n columns."""
+    return _narrowed(_DY, itemsize, rank_block)
+
+
+def pick_x(target: Target, itemsize: int, rank_block: int) -> TileConfig:
+    """Of the pass over x: block_m rows at a time, block_k columns."""
+    return _narrowed(_X, itemsize, rank_block)
+
+
+def _narrowed(config: TileConfig, itemsize: int, rank_block: int) -> TileConfig:
+    """Half the columns from 64 ranks on and again from 256 on; half for fp32; two stages for the narrowest."""
+    shrink = (2 if rank_block >= 64 else 1) * (2 if rank_block >= 256 else 1) * (2 if itemsize == 4 else 1)
+    stages = config.num_stages if shrink == 1 else 2
+    return TileConfig(
+        config.block_m, max(32, config.block_n // shrink) if config.block_n else 0,
+        max(32, config.block_k // shrink) if config.block_k else 0, config.num_warps, stages,
+    )  # fmt: skip
