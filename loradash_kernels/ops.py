@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from . import _extension, reference
+from . import _extension, _triton, reference
 from .config import accumulator
 
 LIBRARY = torch.library.Library("loradash", "DEF")
@@ -34,11 +34,11 @@ LIBRARY.define(
 
 @dataclass(frozen=True)
 class Backend:
-    """A set of kernels: why it cannot run at all, why it cannot take this x, and its two entry points."""
+    """A set of kernels: why it cannot run at all, why it cannot take this x and R = r + s, and its two entry points."""
 
     name: str
     missing: Callable[[], str | None]
-    refuses: Callable[[Tensor], str | None]
+    refuses: Callable[[Tensor, int], str | None]
     forward: Callable[..., None]
     backward: Callable[..., None]
 
@@ -46,7 +46,7 @@ class Backend:
 _CPU_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-def _cpu_refuses(x: Tensor) -> str | None:
+def _cpu_refuses(x: Tensor, width: int) -> str | None:
     if x.device.type != "cpu":
         return f"x is on {x.device}"
     if x.dtype not in _CPU_DTYPES:
@@ -70,7 +70,8 @@ BACKENDS = (
         torch.ops.loradash_cpu.forward.default if _extension.is_compiled() else _cpu_forward,
         torch.ops.loradash_cpu.backward.default if _extension.is_compiled() else _cpu_backward,
     ),
-    Backend("reference", lambda: None, lambda x: None, reference.forward, reference.backward),
+    Backend("triton", _triton.missing, _triton.refuses, _triton.forward, _triton.backward),
+    Backend("reference", lambda: None, lambda x, width: None, reference.forward, reference.backward),
 )
 """In order of preference."""
 
@@ -86,31 +87,34 @@ class BackendChoice:
         return "\n".join([f"{self.backend}: runs", *(f"{name}: {reason}" for name, reason in self.reasons.items())])
 
 
-def _reason_against(backend: Backend, x: Tensor) -> str | None:
-    return backend.missing() or backend.refuses(x)
+def _reason_against(backend: Backend, x: Tensor, width: int) -> str | None:
+    return backend.missing() or backend.refuses(x, width)
 
 
-def pick_backend(x: Tensor, requested: str | None = None) -> Backend:
-    """The backend for x: the requested one, or the first that takes it.
+def pick_backend(x: Tensor, width: int = 0, requested: str | None = None) -> Backend:
+    """The backend for x and R = `width`: the requested one, or the first that takes it.
 
     Raises ValueError for an unknown name and RuntimeError when the requested backend cannot run.
     """
     if requested is None:
-        return next(b for b in BACKENDS if _reason_against(b, x) is None)
+        return next(b for b in BACKENDS if _reason_against(b, x, width) is None)
     for backend in BACKENDS:
         if backend.name == requested:
-            reason = _reason_against(backend, x)
+            reason = _reason_against(backend, x, width)
             if reason is not None:
                 raise RuntimeError(f"backend={requested!r} cannot run: {reason}")
             return backend
     raise ValueError(f"backend must be one of {[b.name for b in BACKENDS]}, got {requested!r}")
 
 
-def explain_backend(x: Tensor, backend: str | None = None) -> BackendChoice:
-    """Which backend a call with this x takes, and why not the others. Shapes do not matter, device and dtype do."""
-    chosen = pick_backend(x, backend)
+def explain_backend(x: Tensor, backend: str | None = None, *, width: int = 0) -> BackendChoice:
+    """Which backend a call with this x and R = r + s = `width` takes, and why not the others.
+
+    Of x device and dtype matter, not the shape.
+    """
+    chosen = pick_backend(x, width, backend)
     reasons = {
-        b.name: _reason_against(b, x) or (f"{chosen.name} was asked for" if backend else f"{chosen.name} comes first")
+        b.name: _reason_against(b, x, width) or (f"{chosen.name} was asked for" if backend else f"{chosen.name} comes first")
         for b in BACKENDS
         if b is not chosen
     }
@@ -170,8 +174,9 @@ def dash_linear(
     threshold: int,
     backend: str | None,
 ) -> tuple[Tensor, Tensor]:
-    y, p = allocate_forward(x, weight.shape[0], lora_a.shape[0] + directions_of(dash_sigma))
-    run = pick_backend(x, backend).forward
+    width = lora_a.shape[0] + directions_of(dash_sigma)
+    y, p = allocate_forward(x, weight.shape[0], width)
+    run = pick_backend(x, width, backend).forward
     run(x, weight, bias, lora_a, lora_b, dash_u, dash_vt, dash_sigma, seed, scaling, threshold, None, y, p)
     return y, p
 
@@ -189,8 +194,9 @@ def low_rank_update(
     threshold: int,
     backend: str | None,
 ) -> tuple[Tensor, Tensor]:
-    out, p = allocate_forward(x, lora_b.shape[0], lora_a.shape[0] + directions_of(dash_sigma))
-    run = pick_backend(x, backend).forward
+    width = lora_a.shape[0] + directions_of(dash_sigma)
+    out, p = allocate_forward(x, lora_b.shape[0], width)
+    run = pick_backend(x, width, backend).forward
     run(x, None, None, lora_a, lora_b, dash_u, dash_vt, dash_sigma, seed, scaling, threshold, y, out, p)
     return out, p
 
@@ -213,7 +219,7 @@ def dash_linear_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     grads = allocate_backward(x, lora_a, lora_b, directions_of(dash_sigma), needs)
     out = [g if n else None for g, n in zip(grads, needs, strict=True)]
-    run = pick_backend(x, backend).backward
+    run = pick_backend(x, p.shape[1], backend).backward
     run(dy, x, weight, lora_a, lora_b, dash_u, dash_vt, dash_sigma, p, seed, scaling, threshold, *out)
     return grads
 

@@ -8,7 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from loradash_kernels import available_backends
+from loradash_kernels import _triton, available_backends
+
+if _triton.interpreted():
+    from interpreter import repair_bf16
+
+    repair_bf16()
 
 # Real LoRA factors for judging pre-launch selection; optional.
 FACTORS = Path(

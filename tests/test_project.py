@@ -15,9 +15,10 @@ ROOT = Path(__file__).parents[1]
 
 # A file may import those above it in its list; loradash may import loradash_kernels, never the other way.
 KERNELS = (
-    "_version", "_extension", "config", "weights", "reference", "ops", "autograd", "functional", "svd", "directions",
+    "_version", "_extension", "config", "weights", "reference", "_triton", "ops", "autograd", "functional", "svd", "directions",
     "testing", "__init__",
 )  # fmt: skip
+TRITON = ("common", "forward_kernels", "backward_kernels", "tiles", "plan", "tuner", "__init__")
 LORADASH = (
     "config", "linear", "inject", "prelaunch", "schedule", "checkpoint", "plots", "baselines", "finetune", "cli", "__init__",
 )  # fmt: skip

@@ -44,7 +44,7 @@ def dy_pass(
         )  # fmt: skip
         g_part += tl.cast(pid_n, tl.int64) * M * R_BLOCK
     db = tl.zeros((RANK_BLOCK, BLOCK_N), tl.float32)
-    dbias = tl.zeros((BLOCK_N,), tl.float32)
+    dbias = tl.zeros((16, BLOCK_N), tl.float32)
     for m0 in tl.range(first, last, BLOCK_M):
         start = tl.cast(m0, tl.int64)
         mask = rows < last - m0
@@ -59,23 +59,28 @@ def dy_pass(
             p_tile = tl.load(p + offsets, mask=(rows < last - m0) & (lora_ranks[None, :] < RANK), other=0.0)
             db = tl.dot(tl.trans(p_tile.to(dtype)), tile, db, input_precision=PRECISION)
         if dbias_part is not None:
-            dbias += tl.sum(tile.to(tl.float32), axis=0)
+            # A product with ones, the same sum in 16 rows: a sum over registers would want a layout of the tile in shared
+            # memory that costs every other product of it bank conflicts.
+            dbias = tl.dot(tl.full((16, BLOCK_M), 1.0, tl.float32).to(dtype), tile, dbias, input_precision="ieee")
     inside = columns < N - n0
     if db_part is not None:
         out = db_part + (tl.cast(split, tl.int64) * RANK + lora_ranks[:, None]) * N + n0 + columns[None, :]
         tl.store(out, db, mask=(lora_ranks[:, None] < RANK) & inside[None, :])
     if dbias_part is not None:
-        tl.store(dbias_part + tl.cast(split, tl.int64) * N + n0 + columns, dbias, mask=inside)
+        out = dbias_part + tl.cast(split, tl.int64) * N + n0 + columns
+        first_row = tl.arange(0, 16)[:, None] == 0
+        tl.store(out[None, :] + tl.zeros((16, 1), tl.int32), dbias, mask=first_row & inside[None, :])
 
 
 @triton.jit
 def sum_g(
-    g_part, p, dash_sigma, t, dsigma_part, M, parts, scaling,
+    g_part, p, dash_sigma, t, dsigma_part, M, m_padded, parts, scaling,
     RANK: tl.constexpr, DIRECTIONS: tl.constexpr, R_BLOCK: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
-    """T = G * c (M, R_BLOCK) in the dtype of x, and the partial sums over M of G_s P_s (tiles of M, R_BLOCK) fp32.
+    """T = (G * c)^T (R_BLOCK, m_padded) in the dtype of x, zero beyond M; partial sums over M of G_s P_s, fp32.
 
-    Bytes: g_part once, P once, T once. Grid: tiles of M.
+    Transposed and padded, T is an operand of dx and of dA that needs no mask and causes no bank conflicts. Bytes: g_part
+    once, P once, T once. Grid: m_padded / BLOCK_M; dsigma_part (grid, R_BLOCK).
     """
     pid = tl.program_id(0)
     rows, ranks = tl.cast(pid, tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)[:, None], tl.arange(0, R_BLOCK)[None, :]
@@ -84,7 +89,7 @@ def sum_g(
     for part in tl.range(0, parts):
         g += tl.load(g_part + (tl.cast(part, tl.int64) * M + rows) * R_BLOCK + ranks, mask=inside, other=0.0)
     factors = column_factors(dash_sigma, scaling, ranks, RANK, DIRECTIONS)
-    tl.store(t + rows * R_BLOCK + ranks, (g * factors).to(t.dtype.element_ty), mask=inside)
+    tl.store(t + tl.trans(ranks.to(tl.int64) * m_padded + rows), tl.trans(g * factors).to(t.dtype.element_ty))
     if dsigma_part is not None:
         dash = (ranks >= RANK) & (ranks < RANK + DIRECTIONS)
         p_tile = tl.load(p + rows * (RANK + DIRECTIONS) + ranks, mask=inside & dash, other=0.0)
@@ -94,12 +99,12 @@ def sum_g(
 @triton.jit
 def dx_gemm(
     dy, w, t, lora_a, dash_vt, seed, base, dx,
-    M, N, K, stride_ym, stride_yn, stride_wn, stride_wk, stride_ar, stride_ak, stride_vs, stride_vk, keep_scale, threshold,
-    RANK: tl.constexpr, DIRECTIONS: tl.constexpr, R_BLOCK: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr, DROPOUT: tl.constexpr, EVEN_N: tl.constexpr, WIDE: tl.constexpr,
+    M, N, K, m_padded, stride_ym, stride_yn, stride_wn, stride_wk, stride_ar, stride_ak, stride_vs, stride_vk, keep_scale, threshold,
+    RANK: tl.constexpr, DIRECTIONS: tl.constexpr, R_BLOCK: tl.constexpr, RANK_STEP: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr, DROPOUT: tl.constexpr, EVEN_N: tl.constexpr, WIDE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """dx (M, K) = mask * (T D) * keep_scale + dy W + base. Tiles are BLOCK_M x BLOCK_N of dx; BLOCK_K runs over N.
+    """dx (M, K) = mask * (T^T D) * keep_scale + dy W + base. Tiles are BLOCK_M x BLOCK_N of dx; BLOCK_K runs over N.
 
     FLOPs: 2 M K (N + R_BLOCK). Bytes: dy, W, dx once as far as L2 holds a group of tiles; T and D from L2. The masked
     low-rank term starts the accumulator: nothing of size M x K is stored but dx. N = 0 (low_rank_update): that term alone.
@@ -111,15 +116,17 @@ def dx_gemm(
     rows, columns, ns = span(BLOCK_M, WIDE)[:, None], span(BLOCK_N, WIDE)[None, :], span(BLOCK_K, WIDE)
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     if RANK + DIRECTIONS > 0:
-        ranks = span(R_BLOCK, WIDE)
-        start = tl.cast(m0, tl.int64) + rows
-        t_tile = tl.load(t + start * R_BLOCK + ranks[None, :], mask=start < M, other=0.0)
-        d = stacked(
-            lora_a + tl.cast(k0, tl.int64) * stride_ak, stride_ar, stride_ak,
-            None if DIRECTIONS == 0 else dash_vt + tl.cast(k0, tl.int64) * stride_vk, stride_vs, stride_vk,
-            ranks[:, None], columns, K - k0, RANK, DIRECTIONS, dtype,
-        )  # fmt: skip
-        acc = tl.dot(t_tile, d, acc, input_precision=PRECISION)
+        t += tl.cast(m0, tl.int64) + tl.arange(0, BLOCK_M)[None, :]
+        a, v = lora_a + tl.cast(k0, tl.int64) * stride_ak, dash_vt
+        if DIRECTIONS > 0:
+            v += tl.cast(k0, tl.int64) * stride_vk
+        for r0 in tl.range(0, R_BLOCK, RANK_STEP, num_stages=1):
+            ranks = r0 + span(RANK_STEP, WIDE)[:, None]
+            t_tile = tl.load(t + (r0 + tl.arange(0, RANK_STEP)[:, None]) * tl.cast(m_padded, tl.int64))
+            d = stacked(
+                a, stride_ar, stride_ak, v, stride_vs, stride_vk, ranks, columns, K - k0, RANK, DIRECTIONS, dtype
+            )  # fmt: skip
+            acc = tl.dot(tl.trans(t_tile), d, acc, input_precision=PRECISION)
         if DROPOUT:
             acc = tl.where(keep_mask(seed, threshold, m0, k0, BLOCK_M, BLOCK_N), acc * keep_scale, 0.0)
     out_rows, out_columns = tl.cast(m0, tl.int64) + tl.arange(0, BLOCK_M)[:, None], k0 + tl.arange(0, BLOCK_N)[None, :]
@@ -142,11 +149,11 @@ def dx_gemm(
 @triton.jit
 def x_pass(
     x, t, seed, da_part,
-    M, K, stride_xm, stride_xk, threshold, rows_per_split,
+    M, K, m_padded, stride_xm, stride_xk, threshold, rows_per_split,
     RANK: tl.constexpr, R_BLOCK: tl.constexpr, RANK_BLOCK: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
     DROPOUT: tl.constexpr, EVEN_K: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """da_part (splits, r, K) fp32 = T_r^T (mask * x) over rows_per_split rows; T (M, R_BLOCK) holds scaling G_r.
+    """da_part (splits, r, K) fp32 = T_r^T (mask * x) over rows_per_split rows; T (R_BLOCK, m_padded) begins with scaling G_r.
 
     FLOPs: 2 M K RANK_BLOCK. Bytes: x once, T once per tile of K from L2, partial sums of 4 r M K / rows_per_split.
     Grid: (tiles of K, splits).
@@ -163,13 +170,10 @@ def x_pass(
         if not EVEN_K:
             mask = mask & (columns < K - k0)
         tile = tl.load(x + start * stride_xm + rows[:, None] * stride_xm + columns * stride_xk, mask=mask, other=0.0)
-        t_tile = tl.load(
-            t + (start + rows[:, None]) * R_BLOCK + ranks[None, :],
-            mask=(rows[:, None] < last - m0) & (ranks[None, :] < RANK), other=0.0,
-        )  # fmt: skip
+        t_tile = tl.load(t + m0 + tl.arange(0, RANK_BLOCK)[:, None] * tl.cast(m_padded, tl.int64) + tl.arange(0, BLOCK_M)[None, :])
         if DROPOUT:
             tile = tl.where(keep_mask(seed, threshold, m0, k0, BLOCK_M, BLOCK_K), tile, 0.0)
-        acc = tl.dot(tl.trans(t_tile), tile, acc, input_precision=PRECISION)
+        acc = tl.dot(t_tile, tile, acc, input_precision=PRECISION)
     out = da_part + (tl.cast(split, tl.int64) * RANK + ranks[:, None]) * K + k0 + columns
     tl.store(out, acc, mask=(ranks[:, None] < RANK) & (columns < K - k0))
 

@@ -19,9 +19,12 @@ from . import forward_kernels as fwd
 from . import tiles
 
 MAX_WIDTH = 256
+ONE_LAUNCH_WIDTH = 32  # its accumulator stands beside that of the tile
 _PACK_N = 64
 _FINISH_BLOCK = 1024
 _SUM_ROWS = 16
+_RANK_STEP = 32  # ranks that dx takes at a time: more would not fit beside the accumulator
+_PAD_ROWS = 256  # no tile of any table is higher
 _MIN_ROWS = 256  # of a split of M: below, partial sums outweigh what they are sums of
 
 
@@ -131,9 +134,9 @@ def plan_forward(
     if q.m == 0:
         return []
     strategy = strategy or Strategy()
-    tile = strategy.tile or tiles.pick_gemm(q.target, q.itemsize, q.m, q.n)
     if strategy.kind == "one_launch" and q.weight is not None and q.width and q.n:
-        return [_one_launch(q, tile, bias, y, p)]
+        return [_one_launch(q, strategy.tile or tiles.pick_one_launch(q.target, q.itemsize, q.m, q.n), bias, y, p)]
+    tile = strategy.tile or tiles.pick_gemm(q.target, q.itemsize, q.m, q.n)
     r_width = _round_up(q.width, tile.block_k)
     t, packed = (q.empty(q.m, r_width), q.empty(q.n, r_width)) if q.width else (q.x, q.x)
     launches: list[Launch | LibraryProduct] = [_down(q, r_width, p, t, packed)] if q.width else []
@@ -196,6 +199,8 @@ def _extended_gemm(
 
 def _one_launch(q: Problem, tile: TileConfig, bias: Tensor | None, y: Tensor, p: Tensor) -> Launch:
     assert q.weight is not None
+    if q.r_block > ONE_LAUNCH_WIDTH:
+        raise ValueError(f"r + s is {q.width}; the one-launch forward takes at most {ONE_LAUNCH_WIDTH}")
     tiles_m = _tiles(q.m, tile.block_m)
     count = tiles_m * _tiles(q.n, tile.block_n)
     adapters = q.adapter_args("abuv")
@@ -245,9 +250,11 @@ def plan_backward(
     if needs_g or db_part is not None or dbias_part is not None:
         launches.append(_dy_pass(q, tile, (parts, splits), rows, dy, p, g_part, db_part, dbias_part))
 
-    t, dsigma_part, sum_tiles = dy, None, _tiles(q.m, _SUM_ROWS)
+    t, dsigma_part = dy, None
+    m_padded = _round_up(q.m, _PAD_ROWS)
+    sum_tiles = m_padded // _SUM_ROWS
     if g_part is not None:
-        t = q.empty(q.m, q.r_block)
+        t = q.empty(q.r_block, m_padded)
         dsigma_part = q.empty(sum_tiles, q.r_block, dtype=f32) if dsigma is not None else None
         launches.append(
             Launch(
@@ -255,7 +262,7 @@ def plan_backward(
                 (sum_tiles,),
                 {
                     "g_part": g_part, "p": p, "dash_sigma": q.sigma(), "t": t, "dsigma_part": dsigma_part, "M": q.m,
-                    "parts": parts, "scaling": q.scaling,
+                    "m_padded": m_padded, "parts": parts, "scaling": q.scaling,
                 },
                 {"RANK": q.rank, "DIRECTIONS": q.directions, "R_BLOCK": q.r_block, "BLOCK_M": _SUM_ROWS},
             )
@@ -312,13 +319,13 @@ def _dx(q: Problem, dy: Tensor, t: Tensor, dx: Tensor, strategy: Strategy) -> li
             (_tiles(q.m, tile.block_m) * _tiles(q.k, tile.block_n),),
             {
                 "dy": dy, "w": weight, "t": t, **adapters, "seed": q.seed if q.dropout else None, "base": base, "dx": dx,
-                "M": q.m, "N": n, "K": q.k, "stride_ym": dy.stride(0), "stride_yn": dy.stride(1),
+                "M": q.m, "N": n, "K": q.k, "m_padded": t.shape[-1], "stride_ym": dy.stride(0), "stride_yn": dy.stride(1),
                 "stride_wn": weight.stride(0), "stride_wk": weight.stride(1), "keep_scale": q.keep_scale,
                 "threshold": q.threshold,
             },
             {
-                "RANK": q.rank, "DIRECTIONS": q.directions, "R_BLOCK": q.r_block, "BLOCK_M": tile.block_m,
-                "BLOCK_N": tile.block_n, "BLOCK_K": tile.block_k, "GROUP_M": tile.group_m, "DROPOUT": q.dropout,
+                "RANK": q.rank, "DIRECTIONS": q.directions, "R_BLOCK": q.r_block,
+                "RANK_STEP": min(q.r_block, _RANK_STEP), "BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "BLOCK_K": tile.block_k, "GROUP_M": tile.group_m, "DROPOUT": q.dropout,
                 "EVEN_N": n % tile.block_k == 0, "WIDE": _wide(dy, weight, *adapters.values()),
                 "PRECISION": q.precision,
             },
@@ -334,7 +341,7 @@ def _x_pass(q: Problem, tile: TileConfig, splits: int, rows: int, t: Tensor, da_
         bwd.x_pass,
         (_tiles(q.k, tile.block_k), splits),
         {
-            "x": q.x, "t": t, "seed": q.seed if q.dropout else None, "da_part": da_part, "M": q.m, "K": q.k,
+            "x": q.x, "t": t, "seed": q.seed if q.dropout else None, "da_part": da_part, "M": q.m, "K": q.k, "m_padded": t.shape[-1],
             "stride_xm": q.x.stride(0), "stride_xk": q.x.stride(1), "threshold": q.threshold, "rows_per_split": rows,
         },
         {

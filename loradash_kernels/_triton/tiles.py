@@ -45,6 +45,18 @@ GEMM: dict[str, tuple[TileConfig, ...]] = {
 # Without tensor cores for full fp32 products: accumulators and both operands live in registers.
 GEMM_FP32 = (TileConfig(64, 64, 16, 4, 3), TileConfig(32, 64, 16, 4, 3))
 
+# The one-launch forward holds the accumulator of P beside the tile's, and draws the mask inside its K loop.
+ONE_LAUNCH = {
+    "sm_80": (TileConfig(128, 128, 32, 8, 4), TileConfig(64, 64, 32, 4, 4)),
+    "sm_86": (TileConfig(128, 128, 32, 8, 3), TileConfig(64, 64, 32, 4, 4)),
+    "sm_89": (TileConfig(128, 128, 32, 8, 3), TileConfig(64, 64, 32, 4, 4)),
+    "sm_90": (TileConfig(128, 128, 32, 8, 4), TileConfig(64, 64, 32, 4, 4)),
+    "sm_100": (TileConfig(128, 128, 32, 8, 4), TileConfig(64, 64, 32, 4, 4)),
+    "gfx90a": (TileConfig(64, 64, 32, 4, 2),),
+    "gfx942": (TileConfig(64, 64, 32, 4, 2),),
+}
+ONE_LAUNCH_FP32 = (TileConfig(32, 64, 16, 4, 2),)
+
 # The passes over one large operand. down: rows x block_k of x; dy: rows x block_n of dy; x: rows x block_k of x.
 # Wide rank blocks take registers and shared memory: narrower tiles from 64 on.
 _DOWN = (TileConfig(32, 0, 128, 4, 3), TileConfig(16, 0, 128, 4, 3))
@@ -56,9 +68,25 @@ def _fills(config: TileConfig, rows: int, columns: int, target: Target) -> bool:
     return -(-rows // config.block_m) * -(-columns // config.block_n) >= target.processors
 
 
+def gemm_table(target: Target, itemsize: int) -> tuple[TileConfig, ...]:
+    """Every tile of the product for this target and size of an element, largest first."""
+    return GEMM_FP32 if itemsize == 4 else GEMM[target.name]
+
+
 def pick_gemm(target: Target, itemsize: int, rows: int, columns: int) -> TileConfig:
     """The tile of the forward product (rows M, columns N) or of dx (rows M, columns K)."""
-    table = GEMM_FP32 if itemsize == 4 else GEMM[target.name]
+    table = gemm_table(target, itemsize)
+    return next((c for c in table if _fills(c, rows, columns, target)), table[-1])
+
+
+def one_launch_table(target: Target, itemsize: int) -> tuple[TileConfig, ...]:
+    """Every tile of the one-launch forward, largest first."""
+    return ONE_LAUNCH_FP32 if itemsize == 4 else ONE_LAUNCH[target.name]
+
+
+def pick_one_launch(target: Target, itemsize: int, rows: int, columns: int) -> TileConfig:
+    """The tile of the one-launch forward."""
+    table = one_launch_table(target, itemsize)
     return next((c for c in table if _fills(c, rows, columns, target)), table[-1])
 
 
@@ -79,10 +107,14 @@ def pick_x(target: Target, itemsize: int, rank_block: int) -> TileConfig:
 
 
 def _narrowed(config: TileConfig, itemsize: int, rank_block: int) -> TileConfig:
-    """Half the columns from 64 ranks on and again from 256 on; half for fp32; two stages for the narrowest."""
+    """Wider rank blocks and fp32 leave less room: fewer columns and stages, more warps, and fewer rows for both."""
     shrink = (2 if rank_block >= 64 else 1) * (2 if rank_block >= 256 else 1) * (2 if itemsize == 4 else 1)
-    stages = config.num_stages if shrink == 1 else 2
+    wide_fp32 = itemsize == 4 and rank_block >= 128
+    smallest = 16 if rank_block >= 256 else 32
     return TileConfig(
-        config.block_m, max(32, config.block_n // shrink) if config.block_n else 0,
-        max(32, config.block_k // shrink) if config.block_k else 0, config.num_warps, stages,
-    )  # fmt: skip
+        16 if wide_fp32 else config.block_m,
+        max(smallest, config.block_n // shrink) if config.block_n else 0,
+        max(smallest, config.block_k // shrink) if config.block_k else 0,
+        8 if rank_block >= 128 else config.num_warps,
+        config.num_stages if shrink == 1 else 2,
+    )

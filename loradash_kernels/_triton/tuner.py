@@ -1,0 +1,208 @@
+"""Which way of computing a product is fastest here: measured once per GPU, dtype and shape, and kept on disk.
+
+Candidates are every tile of the architecture's table, fused; the one-launch forward; and the vendor's library with our
+low-rank kernels. Without a measurement the table decides. Measuring is asked for with LORADASH_TUNE=1 (at the first call
+of each shape) or with `tune`. The cache is $LORADASH_CACHE or ~/.cache/loradash, one JSON file: replaced atomically,
+merged with what other processes wrote, ignored with a warning where it is damaged, kept in memory where it cannot be
+written. Deleting it is always safe.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import tempfile
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .._version import __version__
+from ..config import TileConfig
+from . import tiles
+from .plan import ONE_LAUNCH_WIDTH, Problem, Strategy, plan_backward, plan_forward
+
+KINDS = ("fused", "one_launch", "library")
+_FILE = "triton-tiles-1.json"
+_measured: dict[str, Strategy] | None = None
+_forced: dict[str, Strategy] = {}
+_warned: set[str] = set()
+
+
+def choose(direction: str, problem: Problem) -> Strategy | None:
+    """The strategy for a call ("forward" or "backward"), or None: the table's."""
+    if direction in _forced:
+        return _forced[direction]
+    found = measurements().get(key(direction, problem))
+    if found is None and os.environ.get("LORADASH_TUNE") == "1" and _may_measure(problem):
+        found = tune(direction, problem)
+    return found
+
+
+@contextlib.contextmanager
+def forced(**strategies: Strategy) -> Iterator[None]:
+    """Calls within take these strategies: forced(forward=..., backward=...)."""
+    before = dict(_forced)
+    _forced.update(strategies)
+    try:
+        yield
+    finally:
+        _forced.clear()
+        _forced.update(before)
+
+
+def key(direction: str, problem: Problem) -> str:
+    """What a measurement holds for: GPU, versions, dtype and shape, M rounded up to a power of two."""
+    import triton
+
+    device = problem.x.device
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else problem.target.name
+    bucket = 1 << max(problem.m - 1, 0).bit_length()
+    layout = "".join("t" if t is not None and t.stride(-1) != 1 else "n" for t in (problem.x, problem.weight))
+    return "/".join(
+        str(part)
+        for part in (
+            name, f"triton {triton.__version__}", __version__, direction, problem.x.dtype, bucket, problem.k, problem.n,
+            problem.rank, problem.directions, "dropout" if problem.dropout else "plain", problem.precision, layout,
+        )
+    )  # fmt: skip
+
+
+def candidates(direction: str, problem: Problem) -> list[Strategy]:
+    """Every strategy that could be fastest."""
+    table = tiles.gemm_table(problem.target, problem.itemsize)
+    found = [Strategy("fused", tile) for tile in table]
+    if direction == "forward" and 0 < problem.width and problem.r_block <= ONE_LAUNCH_WIDTH:
+        found += [Strategy("one_launch", t) for t in tiles.one_launch_table(problem.target, problem.itemsize)]
+    return [*found, Strategy("library")] if problem.weight is not None else found
+
+
+def tune(direction: str, problem: Problem, timer: Callable[[Callable[[], None]], float] | None = None) -> Strategy:
+    """Times every candidate on the problem's tensors, keeps the fastest and writes the cache.
+
+    timer: seconds (or any unit) of a callable; Triton's do_bench unless given. A candidate that does not fit the GPU
+    is left out. Raises RuntimeError where none runs.
+    """
+    if timer is None:
+        from triton.testing import do_bench
+
+        timer = do_bench
+    times: dict[Strategy, float] = {}
+    errors = []
+    for strategy in candidates(direction, problem):
+        try:
+            times[strategy] = timer(_runner(direction, problem, strategy))
+        except Exception as error:  # out of registers, shared memory, ...: whatever the compiler or driver says
+            errors.append(f"{strategy}: {error}")
+    if not times:
+        raise RuntimeError("no candidate ran:\n" + "\n".join(errors))
+    best = min(times, key=lambda s: times[s])
+    _remember(key(direction, problem), best)
+    return best
+
+
+def _runner(direction: str, q: Problem, strategy: Strategy) -> Callable[[], None]:
+    """Runs one whole call into buffers of its own."""
+    f32 = torch.float32
+    p = q.x.new_zeros(q.m, q.width, dtype=f32)
+    if direction == "forward":
+        y = q.x.new_empty(q.m, q.n)
+        base = None if q.weight is not None else torch.zeros_like(y)
+
+        def step() -> None:
+            for launch in plan_forward(q, None, base, y, p, strategy):
+                launch.run()
+
+        return step
+    dy, dx = q.x.new_zeros(q.m, q.n), q.x.new_empty(q.m, q.k)
+    grads = [q.x.new_empty(shape, dtype=f32) for shape in ((q.rank, q.k), (q.n, q.rank), (q.directions,))]
+
+    def step() -> None:
+        for launch in plan_backward(q, dy, p, dx, *grads, None, strategy):
+            launch.run()
+
+    return step
+
+
+def _may_measure(problem: Problem) -> bool:
+    return problem.x.device.type == "cuda" and problem.m > 0 and not torch.cuda.is_current_stream_capturing()
+
+
+# --- the cache -------------------------------------------------------------------------------------------------------
+
+
+def cache_file() -> Path:
+    return Path(os.environ.get("LORADASH_CACHE", Path.home() / ".cache" / "loradash")) / _FILE
+
+
+def measurements() -> dict[str, Strategy]:
+    """What this process knows: read from disk once, then kept."""
+    global _measured
+    if _measured is None:
+        _measured = _read()
+    return _measured
+
+
+def forget() -> None:
+    """Drops what is in memory: the next call reads the file again."""
+    global _measured
+    _measured = None
+
+
+def _read() -> dict[str, Strategy]:
+    path = cache_file()
+    try:
+        text = path.read_text()
+    except OSError:  # not there, or not readable: nothing was measured
+        return {}
+    try:
+        return {name: _from_json(entry) for name, entry in json.loads(text)["strategies"].items()}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        _warn(f"{path} is damaged ({error!r}); it is ignored and will be written anew by the next measurement")
+        return {}
+
+
+def _from_json(entry: dict[str, Any]) -> Strategy:
+    if entry["kind"] not in KINDS:
+        raise ValueError(f"unknown kind {entry['kind']!r}")
+    return Strategy(entry["kind"], None if entry["tile"] is None else TileConfig(**entry["tile"]))
+
+
+def _remember(name: str, strategy: Strategy) -> None:
+    """Adds an entry to memory and to the file, with what other processes have added meanwhile."""
+    known = measurements()
+    known[name] = strategy
+    path = cache_file()
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with _locked(path.with_suffix(".lock")):
+            merged = {**_read(), name: strategy}
+            handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.stem)
+            with os.fdopen(handle, "w") as file:
+                json.dump({"strategies": {k: asdict(v) for k, v in sorted(merged.items())}}, file, indent=1)
+            os.replace(temporary, path)
+    except OSError as error:
+        _warn(f"{path} cannot be written ({error}); measurements last as long as this process")
+
+
+@contextlib.contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """Holds an advisory lock, where the system has them: two processes must not both read, then both replace."""
+    with open(path, "a") as file:
+        try:
+            import fcntl
+
+            fcntl.flock(file, fcntl.LOCK_EX)
+        except ImportError:
+            pass
+        yield
+
+
+def _warn(message: str) -> None:
+    if message not in _warned:
+        _warned.add(message)
+        warnings.warn(f"loradash_kernels: {message}", stacklevel=3)
