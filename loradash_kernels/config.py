@@ -44,6 +44,7 @@ class TileConfig:
     num_warps: int
     num_stages: int
     group_m: int = 8
+    tight: bool = False  # takes every register: for depths that block_k divides and for R <= 64
 
     def shared_bytes(self, itemsize: int) -> int:
         """Shared memory of the operands in flight, as a planning figure: num_stages of both."""
@@ -60,3 +61,8 @@ class Target:
     processors: int
     warp_size: int = 32
     matrix_instruction: str = "HMMA"
+
+    @property
+    def asynchronous(self) -> bool:
+        """Do matrix instructions run beside the program, which waits for them?"""
+        return self.matrix_instruction in ("HGMMA", "UTCHMMA")

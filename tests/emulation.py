@@ -18,8 +18,10 @@ from typing import Any
 
 import torch
 
-from loradash_kernels._triton.plan import Launch
-from loradash_kernels.config import Target
+from loradash_kernels._triton import tiles
+from loradash_kernels._triton.plan import Launch, Problem, Strategy, plan_backward, plan_forward
+from loradash_kernels.config import Target, draw_seed, dropout_threshold
+from loradash_kernels.testing import Case
 
 sys.path.insert(0, str(Path(__file__).parent / "ptxsim"))
 
@@ -49,6 +51,49 @@ def _specialise(name: str, value: Any, launch: Launch) -> tuple[str, Any, bool]:
     if parameter.do_not_specialize:
         return "i32" if -(2**31) <= value < 2**31 else "i64", None, False
     return "i32" if -(2**31) <= value < 2**31 else "i64", 1 if value == 1 else None, value % 16 == 0
+
+
+def problem_of(case: Case, architecture: str) -> Problem:
+    """What the backend would make of `dash_linear` on this case, with the seed that `testing.run` draws."""
+    torch.manual_seed(case.seed)
+    seed = draw_seed() if case.dropout_p else None
+    t = case.tensors
+    adapters = (t[name] for name in ("lora_a", "lora_b", "dash_u", "dash_vt", "dash_sigma"))
+    threshold = dropout_threshold(case.dropout_p)
+    return Problem(case.x, t["weight"], *adapters, seed, case.scaling, threshold, tiles.TARGETS[architecture])
+
+
+def emulated_run(
+    case: Case, architecture: str, forward: Strategy | None = None, backward: Strategy | None = None, base: bool = True,
+    **options: Any,
+) -> dict[str, torch.Tensor]:  # fmt: skip
+    """Output and gradients of a case, every kernel executed from its PTX; outputs are NaN before. As `testing.run`."""
+    q = problem_of(case, architecture)
+    t = case.tensors
+    bias, product = t["bias"], None
+    if not base:
+        product, bias, q.weight = torch.nn.functional.linear(case.x, q.weight, bias), None, None
+
+    def poisoned(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        return torch.full(shape, float("nan"), dtype=dtype)
+
+    y, p = poisoned(q.m, q.n, dtype=case.x.dtype), poisoned(q.m, q.width)
+    grads = {
+        "x": poisoned(q.m, q.k, dtype=case.x.dtype), "lora_a": poisoned(q.rank, q.k), "lora_b": poisoned(q.n, q.rank),
+        "dash_sigma": poisoned(q.directions) if q.directions else None,
+        "bias": poisoned(q.n) if t["bias"] is not None else None,
+    }  # fmt: skip
+    for launch in [
+        *plan_forward(q, bias, product, y, p, forward), *plan_backward(q, case.dy, p, *grads.values(), backward),
+    ]:  # fmt: skip
+        if isinstance(launch, Launch):
+            emulate(launch, compile_launch(launch, architecture), **options)
+        else:
+            launch.run()
+    if not base:  # the base layer's own gradient
+        grads["x"] += case.dy @ t["weight"]
+    found = {"y": y, **{name: grad for name, grad in grads.items() if grad is not None}}
+    return {name: value.to(case.tensors.get(name, y).dtype) for name, value in found.items()}  # type: ignore[union-attr]
 
 
 def compile_launch(launch: Launch, architecture: str) -> Any:
@@ -95,7 +140,8 @@ class Resources:
     registers: int
     spilled: int
     shared: int
-    matrix_instructions: int
+    matrix_instructions: int  # the target's own
+    warp_instructions: int  # mma.sync, which newer cards keep for tiles of fewer than 64 rows
 
     def problems(self, target: Target) -> list[str]:
         found = []
@@ -117,7 +163,7 @@ def resources(compiled: Any, target: Target) -> Resources:
             return int(found.group(1)) if found else 0
 
         return Resources(
-            number(r"\.vgpr_count"), 4 * number(r"\.vgpr_spill_count"), shared, text.count(target.matrix_instruction)
+            number(r"\.vgpr_count"), 4 * number(r"\.vgpr_spill_count"), shared, text.count(target.matrix_instruction), 0
         )
     import triton
 
@@ -131,4 +177,5 @@ def resources(compiled: Any, target: Target) -> Resources:
         sass = subprocess.run([tools / "nvdisasm", "-c", cubin.name], capture_output=True, text=True, check=True).stdout
     registers, stack = (int(re.search(rf"{key}:(\d+)", usage).group(1)) for key in ("REG", "STACK"))  # type: ignore[union-attr]
     local = len(re.findall(r"\b(?:STL|LDL)\b", sass))
-    return Resources(registers, stack if local else 0, shared, sass.count(target.matrix_instruction))
+    warp_level = len(re.findall(r"\bHMMA\b", sass))
+    return Resources(registers, stack if local else 0, shared, sass.count(f" {target.matrix_instruction}"), warp_level)

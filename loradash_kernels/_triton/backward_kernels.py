@@ -59,9 +59,12 @@ def dy_pass(
             p_tile = tl.load(p + offsets, mask=(rows < last - m0) & (lora_ranks[None, :] < RANK), other=0.0)
             db = tl.dot(tl.trans(p_tile.to(dtype)), tile, db, input_precision=PRECISION)
         if dbias_part is not None:
-            # A product with ones, the same sum in 16 rows: a sum over registers would want a layout of the tile in shared
-            # memory that costs every other product of it bank conflicts.
-            dbias = tl.dot(tl.full((16, BLOCK_M), 1.0, tl.float32).to(dtype), tile, dbias, input_precision="ieee")
+            if dtype == tl.float32:
+                dbias += tl.sum(tile, axis=0)[None, :]  # a tree: one running sum over M would round 16 times as much
+            else:
+                # A product with ones, the same sum in 16 rows: a sum over registers wants a layout of the tile in shared
+                # memory that costs every other product of it bank conflicts.
+                dbias = tl.dot(tl.full((16, BLOCK_M), 1.0, tl.float32).to(dtype), tile, dbias)
     inside = columns < N - n0
     if db_part is not None:
         out = db_part + (tl.cast(split, tl.int64) * RANK + lora_ranks[:, None]) * N + n0 + columns[None, :]
@@ -97,6 +100,34 @@ def sum_g(
 
 
 @triton.jit
+def _masked_low_rank(
+    acc, t, lora_a, dash_vt, seed, m0, k0, K, m_padded, stride_ar, stride_ak, stride_vs, stride_vk, keep_scale, threshold,
+    RANK: tl.constexpr, DIRECTIONS: tl.constexpr, R_BLOCK: tl.constexpr, RANK_STEP: tl.constexpr,
+    DROPOUT: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """mask * (T^T D) * keep_scale of the tile at (m0, k0), in an accumulator that is zero; T (R_BLOCK, m_padded)."""
+    BLOCK_M: tl.constexpr = acc.shape[0]
+    BLOCK_N: tl.constexpr = acc.shape[1]
+    if RANK + DIRECTIONS > 0:
+        columns = span(BLOCK_N, WIDE)[None, :]
+        t += tl.cast(m0, tl.int64) + tl.arange(0, BLOCK_M)[None, :]
+        a, v = lora_a + tl.cast(k0, tl.int64) * stride_ak, dash_vt
+        if DIRECTIONS > 0:
+            v += tl.cast(k0, tl.int64) * stride_vk
+        for r0 in tl.range(0, R_BLOCK, RANK_STEP, num_stages=1):
+            ranks = r0 + span(RANK_STEP, WIDE)[:, None]
+            t_tile = tl.load(t + (r0 + tl.arange(0, RANK_STEP)[:, None]) * tl.cast(m_padded, tl.int64))
+            d = stacked(
+                a, stride_ar, stride_ak, v, stride_vs, stride_vk, ranks, columns, K - k0, RANK, DIRECTIONS,
+                t.dtype.element_ty,
+            )  # fmt: skip
+            acc = tl.dot(tl.trans(t_tile), d, acc, input_precision=PRECISION)
+        if DROPOUT:
+            acc = tl.where(keep_mask(seed, threshold, m0, k0, BLOCK_M, BLOCK_N), acc * keep_scale, 0.0)
+    return acc
+
+
+@triton.jit
 def dx_gemm(
     dy, w, t, lora_a, dash_vt, seed, base, dx,
     M, N, K, m_padded, stride_ym, stride_yn, stride_wn, stride_wk, stride_ar, stride_ak, stride_vs, stride_vk, keep_scale, threshold,
@@ -107,7 +138,8 @@ def dx_gemm(
     """dx (M, K) = mask * (T^T D) * keep_scale + dy W + base. Tiles are BLOCK_M x BLOCK_N of dx; BLOCK_K runs over N.
 
     FLOPs: 2 M K (N + R_BLOCK). Bytes: dy, W, dx once as far as L2 holds a group of tiles; T and D from L2. The masked
-    low-rank term starts the accumulator: nothing of size M x K is stored but dx. N = 0 (low_rank_update): that term alone.
+    low-rank term starts the accumulator: nothing of size M x K is stored but dx. In fp32 it comes last: its few large
+    terms would make every one of the many small products after them round at their magnitude. N = 0: that term alone.
     Grid: tiles of M times tiles of K.
     """
     pid_m, pid_k = grouped(tl.program_id(0), tl.cdiv(M, BLOCK_M), tl.cdiv(K, BLOCK_N), GROUP_M)
@@ -115,20 +147,11 @@ def dx_gemm(
     dtype: tl.constexpr = t.dtype.element_ty
     rows, columns, ns = span(BLOCK_M, WIDE)[:, None], span(BLOCK_N, WIDE)[None, :], span(BLOCK_K, WIDE)
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    if RANK + DIRECTIONS > 0:
-        t += tl.cast(m0, tl.int64) + tl.arange(0, BLOCK_M)[None, :]
-        a, v = lora_a + tl.cast(k0, tl.int64) * stride_ak, dash_vt
-        if DIRECTIONS > 0:
-            v += tl.cast(k0, tl.int64) * stride_vk
-        for r0 in tl.range(0, R_BLOCK, RANK_STEP, num_stages=1):
-            ranks = r0 + span(RANK_STEP, WIDE)[:, None]
-            t_tile = tl.load(t + (r0 + tl.arange(0, RANK_STEP)[:, None]) * tl.cast(m_padded, tl.int64))
-            d = stacked(
-                a, stride_ar, stride_ak, v, stride_vs, stride_vk, ranks, columns, K - k0, RANK, DIRECTIONS, dtype
-            )  # fmt: skip
-            acc = tl.dot(tl.trans(t_tile), d, acc, input_precision=PRECISION)
-        if DROPOUT:
-            acc = tl.where(keep_mask(seed, threshold, m0, k0, BLOCK_M, BLOCK_N), acc * keep_scale, 0.0)
+    if dtype != tl.float32:
+        acc = _masked_low_rank(
+            acc, t, lora_a, dash_vt, seed, m0, k0, K, m_padded, stride_ar, stride_ak, stride_vs, stride_vk, keep_scale,
+            threshold, RANK, DIRECTIONS, R_BLOCK, RANK_STEP, DROPOUT, WIDE, PRECISION,
+        )  # fmt: skip
     out_rows, out_columns = tl.cast(m0, tl.int64) + tl.arange(0, BLOCK_M)[:, None], k0 + tl.arange(0, BLOCK_N)[None, :]
     inside = (out_rows < M) & (out_columns < K)
     if base is not None:
@@ -143,6 +166,12 @@ def dx_gemm(
         dy_tile = tl.load(dy + step * stride_yn + rows * stride_ym + ns[None, :] * stride_yn, mask=mask_a, other=0.0)
         w_tile = tl.load(w + step * stride_wn + ns[:, None] * stride_wn + columns * stride_wk, mask=mask_b, other=0.0)
         acc = tl.dot(dy_tile, w_tile, acc, input_precision=PRECISION)
+    if dtype == tl.float32:
+        low = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+        acc += _masked_low_rank(
+            low, t, lora_a, dash_vt, seed, m0, k0, K, m_padded, stride_ar, stride_ak, stride_vs, stride_vk, keep_scale,
+            threshold, RANK, DIRECTIONS, R_BLOCK, RANK_STEP, DROPOUT, WIDE, PRECISION,
+        )  # fmt: skip
     tl.store(dx + out_rows * K + out_columns, acc.to(dx.dtype.element_ty), mask=inside)
 
 

@@ -148,14 +148,14 @@ def one_launch_forward(
     M, N, K, stride_xm, stride_xk, stride_wn, stride_wk, stride_ar, stride_ak, stride_bn, stride_br, stride_un, stride_us,
     stride_vs, stride_vk, scaling, keep_scale, threshold,
     RANK: tl.constexpr, DIRECTIONS: tl.constexpr, R_BLOCK: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr, DROPOUT: tl.constexpr, EVEN_K: tl.constexpr, WIDE: tl.constexpr,
-    PRECISION: tl.constexpr,
+    BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr, FIRST_STAGES: tl.constexpr, DROPOUT: tl.constexpr,
+    EVEN_K: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """The whole forward in one persistent launch. state: 2 * ceil(M / BLOCK_M) int32, zero on entry.
 
     FLOPs: those of two launches. Bytes: x, W, y once, P and T (M, R_BLOCK) once. state[b] counts arrivals at block b of
     rows, state[tiles + b] says that its T is there. Only the first to arrive is ever waited for, and it waits for
-    nobody: programs need not be resident together.
+    nobody: programs need not be resident together. FIRST_STAGES: of the pipeline of the first, which has two products.
     """
     tiles_m, tiles_n = tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N)
     dtype: tl.constexpr = x.dtype.element_ty
@@ -169,7 +169,7 @@ def one_launch_forward(
         first = tl.atomic_add(state + pid_m, 1, sem="relaxed") == 0
         if first:
             low = tl.zeros((BLOCK_M, R_BLOCK), tl.float32)
-            for k0 in tl.range(0, K, BLOCK_K):
+            for k0 in tl.range(0, K, BLOCK_K, num_stages=FIRST_STAGES):
                 step = tl.cast(k0, tl.int64)
                 mask_a, mask_b = rows < M - m0, columns < N - n0
                 if not EVEN_K:
@@ -181,10 +181,11 @@ def one_launch_forward(
                     None if DIRECTIONS == 0 else dash_vt + step * stride_vk, stride_vs, stride_vk,
                     ranks[None, :], ks[:, None], K - k0, RANK, DIRECTIONS, dtype,
                 )  # fmt: skip
-                acc = tl.dot(a_tile, b_tile, acc, input_precision=PRECISION)
+                kept = a_tile
                 if DROPOUT:
-                    a_tile = tl.where(keep_mask(seed, threshold, m0, k0, BLOCK_M, BLOCK_K), a_tile, 0.0)
-                low = tl.dot(a_tile, d, low, input_precision=PRECISION)
+                    kept = tl.where(keep_mask(seed, threshold, m0, k0, BLOCK_M, BLOCK_K), a_tile, 0.0)
+                low = tl.dot(kept, d, low, input_precision=PRECISION)
+                acc = tl.dot(a_tile, b_tile, acc, input_precision=PRECISION)
             _store_low_rank(
                 low, p, t, dash_sigma, m0, M, scaling, keep_scale, RANK, DIRECTIONS, R_BLOCK, R_BLOCK, BLOCK_M
             )  # fmt: skip

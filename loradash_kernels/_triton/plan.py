@@ -136,7 +136,7 @@ def plan_forward(
     strategy = strategy or Strategy()
     if strategy.kind == "one_launch" and q.weight is not None and q.width and q.n:
         return [_one_launch(q, strategy.tile or tiles.pick_one_launch(q.target, q.itemsize, q.m, q.n), bias, y, p)]
-    tile = strategy.tile or tiles.pick_gemm(q.target, q.itemsize, q.m, q.n)
+    tile = strategy.tile or tiles.pick_gemm(q.target, q.itemsize, q.m, q.n, q.k, q.r_block)
     r_width = _round_up(q.width, tile.block_k)
     t, packed = (q.empty(q.m, r_width), q.empty(q.n, r_width)) if q.width else (q.x, q.x)
     launches: list[Launch | LibraryProduct] = [_down(q, r_width, p, t, packed)] if q.width else []
@@ -217,7 +217,10 @@ def _one_launch(q: Problem, tile: TileConfig, bias: Tensor | None, y: Tensor, p:
         },
         {
             "RANK": q.rank, "DIRECTIONS": q.directions, "R_BLOCK": q.r_block, "BLOCK_M": tile.block_m,
-            "BLOCK_N": tile.block_n, "BLOCK_K": tile.block_k, "GROUP_M": tile.group_m, "DROPOUT": q.dropout,
+            "BLOCK_N": tile.block_n, "BLOCK_K": tile.block_k, "GROUP_M": tile.group_m,
+            # Triton 3.8 pipelines two wgmma products of one loop with a buffer too few: a copy overwrites what the
+            # second still reads.
+            "FIRST_STAGES": 1 if q.target.asynchronous else tile.num_stages, "DROPOUT": q.dropout,
             "EVEN_K": q.k % tile.block_k == 0, "WIDE": _wide(q.x, q.weight, *adapters.values()),
             "PRECISION": q.precision,
         },
@@ -302,7 +305,7 @@ def _dy_pass(
 
 
 def _dx(q: Problem, dy: Tensor, t: Tensor, dx: Tensor, strategy: Strategy) -> list[Launch | LibraryProduct]:
-    tile = strategy.tile or tiles.pick_gemm(q.target, q.itemsize, q.m, q.k)
+    tile = strategy.tile or tiles.pick_gemm(q.target, q.itemsize, q.m, q.k, q.n, q.r_block)
     launches: list[Launch | LibraryProduct] = []
     weight, n, base = q.weight, q.n, None
     if strategy.kind == "library" and weight is not None:

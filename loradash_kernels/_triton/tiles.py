@@ -6,6 +6,8 @@ The order within a table is by size: the first tile that still fills the process
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from ..config import Target, TileConfig
 
 KB = 1024
@@ -24,19 +26,25 @@ TARGETS = {
 
 # block_m, block_n, block_k, num_warps, num_stages. block_k 32 keeps R = 24 at 32 rank columns; Hopper's instructions
 # and descriptors want rows of 128 bytes.
-_AMPERE_SMALL = (TileConfig(128, 128, 32, 4, 3), TileConfig(64, 128, 32, 4, 3), TileConfig(64, 64, 32, 4, 4))
+_AMPERE = (
+    TileConfig(128, 128, 32, 4, 3, tight=True),
+    TileConfig(128, 128, 32, 8, 3),
+    TileConfig(64, 128, 32, 4, 3),
+    TileConfig(64, 64, 32, 4, 4),
+)
 _HOPPER = (
-    TileConfig(128, 256, 64, 8, 3),
-    TileConfig(128, 128, 64, 8, 4),
+    TileConfig(128, 256, 64, 8, 3, tight=True),
+    TileConfig(128, 128, 64, 8, 4, tight=True),
+    TileConfig(128, 128, 32, 8, 4),
     TileConfig(64, 128, 64, 4, 4),
     TileConfig(64, 64, 64, 4, 4),
 )
 _CDNA = (TileConfig(128, 128, 32, 4, 2), TileConfig(64, 128, 32, 4, 2), TileConfig(64, 64, 32, 4, 2))
 
 GEMM: dict[str, tuple[TileConfig, ...]] = {
-    "sm_80": (TileConfig(128, 256, 32, 8, 4), TileConfig(128, 128, 32, 4, 4), *_AMPERE_SMALL[1:]),
-    "sm_86": _AMPERE_SMALL,
-    "sm_89": _AMPERE_SMALL,
+    "sm_80": (TileConfig(128, 256, 32, 8, 4, tight=True), *_AMPERE),
+    "sm_86": _AMPERE,
+    "sm_89": _AMPERE,
     "sm_90": _HOPPER,
     "sm_100": _HOPPER,
     "gfx90a": _CDNA,
@@ -47,15 +55,15 @@ GEMM_FP32 = (TileConfig(64, 64, 16, 4, 3), TileConfig(32, 64, 16, 4, 3))
 
 # The one-launch forward holds the accumulator of P beside the tile's, and draws the mask inside its K loop.
 ONE_LAUNCH = {
-    "sm_80": (TileConfig(128, 128, 32, 8, 4), TileConfig(64, 64, 32, 4, 4)),
-    "sm_86": (TileConfig(128, 128, 32, 8, 3), TileConfig(64, 64, 32, 4, 4)),
-    "sm_89": (TileConfig(128, 128, 32, 8, 3), TileConfig(64, 64, 32, 4, 4)),
+    "sm_80": (TileConfig(128, 64, 32, 8, 4), TileConfig(64, 64, 32, 4, 4)),
+    "sm_86": (TileConfig(128, 64, 32, 8, 3), TileConfig(64, 64, 32, 4, 3)),
+    "sm_89": (TileConfig(128, 64, 32, 8, 3), TileConfig(64, 64, 32, 4, 3)),
     "sm_90": (TileConfig(128, 128, 32, 8, 4), TileConfig(64, 64, 32, 4, 4)),
     "sm_100": (TileConfig(128, 128, 32, 8, 4), TileConfig(64, 64, 32, 4, 4)),
     "gfx90a": (TileConfig(64, 64, 32, 4, 2),),
     "gfx942": (TileConfig(64, 64, 32, 4, 2),),
 }
-ONE_LAUNCH_FP32 = (TileConfig(32, 64, 16, 4, 2),)
+ONE_LAUNCH_FP32 = (TileConfig(32, 32, 16, 4, 2),)
 
 # The passes over one large operand. down: rows x block_k of x; dy: rows x block_n of dy; x: rows x block_k of x.
 # Wide rank blocks take registers and shared memory: narrower tiles from 64 on.
@@ -68,14 +76,17 @@ def _fills(config: TileConfig, rows: int, columns: int, target: Target) -> bool:
     return -(-rows // config.block_m) * -(-columns // config.block_n) >= target.processors
 
 
-def gemm_table(target: Target, itemsize: int) -> tuple[TileConfig, ...]:
-    """Every tile of the product for this target and size of an element, largest first."""
-    return GEMM_FP32 if itemsize == 4 else GEMM[target.name]
+def gemm_table(target: Target, itemsize: int, depth: int = 0, rank_block: int = 16) -> tuple[TileConfig, ...]:
+    """The tiles that a product of this depth (K forward, N backward) and rank may take, largest first."""
+    table = GEMM_FP32 if itemsize == 4 else GEMM[target.name]
+    return tuple(c for c in table if not c.tight or (depth % c.block_k == 0 and rank_block <= 64))
 
 
-def pick_gemm(target: Target, itemsize: int, rows: int, columns: int) -> TileConfig:
-    """The tile of the forward product (rows M, columns N) or of dx (rows M, columns K)."""
-    table = gemm_table(target, itemsize)
+def pick_gemm(
+    target: Target, itemsize: int, rows: int, columns: int, depth: int = 0, rank_block: int = 16
+) -> TileConfig:
+    """The tile of the forward product (rows M, columns N, depth K) or of dx (rows M, columns K, depth N)."""
+    table = gemm_table(target, itemsize, depth, rank_block)
     return next((c for c in table if _fills(c, rows, columns, target)), table[-1])
 
 
@@ -93,28 +104,28 @@ def pick_one_launch(target: Target, itemsize: int, rows: int, columns: int) -> T
 def pick_down(target: Target, itemsize: int, rows: int, rank_block: int) -> TileConfig:
     """Of the down-projection: block_m rows of x, block_k columns at a time."""
     config = _DOWN[0] if -(-rows // _DOWN[0].block_m) >= target.processors else _DOWN[1]
-    return _narrowed(config, itemsize, rank_block)
+    return _narrowed(config, target, itemsize, rank_block)
 
 
 def pick_dy(target: Target, itemsize: int, rank_block: int) -> TileConfig:
     """Of the pass over dy: block_m rows at a time, block_n columns."""
-    return _narrowed(_DY, itemsize, rank_block)
+    return _narrowed(_DY, target, itemsize, rank_block)
 
 
 def pick_x(target: Target, itemsize: int, rank_block: int) -> TileConfig:
     """Of the pass over x: block_m rows at a time, block_k columns."""
-    return _narrowed(_X, itemsize, rank_block)
+    config = _narrowed(_X, target, itemsize, rank_block)
+    return replace(config, num_stages=3) if itemsize == 2 else config
 
 
-def _narrowed(config: TileConfig, itemsize: int, rank_block: int) -> TileConfig:
+def _narrowed(config: TileConfig, target: Target, itemsize: int, rank_block: int) -> TileConfig:
     """Wider rank blocks and fp32 leave less room: fewer columns and stages, more warps, and fewer rows for both."""
-    shrink = (2 if rank_block >= 64 else 1) * (2 if rank_block >= 256 else 1) * (2 if itemsize == 4 else 1)
-    wide_fp32 = itemsize == 4 and rank_block >= 128
-    smallest = 16 if rank_block >= 256 else 32
+    shrink = (2 if rank_block >= 64 else 1) * (2 if rank_block >= 256 else 1) * (4 if itemsize == 4 else 1)
+    few_rows = rank_block >= 128 and (itemsize == 4 or target.warp_size == 64)
     return TileConfig(
-        16 if wide_fp32 else config.block_m,
-        max(smallest, config.block_n // shrink) if config.block_n else 0,
-        max(smallest, config.block_k // shrink) if config.block_k else 0,
+        16 if few_rows else config.block_m,
+        max(16, config.block_n // shrink) if config.block_n else 0,
+        max(16, config.block_k // shrink) if config.block_k else 0,
         8 if rank_block >= 128 else config.num_warps,
         config.num_stages if shrink == 1 else 2,
     )

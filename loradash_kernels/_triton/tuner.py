@@ -74,7 +74,8 @@ def key(direction: str, problem: Problem) -> str:
 
 def candidates(direction: str, problem: Problem) -> list[Strategy]:
     """Every strategy that could be fastest."""
-    table = tiles.gemm_table(problem.target, problem.itemsize)
+    depth = problem.k if direction == "forward" else problem.n
+    table = tiles.gemm_table(problem.target, problem.itemsize, depth, problem.r_block)
     found = [Strategy("fused", tile) for tile in table]
     if direction == "forward" and 0 < problem.width and problem.r_block <= ONE_LAUNCH_WIDTH:
         found += [Strategy("one_launch", t) for t in tiles.one_launch_table(problem.target, problem.itemsize)]

@@ -1,0 +1,80 @@
+"""Compiles every kernel of every tile for one architecture and prints a JSON line each. Run in a process of its own:
+Triton's JIT remembers its target.
+
+    python tests/compile_targets.py sm_80
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+
+import torch
+from emulation import compile_launch, resources
+
+from loradash_kernels._triton import tiles
+from loradash_kernels._triton.plan import Launch, Problem, Strategy, plan_backward, plan_forward
+
+M, K, N = 8192, 4096, 4096
+
+
+def problem(target: str, r: int, s: int, dtype: torch.dtype, k: int = K, n: int = N) -> Problem:
+    def empty(*shape: int, of: torch.dtype = dtype) -> torch.Tensor:
+        return torch.empty(*shape, dtype=of)
+
+    f32 = torch.float32
+    adapters = (empty(r, k, of=f32), empty(n, r, of=f32), empty(n, s, of=f32), empty(s, k, of=f32), empty(s, of=f32))
+    seed = torch.zeros(2, dtype=torch.int64)
+    return Problem(empty(M, k), empty(n, k), *adapters, seed, 2.0, 3277, tiles.TARGETS[target])
+
+
+def launches(q: Problem, strategy: Strategy, backward: bool = True) -> Iterator[Launch]:
+    dtype, f32 = q.x.dtype, torch.float32
+    y, p, bias = torch.empty(M, q.n, dtype=dtype), torch.empty(M, q.width), torch.empty(q.n, dtype=dtype)
+    yield from plan_forward(q, bias, None, y, p, strategy)  # type: ignore[misc]
+    if backward:
+        shapes = ((q.rank, q.k), (q.n, q.rank), (q.directions,), (q.n,))
+        grads = [torch.empty(shape, dtype=f32) for shape in shapes]
+        yield from plan_backward(q, y, p, torch.empty(M, q.k, dtype=dtype), *grads, strategy)  # type: ignore[misc]
+
+
+def everything(target: str) -> Iterator[tuple[str, Launch]]:
+    """Every tile at r 16, s 8; the largest with wider ranks; ragged K and N; bf16, and fp16 and fp32 with the first."""
+    for dtype, name in ((torch.bfloat16, "bf16"), (torch.float16, "fp16"), (torch.float32, "fp32")):
+        table = tiles.gemm_table(tiles.TARGETS[target], dtype.itemsize)
+        for index, tile in enumerate(table if name == "bf16" else table[:1]):
+            for launch in launches(problem(target, 16, 8, dtype), Strategy("fused", tile)):
+                if index == 0 or launch.kernel.__name__ in ("extended_gemm", "dx_gemm"):
+                    yield name, launch
+        if name == "fp16":
+            continue
+        for tile in tiles.one_launch_table(tiles.TARGETS[target], dtype.itemsize):
+            for launch in launches(problem(target, 16, 8, dtype), Strategy("one_launch", tile), backward=False):
+                yield name, launch
+        for r, s, k, n in ((56, 8, K, N), (120, 8, K, N), (248, 8, K, N), (16, 8, K - 3, N - 3)):
+            for launch in launches(problem(target, r, s, dtype, k, n), Strategy()):
+                yield name, launch
+
+
+def main(target: str) -> None:
+    seen = set()
+    for dtype, launch in everything(target):
+        compiled = compile_launch(launch, target)
+        if compiled.hash in seen:
+            continue
+        seen.add(compiled.hash)
+        found = resources(compiled, tiles.TARGETS[target])
+        constants = {k: v for k, v in launch.constants.items() if k.startswith(("BLOCK", "R_BLOCK", "EVEN"))}
+        tile = {**constants, "warps": launch.num_warps, "stages": launch.num_stages}
+        line = {
+            "kernel": launch.kernel.__name__, "dtype": dtype, "tile": tile, "registers": found.registers,
+            "spilled": found.spilled, "shared": found.shared, "matrix": found.matrix_instructions,
+            "warp_matrix": found.warp_instructions,
+            "problems": found.problems(tiles.TARGETS[target]),
+        }  # fmt: skip
+        print(json.dumps(line), flush=True)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

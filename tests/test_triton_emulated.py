@@ -1,0 +1,143 @@
+"""Every Triton kernel, compiled for NVIDIA cards and executed from its PTX, against float64.
+
+The emulator raises on races, unwritten or out-of-bounds reads, misaligned accesses, missing waits and deadlocks, so a
+case that passes has none of them. Outputs are NaN before.
+"""
+
+from __future__ import annotations
+
+import emulation
+import pytest
+import torch
+
+from loradash_kernels.testing import check_error_rule, make_case
+
+pytestmark = [
+    pytest.mark.emulated,
+    pytest.mark.skipif(emulation.missing_tools() is not None, reason=str(emulation.missing_tools())),
+]
+
+from loradash_kernels.config import TileConfig  # noqa: E402
+
+if emulation.missing_tools() is None:
+    from loradash_kernels._triton.plan import Strategy
+
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+SMALL = TileConfig(64, 64, 32, 4, 3, group_m=2)
+
+
+def check(case, architecture="sm_80", **options):
+    check_error_rule(case, emulation.emulated_run(case, architecture, **options))
+
+
+@pytest.mark.parametrize("architecture", ["sm_80", "sm_86", "sm_90"])
+@pytest.mark.parametrize("dtype", [BF16, FP16])
+def test_architectures(architecture, dtype):
+    """The tables' own tiles, every option on."""
+    check(make_case(200, 256, 320, 16, 8, dtype, adapter_dtype=FP32, dropout_p=0.1), architecture)
+
+
+@pytest.mark.parametrize("dtype", [BF16, FP32])
+@pytest.mark.parametrize("shape", [(1, 64, 64, 8, 8), (37, 50, 70, 4, 3), (130, 96, 200, 5, 3), (129, 65, 33, 16, 8)])
+@pytest.mark.parametrize("architecture", ["sm_80", "sm_90"])
+def test_ragged_shapes(shape, dtype, architecture):
+    check(make_case(*shape, dtype, adapter_dtype=FP32, dropout_p=0.3), architecture)
+
+
+@pytest.mark.parametrize("seed", [1, 2, 3])
+@pytest.mark.parametrize("kind", ["fused", "one_launch"])
+def test_schedules(kind, seed):
+    """Other interleavings of warps and blocks; more blocks of rows than two processors hold."""
+    tile = SMALL if kind == "fused" else TileConfig(32, 32, 32, 4, 3, group_m=3)
+    case = make_case(170, 96, 120, 8, 4, FP16, adapter_dtype=FP32, dropout_p=0.2)
+    check(case, forward=Strategy(kind, tile), seed=seed, sms=2, ctas_per_sm=1)
+
+
+@pytest.mark.parametrize("architecture", ["sm_80", "sm_90"])
+@pytest.mark.parametrize("shape", [(1, 16, 16, 4, 2), (300, 160, 170, 16, 8), (64, 33, 47, 16, 8)])
+def test_one_launch(shape, architecture):
+    case = make_case(*shape, BF16, adapter_dtype=FP32, dropout_p=0.1)
+    check(case, architecture, forward=Strategy("one_launch"))
+
+
+def test_one_launch_waits_for_nobody_absent():
+    """One processor that holds one block at a time: whoever waits must find the work already done."""
+    case = make_case(200, 64, 200, 8, 4, FP16, adapter_dtype=FP32)
+    for seed in (0, 5):
+        check(case, forward=Strategy("one_launch", SMALL), seed=seed, sms=1, ctas_per_sm=1)
+
+
+@pytest.mark.parametrize(("r", "s"), [(4, 0), (0, 4), (0, 0), (40, 8), (100, 60), (200, 56)])
+def test_ranks(r, s):
+    check(make_case(70, 96, 80, r, s, BF16, adapter_dtype=FP32, dropout_p=0.1))
+
+
+@pytest.mark.parametrize("dtype", [BF16, FP32])
+def test_low_rank_update(dtype):
+    check(make_case(100, 80, 120, 8, 4, dtype, adapter_dtype=FP32, dropout_p=0.1), base=False)
+
+
+def test_library_product():
+    library = Strategy("library")
+    check(make_case(100, 80, 120, 8, 4, BF16, dropout_p=0.1), forward=library, backward=library)
+
+
+def slices(case):
+    """Rows that begin at odd addresses."""
+    for name, wide in (("x", 3), ("weight", 5)):
+        t = case.tensors[name]
+        case.tensors[name] = torch.nn.functional.pad(t, (1, wide))[:, 1 : 1 + t.shape[1]]
+    case.dy = torch.nn.functional.pad(case.dy, (3, 0))[:, 3:]
+
+
+def transposed(case):
+    for name in ("x", "weight", "lora_a", "lora_b", "dash_u"):
+        case.tensors[name] = case.tensors[name].t().contiguous().t()
+    case.dy = case.dy.t().contiguous().t()
+
+
+@pytest.mark.parametrize("layout", [slices, transposed])
+@pytest.mark.parametrize("dtype", [FP16, FP32])
+def test_layouts(layout, dtype):
+    case = make_case(70, 96, 80, 8, 4, dtype, adapter_dtype=FP32, dropout_p=0.1)
+    layout(case)
+    check(case)
+
+
+def test_offsets_beyond_two_to_the_31():
+    """A row stride of 2^30 elements: three rows span more than 2^31. The memory is reserved, never touched between."""
+    case = make_case(3, 32, 32, 4, 2, FP16, adapter_dtype=FP32)
+    try:
+        memory = torch.empty(2**31 + 64, dtype=FP16)
+    except RuntimeError as error:
+        pytest.skip(f"4 GB of address space: {error}")
+    far = memory.as_strided((3, 32), (2**30, 1))
+    far.copy_(case.x)
+    case.tensors["x"] = far
+    from loradash_kernels._triton.plan import plan_forward
+
+    q = emulation.problem_of(case, "sm_80")
+    y, p = torch.full((3, 32), float("nan"), dtype=FP16), torch.empty(3, 6)
+    launches = plan_forward(q, None, None, y, p)
+    assert all(launch.constants["WIDE"] for launch in launches)
+    for launch in launches:
+        emulation.emulate(launch, emulation.compile_launch(launch, "sm_80"))
+    expected = emulation.emulated_run(make_case(3, 32, 32, 4, 2, FP16, adapter_dtype=FP32), "sm_80")["y"]
+    bias = case.tensors["bias"]
+    torch.testing.assert_close(y.float() + bias.float(), expected.float(), atol=4e-3, rtol=0)
+
+
+def test_same_mask_as_the_reference():
+    """x of ones through D of ones counts the kept elements of each row: equal to the reference's mask, row by row."""
+    case = make_case(50, 200, 16, 1, 0, FP32, dropout_p=0.4, bias=False)
+    case.tensors["x"].fill_(1.0), case.tensors["lora_a"].fill_(1.0)
+    from loradash_kernels._triton.plan import plan_forward
+    from loradash_kernels.config import keep_scale
+    from loradash_kernels.reference import dropout_mask
+
+    q = emulation.problem_of(case, "sm_80")
+    y, p = torch.empty(50, 16), torch.empty(50, 1)
+    for launch in plan_forward(q, None, None, y, p):
+        emulation.emulate(launch, emulation.compile_launch(launch, "sm_80"))
+    kept = dropout_mask(q.seed, q.threshold, 50, 200).sum(1)
+    assert torch.equal((p[:, 0] / keep_scale(q.threshold)).round().long(), kept)

@@ -1,0 +1,51 @@
+"""Every Triton kernel with every tile, cross-compiled: no spills, within the card's shared memory, on matrix units."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import emulation
+import pytest
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(emulation.missing_tools() is not None, reason=str(emulation.missing_tools())),
+]
+if emulation.missing_tools() is None:
+    from loradash_kernels._triton.tiles import TARGETS
+else:
+    TARGETS = {}
+
+SCRIPT = Path(__file__).with_name("compile_targets.py")
+PRODUCTS = ("extended_gemm", "dx_gemm")  # their tiles are high enough for the target's own instruction
+SUMS = ("sum_g", "finish")  # which multiply nothing
+
+
+@pytest.fixture(scope="module")
+def compilations():
+    """One process per architecture, two at a time: Triton's JIT remembers its target."""
+
+    def compile_all(target: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run([sys.executable, SCRIPT, target], capture_output=True, text=True, cwd=SCRIPT.parent)
+
+    with ThreadPoolExecutor(2) as pool:
+        yield {target: pool.submit(compile_all, target) for target in TARGETS}
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_target(compilations, target):
+    done = compilations[target].result()
+    assert done.returncode == 0, done.stderr[-3000:]
+    kernels = [json.loads(line) for line in done.stdout.splitlines()]
+    names = {kernel["kernel"] for kernel in kernels}
+    assert names == {*PRODUCTS, *SUMS, "one_launch_forward", "down_projection", "dy_pass", "x_pass"}
+    assert [kernel for kernel in kernels if kernel["problems"]] == []
+    for kernel in kernels:
+        if kernel["dtype"] == "fp32" or kernel["kernel"] in SUMS:
+            continue  # full fp32 products run on the vector units
+        found = kernel["matrix"] + (0 if kernel["kernel"] in PRODUCTS else kernel["warp_matrix"])
+        assert found > 0, kernel
