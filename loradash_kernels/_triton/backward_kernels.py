@@ -25,10 +25,11 @@ def dy_pass(
 ):  # fmt: skip
     """Of BLOCK_N columns and rows_per_split rows of dy: G partial over N, dB and db partial over M.
 
-    g_part (tiles of N, M, R_BLOCK), db_part (splits, r, N), dbias_part (splits, N), fp32; null where not wanted.
+    g_part (tiles of N, M, R), db_part (splits, r, N), dbias_part (splits, N), fp32; null where not wanted.
     FLOPs: 2 M N (R_BLOCK + RANK_BLOCK). Bytes: dy once, Q once per split; partial sums of 4 R M N / BLOCK_N and
     4 r M N / rows_per_split bytes. Grid: (tiles of N, splits).
     """
+    WIDTH: tl.constexpr = RANK + DIRECTIONS
     pid_n, split = tl.program_id(0), tl.program_id(1)
     n0 = pid_n * BLOCK_N
     first, last = split * rows_per_split, tl.minimum(M, (split + 1) * rows_per_split)
@@ -42,7 +43,7 @@ def dy_pass(
             None if DIRECTIONS == 0 else dash_u + tl.cast(n0, tl.int64) * stride_un, stride_us, stride_un,
             ranks, columns[:, None], N - n0, RANK, DIRECTIONS, dtype,
         )  # fmt: skip
-        g_part += tl.cast(pid_n, tl.int64) * M * R_BLOCK
+        g_part += tl.cast(pid_n, tl.int64) * M * WIDTH
     db = tl.zeros((RANK_BLOCK, BLOCK_N), tl.float32)
     dbias = tl.zeros((16, BLOCK_N), tl.float32)
     for m0 in tl.range(first, last, BLOCK_M):
@@ -53,9 +54,9 @@ def dy_pass(
         tile = tl.load(dy + start * stride_ym + rows * stride_ym + columns[None, :] * stride_yn, mask=mask, other=0.0)
         if g_part is not None:
             g = tl.dot(tile, q, input_precision=PRECISION)
-            tl.store(g_part + (start + rows) * R_BLOCK + ranks, g, mask=rows < last - m0)
+            tl.store(g_part + (start + rows) * WIDTH + ranks, g, mask=(rows < last - m0) & (ranks < WIDTH))
         if db_part is not None:
-            offsets = (start + rows) * (RANK + DIRECTIONS) + lora_ranks[None, :]
+            offsets = (start + rows) * WIDTH + lora_ranks[None, :]
             p_tile = tl.load(p + offsets, mask=(rows < last - m0) & (lora_ranks[None, :] < RANK), other=0.0)
             db = tl.dot(tl.trans(p_tile.to(dtype)), tile, db, input_precision=PRECISION)
         if dbias_part is not None:
@@ -77,81 +78,82 @@ def dy_pass(
 
 @triton.jit
 def sum_g(
-    g_part, p, dash_sigma, t, dsigma_part, M, m_padded, parts, scaling,
-    RANK: tl.constexpr, DIRECTIONS: tl.constexpr, R_BLOCK: tl.constexpr, BLOCK_M: tl.constexpr,
+    g_part, p, dash_sigma, lora_a, dash_vt, t, d, dsigma_part,
+    M, K, m_padded, k_padded, parts, tiles_m, stride_ar, stride_ak, stride_vs, stride_vk, scaling,
+    RANK: tl.constexpr, DIRECTIONS: tl.constexpr, R_BLOCK: tl.constexpr, BLOCK_M: tl.constexpr, PACK_K: tl.constexpr,
+    WIDE: tl.constexpr,
 ):  # fmt: skip
-    """T = (G * c)^T (R_BLOCK, m_padded) in the dtype of x, zero beyond M; partial sums over M of G_s P_s, fp32.
+    """T = (G * c)^T (R_BLOCK, m_padded) and partial sums over M of G_s P_s, fp32; programs from tiles_m on pack D.
 
-    Transposed and padded, T is an operand of dx and of dA that needs no mask and causes no bank conflicts. Bytes: g_part
-    once, P once, T once. Grid: m_padded / BLOCK_M; dsigma_part (grid, R_BLOCK).
+    T and D (R_BLOCK, k_padded) are in the dtype of x and zero beyond M, K and R: operands of dx and dA that need no mask
+    and cause no bank conflicts. Bytes: g_part, P, A, Vt once, T and D once. dsigma_part (tiles_m, R_BLOCK).
+    Grid: tiles_m = m_padded / BLOCK_M, and k_padded / PACK_K.
     """
+    WIDTH: tl.constexpr = RANK + DIRECTIONS
     pid = tl.program_id(0)
+    if pid >= tiles_m:
+        ks = tl.cast((pid - tiles_m) * PACK_K, tl.int64) + tl.arange(0, PACK_K)[None, :]
+        d_ranks = span(R_BLOCK, WIDE)[:, None]
+        dtype: tl.constexpr = d.dtype.element_ty
+        tile = stacked(
+            lora_a, stride_ar, stride_ak, dash_vt, stride_vs, stride_vk, d_ranks, ks, K, RANK, DIRECTIONS, dtype
+        )
+        tl.store(d + tl.cast(d_ranks, tl.int64) * k_padded + ks, tile)
+        return
     rows, ranks = tl.cast(pid, tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)[:, None], tl.arange(0, R_BLOCK)[None, :]
-    inside = rows < M
+    inside = (rows < M) & (ranks < WIDTH)
     g = tl.zeros((BLOCK_M, R_BLOCK), tl.float32)
     for part in tl.range(0, parts):
-        g += tl.load(g_part + (tl.cast(part, tl.int64) * M + rows) * R_BLOCK + ranks, mask=inside, other=0.0)
+        g += tl.load(g_part + (tl.cast(part, tl.int64) * M + rows) * WIDTH + ranks, mask=inside, other=0.0)
     factors = column_factors(dash_sigma, scaling, ranks, RANK, DIRECTIONS)
     tl.store(t + tl.trans(ranks.to(tl.int64) * m_padded + rows), tl.trans(g * factors).to(t.dtype.element_ty))
     if dsigma_part is not None:
-        dash = (ranks >= RANK) & (ranks < RANK + DIRECTIONS)
-        p_tile = tl.load(p + rows * (RANK + DIRECTIONS) + ranks, mask=inside & dash, other=0.0)
+        p_tile = tl.load(p + rows * WIDTH + ranks, mask=inside & (ranks >= RANK), other=0.0)
         tl.store(dsigma_part + tl.cast(pid, tl.int64) * R_BLOCK + tl.arange(0, R_BLOCK), tl.sum(g * p_tile, axis=0))
 
 
 @triton.jit
 def _masked_low_rank(
-    acc, t, lora_a, dash_vt, seed, m0, k0, K, m_padded, stride_ar, stride_ak, stride_vs, stride_vk, keep_scale, threshold,
-    RANK: tl.constexpr, DIRECTIONS: tl.constexpr, R_BLOCK: tl.constexpr, RANK_STEP: tl.constexpr,
-    DROPOUT: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
+    acc, t, d, seed, m0, k0, m_padded, k_padded, keep_scale, threshold,
+    R_BLOCK: tl.constexpr, RANK_STEP: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """mask * (T^T D) * keep_scale of the tile at (m0, k0), in an accumulator that is zero; T (R_BLOCK, m_padded)."""
+    """mask * (T^T D) * keep_scale of the tile at (m0, k0), in an accumulator that is zero."""
     BLOCK_M: tl.constexpr = acc.shape[0]
     BLOCK_N: tl.constexpr = acc.shape[1]
-    if RANK + DIRECTIONS > 0:
-        columns = span(BLOCK_N, WIDE)[None, :]
-        t += tl.cast(m0, tl.int64) + tl.arange(0, BLOCK_M)[None, :]
-        a, v = lora_a + tl.cast(k0, tl.int64) * stride_ak, dash_vt
-        if DIRECTIONS > 0:
-            v += tl.cast(k0, tl.int64) * stride_vk
-        for r0 in tl.range(0, R_BLOCK, RANK_STEP, num_stages=1):
-            ranks = r0 + span(RANK_STEP, WIDE)[:, None]
-            t_tile = tl.load(t + (r0 + tl.arange(0, RANK_STEP)[:, None]) * tl.cast(m_padded, tl.int64))
-            d = stacked(
-                a, stride_ar, stride_ak, v, stride_vs, stride_vk, ranks, columns, K - k0, RANK, DIRECTIONS,
-                t.dtype.element_ty,
-            )  # fmt: skip
-            acc = tl.dot(tl.trans(t_tile), d, acc, input_precision=PRECISION)
-        if DROPOUT:
-            acc = tl.where(keep_mask(seed, threshold, m0, k0, BLOCK_M, BLOCK_N), acc * keep_scale, 0.0)
+    t += tl.cast(m0, tl.int64) + tl.arange(0, BLOCK_M)[None, :]
+    d += tl.cast(k0, tl.int64) + tl.arange(0, BLOCK_N)[None, :]
+    for r0 in tl.range(0, R_BLOCK, RANK_STEP, num_stages=1):
+        ranks = r0 + tl.arange(0, RANK_STEP)[:, None]
+        t_tile, d_tile = tl.load(t + ranks * tl.cast(m_padded, tl.int64)), tl.load(d + ranks * tl.cast(k_padded, tl.int64))
+        acc = tl.dot(tl.trans(t_tile), d_tile, acc, input_precision=PRECISION)
+    if DROPOUT:
+        acc = tl.where(keep_mask(seed, threshold, m0, k0, BLOCK_M, BLOCK_N), acc * keep_scale, 0.0)
     return acc
 
 
 @triton.jit
 def dx_gemm(
-    dy, w, t, lora_a, dash_vt, seed, base, dx,
-    M, N, K, m_padded, stride_ym, stride_yn, stride_wn, stride_wk, stride_ar, stride_ak, stride_vs, stride_vk, keep_scale, threshold,
-    RANK: tl.constexpr, DIRECTIONS: tl.constexpr, R_BLOCK: tl.constexpr, RANK_STEP: tl.constexpr, BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr, DROPOUT: tl.constexpr, EVEN_N: tl.constexpr, WIDE: tl.constexpr,
-    PRECISION: tl.constexpr,
+    dy, w, t, d, seed, base, dx,
+    M, N, K, m_padded, k_padded, stride_ym, stride_yn, stride_wn, stride_wk, keep_scale, threshold,
+    R_BLOCK: tl.constexpr, RANK_STEP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    GROUP_M: tl.constexpr, DROPOUT: tl.constexpr, EVEN_N: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dx (M, K) = mask * (T^T D) * keep_scale + dy W + base. Tiles are BLOCK_M x BLOCK_N of dx; BLOCK_K runs over N.
 
-    FLOPs: 2 M K (N + R_BLOCK). Bytes: dy, W, dx once as far as L2 holds a group of tiles; T and D from L2. The masked
-    low-rank term starts the accumulator: nothing of size M x K is stored but dx. In fp32 it comes last: its few large
-    terms would make every one of the many small products after them round at their magnitude. N = 0: that term alone.
-    Grid: tiles of M times tiles of K.
+    T (R_BLOCK, m_padded), D (R_BLOCK, k_padded) from sum_g, null without adapters. FLOPs: 2 M K (N + R_BLOCK). Bytes: dy,
+    W, dx once as far as L2 holds a group of tiles; T and D from L2. The masked low-rank term starts the accumulator:
+    nothing of size M x K is stored but dx. In fp32 it comes last: its few large terms would make every one of the many
+    small products after them round at their magnitude. N = 0: that term alone. Grid: tiles of M times tiles of K.
     """
     pid_m, pid_k = grouped(tl.program_id(0), tl.cdiv(M, BLOCK_M), tl.cdiv(K, BLOCK_N), GROUP_M)
     m0, k0 = pid_m * BLOCK_M, pid_k * BLOCK_N
-    dtype: tl.constexpr = t.dtype.element_ty
+    dtype: tl.constexpr = dx.dtype.element_ty
     rows, columns, ns = span(BLOCK_M, WIDE)[:, None], span(BLOCK_N, WIDE)[None, :], span(BLOCK_K, WIDE)
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    if dtype != tl.float32:
+    if t is not None and dtype != tl.float32:
         acc = _masked_low_rank(
-            acc, t, lora_a, dash_vt, seed, m0, k0, K, m_padded, stride_ar, stride_ak, stride_vs, stride_vk, keep_scale,
-            threshold, RANK, DIRECTIONS, R_BLOCK, RANK_STEP, DROPOUT, WIDE, PRECISION,
-        )  # fmt: skip
+            acc, t, d, seed, m0, k0, m_padded, k_padded, keep_scale, threshold, R_BLOCK, RANK_STEP, DROPOUT, PRECISION
+        )
     out_rows, out_columns = tl.cast(m0, tl.int64) + tl.arange(0, BLOCK_M)[:, None], k0 + tl.arange(0, BLOCK_N)[None, :]
     inside = (out_rows < M) & (out_columns < K)
     if base is not None:
@@ -166,13 +168,12 @@ def dx_gemm(
         dy_tile = tl.load(dy + step * stride_yn + rows * stride_ym + ns[None, :] * stride_yn, mask=mask_a, other=0.0)
         w_tile = tl.load(w + step * stride_wn + ns[:, None] * stride_wn + columns * stride_wk, mask=mask_b, other=0.0)
         acc = tl.dot(dy_tile, w_tile, acc, input_precision=PRECISION)
-    if dtype == tl.float32:
+    if t is not None and dtype == tl.float32:
         low = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
         acc += _masked_low_rank(
-            low, t, lora_a, dash_vt, seed, m0, k0, K, m_padded, stride_ar, stride_ak, stride_vs, stride_vk, keep_scale,
-            threshold, RANK, DIRECTIONS, R_BLOCK, RANK_STEP, DROPOUT, WIDE, PRECISION,
-        )  # fmt: skip
-    tl.store(dx + out_rows * K + out_columns, acc.to(dx.dtype.element_ty), mask=inside)
+            low, t, d, seed, m0, k0, m_padded, k_padded, keep_scale, threshold, R_BLOCK, RANK_STEP, DROPOUT, PRECISION
+        )
+    tl.store(dx + out_rows * K + out_columns, acc.to(dtype), mask=inside)
 
 
 @triton.jit

@@ -24,7 +24,7 @@ _PACK_N = 64
 _FINISH_BLOCK = 1024
 _SUM_ROWS = 16
 _RANK_STEP = 32  # ranks that dx takes at a time: more would not fit beside the accumulator
-_PAD_ROWS = 256  # no tile of any table is higher
+_PAD = 256  # no tile of any table is higher or wider
 _MIN_ROWS = 256  # of a split of M: below, partial sums outweigh what they are sums of
 
 
@@ -247,33 +247,23 @@ def plan_backward(
 
     tile = tiles.pick_dy(q.target, q.itemsize, q.r_block)
     parts, (splits, rows) = _tiles(q.n, tile.block_n), _splits(q, q.n, tile.block_n, tile.block_m)
-    g_part = q.empty(parts, q.m, q.r_block, dtype=f32) if needs_g else None
+    g_part = q.empty(parts, q.m, q.width, dtype=f32) if needs_g else None
     db_part = q.empty(splits, q.rank, q.n, dtype=f32) if db_lora is not None else None
     dbias_part = q.empty(splits, q.n, dtype=f32) if dbias is not None else None
     if needs_g or db_part is not None or dbias_part is not None:
         launches.append(_dy_pass(q, tile, (parts, splits), rows, dy, p, g_part, db_part, dbias_part))
 
-    t, dsigma_part = dy, None
-    m_padded = _round_up(q.m, _PAD_ROWS)
+    t = d = dsigma_part = None
+    m_padded, k_padded = _round_up(q.m, _PAD), _round_up(q.k, _PAD)
     sum_tiles = m_padded // _SUM_ROWS
     if g_part is not None:
-        t = q.empty(q.r_block, m_padded)
+        t, d = q.empty(q.r_block, m_padded), q.empty(q.r_block, k_padded)
         dsigma_part = q.empty(sum_tiles, q.r_block, dtype=f32) if dsigma is not None else None
-        launches.append(
-            Launch(
-                bwd.sum_g,
-                (sum_tiles,),
-                {
-                    "g_part": g_part, "p": p, "dash_sigma": q.sigma(), "t": t, "dsigma_part": dsigma_part, "M": q.m,
-                    "m_padded": m_padded, "parts": parts, "scaling": q.scaling,
-                },
-                {"RANK": q.rank, "DIRECTIONS": q.directions, "R_BLOCK": q.r_block, "BLOCK_M": _SUM_ROWS},
-            )
-        )  # fmt: skip
+        launches.append(_sum_g(q, sum_tiles, p, g_part, t, d, dsigma_part))
     if dx is not None:
-        launches += _dx(q, dy, t, dx, strategy or Strategy())
+        launches += _dx(q, dy, t, d, dx, strategy or Strategy())
     da_part, x_splits = None, 0
-    if da is not None:
+    if da is not None and t is not None:
         tile = tiles.pick_x(q.target, q.itemsize, q.rank_block)
         x_splits, rows = _splits(q, q.k, tile.block_k, tile.block_m)
         da_part = q.empty(x_splits, q.rank, q.k, dtype=f32)
@@ -304,33 +294,54 @@ def _dy_pass(
     )  # fmt: skip
 
 
-def _dx(q: Problem, dy: Tensor, t: Tensor, dx: Tensor, strategy: Strategy) -> list[Launch | LibraryProduct]:
+def _sum_g(
+    q: Problem, tiles_m: int, p: Tensor, g_part: Tensor, t: Tensor, d: Tensor, dsigma_part: Tensor | None
+) -> Launch:
+    adapters = q.adapter_args("av")
+    return Launch(
+        bwd.sum_g,
+        (tiles_m + d.shape[1] // _PAD,),
+        {
+            "g_part": g_part, "p": p, "dash_sigma": q.sigma(), **adapters, "t": t, "d": d, "dsigma_part": dsigma_part,
+            "M": q.m, "K": q.k, "m_padded": t.shape[1], "k_padded": d.shape[1], "parts": g_part.shape[0],
+            "tiles_m": tiles_m, "scaling": q.scaling,
+        },
+        {
+            "RANK": q.rank, "DIRECTIONS": q.directions, "R_BLOCK": q.r_block, "BLOCK_M": _SUM_ROWS, "PACK_K": _PAD,
+            "WIDE": _wide(*adapters.values()),
+        },
+        8 if q.r_block >= 128 else 4,
+    )  # fmt: skip
+
+
+def _dx(
+    q: Problem, dy: Tensor, t: Tensor | None, d: Tensor | None, dx: Tensor, strategy: Strategy
+) -> list[Launch | LibraryProduct]:
     tile = strategy.tile or tiles.pick_gemm(q.target, q.itemsize, q.m, q.k, q.n, q.r_block)
     launches: list[Launch | LibraryProduct] = []
     weight, n, base = q.weight, q.n, None
     if strategy.kind == "library" and weight is not None:
         launches.append(LibraryProduct(dy, weight, None, dx, False))
-        if not q.width:
+        if t is None:
             return launches
         weight, base = None, dx
     if weight is None:
         weight, n = q.x, 0
-    adapters = q.adapter_args("av")
     launches.append(
         Launch(
             bwd.dx_gemm,
             (_tiles(q.m, tile.block_m) * _tiles(q.k, tile.block_n),),
             {
-                "dy": dy, "w": weight, "t": t, **adapters, "seed": q.seed if q.dropout else None, "base": base, "dx": dx,
-                "M": q.m, "N": n, "K": q.k, "m_padded": t.shape[-1], "stride_ym": dy.stride(0), "stride_yn": dy.stride(1),
+                "dy": dy, "w": weight, "t": t, "d": d, "seed": q.seed if q.dropout else None, "base": base, "dx": dx,
+                "M": q.m, "N": n, "K": q.k, "m_padded": 0 if t is None else t.shape[1],
+                "k_padded": 0 if d is None else d.shape[1], "stride_ym": dy.stride(0), "stride_yn": dy.stride(1),
                 "stride_wn": weight.stride(0), "stride_wk": weight.stride(1), "keep_scale": q.keep_scale,
                 "threshold": q.threshold,
             },
             {
-                "RANK": q.rank, "DIRECTIONS": q.directions, "R_BLOCK": q.r_block,
-                "RANK_STEP": min(q.r_block, _RANK_STEP), "BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "BLOCK_K": tile.block_k, "GROUP_M": tile.group_m, "DROPOUT": q.dropout,
-                "EVEN_N": n % tile.block_k == 0, "WIDE": _wide(dy, weight, *adapters.values()),
-                "PRECISION": q.precision,
+                "R_BLOCK": q.r_block, "RANK_STEP": min(q.r_block, _RANK_STEP), "BLOCK_M": tile.block_m,
+                "BLOCK_N": tile.block_n, "BLOCK_K": tile.block_k, "GROUP_M": tile.group_m, "DROPOUT": q.dropout,
+                "EVEN_N": n % tile.block_k == 0, "WIDE": _wide(dy, weight), "PRECISION": q.precision,
             },
             tile.num_warps,
             tile.num_stages,

@@ -68,8 +68,8 @@ ONE_LAUNCH_FP32 = (TileConfig(32, 32, 16, 4, 2),)
 # The passes over one large operand. down: rows x block_k of x; dy: rows x block_n of dy; x: rows x block_k of x.
 # Wide rank blocks take registers and shared memory: narrower tiles from 64 on.
 _DOWN = (TileConfig(32, 0, 128, 4, 3), TileConfig(16, 0, 128, 4, 3))
-_DY = TileConfig(32, 128, 0, 4, 3)
-_X = TileConfig(32, 0, 128, 4, 3)
+_DY = TileConfig(32, 256, 0, 8, 3)  # G takes 4 R / (2 block_n) of the bytes of dy in partial sums
+_X = TileConfig(64, 0, 128, 8, 3)
 
 
 def _fills(config: TileConfig, rows: int, columns: int, target: Target) -> bool:
