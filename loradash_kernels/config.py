@@ -64,5 +64,5 @@ class Target:
 
     @property
     def asynchronous(self) -> bool:
-        """Do matrix instructions run beside the program, which waits for them?"""
+        """Do matrix instructions run beside the program, which waits for them? Those cards copy by descriptors too."""
         return self.matrix_instruction in ("HGMMA", "UTCHMMA")

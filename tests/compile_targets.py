@@ -47,6 +47,10 @@ def everything(target: str) -> Iterator[tuple[str, Launch]]:
             for launch in launches(problem(target, 16, 8, dtype), Strategy("fused", tile)):
                 if index == 0 or launch.kernel.__name__ in ("extended_gemm", "dx_gemm"):
                     yield name, launch
+            if tiles.TARGETS[target].asynchronous and name == "bf16":
+                for launch in launches(problem(target, 16, 8, dtype), Strategy("descriptors", tile)):
+                    if launch.kernel.__name__.startswith("descriptor"):
+                        yield name, launch
         if name == "fp16":
             continue
         for tile in tiles.one_launch_table(tiles.TARGETS[target], dtype.itemsize):

@@ -45,6 +45,9 @@ def _specialise(name: str, value: Any, launch: Launch) -> tuple[str, Any, bool]:
     """Triton type, constant (or None) and divisibility by 16 of an argument, as Triton's JIT decides them."""
     if isinstance(value, torch.Tensor):
         return _POINTERS[value.dtype], None, value.data_ptr() % 16 == 0
+    if hasattr(value, "block_shape"):
+        block = ",".join(map(str, value.block_shape))
+        return f"tensordesc<{_POINTERS[value.base.dtype][1:]}[{block}]>", None, False
     if isinstance(value, float):
         return "fp32", None, False
     parameter = next(p for p in launch.kernel.params if p.name == name)
@@ -65,10 +68,14 @@ def problem_of(case: Case, architecture: str) -> Problem:
 
 def emulated_run(
     case: Case, architecture: str, forward: Strategy | None = None, backward: Strategy | None = None, base: bool = True,
-    **options: Any,
+    processors: int = 0, **options: Any,
 ) -> dict[str, torch.Tensor]:  # fmt: skip
-    """Output and gradients of a case, every kernel executed from its PTX; outputs are NaN before. As `testing.run`."""
+    """Output and gradients of a case, every kernel executed from its PTX; outputs are NaN before. As `testing.run`.
+
+    processors: of the imagined card, which sets the number of programs of persistent kernels and of splits of M.
+    """
     q = problem_of(case, architecture)
+    q.processors = processors or q.processors
     t = case.tensors
     bias, product = t["bias"], None
     if not base:

@@ -20,7 +20,7 @@ pytestmark = [
 from loradash_kernels.config import TileConfig  # noqa: E402
 
 if emulation.missing_tools() is None:
-    from loradash_kernels._triton.plan import Strategy
+    from loradash_kernels._triton.plan import Strategy, descriptors_fit
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 SMALL = TileConfig(64, 64, 32, 4, 3, group_m=2)
@@ -75,6 +75,23 @@ def test_ranks(r, s):
 @pytest.mark.parametrize("dtype", [BF16, FP32])
 def test_low_rank_update(dtype):
     check(make_case(100, 80, 120, 8, 4, dtype, adapter_dtype=FP32, dropout_p=0.1), base=False)
+
+
+@pytest.mark.parametrize("dtype", [BF16, FP16])
+@pytest.mark.parametrize("shape", [(1, 64, 64, 8, 8), (200, 256, 320, 16, 8), (130, 96, 200, 5, 3), (300, 72, 136, 60, 40)])
+@pytest.mark.parametrize("seed", [0, 3])
+def test_descriptors(shape, dtype, seed):
+    """Persistent kernels on tensor descriptors, with fewer programs than tiles."""
+    case = make_case(*shape, dtype, adapter_dtype=FP32, dropout_p=0.1)
+    strategy = Strategy("descriptors", TileConfig(64, 64, 64, 4, 3, group_m=2))
+    q = emulation.problem_of(case, "sm_90")
+    assert descriptors_fit(q, case.x, case.tensors["weight"], case.dy)
+    check(case, "sm_90", forward=strategy, backward=strategy, seed=seed, processors=3)
+
+
+def test_descriptors_where_rows_are_not_aligned():
+    case = make_case(70, 99, 81, 8, 4, BF16, adapter_dtype=FP32)
+    check(case, "sm_90", forward=Strategy("descriptors"), backward=Strategy("descriptors"))
 
 
 def test_library_product():

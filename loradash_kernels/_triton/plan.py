@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ..config import Target, TileConfig, accumulator, keep_scale
 from . import backward_kernels as bwd
+from . import descriptor_kernels as desc
 from . import forward_kernels as fwd
 from . import tiles
 
@@ -63,8 +64,10 @@ class LibraryProduct:
 
 @dataclass(frozen=True)
 class Strategy:
-    """How a product is computed: "fused" (two launches forward), "one_launch" (forward only) or "library" (the vendor's
-    product with our low-rank kernels), and the tile, where it is not the table's."""
+    """How a product is computed: "fused", "descriptors" (the same, persistent, on tensor descriptors where these can read the
+    operands), "one_launch" (forward only) or "library" (the vendor's product with our low-rank kernels); and the tile,
+    where it is not the table's.
+    """
 
     kind: str = "fused"
     tile: TileConfig | None = None
@@ -127,6 +130,25 @@ class Problem:
         return self.x.new_empty(shape, dtype=dtype or self.x.dtype)
 
 
+def descriptors_fit(q: Problem, *operands: Tensor | None) -> bool:
+    """Can these be read through tensor descriptors: on this card, aligned rows of 16-bit elements, not empty?"""
+    return (
+        q.target.asynchronous
+        and q.itemsize == 2
+        and all(
+            t is not None and t.numel() > 0 and t.stride(1) == 1 and t.data_ptr() % 16 == 0
+            and t.stride(0) * q.itemsize % 16 == 0
+            for t in operands
+        )
+    )  # fmt: skip
+
+
+def _descriptor(t: Tensor, *block: int) -> Any:
+    from triton.tools.tensor_descriptor import TensorDescriptor
+
+    return TensorDescriptor(t, list(t.shape), list(t.stride()), list(block))
+
+
 def plan_forward(
     q: Problem, bias: Tensor | None, base: Tensor | None, y: Tensor, p: Tensor, strategy: Strategy | None = None
 ) -> list[Launch | LibraryProduct]:
@@ -137,7 +159,9 @@ def plan_forward(
     if strategy.kind == "one_launch" and q.weight is not None and q.width and q.n:
         return [_one_launch(q, strategy.tile or tiles.pick_one_launch(q.target, q.itemsize, q.m, q.n), bias, y, p)]
     tile = strategy.tile or tiles.pick_gemm(q.target, q.itemsize, q.m, q.n, q.k, q.r_block)
-    r_width = _round_up(q.width, tile.block_k)
+    by_descriptors = strategy.kind == "descriptors" and descriptors_fit(q, q.x, q.weight)
+    r_step = min(tile.block_k, q.r_block) if by_descriptors else tile.block_k
+    r_width = _round_up(q.width, r_step)
     t, packed = (q.empty(q.m, r_width), q.empty(q.n, r_width)) if q.width else (q.x, q.x)
     launches: list[Launch | LibraryProduct] = [_down(q, r_width, p, t, packed)] if q.width else []
     weight, k = q.weight, q.k
@@ -146,7 +170,9 @@ def plan_forward(
         weight, bias, base = None, None, y
     if weight is None:
         weight, k = packed, 0
-    if y.numel():
+    if by_descriptors:
+        launches.append(_descriptor_forward(q, tile, r_step, r_width, t, packed, bias, y))
+    elif y.numel():
         launches.append(_extended_gemm(q, tile, weight, k, r_width, t, packed, bias, base, y))
     return launches
 
@@ -191,6 +217,29 @@ def _extended_gemm(
             "R_WIDTH": r_width, "BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "BLOCK_K": tile.block_k,
             "GROUP_M": tile.group_m, "EVEN_K": k % tile.block_k == 0, "WIDE": _wide(q.x, weight),
             "PRECISION": q.precision,
+        },
+        tile.num_warps,
+        tile.num_stages,
+    )  # fmt: skip
+
+
+def _descriptor_forward(
+    q: Problem, tile: TileConfig, r_step: int, r_width: int, t: Tensor, packed: Tensor, bias: Tensor | None, y: Tensor
+) -> Launch:
+    assert q.weight is not None
+    count = _tiles(q.m, tile.block_m) * _tiles(q.n, tile.block_n)
+    return Launch(
+        desc.descriptor_forward,
+        (min(count, q.processors),),
+        {
+            "x": _descriptor(q.x, tile.block_m, tile.block_k), "w": _descriptor(q.weight, tile.block_n, tile.block_k),
+            "t": _descriptor(t, tile.block_m, r_step) if r_width else None,
+            "q": _descriptor(packed, tile.block_n, r_step) if r_width else None, "bias": bias, "y": y, "M": q.m,
+            "N": q.n, "K": q.k,
+        },
+        {
+            "R_WIDTH": r_width, "BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "BLOCK_K": tile.block_k,
+            "R_STEP": r_step, "GROUP_M": tile.group_m,
         },
         tile.num_warps,
         tile.num_stages,
@@ -320,6 +369,8 @@ def _dx(
     tile = strategy.tile or tiles.pick_gemm(q.target, q.itemsize, q.m, q.k, q.n, q.r_block)
     launches: list[Launch | LibraryProduct] = []
     weight, n, base = q.weight, q.n, None
+    if weight is not None and strategy.kind == "descriptors" and descriptors_fit(q, dy, weight):
+        return [_descriptor_dx(q, tile, dy, weight, t, d, dx)]
     if strategy.kind == "library" and weight is not None:
         launches.append(LibraryProduct(dy, weight, None, dx, False))
         if t is None:
@@ -348,6 +399,28 @@ def _dx(
         )
     )  # fmt: skip
     return launches
+
+
+def _descriptor_dx(
+    q: Problem, tile: TileConfig, dy: Tensor, weight: Tensor, t: Tensor | None, d: Tensor | None, dx: Tensor
+) -> Launch:
+    count = _tiles(q.m, tile.block_m) * _tiles(q.k, tile.block_n)
+    return Launch(
+        desc.descriptor_dx,
+        (min(count, q.processors),),
+        {
+            "dy": _descriptor(dy, tile.block_m, tile.block_k), "w": _descriptor(weight, tile.block_k, tile.block_n),
+            "t": t, "d": d, "seed": q.seed if q.dropout else None, "dx": dx, "M": q.m, "N": q.n, "K": q.k,
+            "m_padded": 0 if t is None else t.shape[1], "k_padded": 0 if d is None else d.shape[1],
+            "keep_scale": q.keep_scale, "threshold": q.threshold,
+        },
+        {
+            "R_BLOCK": q.r_block, "RANK_STEP": min(q.r_block, _RANK_STEP), "BLOCK_M": tile.block_m,
+            "BLOCK_N": tile.block_n, "BLOCK_K": tile.block_k, "GROUP_M": tile.group_m, "DROPOUT": q.dropout,
+        },
+        tile.num_warps,
+        tile.num_stages,
+    )  # fmt: skip
 
 
 def _x_pass(q: Problem, tile: TileConfig, splits: int, rows: int, t: Tensor, da_part: Tensor) -> Launch:

@@ -24,9 +24,9 @@ import torch
 from .._version import __version__
 from ..config import TileConfig
 from . import tiles
-from .plan import ONE_LAUNCH_WIDTH, Problem, Strategy, plan_backward, plan_forward
+from .plan import ONE_LAUNCH_WIDTH, Problem, Strategy, descriptors_fit, plan_backward, plan_forward
 
-KINDS = ("fused", "one_launch", "library")
+KINDS = ("fused", "descriptors", "one_launch", "library")
 _FILE = "triton-tiles-1.json"
 _measured: dict[str, Strategy] | None = None
 _forced: dict[str, Strategy] = {}
@@ -63,6 +63,7 @@ def key(direction: str, problem: Problem) -> str:
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else problem.target.name
     bucket = 1 << max(problem.m - 1, 0).bit_length()
     layout = "".join("t" if t is not None and t.stride(-1) != 1 else "n" for t in (problem.x, problem.weight))
+    layout += "d" if descriptors_fit(problem, problem.x, problem.weight) else ""
     return "/".join(
         str(part)
         for part in (
@@ -77,6 +78,8 @@ def candidates(direction: str, problem: Problem) -> list[Strategy]:
     depth = problem.k if direction == "forward" else problem.n
     table = tiles.gemm_table(problem.target, problem.itemsize, depth, problem.r_block)
     found = [Strategy("fused", tile) for tile in table]
+    if descriptors_fit(problem, problem.x, problem.weight):
+        found += [Strategy("descriptors", tile) for tile in table]
     if direction == "forward" and 0 < problem.width and problem.r_block <= ONE_LAUNCH_WIDTH:
         found += [Strategy("one_launch", t) for t in tiles.one_launch_table(problem.target, problem.itemsize)]
     return [*found, Strategy("library")] if problem.weight is not None else found
