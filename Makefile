@@ -8,13 +8,24 @@ CPU_INDEX ?= https://download.pytorch.org/whl/cpu
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test bench bench-all lint format docs clean
+.PHONY: demo test test-ptxsim bench bench-all counters lint format docs clean
 
 demo: $(STAMP)
 	$(BIN)/loradash finetune --out runs/demo
 
 test: $(STAMP)
 	$(BIN)/python -m pytest
+
+# The emulator's own tests; run them when it changes. CUTLASS's headers serve as their yardstick.
+test-ptxsim: $(STAMP)
+	$(PIP) install --quiet --no-deps "nvidia-cutlass==4.2.0.0"
+	cd tests/ptxsim && ../../$(BIN)/python -m pytest -q -c /dev/null --rootdir . tests
+	$(BIN)/python tests/ptxsim_hash.py
+
+# What the GPU kernels request, counted by the emulator: needs no GPU.
+counters: $(STAMP)
+	$(BIN)/python benchmarks/gpu_counters.py --architecture sm_80 --out benchmarks/results
+	$(BIN)/python benchmarks/gpu_counters.py --architecture sm_90 --out benchmarks/results
 
 bench: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/ratios.py --out benchmarks/results

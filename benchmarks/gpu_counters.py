@@ -3,8 +3,8 @@
     python benchmarks/gpu_counters.py [--out benchmarks/results]
 
 Per kernel and tile: tensor instructions, warp instructions, bytes requested (32-byte sectors) and touched (each once),
-bank conflicts. Products are given over the plain GEMM y = x W^T; passes over their one large operand. These are counts
-of executed PTX, not times.
+bank conflicts. Products are given over a plain GEMM, passes over their one large operand. These are counts of executed
+PTX, not times.
 """
 
 from __future__ import annotations
@@ -18,17 +18,19 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
-from loradash_kernels._triton import plan, tiles
-from loradash_kernels.testing import make_case
 from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
 
+from loradash_kernels._triton import plan, tiles
+from loradash_kernels.testing import make_case
+
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 import emulation
-from measure import environment, write_csv
+from measure import write_csv
 
-M, K, N, RANK, DIRECTIONS = 512, 1024, 512, 16, 8
+M_PRODUCTS, M_PASSES, K, N, RANK, DIRECTIONS = 256, 2048, 1024, 1024, 16, 8
+BF16, F32 = torch.bfloat16, torch.float32
 
 
 @triton.jit
@@ -75,38 +77,69 @@ def count(launch: plan.Launch, architecture: str) -> dict[str, float]:
     }  # fmt: skip
 
 
-def measure(architecture: str, tile: Any) -> Iterator[dict[str, Any]]:
-    """The launches of one forward and backward, with the plain GEMM first."""
-    case = make_case(M, K, N, RANK, DIRECTIONS, torch.bfloat16, adapter_dtype=torch.float32, dropout_p=0.05, bias=False)
-    q = emulation.problem_of(case, architecture)
-    y, p = torch.empty(M, N, dtype=torch.bfloat16), torch.empty(M, q.width)
-    grads = [torch.empty(M, K, dtype=torch.bfloat16), torch.empty(RANK, K), torch.empty(N, RANK), torch.empty(DIRECTIONS)]
+def launches(q: Any, case: Any, strategy: plan.Strategy) -> list[plan.Launch]:
+    """Of one forward and backward."""
+    (m, k), n = case.x.shape, case.dy.shape[1]
+    y, p, dx = (torch.empty(m, size, dtype=dtype) for size, dtype in ((n, BF16), (q.width, F32), (k, BF16)))
+    grads = [dx, torch.empty(RANK, k), torch.empty(n, RANK), torch.empty(DIRECTIONS)]
+    found = [
+        *plan.plan_forward(q, None, None, y, p, strategy),
+        *plan.plan_backward(q, case.dy, p, *grads, None, strategy),
+    ]
+    return [launch for launch in found if isinstance(launch, plan.Launch)]
+
+
+def make(m: int, architecture: str) -> tuple[Any, Any]:
+    case = make_case(m, K, N, RANK, DIRECTIONS, BF16, adapter_dtype=F32, dropout_p=0.05, bias=False)
+    return emulation.problem_of(case, architecture), case
+
+
+def products(architecture: str) -> Iterator[dict[str, Any]]:
+    """Every tile of the two large products and of the one-launch forward, over a plain GEMM of that tile."""
+    q, case = make(M_PRODUCTS, architecture)
     assert q.weight is not None
-    base = count(plain(case.x, q.weight, y, tile), architecture)
-    back = count(plain(case.dy, q.weight.t().contiguous(), grads[0], tile), architecture)  # dx = dy W, as a plain GEMM
-    large = {"down_projection": 2 * M * K, "dy_pass": 2 * M * N, "x_pass": 2 * M * K}  # bytes of the operand
-    name = f"{tile.block_m}x{tile.block_n}x{tile.block_k}"
-    strategy = plan.Strategy("fused", tile)
-    launches = plan.plan_forward(q, None, None, y, p, strategy)
-    backward = plan.plan_backward(q, case.dy, p, *grads, None, strategy)
-    one = plan.plan_forward(q, None, None, y, p, plan.Strategy("one_launch", tiles.one_launch_table(q.target, 2)[0]))
-    for launch in [*launches, *backward, *one]:
-        assert isinstance(launch, plan.Launch)
+    target, turned = q.target, q.weight.t().contiguous()  # dx = dy W, as a plain GEMM y = x W^T
+    y = torch.empty(M_PRODUCTS, N, dtype=BF16)
+    wanted = [("fused", t, ("extended_gemm", "dx_gemm")) for t in tiles.gemm_table(target, 2)]
+    wanted += [("one_launch", t, ("one_launch_forward",)) for t in tiles.one_launch_table(target, 2)]
+    if target.asynchronous:
+        wanted += [("descriptors", t, ("descriptor_forward", "descriptor_dx")) for t in tiles.gemm_table(target, 2)]
+    for kind, tile, kernels in tqdm(wanted, desc="products", file=sys.stderr):
+        plains: dict[bool, dict[str, float]] = {}
+        for launch in launches(q, case, plan.Strategy(kind, tile)):
+            kernel = launch.kernel.__name__
+            if kernel not in kernels:
+                continue
+            backward = kernel.endswith(("dx", "dx_gemm"))
+            if backward not in plains:
+                operands = (
+                    (case.dy, turned, torch.empty(M_PRODUCTS, K, dtype=BF16)) if backward else (case.x, q.weight, y)
+                )
+                plains[backward] = count(plain(*operands, tile), architecture)
+            found, reference = count(launch, architecture), plains[backward]
+            ratios = {
+                f"{key} / plain": found[key] / reference[key] for key in ("tensor", "warp", "requested", "touched")
+            }
+            name = f"{tile.block_m}x{tile.block_n}x{tile.block_k}, {tile.num_warps} warps, {tile.num_stages} stages"
+            yield {
+                "architecture": architecture, "kernel": kernel, "tile": name, "M": M_PRODUCTS, **found, **ratios,
+                "conflicts of plain": reference["conflicts"],
+            }  # fmt: skip
+
+
+def passes(architecture: str) -> Iterator[dict[str, Any]]:
+    """The passes over one large operand: bytes over those of the operand, which a pass may read once."""
+    q, case = make(M_PASSES, architecture)
+    large = {"down_projection": 2 * M_PASSES * K, "dy_pass": 2 * M_PASSES * N, "x_pass": 2 * M_PASSES * K}
+    for launch in tqdm(launches(q, case, plan.Strategy()), desc="passes", file=sys.stderr):
         kernel = launch.kernel.__name__
-        found = count(launch, architecture)
-        row: dict[str, Any] = {"architecture": architecture, "kernel": kernel, "tile": name, **found}
-        reference = {"extended_gemm": base, "dx_gemm": back}.get(kernel)
-        if kernel == "one_launch_forward":
-            t = tiles.one_launch_table(q.target, 2)[0]
-            row["tile"] = f"{t.block_m}x{t.block_n}x{t.block_k}"
-            reference = count(plain(case.x, q.weight, y, t), architecture)
-        if reference:
-            for key in ("tensor", "warp", "requested", "touched"):
-                row[f"{key} / plain"] = found[key] / reference[key]
-            row["conflicts of plain"] = reference["conflicts"]
-        elif kernel in large:
-            row["touched / operand"] = found["touched"] / large[kernel]
-        yield row
+        if kernel in large:
+            found = count(launch, architecture)
+            ratios = {f"{key} / operand": found[key] / large[kernel] for key in ("requested", "touched")}
+            tile = ", ".join(
+                f"{k.lower()} {launch.constants[k]}" for k in ("BLOCK_M", "BLOCK_N", "BLOCK_K") if k in launch.constants
+            )
+            yield {"architecture": architecture, "kernel": kernel, "tile": tile, "M": M_PASSES, **found, **ratios}
 
 
 def main() -> None:
@@ -118,25 +151,37 @@ def main() -> None:
     if reason:
         raise SystemExit(f"nothing can be emulated here: {reason}")
     architecture = arguments.architecture
-    table = tiles.gemm_table(tiles.TARGETS[architecture], 2)
-    rows = [row for tile in tqdm(table, desc="tiles", file=sys.stderr) for row in measure(architecture, tile)]
+    product_rows, pass_rows = list(products(architecture)), list(passes(architecture))
+    about = f"{architecture}, K {K}, N {N}, r {RANK}, s {DIRECTIONS}, bf16, dropout 0.05"
+    keys = ("tensor / plain", "warp / plain", "requested / plain", "touched / plain")
+    console = Console(width=150)
     shown = Table(
-        "kernel", "tile", "registers", "tensor / plain", "warp insts / plain", "requested / plain", "touched / plain",
-        "touched / operand", "conflicts (plain)",
-        title=f"{architecture}, M {M}, K {K}, N {N}, r {RANK}, s {DIRECTIONS}, bf16, dropout 0.05",
-    )  # fmt: skip
-    for row in rows:
-        ratios = [f"{row[k]:.3f}" if k in row else "" for k in (
-            "tensor / plain", "warp / plain", "requested / plain", "touched / plain", "touched / operand",
-        )]  # fmt: skip
-        plain_conflicts = f" ({row['conflicts of plain']:.1%})" if "conflicts of plain" in row else ""
+        "kernel", "tile", "registers", *keys, "conflicts (plain)", title=f"{about}, M {M_PRODUCTS}: over a plain GEMM"
+    )
+    for row in product_rows:
+        conflicts = f"{row['conflicts']:.1%} ({row['conflicts of plain']:.1%})"
+        shown.add_row(row["kernel"], row["tile"], str(row["registers"]), *(f"{row[k]:.3f}" for k in keys), conflicts)
+    console.print(shown)
+    console.print(
+        f"(K + 32) / K = {(K + 32) / K:.4f}, (K + 64) / K = {(K + 64) / K:.4f}: R = 24 padded to the rank columns"
+    )
+    keys = ("requested / operand", "touched / operand")
+    shown = Table(
+        "kernel", "tile", "registers", *keys, "conflicts", title=f"{about}, M {M_PASSES}: over the bytes of x or dy"
+    )
+    for row in pass_rows:
         shown.add_row(
-            row["kernel"], row["tile"], str(row["registers"]), *ratios, f"{row['conflicts']:.1%}{plain_conflicts}"
+            row["kernel"],
+            row["tile"],
+            str(row["registers"]),
+            *(f"{row[k]:.3f}" for k in keys),
+            f"{row['conflicts']:.1%}",
         )
-    Console(width=150).print(shown)
-    print(f"(K + R padded) / K = {(K + 32) / K:.4f}")
+    console.print(shown)
     if arguments.out:
-        write_csv(arguments.out / f"triton_counters_{architecture}.csv", rows, environment())
+        fields = dict.fromkeys(key for row in [*product_rows, *pass_rows] for key in row)
+        rows = [{key: row.get(key, "") for key in fields} for row in [*product_rows, *pass_rows]]
+        write_csv(arguments.out / f"triton_counters_{architecture}.csv", rows)
 
 
 if __name__ == "__main__":

@@ -114,7 +114,8 @@ def explain_backend(x: Tensor, backend: str | None = None, *, width: int = 0) ->
     """
     chosen = pick_backend(x, width, backend)
     reasons = {
-        b.name: _reason_against(b, x, width) or (f"{chosen.name} was asked for" if backend else f"{chosen.name} comes first")
+        b.name: _reason_against(b, x, width)
+        or (f"{chosen.name} was asked for" if backend else f"{chosen.name} comes first")
         for b in BACKENDS
         if b is not chosen
     }

@@ -1,8 +1,8 @@
 """Compiles the launches of a plan for a GPU architecture and runs them in the emulator, without a GPU.
 
-    compiled = compile_launch(launch, "sm_80")          # what Triton's JIT would build for these arguments
-    stats = emulate(launch, compiled, seed=1)           # runs it on the launch's own CPU tensors, every check on
-    report = resources(compiled, target)                # registers, spills, shared memory, instructions
+compiled = compile_launch(launch, "sm_80")          # what Triton's JIT would build for these arguments
+stats = emulate(launch, compiled, seed=1)           # runs it on the launch's own CPU tensors, every check on
+report = resources(compiled, target)                # registers, spills, shared memory, instructions
 """
 
 from __future__ import annotations
@@ -127,7 +127,9 @@ def compile_launch(launch: Launch, architecture: str) -> Any:
     source = ASTSource(fn=launch.kernel, signature=signature, constexprs=constants, attrs=attributes)
     hip = architecture.startswith("gfx")
     target = GPUTarget("hip", architecture, 64) if hip else GPUTarget("cuda", int(architecture[3:]), 32)
-    return triton.compile(source, target=target, options={"num_warps": launch.num_warps, "num_stages": launch.num_stages})
+    return triton.compile(
+        source, target=target, options={"num_warps": launch.num_warps, "num_stages": launch.num_stages}
+    )
 
 
 def emulate(launch: Launch, compiled: Any, **options: Any) -> Any:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from ptxsim_hash import RECORD, source_hash
 
 ROOT = Path(__file__).parents[1]
 
@@ -36,16 +37,27 @@ def imports(file: Path) -> set[tuple[int, str]]:
     return found
 
 
-@pytest.mark.parametrize(("package", "order"), [("loradash_kernels", KERNELS), ("python/loradash", LORADASH)])
+@pytest.mark.parametrize(
+    ("package", "order"),
+    [("loradash_kernels", KERNELS), ("loradash_kernels/_triton", TRITON), ("python/loradash", LORADASH)],
+)
 def test_arrows_point_down(package, order):
     files = {f.stem: f for f in (ROOT / package).glob("*.py")}
-    assert set(files) == set(order), "a new file takes its place in the order of floors"
+    packages = {f.parent.name for f in (ROOT / package).glob("_*/__init__.py")}
+    assert {*files, *packages} == set(order), "a new file takes its place in the order of floors"
     for name, file in files.items():
         for level, module in imports(file):
-            if level:
+            if level == 2:  # the package above
+                assert KERNELS.index(module.split(".")[0]) < KERNELS.index("_triton"), f"{file.name} imports {module}"
+            elif level:
                 assert order.index(module.split(".")[0]) < order.index(name), f"{file.name} imports {module}"
             elif package == "loradash_kernels":
                 assert module.split(".")[0] != "loradash", f"{file.name} imports {module}"
+
+
+def test_the_emulator_is_as_it_was_tested():
+    """Its own tests take minutes and run when it changes: `make test-ptxsim` records what they passed with."""
+    assert RECORD.is_file() and RECORD.read_text().strip() == source_hash(), "run `make test-ptxsim`"
 
 
 def test_only_autograd_saves_tensors():

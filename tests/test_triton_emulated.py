@@ -78,7 +78,9 @@ def test_low_rank_update(dtype):
 
 
 @pytest.mark.parametrize("dtype", [BF16, FP16])
-@pytest.mark.parametrize("shape", [(1, 64, 64, 8, 8), (200, 256, 320, 16, 8), (130, 96, 200, 5, 3), (300, 72, 136, 60, 40)])
+@pytest.mark.parametrize(
+    "shape", [(1, 64, 64, 8, 8), (200, 256, 320, 16, 8), (130, 96, 200, 5, 3), (300, 72, 136, 60, 40)]
+)
 @pytest.mark.parametrize("seed", [0, 3])
 def test_descriptors(shape, dtype, seed):
     """Persistent kernels on tensor descriptors, with fewer programs than tiles."""

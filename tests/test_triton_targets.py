@@ -21,7 +21,12 @@ else:
     TARGETS = {}
 
 SCRIPT = Path(__file__).with_name("compile_targets.py")
-PRODUCTS = ("extended_gemm", "dx_gemm", "descriptor_forward", "descriptor_dx")  # their tiles are high enough for the target's own instruction
+PRODUCTS = (
+    "extended_gemm",
+    "dx_gemm",
+    "descriptor_forward",
+    "descriptor_dx",
+)  # their tiles are high enough for the target's own instruction
 SUMS = ("sum_g", "finish")  # which multiply nothing
 
 

@@ -44,7 +44,7 @@ def interpreted() -> bool:
 
 def refuses(x: Tensor, width: int = 0) -> str | None:
     """Why a call with this x and R = `width` cannot run, or None."""
-    from .plan import MAX_WIDTH
+    from .tiles import MAX_WIDTH, TARGETS
 
     if x.device.type == "cpu" and not interpreted():
         return "x is on the CPU (TRITON_INTERPRET=1 would run the kernels there, slowly)"
@@ -55,8 +55,6 @@ def refuses(x: Tensor, width: int = 0) -> str | None:
     if width > MAX_WIDTH:
         return f"r + s is {width}, the Triton kernels take at most {MAX_WIDTH}"
     architecture = architecture_of(x.device)
-    from .tiles import TARGETS
-
     if architecture not in TARGETS:
         return f"{architecture} has no tile table; known are {', '.join(TARGETS)}"
     return None
@@ -78,7 +76,7 @@ def _problem(x: Tensor, *args: object) -> Problem:
     from .tiles import TARGETS
 
     tf32 = x.dtype == torch.float32 and x.device.type == "cuda" and torch.backends.cuda.matmul.allow_tf32
-    problem = Problem(x, *args, TARGETS[architecture_of(x.device)], tf32)  # type: ignore[arg-type]
+    problem = Problem(x, *args, TARGETS[architecture_of(x.device)], tf32)  # type: ignore[arg-type, call-arg]
     if x.device.type == "cuda":
         problem.processors = torch.cuda.get_device_properties(x.device).multi_processor_count
     return problem

@@ -124,7 +124,10 @@ def _masked_low_rank(
     d += tl.cast(k0, tl.int64) + tl.arange(0, BLOCK_N)[None, :]
     for r0 in tl.range(0, R_BLOCK, RANK_STEP, num_stages=1):
         ranks = r0 + tl.arange(0, RANK_STEP)[:, None]
-        t_tile, d_tile = tl.load(t + ranks * tl.cast(m_padded, tl.int64)), tl.load(d + ranks * tl.cast(k_padded, tl.int64))
+        t_tile, d_tile = (
+            tl.load(t + ranks * tl.cast(m_padded, tl.int64)),
+            tl.load(d + ranks * tl.cast(k_padded, tl.int64)),
+        )
         acc = tl.dot(tl.trans(t_tile), d_tile, acc, input_precision=PRECISION)
     if DROPOUT:
         acc = tl.where(keep_mask(seed, threshold, m0, k0, BLOCK_M, BLOCK_N), acc * keep_scale, 0.0)
@@ -200,7 +203,9 @@ def x_pass(
         if not EVEN_K:
             mask = mask & (columns < K - k0)
         tile = tl.load(x + start * stride_xm + rows[:, None] * stride_xm + columns * stride_xk, mask=mask, other=0.0)
-        t_tile = tl.load(t + m0 + tl.arange(0, RANK_BLOCK)[:, None] * tl.cast(m_padded, tl.int64) + tl.arange(0, BLOCK_M)[None, :])
+        t_tile = tl.load(
+            t + m0 + tl.arange(0, RANK_BLOCK)[:, None] * tl.cast(m_padded, tl.int64) + tl.arange(0, BLOCK_M)[None, :]
+        )
         if DROPOUT:
             tile = tl.where(keep_mask(seed, threshold, m0, k0, BLOCK_M, BLOCK_K), tile, 0.0)
         acc = tl.dot(t_tile, tile, acc, input_precision=PRECISION)

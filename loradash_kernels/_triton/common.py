@@ -9,6 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+
 @triton.jit
 def span(SIZE: tl.constexpr, WIDE: tl.constexpr):
     """0, 1, ..., SIZE - 1; 64-bit where a stride times SIZE may exceed 2^31."""

@@ -137,7 +137,9 @@ def extended_gemm(
             left = tl.where(low, R_WIDTH, K) - k0
             mask_a, mask_b = mask_a & (ks[None, :] < left), mask_b & (ks[:, None] < left)
         a_tile = tl.load(a + rows * tl.where(low, R_WIDTH, stride_xm) + ks[None, :] * stride_ak, mask=mask_a, other=0.0)
-        b_tile = tl.load(b + columns * tl.where(low, R_WIDTH, stride_wn) + ks[:, None] * stride_bk, mask=mask_b, other=0.0)
+        b_tile = tl.load(
+            b + columns * tl.where(low, R_WIDTH, stride_wn) + ks[:, None] * stride_bk, mask=mask_b, other=0.0
+        )
         acc = tl.dot(a_tile, b_tile, acc, input_precision=PRECISION)
     _store_output(acc, bias, base, y, m0, n0, M, N, stride_bm, stride_bn, BLOCK_M, BLOCK_N)
 
@@ -174,8 +176,12 @@ def one_launch_forward(
                 mask_a, mask_b = rows < M - m0, columns < N - n0
                 if not EVEN_K:
                     mask_a, mask_b = mask_a & (ks[None, :] < K - k0), mask_b & (ks[:, None] < K - k0)
-                a_tile = tl.load(a + step * stride_xk + rows * stride_xm + ks[None, :] * stride_xk, mask=mask_a, other=0.0)
-                b_tile = tl.load(b + step * stride_wk + columns * stride_wn + ks[:, None] * stride_wk, mask=mask_b, other=0.0)
+                a_tile = tl.load(
+                    a + step * stride_xk + rows * stride_xm + ks[None, :] * stride_xk, mask=mask_a, other=0.0
+                )
+                b_tile = tl.load(
+                    b + step * stride_wk + columns * stride_wn + ks[:, None] * stride_wk, mask=mask_b, other=0.0
+                )
                 d = stacked(
                     lora_a + step * stride_ak, stride_ar, stride_ak,
                     None if DIRECTIONS == 0 else dash_vt + step * stride_vk, stride_vs, stride_vk,
@@ -197,8 +203,12 @@ def one_launch_forward(
                 mask_a, mask_b = rows < M - m0, columns < N - n0
                 if not EVEN_K:
                     mask_a, mask_b = mask_a & (ks[None, :] < K - k0), mask_b & (ks[:, None] < K - k0)
-                a_tile = tl.load(a + step * stride_xk + rows * stride_xm + ks[None, :] * stride_xk, mask=mask_a, other=0.0)
-                b_tile = tl.load(b + step * stride_wk + columns * stride_wn + ks[:, None] * stride_wk, mask=mask_b, other=0.0)
+                a_tile = tl.load(
+                    a + step * stride_xk + rows * stride_xm + ks[None, :] * stride_xk, mask=mask_a, other=0.0
+                )
+                b_tile = tl.load(
+                    b + step * stride_wk + columns * stride_wn + ks[:, None] * stride_wk, mask=mask_b, other=0.0
+                )
                 acc = tl.dot(a_tile, b_tile, acc, input_precision=PRECISION)
             while tl.atomic_add(state + tiles_m + pid_m, 0, sem="acquire") == 0:
                 pass

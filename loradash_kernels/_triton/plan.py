@@ -19,8 +19,6 @@ from . import descriptor_kernels as desc
 from . import forward_kernels as fwd
 from . import tiles
 
-MAX_WIDTH = 256
-ONE_LAUNCH_WIDTH = 32  # its accumulator stands beside that of the tile
 _PACK_N = 64
 _FINISH_BLOCK = 1024
 _SUM_ROWS = 16
@@ -248,8 +246,8 @@ def _descriptor_forward(
 
 def _one_launch(q: Problem, tile: TileConfig, bias: Tensor | None, y: Tensor, p: Tensor) -> Launch:
     assert q.weight is not None
-    if q.r_block > ONE_LAUNCH_WIDTH:
-        raise ValueError(f"r + s is {q.width}; the one-launch forward takes at most {ONE_LAUNCH_WIDTH}")
+    if q.r_block > tiles.ONE_LAUNCH_WIDTH:
+        raise ValueError(f"r + s is {q.width}; the one-launch forward takes at most {tiles.ONE_LAUNCH_WIDTH}")
     tiles_m = _tiles(q.m, tile.block_m)
     count = tiles_m * _tiles(q.n, tile.block_n)
     adapters = q.adapter_args("abuv")
@@ -317,7 +315,9 @@ def plan_backward(
         x_splits, rows = _splits(q, q.k, tile.block_k, tile.block_m)
         da_part = q.empty(x_splits, q.rank, q.k, dtype=f32)
         launches.append(_x_pass(q, tile, x_splits, rows, t, da_part))
-    launches += _finish(q, splits, x_splits, sum_tiles, (da_part, db_part, dbias_part, dsigma_part), (da, db_lora, dbias, dsigma))
+    launches += _finish(
+        q, splits, x_splits, sum_tiles, (da_part, db_part, dbias_part, dsigma_part), (da, db_lora, dbias, dsigma)
+    )
     return launches
 
 
@@ -442,7 +442,12 @@ def _x_pass(q: Problem, tile: TileConfig, splits: int, rows: int, t: Tensor, da_
 
 
 def _finish(
-    q: Problem, splits: int, x_splits: int, sum_tiles: int, parts: Sequence[Tensor | None], grads: Sequence[Tensor | None]
+    q: Problem,
+    splits: int,
+    x_splits: int,
+    sum_tiles: int,
+    parts: Sequence[Tensor | None],
+    grads: Sequence[Tensor | None],
 ) -> list[Launch]:
     da_part, db_part, dbias_part, dsigma_part = parts
     da, db_lora, dbias, dsigma = grads

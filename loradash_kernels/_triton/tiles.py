@@ -10,6 +10,9 @@ from dataclasses import replace
 
 from ..config import Target, TileConfig
 
+MAX_WIDTH = 256  # of r + s
+ONE_LAUNCH_WIDTH = 32  # of the one-launch forward, whose accumulator of P stands beside that of the tile
+
 KB = 1024
 TARGETS = {
     t.name: t
@@ -67,7 +70,7 @@ ONE_LAUNCH_FP32 = (TileConfig(32, 32, 16, 4, 2),)
 
 # The passes over one large operand. down: rows x block_k of x; dy: rows x block_n of dy; x: rows x block_k of x.
 # Wide rank blocks take registers and shared memory: narrower tiles from 64 on.
-_DOWN = (TileConfig(32, 0, 128, 4, 3), TileConfig(16, 0, 128, 4, 3))
+_DOWN = (TileConfig(64, 0, 128, 8, 3), TileConfig(32, 0, 128, 4, 3), TileConfig(16, 0, 128, 4, 3))
 _DY = TileConfig(32, 256, 0, 8, 3)  # G takes 4 R / (2 block_n) of the bytes of dy in partial sums
 _X = TileConfig(64, 0, 128, 8, 3)
 
@@ -102,8 +105,15 @@ def pick_one_launch(target: Target, itemsize: int, rows: int, columns: int) -> T
 
 
 def pick_down(target: Target, itemsize: int, rows: int, rank_block: int) -> TileConfig:
-    """Of the down-projection: block_m rows of x, block_k columns at a time."""
-    config = _DOWN[0] if -(-rows // _DOWN[0].block_m) >= target.processors else _DOWN[1]
+    """Of the down-projection: block_m rows of x, block_k columns at a time.
+
+    D is read once per block of rows, from L2: 16 rows of 16-bit x are outweighed three times by an fp32 D of R = 24, so
+    low blocks are for those M that would leave most processors idle.
+    """
+    high, middle, low = _DOWN
+    config = high if rows >= high.block_m * target.processors else middle
+    if 2 * rows < middle.block_m * target.processors:
+        config = low
     return _narrowed(config, target, itemsize, rank_block)
 
 

@@ -24,7 +24,7 @@ import torch
 from .._version import __version__
 from ..config import TileConfig
 from . import tiles
-from .plan import ONE_LAUNCH_WIDTH, Problem, Strategy, descriptors_fit, plan_backward, plan_forward
+from .plan import Problem, Strategy, descriptors_fit, plan_backward, plan_forward
 
 KINDS = ("fused", "descriptors", "one_launch", "library")
 _FILE = "triton-tiles-1.json"
@@ -80,7 +80,7 @@ def candidates(direction: str, problem: Problem) -> list[Strategy]:
     found = [Strategy("fused", tile) for tile in table]
     if descriptors_fit(problem, problem.x, problem.weight):
         found += [Strategy("descriptors", tile) for tile in table]
-    if direction == "forward" and 0 < problem.width and problem.r_block <= ONE_LAUNCH_WIDTH:
+    if direction == "forward" and problem.width > 0 and problem.r_block <= tiles.ONE_LAUNCH_WIDTH:
         found += [Strategy("one_launch", t) for t in tiles.one_launch_table(problem.target, problem.itemsize)]
     return [*found, Strategy("library")] if problem.weight is not None else found
 
@@ -113,23 +113,20 @@ def _runner(direction: str, q: Problem, strategy: Strategy) -> Callable[[], None
     """Runs one whole call into buffers of its own."""
     f32 = torch.float32
     p = q.x.new_zeros(q.m, q.width, dtype=f32)
-    if direction == "forward":
-        y = q.x.new_empty(q.m, q.n)
-        base = None if q.weight is not None else torch.zeros_like(y)
+    y = q.x.new_zeros(q.m, q.n)
+    dx = q.x.new_empty(q.m, q.k)
+    da, db_lora, dsigma = (q.x.new_empty(s, dtype=f32) for s in ((q.rank, q.k), (q.n, q.rank), (q.directions,)))
 
-        def step() -> None:
-            for launch in plan_forward(q, None, base, y, p, strategy):
-                launch.run()
-
-        return step
-    dy, dx = q.x.new_zeros(q.m, q.n), q.x.new_empty(q.m, q.k)
-    grads = [q.x.new_empty(shape, dtype=f32) for shape in ((q.rank, q.k), (q.n, q.rank), (q.directions,))]
-
-    def step() -> None:
-        for launch in plan_backward(q, dy, p, dx, *grads, None, strategy):
+    def forward() -> None:
+        base = None if q.weight is not None else y
+        for launch in plan_forward(q, None, base, y, p, strategy):
             launch.run()
 
-    return step
+    def backward() -> None:
+        for launch in plan_backward(q, y, p, dx, da, db_lora, dsigma, None, strategy):
+            launch.run()
+
+    return forward if direction == "forward" else backward
 
 
 def _may_measure(problem: Problem) -> bool:
