@@ -347,16 +347,17 @@ def _sum_g(
     q: Problem, tiles_m: int, p: Tensor, g_part: Tensor, t: Tensor, d: Tensor, dsigma_part: Tensor | None
 ) -> Launch:
     adapters = q.adapter_args("av")
+    pack_k = min(_PAD, 8192 // q.r_block)
     return Launch(
         bwd.sum_g,
-        (tiles_m + d.shape[1] // _PAD,),
+        (tiles_m + d.shape[1] // pack_k,),
         {
             "g_part": g_part, "p": p, "dash_sigma": q.sigma(), **adapters, "t": t, "d": d, "dsigma_part": dsigma_part,
             "M": q.m, "K": q.k, "m_padded": t.shape[1], "k_padded": d.shape[1], "parts": g_part.shape[0],
             "tiles_m": tiles_m, "scaling": q.scaling,
         },
         {
-            "RANK": q.rank, "DIRECTIONS": q.directions, "R_BLOCK": q.r_block, "BLOCK_M": _SUM_ROWS, "PACK_K": _PAD,
+            "RANK": q.rank, "DIRECTIONS": q.directions, "R_BLOCK": q.r_block, "BLOCK_M": _SUM_ROWS, "PACK_K": pack_k,
             "WIDE": _wide(*adapters.values()),
         },
         8 if q.r_block >= 128 else 4,

@@ -49,7 +49,7 @@ GEMM: dict[str, tuple[TileConfig, ...]] = {
     "sm_86": _AMPERE,
     "sm_89": _AMPERE,
     "sm_90": _HOPPER,
-    "sm_100": _HOPPER,
+    "sm_100": _HOPPER[1:],
     "gfx90a": _CDNA,
     "gfx942": _CDNA,
 }
@@ -70,8 +70,9 @@ ONE_LAUNCH_FP32 = (TileConfig(32, 32, 16, 4, 2),)
 
 # The passes over one large operand. down: rows x block_k of x; dy: rows x block_n of dy; x: rows x block_k of x.
 # Wide rank blocks take registers and shared memory: narrower tiles from 64 on.
-_DOWN = (TileConfig(64, 0, 128, 8, 3), TileConfig(32, 0, 128, 4, 3), TileConfig(16, 0, 128, 4, 3))
+_DOWN = (TileConfig(64, 0, 64, 8, 3), TileConfig(32, 0, 128, 4, 3), TileConfig(16, 0, 128, 4, 3))
 _DY = TileConfig(32, 256, 0, 8, 3)  # G takes 4 R / (2 block_n) of the bytes of dy in partial sums
+_DY_CDNA = TileConfig(32, 128, 0, 4, 3)
 _X = TileConfig(64, 0, 128, 8, 3)
 
 
@@ -119,7 +120,7 @@ def pick_down(target: Target, itemsize: int, rows: int, rank_block: int) -> Tile
 
 def pick_dy(target: Target, itemsize: int, rank_block: int) -> TileConfig:
     """Of the pass over dy: block_m rows at a time, block_n columns."""
-    return _narrowed(_DY, target, itemsize, rank_block)
+    return _narrowed(_DY if target.warp_size == 32 else _DY_CDNA, target, itemsize, rank_block)
 
 
 def pick_x(target: Target, itemsize: int, rank_block: int) -> TileConfig:
