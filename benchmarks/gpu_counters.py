@@ -23,6 +23,7 @@ from rich.table import Table
 from tqdm import tqdm
 
 from loradash_kernels._triton import plan, tiles
+from loradash_kernels._triton.problem import Launch, Strategy
 from loradash_kernels.testing import make_case
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
@@ -53,9 +54,9 @@ def plain_gemm(
     tl.store(y + out, acc.to(y.dtype.element_ty), mask=mask_x & mask_w)
 
 
-def plain(x: torch.Tensor, w: torch.Tensor, y: torch.Tensor, tile: Any) -> plan.Launch:
+def plain(x: torch.Tensor, w: torch.Tensor, y: torch.Tensor, tile: Any) -> Launch:
     (m, k), n = x.shape, w.shape[0]
-    return plan.Launch(
+    return Launch(
         plain_gemm,
         (-(-m // tile.block_m), -(-n // tile.block_n)),
         {"x": x, "w": w, "y": y, "M": m, "N": n, "K": k, "stride_xm": x.stride(0), "stride_wn": w.stride(0)},
@@ -65,7 +66,7 @@ def plain(x: torch.Tensor, w: torch.Tensor, y: torch.Tensor, tile: Any) -> plan.
     )
 
 
-def count(launch: plan.Launch, architecture: str) -> dict[str, float]:
+def count(launch: Launch, architecture: str) -> dict[str, float]:
     compiled = emulation.compile_launch(launch, architecture)
     stats = emulation.emulate(launch, compiled)
     return {
@@ -77,7 +78,7 @@ def count(launch: plan.Launch, architecture: str) -> dict[str, float]:
     }  # fmt: skip
 
 
-def launches(q: Any, case: Any, strategy: plan.Strategy) -> list[plan.Launch]:
+def launches(q: Any, case: Any, strategy: Strategy) -> list[Launch]:
     """Of one forward and backward."""
     (m, k), n = case.x.shape, case.dy.shape[1]
     y, p, dx = (torch.empty(m, size, dtype=dtype) for size, dtype in ((n, BF16), (q.width, F32), (k, BF16)))
@@ -86,7 +87,7 @@ def launches(q: Any, case: Any, strategy: plan.Strategy) -> list[plan.Launch]:
         *plan.plan_forward(q, None, None, y, p, strategy),
         *plan.plan_backward(q, case.dy, p, *grads, None, strategy),
     ]
-    return [launch for launch in found if isinstance(launch, plan.Launch)]
+    return [launch for launch in found if isinstance(launch, Launch)]
 
 
 def make(m: int, architecture: str) -> tuple[Any, Any]:
@@ -106,7 +107,7 @@ def products(architecture: str) -> Iterator[dict[str, Any]]:
         wanted += [("descriptors", t, ("descriptor_forward", "descriptor_dx")) for t in tiles.gemm_table(target, 2)]
     for kind, tile, kernels in tqdm(wanted, desc="products", file=sys.stderr):
         plains: dict[bool, dict[str, float]] = {}
-        for launch in launches(q, case, plan.Strategy(kind, tile)):
+        for launch in launches(q, case, Strategy(kind, tile)):
             kernel = launch.kernel.__name__
             if kernel not in kernels:
                 continue
@@ -131,7 +132,7 @@ def passes(architecture: str) -> Iterator[dict[str, Any]]:
     """The passes over one large operand: bytes over those of the operand, which a pass may read once."""
     q, case = make(M_PASSES, architecture)
     large = {"down_projection": 2 * M_PASSES * K, "dy_pass": 2 * M_PASSES * N, "x_pass": 2 * M_PASSES * K}
-    for launch in tqdm(launches(q, case, plan.Strategy()), desc="passes", file=sys.stderr):
+    for launch in tqdm(launches(q, case, Strategy()), desc="passes", file=sys.stderr):
         kernel = launch.kernel.__name__
         if kernel in large:
             found = count(launch, architecture)

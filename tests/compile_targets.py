@@ -14,7 +14,8 @@ import torch
 from emulation import compile_launch, resources
 
 from loradash_kernels._triton import tiles
-from loradash_kernels._triton.plan import Launch, Problem, Strategy, plan_backward, plan_forward
+from loradash_kernels._triton.plan import plan_backward, plan_forward
+from loradash_kernels._triton.problem import Launch, Problem, Strategy
 
 M, K, N = 8192, 4096, 4096
 

@@ -19,7 +19,8 @@ from typing import Any
 import torch
 
 from loradash_kernels._triton import tiles
-from loradash_kernels._triton.plan import Launch, Problem, Strategy, plan_backward, plan_forward
+from loradash_kernels._triton.plan import plan_backward, plan_forward
+from loradash_kernels._triton.problem import Launch, Problem, Strategy
 from loradash_kernels.config import Target, draw_seed, dropout_threshold
 from loradash_kernels.testing import Case
 

@@ -19,7 +19,17 @@ KERNELS = (
     "_version", "_extension", "config", "weights", "reference", "_triton", "ops", "autograd", "functional", "svd", "directions",
     "testing", "__init__",
 )  # fmt: skip
-TRITON = ("common", "forward_kernels", "backward_kernels", "descriptor_kernels", "tiles", "plan", "tuner", "__init__")
+TRITON = (
+    "common",
+    "forward_kernels",
+    "backward_kernels",
+    "descriptor_kernels",
+    "tiles",
+    "problem",
+    "plan",
+    "tuner",
+    "__init__",
+)
 LORADASH = (
     "config", "linear", "inject", "prelaunch", "schedule", "checkpoint", "plots", "baselines", "finetune", "cli", "__init__",
 )  # fmt: skip

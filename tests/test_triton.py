@@ -25,6 +25,7 @@ HERE = Path(__file__).parent
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
 if importlib.util.find_spec("triton"):
     from loradash_kernels._triton import plan, tiles, tuner
+    from loradash_kernels._triton import problem as parts
 
 
 @needs_triton
@@ -46,7 +47,9 @@ def test_operator_in_the_interpreter():
 @pytest.mark.parametrize("shape", [(37, 50, 70, 4, 3), (150, 64, 96, 16, 8)])
 def test_strategies(shape, dtype, kind):
     case = make_case(*shape, dtype, adapter_dtype=torch.float32, dropout_p=0.3)
-    with tuner.forced(forward=plan.Strategy(kind), backward=plan.Strategy("library" if kind == "library" else "fused")):
+    with tuner.forced(
+        forward=parts.Strategy(kind), backward=parts.Strategy("library" if kind == "library" else "fused")
+    ):
         check_error_rule(case, run(case, "triton"))
 
 
@@ -57,7 +60,7 @@ def test_too_wide_for_the_kernels():
     with pytest.raises(RuntimeError, match="r \\+ s is 308"):
         run(case, "triton")
     check_error_rule(case, run(case))  # another backend takes it
-    with pytest.raises(ValueError, match="at most 32"), tuner.forced(forward=plan.Strategy("one_launch")):
+    with pytest.raises(ValueError, match="at most 32"), tuner.forced(forward=parts.Strategy("one_launch")):
         run(make_case(8, 16, 16, 40, 8), "triton")
 
 
@@ -142,7 +145,7 @@ def test_partial_sums_are_fixed_by_the_shape():
 def problem(case):
     t = case.tensors
     adapters = [t[name] for name in ("lora_a", "lora_b", "dash_u", "dash_vt", "dash_sigma")]
-    return plan.Problem(case.x, t["weight"], *adapters, None, 1.0, 0, tiles.TARGETS["sm_80"])
+    return parts.Problem(case.x, t["weight"], *adapters, None, 1.0, 0, tiles.TARGETS["sm_80"])
 
 
 @pytest.fixture
@@ -216,7 +219,7 @@ def test_tuner_with_a_cache_that_cannot_be_written(cache):
 
 def _write(index):
     tuner.forget()
-    tuner._remember(f"key {index}", plan.Strategy("fused", TileConfig(64, 64, 32, 4, index + 1)))
+    tuner._remember(f"key {index}", parts.Strategy("fused", TileConfig(64, 64, 32, 4, index + 1)))
 
 
 @needs_triton
@@ -226,6 +229,17 @@ def test_tuner_in_concurrent_processes(cache):
         pool.map(_write, range(8), chunksize=1)
     found = json.loads(tuner.cache_file().read_text())["strategies"]
     assert sorted(found) == [f"key {i}" for i in range(8)]
+
+
+@needs_triton
+def test_the_number_of_rows_compiles_nothing_anew():
+    """Triton would compile M = 1, multiples of 16 and the rest apart."""
+    from loradash_kernels._triton import backward_kernels, descriptor_kernels, forward_kernels
+
+    for module in (forward_kernels, backward_kernels, descriptor_kernels):
+        for name, kernel in vars(module).items():
+            if hasattr(kernel, "params") and not name.startswith("_"):
+                assert all(p.do_not_specialize for p in kernel.params if p.name in ("M", "threshold")), name
 
 
 @needs_triton

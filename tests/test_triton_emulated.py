@@ -20,7 +20,7 @@ pytestmark = [
 from loradash_kernels.config import TileConfig  # noqa: E402
 
 if emulation.missing_tools() is None:
-    from loradash_kernels._triton.plan import Strategy, descriptors_fit
+    from loradash_kernels._triton.problem import Strategy, descriptors_fit
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 SMALL = TileConfig(64, 64, 32, 4, 3, group_m=2)

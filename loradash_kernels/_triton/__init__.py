@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from .plan import Problem
+    from .problem import Problem
 
 MINIMUM = (3, 6)
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -72,7 +72,7 @@ def architecture_of(device: torch.device) -> str:
 
 
 def _problem(x: Tensor, *args: object) -> Problem:
-    from .plan import Problem
+    from .problem import Problem
     from .tiles import TARGETS
 
     tf32 = x.dtype == torch.float32 and x.device.type == "cuda" and torch.backends.cuda.matmul.allow_tf32

@@ -16,7 +16,7 @@ import triton.language as tl
 from .common import column_factors, grouped, keep_mask, span, stacked
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M", "rows_per_split"])
 def dy_pass(
     dy, lora_b, dash_u, p, g_part, db_part, dbias_part,
     M, N, stride_ym, stride_yn, stride_bn, stride_br, stride_un, stride_us, rows_per_split,
@@ -76,7 +76,7 @@ def dy_pass(
         tl.store(out[None, :] + tl.zeros((16, 1), tl.int32), dbias, mask=first_row & inside[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M", "parts", "tiles_m"])
 def sum_g(
     g_part, p, dash_sigma, lora_a, dash_vt, t, d, dsigma_part,
     M, K, m_padded, k_padded, parts, tiles_m, stride_ar, stride_ak, stride_vs, stride_vk, scaling,
@@ -134,7 +134,7 @@ def _masked_low_rank(
     return acc
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M", "threshold"])
 def dx_gemm(
     dy, w, t, d, seed, base, dx,
     M, N, K, m_padded, k_padded, stride_ym, stride_yn, stride_wn, stride_wk, keep_scale, threshold,
@@ -179,7 +179,7 @@ def dx_gemm(
     tl.store(dx + out_rows * K + out_columns, acc.to(dtype), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M", "threshold", "rows_per_split"])
 def x_pass(
     x, t, seed, da_part,
     M, K, m_padded, stride_xm, stride_xk, threshold, rows_per_split,
@@ -225,7 +225,7 @@ def _sum_splits(part, out, tile, splits, RANKS, COLUMNS, stride_rank, stride_col
     tl.store(out + rank * stride_rank + column * stride_column, total * factor, mask=index < size)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["x_splits", "y_splits", "sum_tiles", "a_tiles", "b_tiles", "bias_tiles"])
 def finish(
     da_part, db_part, dbias_part, dsigma_part, da, db_lora, dbias, dsigma,
     K, N, x_splits, y_splits, sum_tiles, a_tiles, b_tiles, bias_tiles, scale_a, scale_b,

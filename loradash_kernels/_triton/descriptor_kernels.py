@@ -15,7 +15,7 @@ from .common import grouped
 from .forward_kernels import _store_output
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M"])
 def descriptor_forward(
     x, w, t, q, bias, y, M, N, K,
     R_WIDTH: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, R_STEP: tl.constexpr,
@@ -38,7 +38,7 @@ def descriptor_forward(
         _store_output(acc, bias, None, y, m0, n0, M, N, 0, 0, BLOCK_M, BLOCK_N)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M", "threshold"])
 def descriptor_dx(
     dy, w, t, d, seed, dx, M, N, K, m_padded, k_padded, keep_scale, threshold,
     R_BLOCK: tl.constexpr, RANK_STEP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,

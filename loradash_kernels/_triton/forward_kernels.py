@@ -44,7 +44,7 @@ def _pack_q(
     tl.store(q + rows * R_WIDTH + ranks, tile, mask=(rows < N) & (ranks < R_WIDTH))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M", "threshold", "tiles_m"])
 def down_projection(
     x, lora_a, lora_b, dash_u, dash_vt, dash_sigma, seed, p, t, q,
     M, K, N, stride_xm, stride_xk, stride_ar, stride_ak, stride_bn, stride_br, stride_un, stride_us, stride_vs, stride_vk,
@@ -103,7 +103,7 @@ def _store_output(acc, bias, base, y, m0, n0, M, N, stride_bm, stride_bn, BLOCK_
     tl.store(y + rows * N + columns, acc.to(y.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M"])
 def extended_gemm(
     x, w, t, q, bias, base, y,
     M, N, K, stride_xm, stride_xk, stride_wn, stride_wk, stride_bm, stride_bn,
@@ -144,7 +144,7 @@ def extended_gemm(
     _store_output(acc, bias, base, y, m0, n0, M, N, stride_bm, stride_bn, BLOCK_M, BLOCK_N)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M", "threshold"])
 def one_launch_forward(
     x, w, lora_a, lora_b, dash_u, dash_vt, dash_sigma, bias, seed, p, t, y, state,
     M, N, K, stride_xm, stride_xk, stride_wn, stride_wk, stride_ar, stride_ak, stride_bn, stride_br, stride_un, stride_us,

@@ -7,17 +7,27 @@ each architecture and execute the result in an emulator.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..config import Target, TileConfig, accumulator, keep_scale
+from ..config import TileConfig, accumulator
 from . import backward_kernels as bwd
 from . import descriptor_kernels as desc
 from . import forward_kernels as fwd
 from . import tiles
+from .problem import (
+    Launch,
+    LibraryProduct,
+    Problem,
+    Strategy,
+    descriptor,
+    descriptors_fit,
+    power_of_two,
+    round_up,
+    tile_count,
+    wide,
+)  # fmt: skip
 
 _PACK_N = 64
 _FINISH_BLOCK = 1024
@@ -25,126 +35,6 @@ _SUM_ROWS = 16
 _RANK_STEP = 32  # ranks that dx takes at a time: more would not fit beside the accumulator
 _PAD = 256  # no tile of any table is higher or wider
 _MIN_ROWS = 256  # of a split of M: below, partial sums outweigh what they are sums of
-
-
-@dataclass(frozen=True)
-class Launch:
-    """One kernel launch."""
-
-    kernel: Any
-    grid: tuple[int, ...]
-    args: dict[str, Any]
-    constants: dict[str, Any]
-    num_warps: int = 4
-    num_stages: int = 1
-
-    def run(self) -> None:
-        self.kernel[self.grid](**self.args, **self.constants, num_warps=self.num_warps, num_stages=self.num_stages)
-
-
-@dataclass(frozen=True)
-class LibraryProduct:
-    """A product left to the vendor's library: out = a b^T + bias, or a b."""
-
-    a: Tensor
-    b: Tensor
-    bias: Tensor | None
-    out: Tensor
-    transposed: bool
-
-    def run(self) -> None:
-        b = self.b.t() if self.transposed else self.b
-        if self.bias is None:
-            torch.mm(self.a, b, out=self.out)
-        else:
-            torch.addmm(self.bias, self.a, b, out=self.out)
-
-
-@dataclass(frozen=True)
-class Strategy:
-    """How a product is computed: "fused", "descriptors" (the same, persistent, on tensor descriptors where these can read the
-    operands), "one_launch" (forward only) or "library" (the vendor's product with our low-rank kernels); and the tile,
-    where it is not the table's.
-    """
-
-    kind: str = "fused"
-    tile: TileConfig | None = None
-
-
-@dataclass
-class Problem:
-    """What every launch of a call needs to know."""
-
-    x: Tensor
-    weight: Tensor | None
-    lora_a: Tensor
-    lora_b: Tensor
-    dash_u: Tensor | None
-    dash_vt: Tensor | None
-    dash_sigma: Tensor | None
-    seed: Tensor | None
-    scaling: float
-    threshold: int
-    target: Target
-    tf32: bool = False
-    processors: int = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.m, self.k = self.x.shape
-        self.n, self.rank = self.lora_b.shape
-        self.directions = 0 if self.dash_sigma is None else self.dash_sigma.shape[0]
-        self.width = self.rank + self.directions
-        self.r_block = _power_of_two(self.width)
-        self.rank_block = _power_of_two(self.rank)
-        self.itemsize = self.x.element_size()
-        self.dropout = self.threshold > 0 and self.seed is not None
-        self.keep_scale = keep_scale(self.threshold)
-        self.processors = self.target.processors
-
-    @property
-    def precision(self) -> str:
-        return "tf32" if self.tf32 else "ieee"
-
-    def adapter_args(self, names: str) -> dict[str, Any]:
-        """Pointers and strides of the adapters named by their letters: a, b, u, v."""
-        tensors = {
-            "a": ("lora_a", self.lora_a, "r", "k"), "b": ("lora_b", self.lora_b, "n", "r"),
-            "u": ("dash_u", self.dash_u, "n", "s"), "v": ("dash_vt", self.dash_vt, "s", "k"),
-        }  # fmt: skip
-        args: dict[str, Any] = {}
-        for letter in names:
-            name, tensor, first, second = tensors[letter]
-            present = tensor is not None and (self.directions > 0 or letter in "ab")
-            args[name] = tensor if present else None
-            strides = tensor.stride() if present and tensor is not None else (0, 0)
-            args[f"stride_{letter}{first}"], args[f"stride_{letter}{second}"] = strides
-        return args
-
-    def sigma(self) -> Tensor | None:
-        return self.dash_sigma if self.directions else None
-
-    def empty(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
-        """Workspace on the device of x."""
-        return self.x.new_empty(shape, dtype=dtype or self.x.dtype)
-
-
-def descriptors_fit(q: Problem, *operands: Tensor | None) -> bool:
-    """Can these be read through tensor descriptors: on this card, aligned rows of 16-bit elements, not empty?"""
-    return (
-        q.target.asynchronous
-        and q.itemsize == 2
-        and all(
-            t is not None and t.numel() > 0 and t.stride(1) == 1 and t.data_ptr() % 16 == 0
-            and t.stride(0) * q.itemsize % 16 == 0
-            for t in operands
-        )
-    )  # fmt: skip
-
-
-def _descriptor(t: Tensor, *block: int) -> Any:
-    from triton.tools.tensor_descriptor import TensorDescriptor
-
-    return TensorDescriptor(t, list(t.shape), list(t.stride()), list(block))
 
 
 def plan_forward(
@@ -159,7 +49,7 @@ def plan_forward(
     tile = strategy.tile or tiles.pick_gemm(q.target, q.itemsize, q.m, q.n, q.k, q.r_block)
     by_descriptors = strategy.kind == "descriptors" and descriptors_fit(q, q.x, q.weight)
     r_step = min(tile.block_k, q.r_block) if by_descriptors else tile.block_k
-    r_width = _round_up(q.width, r_step)
+    r_width = round_up(q.width, r_step)
     t, packed = (q.empty(q.m, r_width), q.empty(q.n, r_width)) if q.width else (q.x, q.x)
     launches: list[Launch | LibraryProduct] = [_down(q, r_width, p, t, packed)] if q.width else []
     weight, k = q.weight, q.k
@@ -177,11 +67,11 @@ def plan_forward(
 
 def _down(q: Problem, r_width: int, p: Tensor, t: Tensor, packed: Tensor) -> Launch:
     tile = tiles.pick_down(q.target, q.itemsize, q.m, q.r_block)
-    tiles_m = _tiles(q.m, tile.block_m)
+    tiles_m = tile_count(q.m, tile.block_m)
     adapters = q.adapter_args("abuv")
     return Launch(
         fwd.down_projection,
-        (tiles_m + _tiles(q.n, _PACK_N),),
+        (tiles_m + tile_count(q.n, _PACK_N),),
         {
             "x": q.x, **adapters, "dash_sigma": q.sigma(), "seed": q.seed if q.dropout else None, "p": p, "t": t,
             "q": packed, "M": q.m, "K": q.k, "N": q.n, "stride_xm": q.x.stride(0), "stride_xk": q.x.stride(1),
@@ -189,8 +79,8 @@ def _down(q: Problem, r_width: int, p: Tensor, t: Tensor, packed: Tensor) -> Lau
         },
         {
             "RANK": q.rank, "DIRECTIONS": q.directions, "R_BLOCK": q.r_block, "R_WIDTH": r_width,
-            "R_STORE": _power_of_two(r_width), "BLOCK_M": tile.block_m, "BLOCK_K": tile.block_k, "PACK_N": _PACK_N,
-            "DROPOUT": q.dropout, "EVEN_K": q.k % tile.block_k == 0, "WIDE": _wide(q.x, *adapters.values()),
+            "R_STORE": power_of_two(r_width), "BLOCK_M": tile.block_m, "BLOCK_K": tile.block_k, "PACK_N": _PACK_N,
+            "DROPOUT": q.dropout, "EVEN_K": q.k % tile.block_k == 0, "WIDE": wide(q.x, *adapters.values()),
             "PRECISION": q.precision,
         },
         tile.num_warps,
@@ -205,7 +95,7 @@ def _extended_gemm(
     strides = base.stride() if base is not None else (0, 0)
     return Launch(
         fwd.extended_gemm,
-        (_tiles(q.m, tile.block_m) * _tiles(q.n, tile.block_n),),
+        (tile_count(q.m, tile.block_m) * tile_count(q.n, tile.block_n),),
         {
             "x": q.x, "w": weight, "t": t, "q": packed, "bias": bias, "base": base, "y": y, "M": q.m, "N": q.n, "K": k,
             "stride_xm": q.x.stride(0), "stride_xk": q.x.stride(1), "stride_wn": weight.stride(0),
@@ -213,7 +103,7 @@ def _extended_gemm(
         },
         {
             "R_WIDTH": r_width, "BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "BLOCK_K": tile.block_k,
-            "GROUP_M": tile.group_m, "EVEN_K": k % tile.block_k == 0, "WIDE": _wide(q.x, weight),
+            "GROUP_M": tile.group_m, "EVEN_K": k % tile.block_k == 0, "WIDE": wide(q.x, weight),
             "PRECISION": q.precision,
         },
         tile.num_warps,
@@ -225,14 +115,14 @@ def _descriptor_forward(
     q: Problem, tile: TileConfig, r_step: int, r_width: int, t: Tensor, packed: Tensor, bias: Tensor | None, y: Tensor
 ) -> Launch:
     assert q.weight is not None
-    count = _tiles(q.m, tile.block_m) * _tiles(q.n, tile.block_n)
+    count = tile_count(q.m, tile.block_m) * tile_count(q.n, tile.block_n)
     return Launch(
         desc.descriptor_forward,
         (min(count, q.processors),),
         {
-            "x": _descriptor(q.x, tile.block_m, tile.block_k), "w": _descriptor(q.weight, tile.block_n, tile.block_k),
-            "t": _descriptor(t, tile.block_m, r_step) if r_width else None,
-            "q": _descriptor(packed, tile.block_n, r_step) if r_width else None, "bias": bias, "y": y, "M": q.m,
+            "x": descriptor(q.x, tile.block_m, tile.block_k), "w": descriptor(q.weight, tile.block_n, tile.block_k),
+            "t": descriptor(t, tile.block_m, r_step) if r_width else None,
+            "q": descriptor(packed, tile.block_n, r_step) if r_width else None, "bias": bias, "y": y, "M": q.m,
             "N": q.n, "K": q.k,
         },
         {
@@ -248,8 +138,8 @@ def _one_launch(q: Problem, tile: TileConfig, bias: Tensor | None, y: Tensor, p:
     assert q.weight is not None
     if q.r_block > tiles.ONE_LAUNCH_WIDTH:
         raise ValueError(f"r + s is {q.width}; the one-launch forward takes at most {tiles.ONE_LAUNCH_WIDTH}")
-    tiles_m = _tiles(q.m, tile.block_m)
-    count = tiles_m * _tiles(q.n, tile.block_n)
+    tiles_m = tile_count(q.m, tile.block_m)
+    count = tiles_m * tile_count(q.n, tile.block_n)
     adapters = q.adapter_args("abuv")
     return Launch(
         fwd.one_launch_forward,
@@ -268,7 +158,7 @@ def _one_launch(q: Problem, tile: TileConfig, bias: Tensor | None, y: Tensor, p:
             # Triton 3.8 pipelines two wgmma products of one loop with a buffer too few: a copy overwrites what the
             # second still reads.
             "FIRST_STAGES": 1 if q.target.asynchronous else tile.num_stages, "DROPOUT": q.dropout,
-            "EVEN_K": q.k % tile.block_k == 0, "WIDE": _wide(q.x, q.weight, *adapters.values()),
+            "EVEN_K": q.k % tile.block_k == 0, "WIDE": wide(q.x, q.weight, *adapters.values()),
             "PRECISION": q.precision,
         },
         tile.num_warps,
@@ -293,7 +183,7 @@ def plan_backward(
     launches: list[Launch | LibraryProduct] = []
 
     tile = tiles.pick_dy(q.target, q.itemsize, q.r_block)
-    parts, (splits, rows) = _tiles(q.n, tile.block_n), _splits(q, q.n, tile.block_n, tile.block_m)
+    parts, (splits, rows) = tile_count(q.n, tile.block_n), _splits(q, q.n, tile.block_n, tile.block_m)
     g_part = q.empty(parts, q.m, q.width, dtype=f32) if needs_g else None
     db_part = q.empty(splits, q.rank, q.n, dtype=f32) if db_lora is not None else None
     dbias_part = q.empty(splits, q.n, dtype=f32) if dbias is not None else None
@@ -301,7 +191,7 @@ def plan_backward(
         launches.append(_dy_pass(q, tile, (parts, splits), rows, dy, p, g_part, db_part, dbias_part))
 
     t = d = dsigma_part = None
-    m_padded, k_padded = _round_up(q.m, _PAD), _round_up(q.k, _PAD)
+    m_padded, k_padded = round_up(q.m, _PAD), round_up(q.k, _PAD)
     sum_tiles = m_padded // _SUM_ROWS
     if g_part is not None:
         t, d = q.empty(q.r_block, m_padded), q.empty(q.r_block, k_padded)
@@ -336,7 +226,7 @@ def _dy_pass(
         {
             "RANK": q.rank, "DIRECTIONS": q.directions, "R_BLOCK": q.r_block, "RANK_BLOCK": q.rank_block,
             "BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "EVEN_N": q.n % tile.block_n == 0,
-            "WIDE": _wide(dy, *adapters.values()), "PRECISION": q.precision,
+            "WIDE": wide(dy, *adapters.values()), "PRECISION": q.precision,
         },
         tile.num_warps,
         tile.num_stages,
@@ -358,7 +248,7 @@ def _sum_g(
         },
         {
             "RANK": q.rank, "DIRECTIONS": q.directions, "R_BLOCK": q.r_block, "BLOCK_M": _SUM_ROWS, "PACK_K": pack_k,
-            "WIDE": _wide(*adapters.values()),
+            "WIDE": wide(*adapters.values()),
         },
         8 if q.r_block >= 128 else 4,
     )  # fmt: skip
@@ -382,7 +272,7 @@ def _dx(
     launches.append(
         Launch(
             bwd.dx_gemm,
-            (_tiles(q.m, tile.block_m) * _tiles(q.k, tile.block_n),),
+            (tile_count(q.m, tile.block_m) * tile_count(q.k, tile.block_n),),
             {
                 "dy": dy, "w": weight, "t": t, "d": d, "seed": q.seed if q.dropout else None, "base": base, "dx": dx,
                 "M": q.m, "N": n, "K": q.k, "m_padded": 0 if t is None else t.shape[1],
@@ -393,7 +283,7 @@ def _dx(
             {
                 "R_BLOCK": q.r_block, "RANK_STEP": min(q.r_block, _RANK_STEP), "BLOCK_M": tile.block_m,
                 "BLOCK_N": tile.block_n, "BLOCK_K": tile.block_k, "GROUP_M": tile.group_m, "DROPOUT": q.dropout,
-                "EVEN_N": n % tile.block_k == 0, "WIDE": _wide(dy, weight), "PRECISION": q.precision,
+                "EVEN_N": n % tile.block_k == 0, "WIDE": wide(dy, weight), "PRECISION": q.precision,
             },
             tile.num_warps,
             tile.num_stages,
@@ -405,12 +295,12 @@ def _dx(
 def _descriptor_dx(
     q: Problem, tile: TileConfig, dy: Tensor, weight: Tensor, t: Tensor | None, d: Tensor | None, dx: Tensor
 ) -> Launch:
-    count = _tiles(q.m, tile.block_m) * _tiles(q.k, tile.block_n)
+    count = tile_count(q.m, tile.block_m) * tile_count(q.k, tile.block_n)
     return Launch(
         desc.descriptor_dx,
         (min(count, q.processors),),
         {
-            "dy": _descriptor(dy, tile.block_m, tile.block_k), "w": _descriptor(weight, tile.block_k, tile.block_n),
+            "dy": descriptor(dy, tile.block_m, tile.block_k), "w": descriptor(weight, tile.block_k, tile.block_n),
             "t": t, "d": d, "seed": q.seed if q.dropout else None, "dx": dx, "M": q.m, "N": q.n, "K": q.k,
             "m_padded": 0 if t is None else t.shape[1], "k_padded": 0 if d is None else d.shape[1],
             "keep_scale": q.keep_scale, "threshold": q.threshold,
@@ -427,14 +317,14 @@ def _descriptor_dx(
 def _x_pass(q: Problem, tile: TileConfig, splits: int, rows: int, t: Tensor, da_part: Tensor) -> Launch:
     return Launch(
         bwd.x_pass,
-        (_tiles(q.k, tile.block_k), splits),
+        (tile_count(q.k, tile.block_k), splits),
         {
             "x": q.x, "t": t, "seed": q.seed if q.dropout else None, "da_part": da_part, "M": q.m, "K": q.k, "m_padded": t.shape[-1],
             "stride_xm": q.x.stride(0), "stride_xk": q.x.stride(1), "threshold": q.threshold, "rows_per_split": rows,
         },
         {
             "RANK": q.rank, "R_BLOCK": q.r_block, "RANK_BLOCK": q.rank_block, "BLOCK_M": tile.block_m,
-            "BLOCK_K": tile.block_k, "DROPOUT": q.dropout, "EVEN_K": q.k % tile.block_k == 0, "WIDE": _wide(q.x),
+            "BLOCK_K": tile.block_k, "DROPOUT": q.dropout, "EVEN_K": q.k % tile.block_k == 0, "WIDE": wide(q.x),
             "PRECISION": q.precision,
         },
         tile.num_warps,
@@ -452,7 +342,7 @@ def _finish(
 ) -> list[Launch]:
     da_part, db_part, dbias_part, dsigma_part = parts
     da, db_lora, dbias, dsigma = grads
-    counts = [_tiles(0 if g is None else g.numel(), _FINISH_BLOCK) for g in (da, db_lora, dbias)]
+    counts = [tile_count(0 if g is None else g.numel(), _FINISH_BLOCK) for g in (da, db_lora, dbias)]
     grid = sum(counts) + (dsigma is not None)
     if grid == 0:
         return []
@@ -473,24 +363,6 @@ def _finish(
 
 def _splits(q: Problem, columns: int, block: int, block_m: int) -> tuple[int, int]:
     """How many parts M is summed in and the rows of each: twice the processors' programs, at least _MIN_ROWS rows."""
-    wanted = max(1, 2 * q.processors // _tiles(columns, block))
-    rows = _round_up(max(_MIN_ROWS, _tiles(q.m, wanted)), block_m)
-    return _tiles(q.m, rows), rows
-
-
-def _tiles(size: int, block: int) -> int:
-    return -(-size // block)
-
-
-def _round_up(size: int, block: int) -> int:
-    return _tiles(size, block) * block
-
-
-def _power_of_two(size: int) -> int:
-    """At least 16: the smallest side of a matrix instruction."""
-    return max(16, 1 << max(size - 1, 0).bit_length())
-
-
-def _wide(*operands: Any) -> bool:
-    """Do offsets inside a tile need 64 bits? Tiles are at most 256 long in each direction."""
-    return any(abs(s) * 512 >= 2**31 for t in operands if isinstance(t, Tensor) for s in t.stride())
+    wanted = max(1, 2 * q.processors // tile_count(columns, block))
+    rows = round_up(max(_MIN_ROWS, tile_count(q.m, wanted)), block_m)
+    return tile_count(q.m, rows), rows

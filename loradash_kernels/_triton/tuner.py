@@ -24,7 +24,8 @@ import torch
 from .._version import __version__
 from ..config import TileConfig
 from . import tiles
-from .plan import Problem, Strategy, descriptors_fit, plan_backward, plan_forward
+from .plan import plan_backward, plan_forward
+from .problem import Problem, Strategy, descriptors_fit
 
 KINDS = ("fused", "descriptors", "one_launch", "library")
 _FILE = "triton-tiles-1.json"
