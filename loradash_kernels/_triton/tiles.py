@@ -31,7 +31,7 @@ TARGETS = {
 # and descriptors want rows of 128 bytes.
 _AMPERE = (
     TileConfig(128, 128, 32, 4, 3, tight=True),
-    TileConfig(128, 128, 32, 8, 3),
+    TileConfig(128, 128, 32, 8, 3, tight=True),
     TileConfig(64, 128, 32, 4, 3),
     TileConfig(64, 64, 32, 4, 4),
 )
@@ -54,7 +54,7 @@ GEMM: dict[str, tuple[TileConfig, ...]] = {
     "gfx942": _CDNA,
 }
 # Without tensor cores for full fp32 products: accumulators and both operands live in registers.
-GEMM_FP32 = (TileConfig(64, 64, 16, 4, 3), TileConfig(32, 64, 16, 4, 3))
+GEMM_FP32 = (TileConfig(64, 64, 16, 4, 3, tight=True), TileConfig(32, 64, 16, 4, 3))
 
 # The one-launch forward holds the accumulator of P beside the tile's, and draws the mask inside its K loop.
 ONE_LAUNCH = {
