@@ -54,13 +54,14 @@ class TileConfig:
 @dataclass(frozen=True)
 class Target:
     """What a GPU architecture offers: the most shared memory a block may take, and processors to fill (those of the
-    largest common card; a running device's own count is used where there is one)."""
+    largest common card, until a running device's own count replaces it)."""
 
     name: str
     shared_limit: int
     processors: int
     warp_size: int = 32
     matrix_instruction: str = "HMMA"
+    tf32: bool = True  # do matrix instructions take float32 rounded to TF32?
 
     @property
     def asynchronous(self) -> bool:

@@ -20,28 +20,31 @@ from loradash_kernels._triton.problem import Launch, Problem, Strategy
 M, K, N = 8192, 4096, 4096
 
 
-def problem(target: str, r: int, s: int, dtype: torch.dtype, k: int = K, n: int = N) -> Problem:
+def problem(target: str, r: int, s: int, dtype: torch.dtype, k: int = K, n: int = N, m: int = M) -> Problem:
     def empty(*shape: int, of: torch.dtype = dtype) -> torch.Tensor:
         return torch.empty(*shape, dtype=of)
 
     f32 = torch.float32
     adapters = (empty(r, k, of=f32), empty(n, r, of=f32), empty(n, s, of=f32), empty(s, k, of=f32), empty(s, of=f32))
     seed = torch.zeros(2, dtype=torch.int64)
-    return Problem(empty(M, k), empty(n, k), *adapters, seed, 2.0, 3277, tiles.TARGETS[target])
+    return Problem(empty(m, k), empty(n, k), *adapters, seed, 2.0, 3277, tiles.TARGETS[target])
 
 
 def launches(q: Problem, strategy: Strategy, backward: bool = True) -> Iterator[Launch]:
     dtype, f32 = q.x.dtype, torch.float32
-    y, p, bias = torch.empty(M, q.n, dtype=dtype), torch.empty(M, q.width), torch.empty(q.n, dtype=dtype)
-    yield from plan_forward(q, bias, None, y, p, strategy)  # type: ignore[misc]
+    y, p, bias = torch.empty(q.m, q.n, dtype=dtype), torch.empty(q.m, q.width), torch.empty(q.n, dtype=dtype)
+    forward = plan_forward(q, bias, None, y, p, strategy)
+    yield from (launch for launch in forward if isinstance(launch, Launch))
     if backward:
         shapes = ((q.rank, q.k), (q.n, q.rank), (q.directions,), (q.n,))
         grads = [torch.empty(shape, dtype=f32) for shape in shapes]
-        yield from plan_backward(q, y, p, torch.empty(M, q.k, dtype=dtype), *grads, strategy)  # type: ignore[misc]
+        found = plan_backward(q, y, p, torch.empty(q.m, q.k, dtype=dtype), *grads, strategy)
+        yield from (launch for launch in found if isinstance(launch, Launch))
 
 
 def everything(target: str) -> Iterator[tuple[str, Launch]]:
-    """Every tile at r 16, s 8; the largest with wider ranks; ragged K and N; bf16, and fp16 and fp32 with the first."""
+    """Every tile at r 16, s 8; the largest with wider ranks; ragged K and N; bf16, and fp16 and fp32 with the first; the
+    low-rank kernels on top of a library's product; the down-projection of few rows."""
     for dtype, name in ((torch.bfloat16, "bf16"), (torch.float16, "fp16"), (torch.float32, "fp32")):
         table = tiles.gemm_table(tiles.TARGETS[target], dtype.itemsize)
         for index, tile in enumerate(table if name == "bf16" else table[:1]):
@@ -54,9 +57,15 @@ def everything(target: str) -> Iterator[tuple[str, Launch]]:
                         yield name, launch
         if name == "fp16":
             continue
-        for tile in tiles.one_launch_table(tiles.TARGETS[target], dtype.itemsize):
+        cdna = tiles.TARGETS[target].warp_size == 64
+        for tile in () if cdna else tiles.one_launch_table(tiles.TARGETS[target], dtype.itemsize):
             for launch in launches(problem(target, 16, 8, dtype), Strategy("one_launch", tile), backward=False):
                 yield name, launch
+        for launch in launches(problem(target, 16, 8, dtype), Strategy("library")):
+            if launch.kernel.__name__ in ("extended_gemm", "dx_gemm"):
+                yield name, launch
+        for m in (64, 4096):
+            yield name, next(launches(problem(target, 16, 8, dtype, m=m), Strategy()))
         for r, s, k, n in ((56, 8, K, N), (120, 8, K, N), (248, 8, K, N), (16, 8, K - 3, N - 3)):
             for launch in launches(problem(target, r, s, dtype, k, n), Strategy()):
                 yield name, launch

@@ -12,7 +12,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -76,7 +76,8 @@ def emulated_run(
     processors: of the imagined card, which sets the number of programs of persistent kernels and of splits of M.
     """
     q = problem_of(case, architecture)
-    q.processors = processors or q.processors
+    if processors:
+        q.target = replace(q.target, processors=processors)
     t = case.tensors
     bias, product = t["bias"], None
     if not base:

@@ -99,3 +99,13 @@ def test_inputs_are_not_written(case):
     call(case, dropout_p=0.3)
     assert torch.equal(y, kept)
     assert all(v is None or torch.equal(v, case.tensors[n]) for n, v in before.items())
+
+
+def test_vectors_with_strides(backend):
+    """bias and dash_sigma that are columns of something wider."""
+    case = make_case(20, 24, 28, 4, 3)
+    wanted = call(case, backend=backend)
+    for name in ("bias", "dash_sigma"):
+        case.tensors[name] = torch.stack((case.tensors[name], torch.full_like(case.tensors[name], 9.0)), 1)[:, 0]
+        assert not case.tensors[name].is_contiguous()
+    assert torch.equal(call(case, backend=backend), wanted)

@@ -148,6 +148,10 @@ def problem(case):
     return parts.Problem(case.x, t["weight"], *adapters, None, 1.0, 0, tiles.TARGETS["sm_80"])
 
 
+def chosen(direction, q):
+    return tuner.choose(direction, q, (q.x, q.weight))
+
+
 @pytest.fixture
 def cache(tmp_path, monkeypatch):
     monkeypatch.setenv("LORADASH_CACHE", str(tmp_path / "cache"))
@@ -172,17 +176,17 @@ def scripted(times):
 @needs_triton
 def test_tuner_keeps_the_fastest(cache):
     q = problem(make_case(64, 64, 64))
-    candidates = tuner.candidates("forward", q)
+    candidates = tuner.candidates("forward", q, (q.x, q.weight))
     assert {c.kind for c in candidates} == {"fused", "one_launch", "library"}
     times = [float(len(candidates) - i) for i in range(len(candidates))]
     times[2] = RuntimeError("out of shared memory")  # left out, not fatal
-    best = tuner.tune("forward", q, scripted(times))
+    best = tuner.tune("forward", q, (q.x, q.weight), scripted(times))
     assert best == candidates[-1]
     tuner.forget()
-    assert tuner.choose("forward", q) == best  # from disk
-    assert tuner.choose("backward", q) is None  # never measured: the table's
-    assert tuner.choose("forward", problem(make_case(64, 64, 80))) is None
-    assert tuner.choose("forward", problem(make_case(50, 64, 64))) == best  # the same bucket of M
+    assert chosen("forward", q) == best  # from disk
+    assert chosen("backward", q) is None  # never measured: the table's
+    assert chosen("forward", problem(make_case(64, 64, 80))) is None
+    assert chosen("forward", problem(make_case(50, 64, 64))) == best  # the same bucket of M
     assert [f.name for f in cache.iterdir() if not f.name.endswith(".lock")] == ["triton-tiles-1.json"]
 
 
@@ -190,7 +194,7 @@ def test_tuner_keeps_the_fastest(cache):
 def test_tuner_with_nothing_that_runs(cache):
     q = problem(make_case(64, 64, 64))
     with pytest.raises(RuntimeError, match="no candidate ran"):
-        tuner.tune("backward", q, scripted([RuntimeError("no")] * 20))
+        tuner.tune("backward", q, (q.x, q.weight), scripted([RuntimeError("no")] * 20))
 
 
 @needs_triton
@@ -201,10 +205,10 @@ def test_tuner_with_a_damaged_cache(cache, text):
     q = problem(make_case(64, 64, 64))
     tuner._warned.clear()
     with pytest.warns(UserWarning, match="damaged"):
-        assert tuner.choose("forward", q) is None
-    best = tuner.tune("forward", q, scripted([1.0] * 20))
+        assert chosen("forward", q) is None
+    best = tuner.tune("forward", q, (q.x, q.weight), scripted([1.0] * 20))
     tuner.forget()
-    assert tuner.choose("forward", q) == best
+    assert chosen("forward", q) == best
 
 
 @needs_triton
@@ -213,8 +217,8 @@ def test_tuner_with_a_cache_that_cannot_be_written(cache):
     q = problem(make_case(64, 64, 64))
     tuner._warned.clear()
     with pytest.warns(UserWarning, match="cannot be written"):
-        best = tuner.tune("forward", q, scripted([1.0] * 20))
-    assert tuner.choose("forward", q) == best
+        best = tuner.tune("forward", q, (q.x, q.weight), scripted([1.0] * 20))
+    assert chosen("forward", q) == best
 
 
 def _write(index):

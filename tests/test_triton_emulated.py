@@ -33,8 +33,10 @@ def check(case, architecture="sm_80", **options):
 @pytest.mark.parametrize("architecture", ["sm_80", "sm_86", "sm_90"])
 @pytest.mark.parametrize("dtype", [BF16, FP16])
 def test_architectures(architecture, dtype):
-    """The tables' own tiles, every option on."""
-    check(make_case(200, 256, 320, 16, 8, dtype, adapter_dtype=FP32, dropout_p=0.1), architecture)
+    """The tables' largest tiles (one processor is soon filled) and their smallest, every option on."""
+    case = make_case(200, 256, 320, 16, 8, dtype, adapter_dtype=FP32, dropout_p=0.1)
+    check(case, architecture, processors=1)
+    check(case, architecture)
 
 
 @pytest.mark.parametrize("dtype", [BF16, FP32])
@@ -67,9 +69,10 @@ def test_one_launch_waits_for_nobody_absent():
         check(case, forward=Strategy("one_launch", SMALL), seed=seed, sms=1, ctas_per_sm=1)
 
 
+@pytest.mark.parametrize("architecture", ["sm_80", "sm_90"])
 @pytest.mark.parametrize(("r", "s"), [(4, 0), (0, 4), (0, 0), (40, 8), (100, 60), (200, 56)])
-def test_ranks(r, s):
-    check(make_case(70, 96, 80, r, s, BF16, adapter_dtype=FP32, dropout_p=0.1))
+def test_ranks(r, s, architecture):
+    check(make_case(300, 96, 128, r, s, BF16, adapter_dtype=FP32, dropout_p=0.1), architecture)
 
 
 @pytest.mark.parametrize("dtype", [BF16, FP32])

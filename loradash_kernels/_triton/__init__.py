@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 import os
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -75,11 +76,17 @@ def _problem(x: Tensor, *args: object) -> Problem:
     from .problem import Problem
     from .tiles import TARGETS
 
-    tf32 = x.dtype == torch.float32 and x.device.type == "cuda" and torch.backends.cuda.matmul.allow_tf32
-    problem = Problem(x, *args, TARGETS[architecture_of(x.device)], tf32)  # type: ignore[arg-type, call-arg]
+    target, tf32 = TARGETS[architecture_of(x.device)], False
     if x.device.type == "cuda":
-        problem.processors = torch.cuda.get_device_properties(x.device).multi_processor_count
-    return problem
+        target = replace(target, processors=torch.cuda.get_device_properties(x.device).multi_processor_count)
+        tf32 = x.dtype == torch.float32 and _tf32_allowed()
+    return Problem(x, *args, target, tf32)  # type: ignore[arg-type, call-arg]
+
+
+def _tf32_allowed() -> bool:
+    """By the newer of PyTorch's two settings, which does not let the older one be read once it was set."""
+    matmul = torch.backends.cuda.matmul
+    return matmul.fp32_precision == "tf32" if hasattr(matmul, "fp32_precision") else matmul.allow_tf32
 
 
 def forward(
@@ -102,8 +109,8 @@ def forward(
     from .plan import plan_forward
 
     problem = _problem(x, weight, lora_a, lora_b, dash_u, dash_vt, dash_sigma, seed, scaling, threshold)
-    strategy = tuner.choose("forward", problem)
     with _on(x.device):
+        strategy = tuner.choose("forward", problem, (x, weight))
         for launch in plan_forward(problem, bias, base, y, p, strategy):
             launch.run()
 
@@ -131,8 +138,8 @@ def backward(
     from .plan import plan_backward
 
     problem = _problem(x, weight, lora_a, lora_b, dash_u, dash_vt, dash_sigma, seed, scaling, threshold)
-    strategy = tuner.choose("backward", problem)
     with _on(x.device):
+        strategy = tuner.choose("backward", problem, (dy, weight))
         for launch in plan_backward(problem, dy, p, dx, da, db_lora, dsigma, dbias, strategy):
             launch.run()
 

@@ -246,8 +246,10 @@ def finish(
         _sum_splits(dbias_part, dbias, pid, y_splits, 1, N, N, 1, 1.0, BLOCK)
     pid -= bias_tiles
     if dsigma is not None and pid == 0:
-        ranks = tl.arange(0, R_BLOCK)
-        total = tl.zeros((R_BLOCK,), tl.float32)
-        for tile in tl.range(0, sum_tiles):
-            total += tl.load(dsigma_part + tl.cast(tile, tl.int64) * R_BLOCK + ranks)
+        ranks, tiles = tl.arange(0, R_BLOCK), tl.arange(0, 32)[:, None]
+        sums = tl.zeros((32, R_BLOCK), tl.float32)
+        for first in tl.range(0, sum_tiles, 32):
+            part = dsigma_part + (tl.cast(first, tl.int64) + tiles) * R_BLOCK + ranks[None, :]
+            sums += tl.load(part, mask=tiles < sum_tiles - first, other=0.0)
+        total = tl.sum(sums, axis=0)
         tl.store(dsigma + ranks - RANK, total, mask=(ranks >= RANK) & (ranks < RANK + DIRECTIONS))

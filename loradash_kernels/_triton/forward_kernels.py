@@ -34,21 +34,22 @@ def _store_low_rank(
 
 @triton.jit
 def _pack_q(
-    lora_b, dash_u, q, n0, N, stride_bn, stride_br, stride_un, stride_us,
+    lora_b, dash_u, q, n0, N, stride_bn, stride_br, stride_un, stride_us, stride_qn, stride_qr,
     RANK: tl.constexpr, DIRECTIONS: tl.constexpr, R_WIDTH: tl.constexpr, R_STORE: tl.constexpr, PACK_N: tl.constexpr,
+    WIDE: tl.constexpr,
 ):  # fmt: skip
     """Rows n0 to n0 + PACK_N of Q = [B | U] (N, R_WIDTH) in the dtype of q, zero beyond R."""
-    rows, ranks = tl.cast(n0, tl.int64) + tl.arange(0, PACK_N)[:, None], tl.arange(0, R_STORE)[None, :]
+    rows, ranks = tl.cast(n0, tl.int64) + tl.arange(0, PACK_N)[:, None], span(R_STORE, WIDE)[None, :]
     dtype: tl.constexpr = q.dtype.element_ty
     tile = stacked(lora_b, stride_br, stride_bn, dash_u, stride_us, stride_un, ranks, rows, N, RANK, DIRECTIONS, dtype)
-    tl.store(q + rows * R_WIDTH + ranks, tile, mask=(rows < N) & (ranks < R_WIDTH))
+    tl.store(q + rows * stride_qn + ranks * tl.cast(stride_qr, tl.int64), tile, mask=(rows < N) & (ranks < R_WIDTH))
 
 
 @triton.jit(do_not_specialize=["M", "threshold", "tiles_m"])
 def down_projection(
     x, lora_a, lora_b, dash_u, dash_vt, dash_sigma, seed, p, t, q,
     M, K, N, stride_xm, stride_xk, stride_ar, stride_ak, stride_bn, stride_br, stride_un, stride_us, stride_vs, stride_vk,
-    scaling, keep_scale, threshold, tiles_m,
+    stride_qn, stride_qr, scaling, keep_scale, threshold, tiles_m,
     RANK: tl.constexpr, DIRECTIONS: tl.constexpr, R_BLOCK: tl.constexpr, R_WIDTH: tl.constexpr, R_STORE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, PACK_N: tl.constexpr,
     DROPOUT: tl.constexpr, EVEN_K: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
@@ -62,8 +63,8 @@ def down_projection(
     if pid >= tiles_m:
         n0 = (pid - tiles_m) * PACK_N
         _pack_q(
-            lora_b, dash_u, q, n0, N, stride_bn, stride_br, stride_un, stride_us,
-            RANK, DIRECTIONS, R_WIDTH, R_STORE, PACK_N,
+            lora_b, dash_u, q, n0, N, stride_bn, stride_br, stride_un, stride_us, stride_qn, stride_qr,
+            RANK, DIRECTIONS, R_WIDTH, R_STORE, PACK_N, WIDE,
         )  # fmt: skip
         return
     m0 = pid * BLOCK_M
@@ -106,11 +107,12 @@ def _store_output(acc, bias, base, y, m0, n0, M, N, stride_bm, stride_bn, BLOCK_
 @triton.jit(do_not_specialize=["M"])
 def extended_gemm(
     x, w, t, q, bias, base, y,
-    M, N, K, stride_xm, stride_xk, stride_wn, stride_wk, stride_bm, stride_bn,
+    M, N, K, stride_xm, stride_xk, stride_wn, stride_wk, stride_qn, stride_qr, stride_bm, stride_bn,
     R_WIDTH: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
     EVEN_K: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """y = [x | T] [W | Q]^T + bias + base. x (M, K), w (N, K) of any strides; T (M, R_WIDTH), Q (N, R_WIDTH) contiguous.
+    """y = [x | T] [W | Q]^T + bias + base. x (M, K), w (N, K) of any strides; T (M, R_WIDTH) contiguous, Q (N, R_WIDTH)
+    in the order of w.
 
     FLOPs: 2 M N (K + R_WIDTH); R_WIDTH is a multiple of BLOCK_K. Bytes: x, W, y once, as far as L2 holds a group of
     tiles. The rank columns are steps of the K loop: one pipeline, whose pointers change in the last steps. K = 0: the
@@ -121,7 +123,7 @@ def extended_gemm(
     x += tl.cast(m0, tl.int64) * stride_xm
     w += tl.cast(n0, tl.int64) * stride_wn
     t += tl.cast(m0, tl.int64) * R_WIDTH
-    q += tl.cast(n0, tl.int64) * R_WIDTH
+    q += tl.cast(n0, tl.int64) * stride_qn
     rows, columns, ks = span(BLOCK_M, WIDE)[:, None], span(BLOCK_N, WIDE)[None, :], span(BLOCK_K, WIDE)
     base_steps = tl.cdiv(K, BLOCK_K)
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
@@ -129,7 +131,7 @@ def extended_gemm(
         low = step >= base_steps
         k0 = tl.where(low, step - base_steps, step) * BLOCK_K
         a, b = tl.where(low, t, x), tl.where(low, q, w)
-        stride_ak, stride_bk = tl.where(low, 1, stride_xk), tl.where(low, 1, stride_wk)
+        stride_ak, stride_bk = tl.where(low, 1, stride_xk), tl.where(low, stride_qr, stride_wk)
         a += tl.cast(k0, tl.int64) * stride_ak
         b += tl.cast(k0, tl.int64) * stride_bk
         mask_a, mask_b = rows < M - m0, columns < N - n0
@@ -138,7 +140,7 @@ def extended_gemm(
             mask_a, mask_b = mask_a & (ks[None, :] < left), mask_b & (ks[:, None] < left)
         a_tile = tl.load(a + rows * tl.where(low, R_WIDTH, stride_xm) + ks[None, :] * stride_ak, mask=mask_a, other=0.0)
         b_tile = tl.load(
-            b + columns * tl.where(low, R_WIDTH, stride_wn) + ks[:, None] * stride_bk, mask=mask_b, other=0.0
+            b + columns * tl.where(low, stride_qn, stride_wn) + ks[:, None] * stride_bk, mask=mask_b, other=0.0
         )
         acc = tl.dot(a_tile, b_tile, acc, input_precision=PRECISION)
     _store_output(acc, bias, base, y, m0, n0, M, N, stride_bm, stride_bn, BLOCK_M, BLOCK_N)

@@ -44,17 +44,23 @@ def plan_forward(
     if q.m == 0:
         return []
     strategy = strategy or Strategy()
+    if bias is not None:
+        bias = bias.contiguous()
     if strategy.kind == "one_launch" and q.weight is not None and q.width and q.n:
         return [_one_launch(q, strategy.tile or tiles.pick_one_launch(q.target, q.itemsize, q.m, q.n), bias, y, p)]
-    tile = strategy.tile or tiles.pick_gemm(q.target, q.itemsize, q.m, q.n, q.k, q.r_block)
+    library = strategy.kind == "library" and q.weight is not None
+    depth = 1 if library else q.k  # rank columns alone, on top of a tile of y: no room for the tightest tiles
+    tile = strategy.tile or tiles.pick_gemm(q.target, q.itemsize, q.m, q.n, depth, q.r_block)
     by_descriptors = strategy.kind == "descriptors" and descriptors_fit(q, q.x, q.weight)
     r_step = min(tile.block_k, q.r_block) if by_descriptors else tile.block_k
     r_width = round_up(q.width, r_step)
-    t, packed = (q.empty(q.m, r_width), q.empty(q.n, r_width)) if q.width else (q.x, q.x)
+    t, packed = (q.empty(q.m, r_width), _packed_q(q, r_width)) if q.width else (q.x, q.x)
     launches: list[Launch | LibraryProduct] = [_down(q, r_width, p, t, packed)] if q.width else []
     weight, k = q.weight, q.k
-    if strategy.kind == "library" and weight is not None:
+    if library and weight is not None:
         launches.append(LibraryProduct(q.x, weight, bias, y, True))
+        if not q.width:
+            return launches
         weight, bias, base = None, None, y
     if weight is None:
         weight, k = packed, 0
@@ -63,6 +69,13 @@ def plan_forward(
     elif y.numel():
         launches.append(_extended_gemm(q, tile, weight, k, r_width, t, packed, bias, base, y))
     return launches
+
+
+def _packed_q(q: Problem, r_width: int) -> Tensor:
+    """Room for Q (N, r_width), in the order of W: a tile that is read along N reads both along N."""
+    if q.weight is not None and q.weight.stride(0) == 1 and q.weight.stride(1) != 1:
+        return q.empty(r_width, q.n).t()
+    return q.empty(q.n, r_width)
 
 
 def _down(q: Problem, r_width: int, p: Tensor, t: Tensor, packed: Tensor) -> Launch:
@@ -75,7 +88,8 @@ def _down(q: Problem, r_width: int, p: Tensor, t: Tensor, packed: Tensor) -> Lau
         {
             "x": q.x, **adapters, "dash_sigma": q.sigma(), "seed": q.seed if q.dropout else None, "p": p, "t": t,
             "q": packed, "M": q.m, "K": q.k, "N": q.n, "stride_xm": q.x.stride(0), "stride_xk": q.x.stride(1),
-            "scaling": q.scaling, "keep_scale": q.keep_scale, "threshold": q.threshold, "tiles_m": tiles_m,
+            "stride_qn": packed.stride(0), "stride_qr": packed.stride(1), "scaling": q.scaling,
+            "keep_scale": q.keep_scale, "threshold": q.threshold, "tiles_m": tiles_m,
         },
         {
             "RANK": q.rank, "DIRECTIONS": q.directions, "R_BLOCK": q.r_block, "R_WIDTH": r_width,
@@ -99,7 +113,8 @@ def _extended_gemm(
         {
             "x": q.x, "w": weight, "t": t, "q": packed, "bias": bias, "base": base, "y": y, "M": q.m, "N": q.n, "K": k,
             "stride_xm": q.x.stride(0), "stride_xk": q.x.stride(1), "stride_wn": weight.stride(0),
-            "stride_wk": weight.stride(1), "stride_bm": strides[0], "stride_bn": strides[1],
+            "stride_wk": weight.stride(1), "stride_qn": packed.stride(0), "stride_qr": packed.stride(1),
+            "stride_bm": strides[0], "stride_bn": strides[1],
         },
         {
             "R_WIDTH": r_width, "BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "BLOCK_K": tile.block_k,
@@ -118,7 +133,7 @@ def _descriptor_forward(
     count = tile_count(q.m, tile.block_m) * tile_count(q.n, tile.block_n)
     return Launch(
         desc.descriptor_forward,
-        (min(count, q.processors),),
+        (min(count, q.target.processors),),
         {
             "x": descriptor(q.x, tile.block_m, tile.block_k), "w": descriptor(q.weight, tile.block_n, tile.block_k),
             "t": descriptor(t, tile.block_m, r_step) if r_width else None,
@@ -136,6 +151,8 @@ def _descriptor_forward(
 
 def _one_launch(q: Problem, tile: TileConfig, bias: Tensor | None, y: Tensor, p: Tensor) -> Launch:
     assert q.weight is not None
+    if q.target.warp_size == 64:
+        raise ValueError("the one-launch forward is not for AMD: a barrier there does not wait for other waves' stores")
     if q.r_block > tiles.ONE_LAUNCH_WIDTH:
         raise ValueError(f"r + s is {q.width}; the one-launch forward takes at most {tiles.ONE_LAUNCH_WIDTH}")
     tiles_m = tile_count(q.m, tile.block_m)
@@ -143,7 +160,7 @@ def _one_launch(q: Problem, tile: TileConfig, bias: Tensor | None, y: Tensor, p:
     adapters = q.adapter_args("abuv")
     return Launch(
         fwd.one_launch_forward,
-        (min(count, q.processors),),
+        (min(count, q.target.processors),),
         {
             "x": q.x, "w": q.weight, **adapters, "dash_sigma": q.sigma(), "bias": bias,
             "seed": q.seed if q.dropout else None, "p": p, "t": q.empty(q.m, q.r_block), "y": y,
@@ -257,7 +274,8 @@ def _sum_g(
 def _dx(
     q: Problem, dy: Tensor, t: Tensor | None, d: Tensor | None, dx: Tensor, strategy: Strategy
 ) -> list[Launch | LibraryProduct]:
-    tile = strategy.tile or tiles.pick_gemm(q.target, q.itemsize, q.m, q.k, q.n, q.r_block)
+    depth = 1 if strategy.kind == "library" else q.n
+    tile = strategy.tile or tiles.pick_gemm(q.target, q.itemsize, q.m, q.k, depth, q.r_block)
     launches: list[Launch | LibraryProduct] = []
     weight, n, base = q.weight, q.n, None
     if weight is not None and strategy.kind == "descriptors" and descriptors_fit(q, dy, weight):
@@ -298,7 +316,7 @@ def _descriptor_dx(
     count = tile_count(q.m, tile.block_m) * tile_count(q.k, tile.block_n)
     return Launch(
         desc.descriptor_dx,
-        (min(count, q.processors),),
+        (min(count, q.target.processors),),
         {
             "dy": descriptor(dy, tile.block_m, tile.block_k), "w": descriptor(weight, tile.block_k, tile.block_n),
             "t": t, "d": d, "seed": q.seed if q.dropout else None, "dx": dx, "M": q.m, "N": q.n, "K": q.k,
@@ -363,6 +381,6 @@ def _finish(
 
 def _splits(q: Problem, columns: int, block: int, block_m: int) -> tuple[int, int]:
     """How many parts M is summed in and the rows of each: twice the processors' programs, at least _MIN_ROWS rows."""
-    wanted = max(1, 2 * q.processors // tile_count(columns, block))
+    wanted = max(1, 2 * q.target.processors // tile_count(columns, block))
     rows = round_up(max(_MIN_ROWS, tile_count(q.m, wanted)), block_m)
     return tile_count(q.m, rows), rows

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -71,7 +71,6 @@ class Problem:
     threshold: int
     target: Target
     tf32: bool = False
-    processors: int = field(init=False)
 
     def __post_init__(self) -> None:
         self.m, self.k = self.x.shape
@@ -82,12 +81,13 @@ class Problem:
         self.rank_block = power_of_two(self.rank)
         self.itemsize = self.x.element_size()
         self.dropout = self.threshold > 0 and self.seed is not None
-        self.keep_scale = keep_scale(self.threshold)
-        self.processors = self.target.processors
+        self.keep_scale = keep_scale(self.threshold if self.dropout else 0)
+        if self.dash_sigma is not None:
+            self.dash_sigma = self.dash_sigma.contiguous()
 
     @property
     def precision(self) -> str:
-        return "tf32" if self.tf32 else "ieee"
+        return "tf32" if self.tf32 and self.target.tf32 else "ieee"
 
     def adapter_args(self, names: str) -> dict[str, Any]:
         """Pointers and strides of the adapters named by their letters: a, b, u, v."""
@@ -119,7 +119,7 @@ def descriptors_fit(q: Problem, *operands: Tensor | None) -> bool:
         and q.itemsize == 2
         and all(
             t is not None and t.numel() > 0 and t.stride(1) == 1 and t.data_ptr() % 16 == 0
-            and t.stride(0) * q.itemsize % 16 == 0
+            and t.stride(0) >= t.shape[1] and t.stride(0) * q.itemsize % 16 == 0
             for t in operands
         )
     )  # fmt: skip

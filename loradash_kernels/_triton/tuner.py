@@ -14,12 +14,13 @@ import json
 import os
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from .._version import __version__
 from ..config import TileConfig
@@ -34,13 +35,18 @@ _forced: dict[str, Strategy] = {}
 _warned: set[str] = set()
 
 
-def choose(direction: str, problem: Problem) -> Strategy | None:
-    """The strategy for a call ("forward" or "backward"), or None: the table's."""
+def choose(direction: str, problem: Problem, operands: Sequence[Tensor | None]) -> Strategy | None:
+    """The strategy for a call ("forward" or "backward"), or None: the table's. operands: of its large product."""
     if direction in _forced:
         return _forced[direction]
-    found = measurements().get(key(direction, problem))
+    name = key(direction, problem, operands)
+    found = measurements().get(name)
     if found is None and os.environ.get("LORADASH_TUNE") == "1" and _may_measure(problem):
-        found = tune(direction, problem)
+        try:
+            found = tune(direction, problem, operands)
+        except (RuntimeError, torch.OutOfMemoryError) as error:  # the call itself may well fit
+            _warn(f"tuning failed, the table decides for {name}: {error}")
+            measurements()[name] = Strategy()
     return found
 
 
@@ -56,15 +62,15 @@ def forced(**strategies: Strategy) -> Iterator[None]:
         _forced.update(before)
 
 
-def key(direction: str, problem: Problem) -> str:
-    """What a measurement holds for: GPU, versions, dtype and shape, M rounded up to a power of two."""
+def key(direction: str, problem: Problem, operands: Sequence[Tensor | None]) -> str:
+    """What a measurement holds for: GPU, versions, dtype, layouts and shape, M rounded up to a power of two."""
     import triton
 
     device = problem.x.device
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else problem.target.name
     bucket = 1 << max(problem.m - 1, 0).bit_length()
-    layout = "".join("t" if t is not None and t.stride(-1) != 1 else "n" for t in (problem.x, problem.weight))
-    layout += "d" if descriptors_fit(problem, problem.x, problem.weight) else ""
+    layout = "".join("-" if t is None else "n" if t.stride(-1) == 1 else "t" for t in operands)
+    layout += "d" if descriptors_fit(problem, *operands) else ""
     return "/".join(
         str(part)
         for part in (
@@ -74,19 +80,27 @@ def key(direction: str, problem: Problem) -> str:
     )  # fmt: skip
 
 
-def candidates(direction: str, problem: Problem) -> list[Strategy]:
+def candidates(direction: str, problem: Problem, operands: Sequence[Tensor | None]) -> list[Strategy]:
     """Every strategy that could be fastest."""
     depth = problem.k if direction == "forward" else problem.n
     table = tiles.gemm_table(problem.target, problem.itemsize, depth, problem.r_block)
     found = [Strategy("fused", tile) for tile in table]
-    if descriptors_fit(problem, problem.x, problem.weight):
+    if problem.weight is None:
+        return found
+    if descriptors_fit(problem, *operands):
         found += [Strategy("descriptors", tile) for tile in table]
-    if direction == "forward" and problem.width > 0 and problem.r_block <= tiles.ONE_LAUNCH_WIDTH:
+    one_launch = problem.target.warp_size == 32 and problem.width > 0 and problem.r_block <= tiles.ONE_LAUNCH_WIDTH
+    if direction == "forward" and one_launch:
         found += [Strategy("one_launch", t) for t in tiles.one_launch_table(problem.target, problem.itemsize)]
-    return [*found, Strategy("library")] if problem.weight is not None else found
+    return [*found, Strategy("library")]
 
 
-def tune(direction: str, problem: Problem, timer: Callable[[Callable[[], None]], float] | None = None) -> Strategy:
+def tune(
+    direction: str,
+    problem: Problem,
+    operands: Sequence[Tensor | None],
+    timer: Callable[[Callable[[], None]], float] | None = None,
+) -> Strategy:
     """Times every candidate on the problem's tensors, keeps the fastest and writes the cache.
 
     timer: seconds (or any unit) of a callable; Triton's do_bench unless given. A candidate that does not fit the GPU
@@ -98,7 +112,7 @@ def tune(direction: str, problem: Problem, timer: Callable[[Callable[[], None]],
         timer = do_bench
     times: dict[Strategy, float] = {}
     errors = []
-    for strategy in candidates(direction, problem):
+    for strategy in candidates(direction, problem, operands):
         try:
             times[strategy] = timer(_runner(direction, problem, strategy))
         except Exception as error:  # out of registers, shared memory, ...: whatever the compiler or driver says
@@ -106,7 +120,7 @@ def tune(direction: str, problem: Problem, timer: Callable[[Callable[[], None]],
     if not times:
         raise RuntimeError("no candidate ran:\n" + "\n".join(errors))
     best = min(times, key=lambda s: times[s])
-    _remember(key(direction, problem), best)
+    _remember(key(direction, problem, operands), best)
     return best
 
 
@@ -138,7 +152,8 @@ def _may_measure(problem: Problem) -> bool:
 
 
 def cache_file() -> Path:
-    return Path(os.environ.get("LORADASH_CACHE", Path.home() / ".cache" / "loradash")) / _FILE
+    folder = os.environ.get("LORADASH_CACHE")
+    return (Path(folder) if folder else Path("~/.cache/loradash").expanduser()) / _FILE
 
 
 def measurements() -> dict[str, Strategy]:
@@ -156,10 +171,10 @@ def forget() -> None:
 
 
 def _read() -> dict[str, Strategy]:
-    path = cache_file()
     try:
+        path = cache_file()
         text = path.read_text()
-    except OSError:  # not there, or not readable: nothing was measured
+    except (OSError, RuntimeError):  # not there, not readable, or no home: nothing was measured
         return {}
     try:
         return {name: _from_json(entry) for name, entry in json.loads(text)["strategies"].items()}
@@ -178,16 +193,18 @@ def _remember(name: str, strategy: Strategy) -> None:
     """Adds an entry to memory and to the file, with what other processes have added meanwhile."""
     known = measurements()
     known[name] = strategy
-    path = cache_file()
+    path = Path(_FILE)
     try:
+        path = cache_file()
         path.parent.mkdir(parents=True, exist_ok=True)
         with _locked(path.with_suffix(".lock")):
             merged = {**_read(), name: strategy}
             handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.stem)
             with os.fdopen(handle, "w") as file:
                 json.dump({"strategies": {k: asdict(v) for k, v in sorted(merged.items())}}, file, indent=1)
+            os.chmod(temporary, 0o644)  # a shared cache is for all its readers
             os.replace(temporary, path)
-    except OSError as error:
+    except (OSError, RuntimeError) as error:
         _warn(f"{path} cannot be written ({error}); measurements last as long as this process")
 
 
