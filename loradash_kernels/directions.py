@@ -79,11 +79,11 @@ def change_rates(
     Raises:
         ValueError: shapes that do not fit, r = 0, values that are not finite, an unknown method.
     """
-    w, a, b = _checked(weight, lora_a, lora_b, method)
+    w, a, b = checked_batch(weight, lora_a, lora_b, method)
     spectrum, route = None, "svd"
     if method == "randomized" or (method == "auto" and _square(w)):
-        spectrum, route = _tail(w, rank, generator), "tail"
-        if method == "auto" and not bool(_graded(w, spectrum).all()):
+        spectrum, route = tail_triplets(w, rank, generator), "tail"
+        if method == "auto" and not bool(is_graded(w, spectrum).all()):
             spectrum = None
     if spectrum is None:
         spectrum, route = _full(w, method == "exact")
@@ -113,7 +113,7 @@ def task_specific_directions(
     "exact" always computes the whole spectrum, "randomized" never does. Arguments and errors are those of
     `change_rates`, and ValueError for s not in 1..min(N, K).
     """
-    w, a, b = _checked(weight, lora_a, lora_b, method)
+    w, a, b = checked_batch(weight, lora_a, lora_b, method)
     n = min(w.shape[-2:])
     if not 1 <= s <= n:
         raise ValueError(f"s is {s}; weight {tuple(weight.shape)} allows 1 to {n}")
@@ -123,10 +123,10 @@ def task_specific_directions(
     found: dict[int, tuple[Tensor, ...]] = {}
     routes: dict[int, str] = {}
 
-    def settle(which: list[int], spectrum: Triplets | _Half, route: str, check: bool) -> list[int]:
+    def settle(which: list[int], spectrum: Triplets | Half, route: str, check: bool) -> list[int]:
         """Keeps the choice of each matrix of `which` that passes; returns the others."""
-        chosen = _choose(spectrum, w[which], a[which], b[which], s, scaling, eps)
-        good = _resolved(w[which], spectrum.sigma, *chosen) if check else [True] * len(which)
+        chosen = choose_best(spectrum, w[which], a[which], b[which], s, scaling, eps)
+        good = are_resolved(w[which], spectrum.sigma, *chosen) if check else [True] * len(which)
         for i, matrix in enumerate(which):
             if good[i]:
                 found[matrix], routes[matrix] = tuple(t[i] for t in chosen), route
@@ -134,19 +134,19 @@ def task_specific_directions(
 
     todo = list(range(w.shape[0]))
     if method == "randomized" or (method == "auto" and _square(w) and todo):
-        tail = _tail(w, max(rank or max(MIN_TAIL, n // TAIL_FRACTION), s), generator)
+        tail = tail_triplets(w, max(rank or max(MIN_TAIL, n // TAIL_FRACTION), s), generator)
         if method == "randomized":
             todo = settle(todo, tail, "tail", check=False)
         else:
-            graded = _graded(w, tail).tolist()
+            graded = is_graded(w, tail).tolist()
             kept = [i for i in todo if graded[i]]
             failed = settle(kept, Triplets(*(t[kept] for t in tail)), "tail", check=True) if kept else []
             todo = sorted(failed + [i for i in todo if not graded[i]])
     escalated = method == "auto" and _square(w)
     if todo and method != "randomized":
-        for precision in _gram_precisions(w, method):
-            half = _gram(w[todo], precision)
-            accurate = _accurate(half.sigma, precision)
+        for precision in gram_precisions(w, method):
+            half = gram_half(w[todo], precision)
+            accurate = is_accurate(half.sigma, precision)
             good = [i for i, ok in zip(todo, accurate, strict=True) if ok]
             if good:
                 picked = [p for p, ok in enumerate(accurate) if ok]
@@ -182,7 +182,7 @@ def direction_accuracy(predicted: Tensor, true: Tensor) -> Tensor:
 # --- checks of the arguments -----------------------------------------------------------------------------------------
 
 
-def _checked(weight: Tensor, lora_a: Tensor, lora_b: Tensor, method: str) -> tuple[Tensor, Tensor, Tensor]:
+def checked_batch(weight: Tensor, lora_a: Tensor, lora_b: Tensor, method: str) -> tuple[Tensor, Tensor, Tensor]:
     """The batch flattened, in float32 (float64 if any is): (L, N, K), (L, r, K), (L, N, r)."""
     if method not in METHODS:
         raise ValueError(f"method must be one of {METHODS}, got {method!r}")
@@ -212,7 +212,7 @@ def _square(w: Tensor) -> bool:
 # --- the tail --------------------------------------------------------------------------------------------------------
 
 
-def _tail(w: Tensor, rank: int | None, generator: torch.Generator | None) -> Triplets:
+def tail_triplets(w: Tensor, rank: int | None, generator: torch.Generator | None) -> Triplets:
     n = min(w.shape[-2:])
     if generator is None:
         generator = torch.Generator(w.device).manual_seed(0)
@@ -229,12 +229,19 @@ def _norm_estimate(w: Tensor, steps: int = 3) -> Tensor:
     return torch.linalg.vector_norm(v, dim=(-2, -1)).sqrt()
 
 
-def _graded(w: Tensor, tail: Triplets) -> Tensor:
+def is_graded(w: Tensor, tail: Triplets) -> Tensor:
     """(L,) bool: is the condition number large enough for the tail to be told apart?"""
     return _norm_estimate(w) >= MIN_TAIL_CONDITION * tail.sigma[..., -1]
 
 
-def _resolved(
+def residuals(w: Tensor, u: Tensor, vt: Tensor, sigma: Tensor) -> Tensor:
+    """The larger of ‖W v_i - σ_i u_i‖ and ‖Wᵀ u_i - σ_i v_i‖ (..., s)."""
+    left = torch.linalg.vector_norm(w @ vt.mT - u * sigma[..., None, :], dim=-2)
+    right = torch.linalg.vector_norm(w.mT @ u - vt.mT * sigma[..., None, :], dim=-2)
+    return torch.maximum(left, right)
+
+
+def are_resolved(
     w: Tensor, sigma: Tensor, u: Tensor, vt: Tensor, chosen_sigma: Tensor, rate: Tensor, index: Tensor
 ) -> list[bool]:
     """For each matrix: are the residuals of all chosen triplets small against the gaps to their neighbours?
@@ -242,28 +249,26 @@ def _resolved(
     A residual larger than the gap means a mixture of neighbours. Singular values that are equal up to rounding have no
     directions of their own, so rounding is allowed for.
     """
-    left = torch.linalg.vector_norm(w @ vt.mT - u * chosen_sigma[..., None, :], dim=-2)
-    right = torch.linalg.vector_norm(w.mT @ u - vt.mT * chosen_sigma[..., None, :], dim=-2)
     spacing = (sigma[..., :-1] - sigma[..., 1:]).abs()
     edge = torch.full_like(sigma[..., :1], torch.inf)
     gaps = torch.minimum(torch.cat((edge, spacing), -1), torch.cat((spacing, edge), -1))
     local = index - (min(w.shape[-2:]) - sigma.shape[-1])
     rounding = 8 * torch.finfo(w.dtype).eps * max(w.shape[-2:]) ** 0.5 * _norm_estimate(w)
     allowed = torch.maximum(MAX_RESIDUAL_PER_GAP * gaps.gather(-1, local), rounding[..., None])
-    return (torch.maximum(left, right) <= allowed).all(-1).tolist()
+    return (residuals(w, u, vt, chosen_sigma) <= allowed).all(-1).tolist()
 
 
 # --- the Gram matrix -------------------------------------------------------------------------------------------------
 
 
-class _Half:
+class Half:
     """All singular values, and the vectors of the short side only: those of the long side are W's products with them."""
 
     def __init__(self, w: Tensor, basis: Tensor, sigma: Tensor, left: bool) -> None:
         self.w, self.basis, self.sigma, self.left = w, basis, sigma, left  # basis (L, n, n), columns
 
-    def take(self, which: list[int]) -> _Half:
-        return _Half(self.w[which], self.basis[which], self.sigma[which], self.left)
+    def take(self, which: list[int]) -> Half:
+        return Half(self.w[which], self.basis[which], self.sigma[which], self.left)
 
     def other(self, columns: Tensor, sigma: Tensor) -> Tensor:
         """Vectors of the long side, as columns, for some columns of the basis; zero where σ is."""
@@ -275,23 +280,23 @@ class _Half:
         return Triplets(self.basis, self.sigma, other.mT) if self.left else Triplets(other, self.sigma, self.basis.mT)
 
 
-def _gram(w: Tensor, precision: torch.dtype) -> _Half:
+def gram_half(w: Tensor, precision: torch.dtype) -> Half:
     """2 N K n FLOPs for the Gram matrix of the short side n, about 9 n³ for its eigenvectors."""
     left = w.shape[-2] <= w.shape[-1]
     wide = w.to(precision)
     squares, basis = torch.linalg.eigh(wide @ wide.mT if left else wide.mT @ wide)
     sigma = squares.flip(-1).clamp_min(0).sqrt()
-    return _Half(w, basis.flip(-1).to(w.dtype), sigma.to(w.dtype), left)
+    return Half(w, basis.flip(-1).to(w.dtype), sigma.to(w.dtype), left)
 
 
-def _gram_precisions(w: Tensor, method: str) -> tuple[torch.dtype, ...]:
+def gram_precisions(w: Tensor, method: str) -> tuple[torch.dtype, ...]:
     """The precisions worth trying, in order; none for "exact" where one SVD costs less."""
     if method == "exact" and max(w.shape[-2:]) < 2 * min(w.shape[-2:]):
         return ()
     return (torch.float64,) if w.dtype == torch.float64 else (torch.float32, torch.float64)
 
 
-def _accurate(sigma: Tensor, precision: torch.dtype) -> list[bool]:
+def is_accurate(sigma: Tensor, precision: torch.dtype) -> list[bool]:
     """For each matrix: is the smallest σ² of its Gram matrix above the rounding error of the largest?"""
     squares = sigma.double().square()
     return (torch.finfo(precision).eps * squares[..., 0] <= MAX_RELATIVE_ERROR * squares[..., -1]).tolist()
@@ -299,9 +304,9 @@ def _accurate(sigma: Tensor, precision: torch.dtype) -> list[bool]:
 
 def _full(w: Tensor, exact: bool) -> tuple[Triplets, str]:
     """All triplets of a batch by one route."""
-    for precision in _gram_precisions(w, "exact" if exact else "auto"):
-        half = _gram(w, precision)
-        if all(_accurate(half.sigma, precision)):
+    for precision in gram_precisions(w, "exact" if exact else "auto"):
+        half = gram_half(w, precision)
+        if all(is_accurate(half.sigma, precision)):
             return half.full(), f"gram {str(precision).removeprefix('torch.')}"
     return Triplets(*torch.linalg.svd(w, full_matrices=False)), "svd"
 
@@ -309,7 +314,7 @@ def _full(w: Tensor, exact: bool) -> tuple[Triplets, str]:
 # --- rates and choice ------------------------------------------------------------------------------------------------
 
 
-def _overlap(spectrum: Triplets | _Half, a: Tensor, b: Tensor) -> Tensor:
+def _overlap(spectrum: Triplets | Half, a: Tensor, b: Tensor) -> Tensor:
     """u_iᵀ B A v_i (L, n)."""
     if isinstance(spectrum, Triplets):
         return ((spectrum.u.mT @ b) * (spectrum.vt @ a.mT)).sum(-1)
@@ -320,8 +325,8 @@ def _overlap(spectrum: Triplets | _Half, a: Tensor, b: Tensor) -> Tensor:
     return product.sum(-1) / spectrum.sigma.clamp_min(torch.finfo(spectrum.sigma.dtype).tiny)
 
 
-def _choose(
-    spectrum: Triplets | _Half, w: Tensor, a: Tensor, b: Tensor, s: int, scaling: float, eps: float
+def choose_best(
+    spectrum: Triplets | Half, w: Tensor, a: Tensor, b: Tensor, s: int, scaling: float, eps: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """u (L, N, s), vt (L, s, K), sigma, rate and index (L, s) of the highest rates."""
     rate = (scaling * _overlap(spectrum, a, b)).abs() / (spectrum.sigma + eps)

@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[1]
 
 # A file may import those above it in its list; loradash may import loradash_kernels, never the other way.
 KERNELS = (
-    "_version", "_extension", "config", "weights", "reference", "_triton", "ops", "autograd", "functional", "svd", "directions",
+    "_version", "_extension", "config", "weights", "reference", "_triton", "ops", "autograd", "functional", "svd", "directions", "spectrum",
     "testing", "__init__",
 )  # fmt: skip
 TRITON = (
@@ -31,7 +31,7 @@ TRITON = (
     "__init__",
 )
 LORADASH = (
-    "config", "linear", "inject", "prelaunch", "schedule", "checkpoint", "plots", "baselines", "finetune", "cli", "__init__",
+    "config", "linear", "inject", "checkpoint", "spectral", "prelaunch", "schedule", "plots", "baselines", "finetune", "cli", "__init__",
 )  # fmt: skip
 
 

@@ -15,13 +15,16 @@ from .inject import apply_dash, dash_layers, dash_only, dash_state, disable, mer
 from .linear import DashLinear
 from .prelaunch import LayerReport, prelaunch
 from .schedule import DashSchedule
+from .spectral import BackgroundDecomposition, SpectralCache
 
 __all__ = [
     "AdapterError",
+    "BackgroundDecomposition",
     "DashConfig",
     "DashLinear",
     "DashSchedule",
     "LayerReport",
+    "SpectralCache",
     "__version__",
     "apply_dash",
     "dash_layers",

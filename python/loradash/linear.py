@@ -105,6 +105,10 @@ class DashLinear(nn.Module):
             self._view = self.weight.detach().t()
         return self._view
 
+    def oriented(self, weight: Tensor) -> Tensor:
+        """A tensor of the stored weight's shape as (N, K)."""
+        return weight.t() if self.transposed else weight
+
     def forward(self, x: Tensor) -> Tensor:
         """x (..., K) to (..., N)."""
         if not self.enabled or self._unmerged is not None:

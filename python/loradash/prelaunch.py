@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -13,9 +14,11 @@ from loradash_kernels import Directions, task_specific_directions
 
 from .inject import dash_layers, dash_state
 from .linear import DashLinear
+from .spectral import SpectralCache
 
 BATCH_ELEMENTS = 2**26
-"""Weights decomposed at a time: 256 MB in float32."""
+"""Weights decomposed at a time on the CPU: 256 MB in float32."""
+_COPIES = 8  # of a batch that a decomposition on a GPU may need at once, in float32
 
 
 @dataclass(frozen=True)
@@ -29,75 +32,196 @@ class LayerReport:
     index: Tensor
 
 
-def prelaunch(model: nn.Module, progress: bool = True) -> list[LayerReport]:
+def prelaunch(
+    model: nn.Module,
+    progress: bool = True,
+    cache: SpectralCache | None = None,
+    device: torch.device | str | None = None,
+) -> list[LayerReport]:
     """Chooses every layer's directions by change rate (paper, section 4) and starts the dash phase.
 
     Layers of one shape are decomposed together, with the method `config.svd`. Nothing is written before all are found: a
-    failure leaves the model in pre-launch. Layers whose ΔW is still zero (unused ones) stay plain LoRA, with a warning.
-    Under torch.distributed every process ends with the directions of rank 0.
+    failure or an interrupt leaves the model in pre-launch. Layers whose ΔW is still zero (unused ones) stay plain LoRA,
+    with a warning. Under torch.distributed every process must call this; the layers are shared out by cost, parameters
+    sharded by FSDP2 are gathered a few layers at a time, and all processes end with the same directions, or all raise.
 
-    Raises ValueError for a model without adapters, weights that are not finite, or merged layers.
+    Args:
+        cache: takes decompositions from there, and keeps those it has to make.
+        device: where to decompose; that of each layer by default. A GPU for a model whose weights are on the CPU.
+
+    Returns one report a layer. Raises ValueError for a model without adapters, weights that are not finite, or merged
+    layers; RuntimeError, naming the process, when another one failed.
     """
     method = dash_state(model).config.svd
     layers = dash_layers(model)
     merged = [name for name, layer in layers.items() if layer.merged]
     if merged:
         raise ValueError(f"unmerge(model) before prelaunch; merged: {', '.join(merged[:4])}")
-    idle = [name for name, layer in layers.items() if not bool(layer.lora_b.any()) or not bool(layer.lora_a.any())]
+    adapters = {name: (_whole(layer.lora_a), _whole(layer.lora_b)) for name, layer in layers.items()}
+    idle = [name for name, (a, b) in adapters.items() if not bool(a.any()) or not bool(b.any())]
     if idle:
         warnings.warn(
             f"loradash: no update yet in {len(idle)} layers, they stay plain LoRA: {', '.join(idle[:4])}", stacklevel=2
         )
     names = [name for name, layer in layers.items() if name not in set(idle) and layer.dash_sigma.numel()]
-
-    found: dict[str, tuple[Directions, str]] = {}
-    with tqdm(total=len(names), desc="pre-launch", unit="layer", disable=not progress) as bar:
-        for batch in _batches(names, layers):
-            group = [layers[name] for name in batch]
-            directions = _directions(group, method)
-            for i, name in enumerate(batch):
-                u, vt, sigma, rate, index = (t[i] for t in directions[:5])
-                one = Directions(u, vt, sigma, rate, index, directions.routes[i : i + 1])
-                found[name] = (one, directions.routes[i])
-            bar.update(len(batch))
+    finder = _Finder(layers, adapters, method, cache, device)
+    rank, world = _place()
+    shares = share_out({name: _cost(layers[name]) for name in names}, world)
+    with tqdm(total=len(shares[rank]), desc="pre-launch", unit="layer", disable=not progress or rank != 0) as bar:
+        found = _find(finder, shares, rank, bar)
+    found = _exchange(found, shares, layers) if world > 1 else found
     for name in names:
-        layers[name].launch(found[name][0])
-    _broadcast([layers[name] for name in names])
-    return [LayerReport(n, route, d.rate, d.sigma, d.index) for n, (d, route) in found.items()]
+        layers[name].launch(found[name])
+    return [LayerReport(n, found[n].routes[0], found[n].rate, found[n].sigma, found[n].index) for n in names]
 
 
-def _batches(names: list[str], layers: dict[str, DashLinear]) -> list[list[str]]:
-    """Layers of one shape, rank and device together, in batches of bounded size."""
-    groups: dict[tuple, list[str]] = {}
-    for name in names:
-        layer = layers[name]
-        key = (
-            layer.weight_nk().shape,
-            layer.lora_a.shape,
-            layer.dash_sigma.numel(),
-            layer.scaling,
-            layer.weight.device,
-        )
-        groups.setdefault(key, []).append(name)
-    batches = []
-    for members in groups.values():
-        size = max(1, BATCH_ELEMENTS // max(1, layers[members[0]].weight.numel()))
-        batches += [members[i : i + size] for i in range(0, len(members), size)]
-    return batches
+class _Finder:
+    """Decomposes and chooses, a batch of layers at a time."""
+
+    def __init__(
+        self,
+        layers: dict[str, DashLinear],
+        adapters: dict[str, tuple[Tensor, Tensor]],
+        method: str,
+        cache: SpectralCache | None,
+        device: torch.device | str | None,
+    ) -> None:
+        self.layers, self.adapters, self.method, self.cache, self.device = layers, adapters, method, cache, device
+
+    def batches(self, names: Sequence[str]) -> list[list[str]]:
+        """Layers of one shape, rank and device together, in batches of bounded size; singly from a cache."""
+        groups: dict[tuple, list[str]] = {}
+        for name in names:
+            layer = self.layers[name]
+            key = (layer.dash_u.shape, layer.dash_vt.shape, layer.lora_a.shape, layer.scaling, layer.weight.device)
+            groups.setdefault(key, []).append(name)
+        batches = []
+        for members in groups.values():
+            weight = self.layers[members[0]].weight
+            size = 1 if self.cache else max(1, batch_elements(self.device or weight.device) // max(1, weight.numel()))
+            batches += [members[i : i + size] for i in range(0, len(members), size)]
+        return batches
+
+    @torch.no_grad()
+    def find(self, names: Sequence[str], weights: dict[str, Tensor]) -> dict[str, Directions]:
+        """Directions of the layers of a batch; weights (N, K), whole."""
+        layer, first = self.layers[names[0]], weights[names[0]]
+        device, s, scaling = torch.device(self.device or first.device), layer.dash_sigma.numel(), layer.scaling
+        if self.cache is not None:
+            a, b = (t.to(device).float() for t in self.adapters[names[0]])
+            return {names[0]: self.cache.directions(first.to(device), a, b, s, scaling, self.method)}
+        weight = torch.stack([weights[name].to(device).float() for name in names])
+        lora_a, lora_b = (torch.stack([self.adapters[name][i].to(device).float() for name in names]) for i in (0, 1))
+        many = task_specific_directions(weight, lora_a, lora_b, s, scaling=scaling, method=self.method)
+        return {
+            name: Directions(*(t[i] for t in many[:5]), many.routes[i : i + 1])  # type: ignore[arg-type, call-arg]
+            for i, name in enumerate(names)
+        }
 
 
-@torch.no_grad()
-def _directions(group: list[DashLinear], method: str) -> Directions:
-    weight = torch.stack([layer.weight_nk().float() for layer in group])
-    lora_a, lora_b = (torch.stack([getattr(layer, n).float() for layer in group]) for n in ("lora_a", "lora_b"))
-    s = group[0].dash_sigma.numel()
-    return task_specific_directions(weight, lora_a, lora_b, s, scaling=group[0].scaling, method=method)
+def batch_elements(device: torch.device | str) -> int:
+    """Weights to decompose at a time: what the GPU's free memory holds, or a fixed number on the CPU."""
+    device = torch.device(device)
+    if device.type != "cuda":
+        return BATCH_ELEMENTS
+    free, _ = torch.cuda.mem_get_info(device)
+    return max(1, free // (4 * _COPIES))
 
 
-def _broadcast(layers: list[DashLinear]) -> None:
+def share_out(costs: dict[str, float], parts: int) -> list[list[str]]:
+    """Names in `parts` shares of nearly equal cost: the dearest first, each to the share that has least."""
+    shares: list[list[str]] = [[] for _ in range(parts)]
+    totals = [0.0] * parts
+    for name in sorted(costs, key=lambda n: -costs[n]):
+        least = totals.index(min(totals))
+        shares[least].append(name)
+        totals[least] += costs[name]
+    return shares
+
+
+def _cost(layer: DashLinear) -> float:
+    n, k = layer.weight.shape
+    return float(n * k * min(n, k))
+
+
+def _find(finder: _Finder, shares: list[list[str]], rank: int, bar: tqdm) -> dict[str, Directions]:
+    """This process's share. Errors are told to the others before they are raised: nobody waits for the dead."""
+    found: dict[str, Directions] = {}
+    error: BaseException | None = None
+    sharded = any(hasattr(layer.weight, "full_tensor") for layer in finder.layers.values())
+    try:
+        if sharded:
+            _find_sharded(finder, shares, rank, found, bar)
+        else:
+            for batch in finder.batches(shares[rank]):
+                found |= finder.find(batch, {name: finder.layers[name].weight_nk() for name in batch})
+                bar.update(len(batch))
+    except BaseException as caught:  # Ctrl-C too
+        error = caught
+    if len(shares) > 1:
+        errors: list[str | None] = [None] * len(shares)
+        torch.distributed.all_gather_object(errors, error and f"{type(error).__name__}: {error}")
+        failed = next((i for i, text in enumerate(errors) if text), None)
+        if failed is not None and error is None:
+            raise RuntimeError(f"pre-launch failed in process {failed}, the model is unchanged: {errors[failed]}")
+    if error is not None:
+        raise error
+    return found
+
+
+def _find_sharded(finder: _Finder, shares: list[list[str]], rank: int, found: dict[str, Directions], bar: tqdm) -> None:
+    """One layer of every share at a time: gathering is everybody's, decomposing then each one's own."""
+    error: BaseException | None = None
+    for turn in range(max(len(share) for share in shares)):
+        mine: Tensor | None = None
+        for owner, share in enumerate(shares):
+            if turn < len(share):
+                layer = finder.layers[share[turn]]
+                whole = layer.oriented(_whole(layer.weight))
+                mine = whole if owner == rank else mine
+                del whole
+        if mine is not None and error is None:
+            try:
+                found |= finder.find([shares[rank][turn]], {shares[rank][turn]: mine})
+            except BaseException as caught:  # the others still gather with us
+                error = caught
+            bar.update(1)
+    if error is not None:
+        raise error
+
+
+def _whole(t: Tensor) -> Tensor:
+    """A parameter, gathered where it is sharded."""
+    return t.full_tensor().detach() if hasattr(t, "full_tensor") else t.detach()
+
+
+def _place() -> tuple[int, int]:
     dist = torch.distributed
-    if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
-        return
-    for layer in layers:
-        for tensor in (layer.dash_u, layer.dash_vt):
-            dist.broadcast(tensor, src=0)
+    if dist.is_available() and dist.is_initialized():
+        return dist.get_rank(), dist.get_world_size()
+    return 0, 1
+
+
+def _exchange(
+    found: dict[str, Directions], shares: list[list[str]], layers: dict[str, DashLinear]
+) -> dict[str, Directions]:
+    """Everybody's directions, from whoever found them."""
+    rank = torch.distributed.get_rank()
+    everything: dict[str, Directions] = {}
+    for owner, share in enumerate(shares):
+        for name in share:
+            layer = layers[name]
+            device, (n, s), k = layer.dash_u.device, layer.dash_u.shape, layer.dash_vt.shape[1]
+            if owner == rank:
+                mine = found[name]
+                tensors = [t.to(device).contiguous() for t in (mine.u, mine.vt, mine.sigma, mine.rate, mine.index)]
+                tensors = [t if t.dtype == torch.int64 else t.float() for t in tensors]
+            else:
+                tensors = [torch.empty(shape, device=device) for shape in ((n, s), (s, k), (s,), (s,))]
+                tensors.append(torch.empty(s, dtype=torch.int64, device=device))
+            for tensor in tensors:
+                torch.distributed.broadcast(tensor, src=owner)
+            routes = [found[name].routes if owner == rank else None]
+            torch.distributed.broadcast_object_list(routes, src=owner)
+            everything[name] = Directions(*tensors, routes[0])  # type: ignore[arg-type, call-arg]
+    return everything

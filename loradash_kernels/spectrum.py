@@ -1,0 +1,178 @@
+"""The decomposition of one frozen weight, computed before there is an update to measure, and what is chosen from it later.
+
+W never changes, so its singular triplets belong to no task: `decompose` computes those that change rates are measured
+at, `choose_directions` then takes the highest rates, which costs O((N + K) n r). A `Spectrum` is small enough to keep:
+the last n / 12 triplets of a graded square W in float32, or one orthogonal basis of the short side in half precision,
+from which the triplets that are chosen are refined against W to full precision.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .directions import (
+    Directions,
+    Half,
+    are_resolved,
+    checked_batch,
+    choose_best,
+    gram_half,
+    gram_precisions,
+    is_accurate,
+    is_graded,
+    residuals,
+    tail_triplets,
+)  # fmt: skip
+from .svd import Triplets
+
+MAX_RESIDUAL = 1e-2  # of a triplet from a full spectrum, relative to its σ; 1e-5 at most where it is this weight's
+REFINED = 4  # times s: so many candidates are refined before the s best are taken
+
+
+@dataclass(frozen=True)
+class Spectrum:
+    """Singular triplets of a W (N, K), descending: sigma (n,) float32 and u (N, n), vt (n, K), or one of the two.
+
+    "tail": the n smallest. "gram ...": all, the short side's basis alone, float16 (the other side is W's product with
+    it). "svd": all, both sides.
+    """
+
+    route: str
+    sigma: Tensor
+    u: Tensor | None
+    vt: Tensor | None
+
+    @property
+    def bytes(self) -> int:
+        return sum(t.numel() * t.element_size() for t in (self.sigma, self.u, self.vt) if t is not None)
+
+    def tensors(self) -> dict[str, Tensor]:
+        named = {"sigma": self.sigma, "u": self.u, "vt": self.vt}
+        return {name: t for name, t in named.items() if t is not None}
+
+
+def decompose(
+    weight: Tensor,  # (..., N, K)
+    method: str = "auto",
+    generator: torch.Generator | None = None,
+) -> list[Spectrum]:
+    """One `Spectrum` per matrix of the flattened batch, by the routes of `task_specific_directions`.
+
+    "auto" takes the tail of graded square matrices and all triplets of the others; "exact" all of every matrix.
+    Deterministic for a given weight unless a generator is passed. Raises ValueError as `change_rates` does.
+    """
+    *batch, n, k = weight.shape if weight.dim() >= 2 else (0, 0)
+    zeros = weight.new_zeros(*batch, 1, 1)
+    w, _, _ = checked_batch(weight, zeros.expand(*batch, 1, k), zeros.expand(*batch, n, 1), method)
+    found: dict[int, Spectrum] = {}
+    todo = list(range(w.shape[0]))
+    if method != "exact" and w.shape[-2] == w.shape[-1] and todo:
+        triplets = tail_triplets(w, None, generator)
+        keep = [True] * len(todo) if method == "randomized" else is_graded(w, triplets).tolist()
+        for i in [i for i in todo if keep[i]]:
+            found[i] = _both("tail", Triplets(*(t[i] for t in triplets)))
+        todo = [i for i in todo if not keep[i]]
+    for precision in gram_precisions(w, method) if todo else ():
+        half = gram_half(w[todo], precision)
+        good = is_accurate(half.sigma, precision)
+        for position, (i, ok) in enumerate(zip(todo, good, strict=True)):
+            if ok:
+                basis = half.basis[position].half()
+                sides = (basis, None) if half.left else (None, basis.mT)
+                route = f"gram {str(precision).removeprefix('torch.')}"
+                found[i] = Spectrum(
+                    route, half.sigma[position].float(), *(t if t is None else t.contiguous() for t in sides)
+                )
+        todo = [i for i, ok in zip(todo, good, strict=True) if not ok]
+        if not todo:
+            break
+    for i in todo:
+        found[i] = _both("svd", Triplets(*torch.linalg.svd(w[i], full_matrices=False)))
+    return [found[i] for i in range(w.shape[0])]
+
+
+def _both(route: str, triplets: Triplets) -> Spectrum:
+    u, sigma, vt = (t.float().contiguous() for t in triplets)
+    return Spectrum(route, sigma, u, vt)
+
+
+def choose_directions(
+    spectrum: Spectrum,
+    weight: Tensor,  # (N, K)
+    lora_a: Tensor,  # (r, K)
+    lora_b: Tensor,  # (N, r)
+    s: int = 8,
+    *,
+    scaling: float = 1.0,
+    eps: float = 1e-6,
+) -> Directions | None:
+    """The s directions of highest change rate among those of a spectrum of this weight; unbatched.
+
+    None where they fail the check of `task_specific_directions`: the tail was too short, or the spectrum is not this
+    weight's. Decompose with method="exact" then.
+    """
+    w, a, b = checked_batch(weight[None], lora_a[None], lora_b[None], "auto")
+    if not 1 <= s <= spectrum.sigma.shape[0]:
+        raise ValueError(f"s is {s}; the spectrum has {spectrum.sigma.shape[0]} directions")
+    sigma = spectrum.sigma[None].to(w)
+    if spectrum.u is not None and spectrum.vt is not None:
+        both = Triplets(spectrum.u[None].to(w), sigma, spectrum.vt[None].to(w))
+        chosen = choose_best(both, w, a, b, s, scaling, eps)
+    else:
+        left = spectrum.u is not None
+        basis = spectrum.u if left else spectrum.vt.mT  # type: ignore[union-attr]
+        assert basis is not None
+        chosen = _refined_choice(Half(w, basis[None].to(w), sigma, left), a, b, s, scaling, eps)
+    if spectrum.route == "tail":
+        good = all(are_resolved(w, sigma, *chosen))
+    else:
+        good = bool((residuals(w, *chosen[:3]) <= MAX_RESIDUAL * chosen[2]).all())
+    if not good:
+        return None
+    u, vt, best_sigma, rate, index = (t[0] for t in chosen)
+    return Directions(u, vt, best_sigma, rate, index, (spectrum.route,))
+
+
+def _refined_choice(
+    half: Half, a: Tensor, b: Tensor, s: int, scaling: float, eps: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """As `choose_best`, from a basis in half precision: candidates are refined against W, then the s best are taken."""
+    candidates = min(half.sigma.shape[-1], REFINED * s)
+    index = choose_best(half, half.w, a, b, candidates, scaling, eps)[4].sort(-1).values
+    near, sigma = _refine(half, index)
+    few = Half(half.w, near, sigma, half.left)
+    u, vt, best_sigma, rate, local = choose_best(few, half.w, a, b, s, scaling, eps)
+    # `choose_best` counts from the end of the spectrum; these are positions among the candidates.
+    position = local - (min(half.w.shape[-2:]) - candidates)
+    return u, vt, best_sigma, rate, index.gather(-1, position)
+
+
+def _refine(half: Half, index: Tensor) -> tuple[Tensor, Tensor]:
+    """Eigenvectors (L, n, c) of the Gram matrix for some columns of a basis that is right to half precision, and their σ.
+
+    One step of Ogita and Aishima (Japan J. Indust. Appl. Math. 2018) for those columns alone, O(n² c): the error of the
+    basis, 3e-4 a column, is squared; eigenvalues that are equal to rounding are left as they are.
+    """
+    x, w = half.basis.double(), half.w.double()
+    columns = index[..., None, :].expand(*x.shape[:-1], index.shape[-1])
+    few = x.gather(-1, columns)
+    image = w @ (w.mT @ few) if half.left else w.mT @ (w @ few)
+    overlap = -(x.mT @ few)  # R = I - XᵀX
+    overlap.scatter_add_(-2, index[..., None, :], torch.ones_like(index, dtype=x.dtype)[..., None, :])
+    projected = x.mT @ image  # S = XᵀGX
+    own = overlap.gather(-2, index[..., None, :])
+    values = (projected.gather(-2, index[..., None, :]) / (1 - own)).squeeze(-2)
+    others = half.sigma.double().square()
+    others = others.scatter(-1, index, values)
+    distance = values[..., None, :] - others[..., :, None]
+    threshold = 4 * torch.finfo(torch.float32).eps * others[..., :1, None]
+    correction = torch.where(
+        distance.abs() > threshold, (projected + values[..., None, :] * overlap) / distance, overlap / 2
+    )
+    correction.scatter_(-2, index[..., None, :], own / 2)
+    refined = few + x @ correction
+    refined = refined / torch.linalg.vector_norm(refined, dim=-2, keepdim=True)
+    return refined.to(half.basis.dtype), values.clamp_min(0).sqrt().to(half.sigma.dtype)

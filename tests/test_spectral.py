@@ -1,0 +1,336 @@
+"""Decompositions ahead of time: spectra, their cache, and pre-launch over processes."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import threading
+
+import loradash
+import pytest
+import torch
+from loradash import DashConfig, DashSchedule, SpectralCache, apply_dash, prelaunch
+from loradash.spectral import weight_hash
+from torch import nn
+
+from loradash_kernels import change_rates, task_specific_directions
+from loradash_kernels.directions import residuals
+from loradash_kernels.spectrum import choose_directions, decompose
+
+
+def gaussian(n, k, seed=0):
+    """Graded at the small end where square, flat where not; and factors of an update."""
+    g = torch.Generator().manual_seed(seed)
+    w = torch.randn(n, k, generator=g) / k**0.5
+    return w, 0.01 * torch.randn(8, k, generator=g), 0.01 * torch.randn(n, 8, generator=g)
+
+
+def with_singular_values(sigma, seed=0):
+    n = len(sigma)
+    g = torch.Generator().manual_seed(seed)
+    u, v = (torch.linalg.qr(torch.randn(n, n, generator=g, dtype=torch.float64))[0] for _ in range(2))
+    return ((u * sigma) @ v.mT).float()
+
+
+# --- spectra ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("n", "k"), [(384, 384), (96, 400), (400, 96)])
+def test_choice_from_a_spectrum(n, k):
+    """The same directions as from W itself, by the exact route in float64; vectors to full precision from half."""
+    w, a, b = gaussian(n, k)
+    (spectrum,) = decompose(w)
+    assert spectrum.route == ("tail" if n == k else "gram float32")
+    found = choose_directions(spectrum, w, a, b, 8, scaling=2.0)
+    exact = task_specific_directions(w.double(), a.double(), b.double(), 8, scaling=2.0, method="exact")
+    assert found.index.tolist() == exact.index.tolist()
+    torch.testing.assert_close(found.rate.double(), exact.rate, rtol=1e-3, atol=0)
+    torch.testing.assert_close(found.sigma.double(), exact.sigma, rtol=1e-4, atol=1e-7)
+    for ours, theirs in ((found.u.mT, exact.u.mT), (found.vt, exact.vt)):
+        assert ((ours.double() * theirs).sum(-1).abs() > 1 - 1e-5).all()
+    assert (residuals(w[None], found.u[None], found.vt[None], found.sigma[None]) <= 1e-5).all()
+
+
+def test_half_precision_is_half_the_memory():
+    w, _, _ = gaussian(96, 400)
+    (spectrum,) = decompose(w)
+    assert spectrum.bytes == 96 * 96 * 2 + 96 * 4
+    assert spectrum.u.dtype == torch.float16 and spectrum.vt is None
+
+
+def test_clustered_spectrum():
+    """Twenty equal singular values have no directions of their own, but the chosen triplets are triplets."""
+    sigma = torch.cat((torch.linspace(3, 1.5, 44, dtype=torch.float64), torch.ones(20, dtype=torch.float64)))
+    w = with_singular_values(sigma)
+    _, a, b = gaussian(64, 64, seed=1)
+    (spectrum,) = decompose(w)
+    found = choose_directions(spectrum, w, a, b, 6)
+    assert (residuals(w[None], found.u[None], found.vt[None], found.sigma[None]) < 1e-3).all()
+    torch.testing.assert_close(found.u.mT @ found.u, torch.eye(6), atol=1e-3, rtol=0)
+
+
+def test_rank_deficient():
+    w = with_singular_values(
+        torch.cat((torch.linspace(2, 1, 60, dtype=torch.float64), torch.zeros(4, dtype=torch.float64)))
+    )
+    _, a, b = gaussian(64, 64, seed=1)
+    (spectrum,) = decompose(w, "exact")
+    found = choose_directions(spectrum, w, a, b, 4)
+    assert found is None or (found.index >= 60).all()
+
+
+def test_exact_has_every_triplet():
+    w, a, b = gaussian(128, 128)
+    (spectrum,) = decompose(w, "exact")
+    assert spectrum.sigma.shape == (128,)
+    rates = change_rates(w, a, b, method="exact").rate
+    assert choose_directions(spectrum, w, a, b, 5).index.tolist() == rates.topk(5).indices.tolist()
+
+
+def test_deterministic_and_batched():
+    many = torch.stack([gaussian(128, 128, seed=s)[0] for s in range(3)])
+    together, again = decompose(many), decompose(many)
+    assert all(torch.equal(x.u, y.u) for x, y in zip(together, again, strict=True))
+    assert len(together) == 3
+
+
+def test_another_weights_spectrum_is_refused():
+    w, a, b = gaussian(96, 400)
+    other, _, _ = gaussian(96, 400, seed=1)
+    assert choose_directions(decompose(other)[0], w, a, b, 8) is None
+
+
+@pytest.mark.parametrize("s", [0, 500])
+def test_bad_number_of_directions(s):
+    w, a, b = gaussian(96, 400)
+    with pytest.raises(ValueError, match=f"s is {s}"):
+        choose_directions(decompose(w)[0], w, a, b, s)
+
+
+# --- the cache -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def cache(tmp_path):
+    return SpectralCache(tmp_path / "spectra")
+
+
+@pytest.mark.parametrize(("n", "k"), [(384, 384), (96, 400)])
+def test_cache_gives_the_same_directions(cache, n, k, monkeypatch):
+    w, a, b = gaussian(n, k)
+    first = cache.directions(w, a, b, 8, 2.0)
+    monkeypatch.setattr("loradash.spectral.decompose", None)  # from disk, or not at all
+    again = cache.directions(w.t().contiguous().t(), a, b, 8, 2.0)
+    assert torch.equal(first.u, again.u) and torch.equal(first.vt, again.vt)
+    assert cache.has(w) and not cache.has(w + 1)
+    assert 0 < cache.size() < w.numel() * 4
+
+
+def test_hash_tells_weights_apart():
+    w = torch.arange(12.0).view(3, 4)
+    assert weight_hash(w) == weight_hash(w.t().contiguous().t())
+    others = [w.view(4, 3), w.half(), w + 1e-6, w.bfloat16()]
+    assert len({weight_hash(t) for t in [w, *others]}) == 5
+
+
+@pytest.mark.parametrize("damage", ["truncated", "flipped", "foreign", "empty"])
+def test_damaged_files_are_made_anew(cache, damage):
+    w, a, b = gaussian(96, 400)
+    before = cache.directions(w, a, b, 8, 2.0)
+    (file,) = cache.folder.iterdir()
+    data = bytearray(file.read_bytes())
+    if damage == "flipped":
+        data[-10] ^= 64
+    file.write_bytes({"truncated": data[: len(data) // 2], "foreign": b"not a tensor", "empty": b""}.get(damage, data))
+    with pytest.warns(UserWarning, match="damaged"):
+        after = cache.directions(w, a, b, 8, 2.0)
+    assert torch.equal(before.u, after.u)
+    assert torch.equal(cache.directions(w, a, b, 8, 2.0).u, before.u)  # and the new file is whole
+
+
+def test_size_is_bounded(tmp_path):
+    weights = [gaussian(96, 400, seed=s)[0] for s in range(5)]
+    one = SpectralCache(tmp_path / "one")
+    one.spectrum(weights[0])
+    cache = SpectralCache(tmp_path / "many", max_bytes=int(2.5 * one.size()))
+    for i, w in enumerate(weights):
+        cache.spectrum(w)
+        os.utime(cache._path(w), (i, i))
+        assert cache.size() <= cache.max_bytes
+    assert [cache.has(w) for w in weights] == [False, False, False, True, True]
+
+
+def test_short_tail_is_replaced_for_good(cache):
+    """A tail of a weight whose update moves large singular directions fails no check, but one that is too short for s does."""
+    w, a, b = gaussian(384, 384)
+    assert cache.spectrum(w).route == "tail"
+    found = cache.directions(w, a, b, 40, 2.0)  # more than the 32 triplets of the tail
+    assert found.u.shape == (384, 40)
+    assert cache.spectrum(w).route != "tail"
+
+
+def test_threads_share_a_cache(cache):
+    w, a, b = gaussian(96, 400)
+    found = []
+    threads = [threading.Thread(target=lambda: found.append(cache.directions(w, a, b, 8, 2.0))) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(found) == 4 and all(torch.equal(found[0].u, f.u) for f in found)
+
+
+# --- pre-launch ------------------------------------------------------------------------------------------------------
+
+
+def trained(steps=2, **config):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(48, 64), nn.Tanh(), nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 8))
+    apply_dash(model, DashConfig(r=2, directions=3, prelaunch_steps=3, **config))
+    schedule = DashSchedule(model, progress=False)
+    step(model, schedule, steps)
+    return model, schedule
+
+
+def step(model, schedule, steps):
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    for _ in range(steps):
+        model(torch.ones(4, 48)).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        schedule.step()
+
+
+def test_prelaunch_through_a_cache(cache):
+    (plain, _), (cached, schedule) = trained(), trained()
+    reports = prelaunch(plain, progress=False)
+    schedule.cache = cache
+    step(cached, schedule, 1)
+    assert schedule.launched and len(list(cache.folder.iterdir())) == 3
+    assert [r.name for r in schedule.reports] == [r.name for r in reports]
+    assert all(layer.dash_u.abs().sum() > 0 for layer in loradash.dash_layers(cached).values())
+
+
+@pytest.mark.slow
+def test_background(cache):
+    model, _ = trained(svd="exact")
+    work = cache.start(model)
+    assert work.wait(120) and work.remaining == 0
+    assert all(cache.has(layer.weight) for layer in loradash.dash_layers(model).values())
+    again = cache.start(model)
+    assert again.remaining == 0 and again.wait()
+    again.cancel()
+
+
+@pytest.mark.slow
+def test_background_cancelled_and_failed(cache):
+    model, _ = trained()
+    work = cache.start(model)
+    work.cancel()
+    work._thread.join(60)
+    assert not work._thread.is_alive()
+    with torch.no_grad():
+        next(iter(loradash.dash_layers(model).values())).weight[0, 0] = float("nan")
+    with pytest.raises(RuntimeError, match="not finite"):
+        SpectralCache(cache.folder / "other").start(model).wait(120)
+
+
+def test_interrupt_leaves_pre_launch(monkeypatch):
+    """Ctrl-C in the middle: no layer has launched, and the next step tries again."""
+    model, schedule = trained()
+    real, calls = loradash.prelaunch.__globals__["task_specific_directions"], []
+
+    def interrupted(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return real(*args, **kwargs)
+
+    monkeypatch.setitem(loradash.prelaunch.__globals__, "task_specific_directions", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        step(model, schedule, 1)
+    layers = loradash.dash_layers(model).values()
+    assert not schedule.launched and all(layer.dash_u.abs().sum() == 0 for layer in layers)
+    step(model, schedule, 1)
+    assert schedule.launched and all(layer.launched for layer in layers)
+
+
+def test_shares_are_even():
+    from loradash.prelaunch import share_out
+
+    costs = {f"layer {i}": float(c) for i, c in enumerate((9, 1, 1, 1, 5, 5, 2, 2, 4, 6))}
+    shares = share_out(costs, 3)
+    assert sorted(name for share in shares for name in share) == sorted(costs)
+    assert max(sum(costs[n] for n in share) for share in shares) <= 13
+    assert share_out({}, 2) == [[], []]
+
+
+WORKER = """
+import sys, torch
+from torch import nn
+import torch.distributed as dist
+import loradash
+module = sys.modules["loradash.prelaunch"]
+rank, store, mode = int(sys.argv[1]), sys.argv[2], sys.argv[3]
+torch.set_num_threads(1)
+dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+torch.manual_seed(0)
+model = nn.Sequential(nn.Linear(48, 64), nn.Tanh(), nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 8))
+loradash.apply_dash(model, loradash.DashConfig(r=2, directions=3))
+with torch.no_grad():
+    for layer in loradash.dash_layers(model).values():
+        layer.lora_b.normal_()
+alone = None
+if mode == "plain":
+    import copy
+    finder = copy.deepcopy(model)
+if mode == "fsdp":
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+    mesh = init_device_mesh("cpu", (2,))
+    for layer in loradash.dash_layers(model).values():
+        fully_shard(layer, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+if mode == "fails" and rank == 1:
+    def broken(*args, **kwargs):
+        raise ValueError("the disk is on fire")
+    module.task_specific_directions = broken
+try:
+    reports = loradash.prelaunch(model, progress=False)
+except (RuntimeError, ValueError) as error:
+    assert mode == "fails", error
+    assert ("process 1" in str(error) and "on fire" in str(error)) if rank == 0 else "on fire" in str(error), error
+    assert not any(layer.launched for layer in loradash.dash_layers(model).values())
+else:
+    assert mode != "fails" and len(reports) == 3
+    for layer in loradash.dash_layers(model).values():
+        assert bool(layer.launched)
+        both = [torch.zeros_like(layer.dash_u) for _ in range(2)]
+        dist.all_gather(both, layer.dash_u.contiguous())
+        assert torch.equal(*both) and both[0].abs().sum() > 0
+    if mode == "plain":
+        dist.barrier()
+        module._place = lambda: (0, 1)
+        loradash.prelaunch(finder, progress=False)
+        for ours, theirs in zip(loradash.dash_layers(model).values(), loradash.dash_layers(finder).values()):
+            assert torch.equal(ours.dash_u, theirs.dash_u) and torch.equal(ours.dash_vt, theirs.dash_vt)
+dist.destroy_process_group()
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["plain", "fails", "fsdp"])
+def test_two_processes(tmp_path, mode):
+    """Layers are shared out; both end with the directions that one process finds; a failure reaches both."""
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+    command = [sys.executable, "-c", WORKER]
+    workers = [
+        subprocess.Popen(
+            [*command, str(rank), str(tmp_path / "store"), mode], env=env, stderr=subprocess.PIPE, text=True
+        )
+        for rank in range(2)
+    ]
+    for worker in workers:
+        _, errors = worker.communicate(timeout=180)
+        assert worker.returncode == 0, errors
