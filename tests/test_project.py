@@ -31,7 +31,7 @@ TRITON = (
     "__init__",
 )
 LORADASH = (
-    "config", "linear", "inject", "checkpoint", "spectral", "prelaunch", "schedule", "plots", "baselines", "finetune", "cli", "__init__",
+    "config", "linear", "inject", "checkpoint", "spectral", "prelaunch", "schedule", "plots", "insight", "baselines", "finetune", "cli", "__init__",
 )  # fmt: skip
 
 

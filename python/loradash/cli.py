@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from collections import Counter
 from pathlib import Path
 from typing import Annotated
 
@@ -9,6 +11,7 @@ import torch
 import typer
 from rich.console import Console
 from rich.table import Table
+from tqdm.auto import tqdm
 
 from loradash_kernels import __version__, available_backends, explain_backend
 
@@ -50,6 +53,77 @@ def finetune(
     for table in (scores, times, gaps):
         console.print(table)
     console.print(f"Written to [bold]{out}[/]: {', '.join(sorted(p.name for p in out.iterdir()))}")
+
+
+@app.command()
+def decompose(
+    model: Annotated[Path, typer.Argument(help="A .safetensors file of weights, or a folder of them.")],
+    target: Annotated[str, typer.Option(help="Regular expression that a weight's name must contain.")] = r"\.weight$",
+    exclude: Annotated[str, typer.Option(help="Regular expression of names to leave out.")] = "embed|lm_head",
+    cache: Annotated[Path | None, typer.Option(help="Folder of the cache.")] = None,
+    method: Annotated[str, typer.Option(help="auto or exact.")] = "auto",
+) -> None:
+    """Decompose a base model's weights once: every later launch from them costs milliseconds."""
+    from .insight import Weights
+    from .spectral import SpectralCache
+
+    store = SpectralCache(cache)
+    try:
+        weights = Weights(model)
+        names = [n for n in weights.names() if re.search(target, n) and not re.search(exclude, n)]
+        if not names:
+            raise ValueError(f"no matrix of {model} matches {target!r}: {', '.join(weights.names()[:6])}")
+        routes: Counter[str] = Counter()
+        for name in tqdm(names, desc="decompose", unit="weight"):
+            routes[store.spectrum(weights.load(name), method).route] += 1
+    except ValueError as error:
+        console.print(f"[red]{error}")
+        raise typer.Exit(1) from error
+    console.print(f"{len(names)} weights: {', '.join(f'{route} {count}' for route, count in routes.items())}")
+    console.print(f"{store.folder}: {store.size() / 2**20:.1f} MB")
+
+
+@app.command()
+def directions(
+    model: Annotated[Path, typer.Argument(help="The base model's .safetensors file, or a folder of them.")],
+    adapters: Annotated[list[Path], typer.Argument(help="Adapters of save_adapter or PEFT; several are compared.")],
+    out: Annotated[Path | None, typer.Option(help="Folder for pictures.")] = None,
+    s: Annotated[int, typer.Option("--directions", "-s", min=1, help="How many of the highest rates to show.")] = 8,
+) -> None:
+    """Show the change rates of trained adapters, and how far their directions agree."""
+    from . import insight, plots
+
+    try:
+        weights = insight.Weights(model)
+        found = [insight.layer_rates(weights, insight.load_factors(path)) for path in adapters]
+        names = [path.name if path.suffix != ".safetensors" else path.stem for path in adapters]
+        table = Table("layer", f"top {s} by change rate (index of σ, 0 = largest)", "highest rate", "median rate")
+        for layer, rates in found[-1].items():
+            top = ", ".join(map(str, rates.top(s).tolist()))
+            table.add_row(
+                layer, f"{top} of {rates.rate.numel()}", f"{rates.rate.max():.3g}", f"{rates.rate.median():.3g}"
+            )
+        console.print(table)
+        overlaps = torch.tensor([[insight.overlap(a, b, s) for b in found] for a in found])
+        scores = insight.agreement(found, found[-1])
+    except ValueError as error:
+        console.print(f"[red]{error}")
+        raise typer.Exit(1) from error
+    if len(found) > 1:
+        pairs = Table(
+            "adapter", *names, "accuracy", "recall", title=f"common directions among the top {s}; against the last"
+        )
+        for name, row, (accuracy, recall) in zip(names, overlaps, scores, strict=True):
+            pairs.add_row(name, *(f"{v:.2f}" for v in row), f"{accuracy:.2f}", f"{recall:.2f}")
+        console.print(pairs)
+    if out is not None:
+        shown = dict(list(found[-1].items())[:4])
+        plots.change_rates({n: (r.rate, r.top(s)) for n, r in shown.items()}, out / "change_rates.png")
+        plots.sorted_rates({n: r.rate for n, r in found[-1].items()}, out / "sorted_rates.png")
+        if len(found) > 1:
+            plots.overlap_map(names, overlaps, s, out / "overlap.png")
+            plots.agreement_lines(names, scores, out / "agreement.png")
+        console.print(f"Written to [bold]{out}[/]: {', '.join(sorted(p.name for p in out.iterdir()))}")
 
 
 @app.command()

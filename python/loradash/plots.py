@@ -45,6 +45,47 @@ def change_rates(rates: dict[str, tuple[Tensor, Tensor]], path: Path) -> Path:
     return _save(figure, path)
 
 
+def sorted_rates(rates: dict[str, Tensor], path: Path) -> Path:
+    """Change rates of every layer, sorted, over the largest of the layer; one line a layer."""
+    figure, (axis,) = _axes(width=7)
+    for rate in rates.values():
+        ordered = rate.sort(descending=True).values
+        axis.loglog(range(1, len(ordered) + 1), (ordered / ordered[0]).clamp_min(1e-9), color=BLUE, lw=0.6, alpha=0.5)
+    axis.set(
+        xlabel="rank of the direction", ylabel="change rate over the layer's largest", title=f"{len(rates)} layers"
+    )
+    return _save(figure, path)
+
+
+def overlap_map(names: list[str], overlaps: Tensor, s: int, path: Path) -> Path:
+    """Share of common directions of every two adapters, (adapters, adapters), as a heat map."""
+    figure, (axis,) = _axes(width=max(4.5, 0.7 * len(names) + 3))
+    image = axis.imshow(overlaps.numpy(), vmin=0, vmax=1, cmap="viridis")
+    for i in range(len(names)):
+        for j in range(len(names)):
+            axis.text(
+                j, i, f"{overlaps[i, j]:.2f}", ha="center", va="center", color="w" if overlaps[i, j] < 0.7 else "k"
+            )
+    axis.set_xticks(range(len(names)), names, rotation=30, ha="right", fontsize=8)
+    axis.set_yticks(range(len(names)), names, fontsize=8)
+    axis.set_title(f"common directions among the top {s}, mean of the layers", fontsize=10)
+    figure.colorbar(image, ax=axis, shrink=0.8)
+    return _save(figure, path)
+
+
+def agreement_lines(names: list[str], scores: list[tuple[float, float]], path: Path) -> Path:
+    """Accuracy and recall of adapters, in the order given, against the last."""
+    figure, (axis,) = _axes(width=6)
+    for i, (label, color) in enumerate(
+        (("accuracy, top 8 in the last's top 16", BLUE), ("recall of the last's top 4", RED))
+    ):
+        axis.plot(range(len(names)), [score[i] for score in scores], "o-", color=color, label=label)
+    axis.set_xticks(range(len(names)), names, rotation=30, ha="right", fontsize=8)
+    axis.set_ylim(0, 1.05)
+    axis.legend(frameon=False)
+    return _save(figure, path)
+
+
 def loss_curves(losses: dict[str, list[list[float]]], launch: int, path: Path, window: int = 20) -> Path:
     """Training loss by step, one line a seed, running means; a dotted line where the directions launch."""
     figure, (axis,) = _axes(width=7)

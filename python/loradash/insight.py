@@ -1,0 +1,126 @@
+"""What the paper looks at: change rates of a trained adapter's layers, and how directions of several adapters agree."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from loradash_kernels import change_rates, direction_accuracy, direction_recall
+
+from .checkpoint import FILE_NAME, AdapterError
+from .config import DashConfig
+
+Factors = dict[str, tuple[Tensor, Tensor, float]]  # layer -> A (r, K), B (N, r), scaling
+
+
+class Weights:
+    """The matrices of a model on disk: a .safetensors file, or a folder of them. Read one at a time."""
+
+    def __init__(self, path: Path) -> None:
+        files = [path] if path.is_file() else sorted(path.glob("*.safetensors"))
+        self._file: dict[str, Path] = {}
+        for file in files:
+            try:
+                with safe_open(str(file), framework="pt") as opened:
+                    for name in opened.keys():  # noqa: SIM118
+                        if len(opened.get_slice(name).get_shape()) == 2:
+                            self._file[name] = file
+            except (SafetensorError, OSError) as error:
+                raise ValueError(f"{file}: cannot be read as safetensors: {error}") from error
+        if not self._file:
+            raise ValueError(f"{path}: no matrices; wanted a .safetensors file or a folder of them")
+
+    def names(self) -> list[str]:
+        return list(self._file)
+
+    def load(self, name: str) -> Tensor:
+        """A matrix (N, K) by its name in the file."""
+        with safe_open(str(self._file[name]), framework="pt") as opened:
+            return opened.get_tensor(name)
+
+    def of_layer(self, layer: str) -> Tensor:
+        """The weight of a layer, whose name in the file may begin with more. Raises ValueError where it is not clear."""
+        wanted = f"{layer}.weight"
+        found = [n for n in self._file if n == wanted or n.endswith("." + wanted) or wanted.endswith("." + n)]
+        if len(found) != 1:
+            raise ValueError(f"the model has {len(found)} weights for layer {layer}: {', '.join(found[:4]) or 'none'}")
+        return self.load(found[0])
+
+
+def load_factors(path: Path) -> Factors:
+    """A and B of every layer of an adapter: one of ours, or a LoRA in PEFT's format. AdapterError for anything else."""
+    ours = path if path.suffix == ".safetensors" else path / FILE_NAME
+    theirs = path / "adapter_model.safetensors"
+    file = ours if ours.is_file() else theirs
+    try:
+        with safe_open(str(file), framework="pt") as opened:
+            header = opened.metadata() or {}
+            tensors = {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118
+        if "loradash" in header:
+            config = DashConfig.from_dict(json.loads(header["loradash"])["config"])
+            names = [key.removesuffix(".lora_a") for key in tensors if key.endswith(".lora_a")]
+            return {n: (tensors[f"{n}.lora_a"], tensors[f"{n}.lora_b"], config.for_module(n).scaling) for n in names}
+        settings = json.loads((file.parent / "adapter_config.json").read_text())
+        root = settings["r"] ** 0.5 if settings.get("use_rslora") else settings["r"]
+        names = [key.removesuffix(".lora_A.weight") for key in tensors if key.endswith(".lora_A.weight")]
+        return {
+            n.removeprefix("base_model.model."): (
+                tensors[f"{n}.lora_A.weight"], tensors[f"{n}.lora_B.weight"], settings["lora_alpha"] / root
+            )
+            for n in names
+        }  # fmt: skip
+    except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
+        raise AdapterError(f"{path}: cannot be read as a LoRA-Dash or PEFT LoRA adapter: {error}") from error
+
+
+@dataclass(frozen=True)
+class LayerRates:
+    """Change rates (n,) of one layer, largest σ first, and σ (n,)."""
+
+    rate: Tensor
+    sigma: Tensor
+
+    def top(self, count: int) -> Tensor:
+        """Indices of the highest rates, highest first."""
+        return self.rate.topk(min(count, self.rate.numel())).indices
+
+
+def layer_rates(weights: Weights, factors: Factors, progress: bool = True) -> dict[str, LayerRates]:
+    """All change rates of every layer that was trained (B is not zero), by the exact route."""
+    trained = {n: f for n, f in factors.items() if bool(f[1].any())}
+    if not trained:
+        raise ValueError("no layer of the adapter has been trained: every B is zero")
+    found = {}
+    for name, (a, b, scaling) in tqdm(trained.items(), desc="change rates", unit="layer", disable=not progress):
+        weight = weights.of_layer(name).float()
+        if weight.shape != (b.shape[0], a.shape[1]):
+            weight = weight.t()  # transformers' Conv1D keeps (K, N)
+        rates = change_rates(weight, a.float(), b.float(), scaling=scaling, method="exact")
+        found[name] = LayerRates(rates.rate, rates.sigma)
+    return found
+
+
+def overlap(first: dict[str, LayerRates], second: dict[str, LayerRates], s: int) -> float:
+    """The mean share, over common layers, of the top s of one among the top s of the other."""
+    common = first.keys() & second.keys()
+    if not common:
+        raise ValueError("the adapters have no layer in common")
+    return float(torch.stack([direction_recall(first[n].top(s), second[n].top(s)) for n in common]).mean())
+
+
+def agreement(found: Sequence[dict[str, LayerRates]], truth: dict[str, LayerRates]) -> list[tuple[float, float]]:
+    """(accuracy, recall) of each against the truth, as the paper counts: top 8 in the true top 16, true top 4 in the top 8."""
+    result = []
+    for rates in found:
+        names = rates.keys() & truth.keys()
+        accuracy = [direction_accuracy(rates[n].top(8), truth[n].top(16)) for n in names]
+        recall = [direction_recall(rates[n].top(8), truth[n].top(4)) for n in names]
+        result.append((float(torch.stack(accuracy).mean()), float(torch.stack(recall).mean())))
+    return result
