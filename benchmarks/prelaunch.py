@@ -11,11 +11,13 @@ from __future__ import annotations
 import argparse
 import collections
 import statistics
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
 import torch
+from loradash import SpectralCache
 from measure import environment, write_csv
 from rich.console import Console
 from rich.table import Table
@@ -75,12 +77,20 @@ def measure(group: Group, rounds: int) -> dict[str, Any]:
             start = time.perf_counter()
             found[method] = task_specific_directions(w, a, b, 8, scaling=scaling, method=method)
             times[method].append(time.perf_counter() - start)
+        with tempfile.TemporaryDirectory() as folder:
+            cache = SpectralCache(folder)
+            for name in ("cold", "warm"):
+                start = time.perf_counter()
+                kept = [cache.directions(m, x, y, 8, scaling) for m, x, y in zip(w, a, b, strict=True)]
+                times[name].append(time.perf_counter() - start)
     median = {m: statistics.median(t[1:] if len(t) > 1 else t) for m, t in times.items()}
     truth = change_rates(w.double(), a.double(), b.double(), scaling=scaling, method="exact").rate.topk(16).indices
     index = found["auto"].index
     return {
         "layers": title, "svd s": median["svd"], "auto / svd": median["auto"] / median["svd"],
-        "exact / svd": median["exact"] / median["svd"], "accuracy": float(direction_accuracy(index, truth).mean()),
+        "exact / svd": median["exact"] / median["svd"],
+        "cold cache / svd": median["cold"] / median["svd"], "warm cache / exact": median["warm"] / median["exact"],
+        "top 8 from cache": float(direction_recall(torch.stack([k.index for k in kept]), truth[:, :8]).mean()), "accuracy": float(direction_accuracy(index, truth).mean()),
         "recall": float(direction_recall(index, truth[:, :4]).mean()),
         "top 8 found": float(direction_recall(index, truth[:, :8]).mean()),
         "routes": ", ".join(f"{r} {c}" for r, c in collections.Counter(found["auto"].routes).items()),

@@ -219,8 +219,7 @@ def test_background(cache):
     assert work.wait(120) and work.remaining == 0
     assert all(cache.has(layer.weight) for layer in loradash.dash_layers(model).values())
     again = cache.start(model)
-    assert again.remaining == 0 and again.wait()
-    again.cancel()
+    assert again.wait() and again._process is None  # everything was there
 
 
 @pytest.mark.slow
@@ -228,8 +227,7 @@ def test_background_cancelled_and_failed(cache):
     model, _ = trained()
     work = cache.start(model)
     work.cancel()
-    work._thread.join(60)
-    assert not work._thread.is_alive()
+    assert not work._thread.is_alive() and work.remaining >= 0
     with torch.no_grad():
         next(iter(loradash.dash_layers(model).values())).weight[0, 0] = float("nan")
     with pytest.raises(RuntimeError, match="not finite"):

@@ -6,6 +6,7 @@ import hashlib
 import json
 import multiprocessing
 import os
+import signal
 import threading
 import warnings
 from collections.abc import Iterable, Iterator
@@ -82,8 +83,7 @@ class SpectralCache:
 
     def start(self, model: nn.Module) -> BackgroundDecomposition:
         """Decomposes the adapted layers' weights in a process of its own, at the lowest priority, while training runs."""
-        missing = [w for layer in dash_layers(model).values() if not self.has(w := layer.weight_nk().detach())]
-        return BackgroundDecomposition(self, missing)
+        return BackgroundDecomposition(self, [layer.weight_nk().detach() for layer in dash_layers(model).values()])
 
     # --- files -------------------------------------------------------------------------------------------------------
 
@@ -165,55 +165,69 @@ def _checksum(tensors: dict[str, Tensor]) -> str:
 class BackgroundDecomposition:
     """Fills a cache while something else runs: a process at the lowest priority, on one thread, one weight at a time.
 
-    The weights go through shared memory, one copy at a time. `cancel` ends it; so does the end of this process.
+    Weights that the cache has are only hashed; the others go through shared memory, one copy at a time. `cancel` ends it;
+    so does the end of this process.
     """
 
     def __init__(self, cache: SpectralCache, weights: Iterable[Tensor]) -> None:
+        self._cache = cache
         self._weights = list(weights)
         self._done = 0
         self._error: str | None = None
-        context = multiprocessing.get_context("spawn")
-        self._pipe, child = context.Pipe()
-        self._process = context.Process(
-            target=_work, args=(child, str(cache.folder), cache.max_bytes), daemon=True, name="loradash-decompose"
-        )
+        self._cancelled = False
+        self._process: Any = None
         self._thread = threading.Thread(target=self._feed, daemon=True, name="loradash-decompose")
-        if self._weights:
-            self._process.start()
-            child.close()
-            self._thread.start()
+        self._thread.start()
 
     @property
     def remaining(self) -> int:
-        """Weights still to be decomposed."""
+        """Weights still to be decomposed, or looked for."""
         return len(self._weights) - self._done
 
     def wait(self, timeout: float | None = None) -> bool:
         """Waits for the end. True when all weights are in the cache; RuntimeError when one failed."""
-        if self._weights:
-            self._thread.join(timeout)
+        self._thread.join(timeout)
         if self._error:
             raise RuntimeError(f"background decomposition failed: {self._error}")
         return self.remaining == 0
 
     def cancel(self) -> None:
         """Stops at once; what is finished stays in the cache."""
-        if self._weights and self._process.is_alive():
+        self._cancelled = True
+        if self._process is not None and self._process.is_alive():
             self._process.terminate()
-            self._process.join()
+        self._thread.join()
 
     def _feed(self) -> None:
+        if hasattr(os, "setpriority"):  # on Linux a thread has a priority of its own
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)
+        pipe = None
         try:
             for weight in self._weights:
-                self._pipe.send(weight.cpu().clone().share_memory_())
-                error = self._pipe.recv()
-                if error:
-                    self._error = error
+                if self._cancelled:
                     return
+                if not self._cache.has(weight):
+                    pipe = pipe or self._spawn()
+                    pipe.send(weight.cpu().clone().share_memory_())
+                    self._error = pipe.recv()
+                    if self._error:
+                        return
                 self._done += 1
-            self._pipe.send(None)
         except (EOFError, BrokenPipeError, ConnectionResetError):
             pass  # cancelled, or killed: launch decomposes what is missing
+        finally:
+            if pipe is not None:
+                pipe.close()  # the other end reads the end of the file, and ends
+                self._process.join()
+
+    def _spawn(self) -> Any:
+        context = multiprocessing.get_context("spawn")
+        pipe, child = context.Pipe()
+        arguments = (child, str(self._cache.folder), self._cache.max_bytes)
+        self._process = context.Process(target=_work, args=arguments, daemon=True, name="loradash-decompose")
+        self._process.start()
+        child.close()
+        return pipe
 
 
 def _work(pipe: Any, folder: str, max_bytes: int) -> None:
@@ -221,12 +235,14 @@ def _work(pipe: Any, folder: str, max_bytes: int) -> None:
         os.nice(19)
     torch.set_num_threads(1)
     cache = SpectralCache(folder, max_bytes)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the training process, whose end ends this one
     try:
-        while (weight := pipe.recv()) is not None:
+        while True:
+            weight = pipe.recv()
             try:
                 cache.spectrum(weight)
                 pipe.send(None)
             except Exception as error:  # whatever it is, the parent reports it
                 pipe.send(f"{type(error).__name__}: {error}")
-    except (EOFError, KeyboardInterrupt):
+    except EOFError:
         pass
