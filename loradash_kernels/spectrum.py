@@ -156,7 +156,7 @@ def _refine(half: Half, index: Tensor) -> tuple[Tensor, Tensor]:
     One step of Ogita and Aishima (Japan J. Indust. Appl. Math. 2018) for those columns alone, O(n² c): the error of the
     basis, 3e-4 a column, is squared; eigenvalues that are equal to rounding are left as they are.
     """
-    x, w = half.basis.double(), half.w.double()
+    x, w = half.basis, half.w
     columns = index[..., None, :].expand(*x.shape[:-1], index.shape[-1])
     few = x.gather(-1, columns)
     image = w @ (w.mT @ few) if half.left else w.mT @ (w @ few)
@@ -165,7 +165,7 @@ def _refine(half: Half, index: Tensor) -> tuple[Tensor, Tensor]:
     projected = x.mT @ image  # S = XᵀGX
     own = overlap.gather(-2, index[..., None, :])
     values = (projected.gather(-2, index[..., None, :]) / (1 - own)).squeeze(-2)
-    others = half.sigma.double().square()
+    others = half.sigma.square()
     others = others.scatter(-1, index, values)
     distance = values[..., None, :] - others[..., :, None]
     threshold = 4 * torch.finfo(torch.float32).eps * others[..., :1, None]
