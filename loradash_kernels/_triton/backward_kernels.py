@@ -13,7 +13,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .common import column_factors, grouped, keep_mask, span, stacked
+from .common import column_factors, grouped, keep_mask, operand_tile, span, stacked
 
 
 @triton.jit(do_not_specialize=["M", "rows_per_split"])
@@ -164,12 +164,8 @@ def dx_gemm(
     dy += tl.cast(m0, tl.int64) * stride_ym
     w += tl.cast(k0, tl.int64) * stride_wk
     for n0 in tl.range(0, N, BLOCK_K):
-        step = tl.cast(n0, tl.int64)
-        mask_a, mask_b = rows < M - m0, columns < K - k0
-        if not EVEN_N:
-            mask_a, mask_b = mask_a & (ns[None, :] < N - n0), mask_b & (ns[:, None] < N - n0)
-        dy_tile = tl.load(dy + step * stride_yn + rows * stride_ym + ns[None, :] * stride_yn, mask=mask_a, other=0.0)
-        w_tile = tl.load(w + step * stride_wn + ns[:, None] * stride_wn + columns * stride_wk, mask=mask_b, other=0.0)
+        dy_tile = operand_tile(dy, n0, rows, ns[None, :], M - m0, N - n0, stride_ym, stride_yn, EVEN_N)
+        w_tile = operand_tile(w, n0, columns, ns[:, None], K - k0, N - n0, stride_wk, stride_wn, EVEN_N)
         acc = tl.dot(dy_tile, w_tile, acc, input_precision=PRECISION)
     if t is not None and dtype == tl.float32:
         low = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)

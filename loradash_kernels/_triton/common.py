@@ -30,6 +30,19 @@ def grouped(pid, tiles_m, tiles_n, GROUP_M: tl.constexpr):
 
 
 @triton.jit
+def operand_tile(base, k0, outer, ks, outer_left, left, stride_outer, stride_k, EVEN: tl.constexpr):
+    """The part from depth k0 of an operand's tile; outer and ks broadcast to it, in either order.
+
+    Zero from outer_left on, and from depth `left` on unless EVEN says that tiles end where the operand does.
+    """
+    mask = outer < outer_left
+    if not EVEN:
+        mask = mask & (ks < left)
+    offsets = tl.cast(k0, tl.int64) * stride_k + outer * stride_outer + ks * stride_k
+    return tl.load(base + offsets, mask=mask, other=0.0)
+
+
+@triton.jit
 def keep_mask(seed, threshold, m0, k0, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr):
     """Keep bits (BLOCK_M, BLOCK_K) of elements (m0 + i, k0 + j): Philox4x32-10 (Salmon et al., SC 2011).
 

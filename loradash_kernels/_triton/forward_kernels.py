@@ -11,7 +11,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .common import column_factors, grouped, keep_mask, span, stacked
+from .common import column_factors, grouped, keep_mask, operand_tile, span, stacked
 
 
 @triton.jit
@@ -75,10 +75,7 @@ def down_projection(
     acc = tl.zeros((BLOCK_M, R_BLOCK), tl.float32)
     for k0 in tl.range(0, K, BLOCK_K):
         step = tl.cast(k0, tl.int64)
-        mask = rows < M - m0
-        if not EVEN_K:
-            mask = mask & (ks[None, :] < K - k0)
-        tile = tl.load(x + step * stride_xk + rows * stride_xm + ks[None, :] * stride_xk, mask=mask, other=0.0)
+        tile = operand_tile(x, k0, rows, ks[None, :], M - m0, K - k0, stride_xm, stride_xk, EVEN_K)
         d = stacked(
             lora_a + step * stride_ak, stride_ar, stride_ak, None if DIRECTIONS == 0 else dash_vt + step * stride_vk,
             stride_vs, stride_vk, ranks, ks[:, None], K - k0, RANK, DIRECTIONS, dtype,
@@ -175,15 +172,8 @@ def one_launch_forward(
             low = tl.zeros((BLOCK_M, R_BLOCK), tl.float32)
             for k0 in tl.range(0, K, BLOCK_K, num_stages=FIRST_STAGES):
                 step = tl.cast(k0, tl.int64)
-                mask_a, mask_b = rows < M - m0, columns < N - n0
-                if not EVEN_K:
-                    mask_a, mask_b = mask_a & (ks[None, :] < K - k0), mask_b & (ks[:, None] < K - k0)
-                a_tile = tl.load(
-                    a + step * stride_xk + rows * stride_xm + ks[None, :] * stride_xk, mask=mask_a, other=0.0
-                )
-                b_tile = tl.load(
-                    b + step * stride_wk + columns * stride_wn + ks[:, None] * stride_wk, mask=mask_b, other=0.0
-                )
+                a_tile = operand_tile(a, k0, rows, ks[None, :], M - m0, K - k0, stride_xm, stride_xk, EVEN_K)
+                b_tile = operand_tile(b, k0, columns, ks[:, None], N - n0, K - k0, stride_wn, stride_wk, EVEN_K)
                 d = stacked(
                     lora_a + step * stride_ak, stride_ar, stride_ak,
                     None if DIRECTIONS == 0 else dash_vt + step * stride_vk, stride_vs, stride_vk,
@@ -201,16 +191,8 @@ def one_launch_forward(
             tl.atomic_xchg(state + tiles_m + pid_m, 1, sem="release")
         else:
             for k0 in tl.range(0, K, BLOCK_K):
-                step = tl.cast(k0, tl.int64)
-                mask_a, mask_b = rows < M - m0, columns < N - n0
-                if not EVEN_K:
-                    mask_a, mask_b = mask_a & (ks[None, :] < K - k0), mask_b & (ks[:, None] < K - k0)
-                a_tile = tl.load(
-                    a + step * stride_xk + rows * stride_xm + ks[None, :] * stride_xk, mask=mask_a, other=0.0
-                )
-                b_tile = tl.load(
-                    b + step * stride_wk + columns * stride_wn + ks[:, None] * stride_wk, mask=mask_b, other=0.0
-                )
+                a_tile = operand_tile(a, k0, rows, ks[None, :], M - m0, K - k0, stride_xm, stride_xk, EVEN_K)
+                b_tile = operand_tile(b, k0, columns, ks[:, None], N - n0, K - k0, stride_wn, stride_wk, EVEN_K)
                 acc = tl.dot(a_tile, b_tile, acc, input_precision=PRECISION)
             while tl.atomic_add(state + tiles_m + pid_m, 0, sem="acquire") == 0:
                 pass
