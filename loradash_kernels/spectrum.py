@@ -28,7 +28,7 @@ from .directions import (
 )  # fmt: skip
 from .svd import Triplets
 
-MAX_RESIDUAL = 1e-2  # of a triplet from a full spectrum, relative to its σ; 1e-5 at most where it is this weight's
+MAX_RESIDUAL = 1e-2  # of a triplet from a full spectrum, relative to its σ; about 1e-6 where it is this weight's (measured at condition 3)
 REFINED = 4  # times s: so many candidates are refined before the s best are taken
 
 
@@ -129,7 +129,10 @@ def choose_directions(
     if spectrum.route == "tail":
         good = all(are_resolved(w, sigma, *chosen))
     else:
-        good = bool((residuals(w, *chosen[:3]) <= MAX_RESIDUAL * chosen[2]).all())
+        rounding = (
+            8 * torch.finfo(w.dtype).eps * max(w.shape[-2:]) ** 0.5 * sigma[..., :1]
+        )  # a σ of 0 has no other mark
+        good = bool((residuals(w, *chosen[:3]) <= (MAX_RESIDUAL * chosen[2]).maximum(rounding)).all())
     if not good:
         return None
     u, vt, best_sigma, rate, index = (t[0] for t in chosen)
