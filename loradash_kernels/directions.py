@@ -3,33 +3,33 @@
 For every singular triplet (u_i, σ_i, v_i) of a frozen weight W (N, K), the change rate of an update ΔW = scaling · B A is
 δ_i = |u_iᵀ ΔW v_i| / (σ_i + eps). ΔW is never formed: u_iᵀ ΔW v_i = scaling · rowwise((Uᵀ B) ⊙ (Vᵀ Aᵀ)), O((N + K) n r).
 
-Three routes to the triplets:
-
-- tail: the small end of a graded spectrum by a randomized SVD of the inverse. On square layers of trained transformers
-  (condition number above a thousand) n / 12 triplets hold the top 8 directions.
-- gram: all triplets from the eigenvectors of the Gram matrix of the short side, in the precision that its condition
-  number asks for. Exact on rectangular layers, whose spectrum is flat at the small end and where the tail misleads.
-- svd: LAPACK, where neither will do.
+The routes to the triplets are those of `routes`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from .svd import Triplets, all_finite, batched_randomized_svd
+from .routes import (
+    Half,
+    Route,
+    are_resolved,
+    are_triplets,
+    follow,
+    is_graded,
+    norm_estimate,
+    routes_of,
+    tail_rank,
+    tail_triplets,
+)  # fmt: skip
+from .svd import Triplets, all_finite, full_precision, select, triton_kernels
 
 METHODS = ("auto", "exact", "randomized")
-TAIL_FRACTION = 12  # the tail route takes the last n / 12 triplets, at least 32 of them,
-MIN_TAIL = 32
-TAIL_POWER_ITERS = 3  # 3 steps of subspace iteration and 8 columns of oversampling: 99.5% of the top 8 directions;
-SMALL, SMALL_POWER_ITERS = 1024, 6  # below, steps cost less than sending a layer to the full route
-MIN_TAIL_CONDITION = 300.0  # below, the small end is too flat to be told apart by the tail route
-MAX_RELATIVE_ERROR = 2e-4  # of the smallest σ² from a Gram matrix: eps · condition²
-MAX_RESIDUAL_PER_GAP = 0.3  # of a chosen triplet; 0.03 at most where the tail route is right, above 5 where it is wrong
 
 
 class ChangeRates(NamedTuple):
@@ -56,6 +56,7 @@ class Directions(NamedTuple):
     routes: tuple[str, ...]
 
 
+@full_precision()
 def change_rates(
     weight: Tensor,  # (..., N, K)
     lora_a: Tensor,  # (..., r, K)
@@ -83,10 +84,10 @@ def change_rates(
     spectrum, route = None, "svd"
     if method == "randomized" or (method == "auto" and _square(w)):
         spectrum, route = tail_triplets(w, rank, generator), "tail"
-        if method == "auto" and not bool(is_graded(w, spectrum).all()):
+        if method == "auto" and not bool(is_graded(norm_estimate(w), spectrum).all()):
             spectrum = None
     if spectrum is None:
-        spectrum, route = _full(w, method == "exact")
+        spectrum, route = _all_triplets(w, method)
     delta = scaling * _overlap(spectrum, a, b)
     batch = weight.shape[:-2]
     rate = delta.abs() / (spectrum.sigma + eps)
@@ -94,6 +95,7 @@ def change_rates(
     return ChangeRates(u, sigma, vt, delta, rate, route)
 
 
+@full_precision()
 def task_specific_directions(
     weight: Tensor,  # (..., N, K)
     lora_a: Tensor,  # (..., r, K)
@@ -120,50 +122,78 @@ def task_specific_directions(
     if rank is not None and rank < s:
         raise ValueError(f"rank is {rank}; it must be at least s = {s}")
 
-    found: dict[int, tuple[Tensor, ...]] = {}
-    routes: dict[int, str] = {}
+    search = _Search(w, a, b, s, scaling, eps, todo=list(range(w.shape[0])))
+    if method == "randomized" or (method == "auto" and _square(w) and search.todo):
+        tail = tail_triplets(w, max(rank or tail_rank(n), s), generator)
+        if method == "randomized":
+            search.settle(search.todo, tail, "tail")
+        else:
+            norms = norm_estimate(w)
+            kept = [i for i in search.todo if bool(is_graded(norms, tail)[i])]
+            check: Check = lambda which, chosen: are_resolved(  # noqa: E731
+                select(w, which), select(norms, which), select(tail.sigma, which), *chosen
+            )
+            search.settle(kept, tail.take(kept), "tail", check)
+    if search.todo:
+        search.through(routes_of(w, method), ", escalated" if method == "auto" and _square(w) else "")
+    return search.directions(weight.shape[:-2])
 
-    def settle(which: list[int], spectrum: Triplets | Half, route: str, check: bool) -> list[int]:
-        """Keeps the choice of each matrix of `which` that passes; returns the others."""
-        chosen = choose_best(spectrum, w[which], a[which], b[which], s, scaling, eps)
-        good = are_resolved(w[which], spectrum.sigma, *chosen) if check else [True] * len(which)
+
+Chosen = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]  # u, vt, sigma, rate, index of a part of the batch
+Check = Callable[[list[int], Chosen], list[bool]]
+
+
+@dataclass
+class _Search:
+    """Directions of the matrices of a batch, and the numbers of those for which they are still sought."""
+
+    w: Tensor
+    a: Tensor
+    b: Tensor
+    s: int
+    scaling: float
+    eps: float
+    todo: list[int]
+    found: dict[int, tuple[tuple[Tensor, ...], str]] = field(default_factory=dict)
+
+    def settle(self, which: list[int], spectrum: Triplets | Half, route: str, check: Check | None = None) -> None:
+        """Chooses for the matrices `which`, whose triplets are in `spectrum`, and keeps what passes the check."""
+        if not which:
+            return
+        few = (select(t, which) for t in (self.w, self.a, self.b))
+        chosen = choose_best(spectrum, *few, self.s, self.scaling, self.eps)  # type: ignore[call-arg, arg-type]
+        good = check(which, chosen) if check else [True] * len(which)
         for i, matrix in enumerate(which):
             if good[i]:
-                found[matrix], routes[matrix] = tuple(t[i] for t in chosen), route
-        return [m for m, g in zip(which, good, strict=True) if not g]
+                self.found[matrix] = tuple(t[i] for t in chosen), route
+        self.todo = [i for i in self.todo if i not in self.found]
 
-    todo = list(range(w.shape[0]))
-    if method == "randomized" or (method == "auto" and _square(w) and todo):
-        tail = tail_triplets(w, max(rank or max(MIN_TAIL, n // TAIL_FRACTION), s), generator)
-        if method == "randomized":
-            todo = settle(todo, tail, "tail", check=False)
-        else:
-            graded = is_graded(w, tail).tolist()
-            kept = [i for i in todo if graded[i]]
-            failed = settle(kept, Triplets(*(t[kept] for t in tail)), "tail", check=True) if kept else []
-            todo = sorted(failed + [i for i in todo if not graded[i]])
-    escalated = method == "auto" and _square(w)
-    if todo and method != "randomized":
-        for precision in gram_precisions(w, method):
-            half = gram_half(w[todo], precision)
-            accurate = is_accurate(half.sigma, precision)
-            good = [i for i, ok in zip(todo, accurate, strict=True) if ok]
-            if good:
-                picked = [p for p, ok in enumerate(accurate) if ok]
-                settle(good, half.take(picked), f"gram {str(precision).removeprefix('torch.')}", check=False)
-            todo = [i for i, ok in zip(todo, accurate, strict=True) if not ok]
-            if not todo:
-                break
-    if todo:
-        svd = Triplets(*torch.linalg.svd(w[todo], full_matrices=False))
-        settle(todo, svd, "svd, escalated" if escalated else "svd", check=False)
+    def through(self, routes: tuple[Route, ...], mark: str) -> None:
+        """Takes route after route until every matrix has its directions; the last is not checked."""
+        for route in routes:
+            trying = self.todo
+            spectrum, allowed = follow(route, select(self.w, trying))
+            kept = [position for position, ok in enumerate(allowed) if ok]
+            check = None if route == routes[-1] else self._are_triplets(spectrum.sigma[:, 0], trying)
+            name = f"{route}{mark}" if route.kind == "svd" else str(route)
+            self.settle([trying[p] for p in kept], spectrum.take(kept), name, check)
+            if not self.todo:
+                return
 
-    batch = weight.shape[:-2]
-    order = range(w.shape[0])
-    u, vt, sigma, rate, index = (
-        torch.stack([found[i][f] for i in order]).reshape(*batch, *found[0][f].shape) for f in range(5)
-    )
-    return Directions(u, vt, sigma, rate, index, tuple(routes[i] for i in order))
+    def _are_triplets(self, largest: Tensor, trying: list[int]) -> Check:
+        def check(which: list[int], chosen: Chosen) -> list[bool]:
+            norms = select(largest, [trying.index(i) for i in which])
+            return are_triplets(select(self.w, which), norms, *chosen[:3])
+
+        return check
+
+    def directions(self, batch: torch.Size) -> Directions:
+        """Of the whole batch, in its shape."""
+        chosen = [self.found[i] for i in range(self.w.shape[0])]
+        u, vt, sigma, rate, index = (
+            torch.stack([tensors[f] for tensors, _ in chosen]).reshape(*batch, *chosen[0][0][f].shape) for f in range(5)
+        )
+        return Directions(u, vt, sigma, rate, index, tuple(route for _, route in chosen))
 
 
 def direction_recall(predicted: Tensor, true: Tensor) -> Tensor:
@@ -209,128 +239,50 @@ def _square(w: Tensor) -> bool:
     return w.shape[-2] == w.shape[-1]
 
 
-# --- the tail --------------------------------------------------------------------------------------------------------
-
-
-def tail_triplets(w: Tensor, rank: int | None, generator: torch.Generator | None) -> Triplets:
-    n = min(w.shape[-2:])
-    if generator is None:
-        generator = torch.Generator(w.device).manual_seed(0)
-    rank = min(n, rank or max(MIN_TAIL, n // TAIL_FRACTION))
-    power_iters = TAIL_POWER_ITERS if n >= SMALL else SMALL_POWER_ITERS
-    return batched_randomized_svd(w, rank, power_iters=power_iters, generator=generator)
-
-
-def _norm_estimate(w: Tensor, steps: int = 3) -> Tensor:
-    """A lower estimate of the largest singular value, good to tens of percent: power iteration from the column sums."""
-    v = w.sum(-2)[..., None] + torch.finfo(w.dtype).tiny
-    for _ in range(steps):
-        v = w.mT @ (w @ (v / torch.linalg.vector_norm(v, dim=-2, keepdim=True).clamp_min(torch.finfo(w.dtype).tiny)))
-    return torch.linalg.vector_norm(v, dim=(-2, -1)).sqrt()
-
-
-def is_graded(w: Tensor, tail: Triplets) -> Tensor:
-    """(L,) bool: is the condition number large enough for the tail to be told apart?"""
-    return _norm_estimate(w) >= MIN_TAIL_CONDITION * tail.sigma[..., -1]
-
-
-def residuals(w: Tensor, u: Tensor, vt: Tensor, sigma: Tensor) -> Tensor:
-    """The larger of ‖W v_i - σ_i u_i‖ and ‖Wᵀ u_i - σ_i v_i‖ (..., s)."""
-    left = torch.linalg.vector_norm(w @ vt.mT - u * sigma[..., None, :], dim=-2)
-    right = torch.linalg.vector_norm(w.mT @ u - vt.mT * sigma[..., None, :], dim=-2)
-    return torch.maximum(left, right)
-
-
-def are_resolved(
-    w: Tensor, sigma: Tensor, u: Tensor, vt: Tensor, chosen_sigma: Tensor, rate: Tensor, index: Tensor
-) -> list[bool]:
-    """For each matrix: are the residuals of all chosen triplets small against the gaps to their neighbours?
-
-    A residual larger than the gap means a mixture of neighbours. Singular values that are equal up to rounding have no
-    directions of their own, so rounding is allowed for.
-    """
-    spacing = (sigma[..., :-1] - sigma[..., 1:]).abs()
-    edge = torch.full_like(sigma[..., :1], torch.inf)
-    gaps = torch.minimum(torch.cat((edge, spacing), -1), torch.cat((spacing, edge), -1))
-    local = index - (min(w.shape[-2:]) - sigma.shape[-1])
-    rounding = 8 * torch.finfo(w.dtype).eps * max(w.shape[-2:]) ** 0.5 * _norm_estimate(w)
-    allowed = torch.maximum(MAX_RESIDUAL_PER_GAP * gaps.gather(-1, local), rounding[..., None])
-    return (residuals(w, u, vt, chosen_sigma) <= allowed).all(-1).tolist()
-
-
-# --- the Gram matrix -------------------------------------------------------------------------------------------------
-
-
-class Half:
-    """All singular values, and the vectors of the short side only: those of the long side are W's products with them."""
-
-    def __init__(self, w: Tensor, basis: Tensor, sigma: Tensor, left: bool) -> None:
-        self.w, self.basis, self.sigma, self.left = w, basis, sigma, left  # basis (L, n, n), columns
-
-    def take(self, which: list[int]) -> Half:
-        return Half(self.w[which], self.basis[which], self.sigma[which], self.left)
-
-    def other(self, columns: Tensor, sigma: Tensor) -> Tensor:
-        """Vectors of the long side, as columns, for some columns of the basis; zero where σ is."""
-        product = (self.w.mT if self.left else self.w) @ columns
-        return product / sigma.clamp_min(torch.finfo(sigma.dtype).tiny)[..., None, :]
-
-    def full(self) -> Triplets:
-        other = self.other(self.basis, self.sigma)
-        return Triplets(self.basis, self.sigma, other.mT) if self.left else Triplets(other, self.sigma, self.basis.mT)
-
-
-def gram_half(w: Tensor, precision: torch.dtype) -> Half:
-    """2 N K n FLOPs for the Gram matrix of the short side n, about 9 n³ for its eigenvectors."""
-    left = w.shape[-2] <= w.shape[-1]
-    wide = w.to(precision)
-    squares, basis = torch.linalg.eigh(wide @ wide.mT if left else wide.mT @ wide)
-    sigma = squares.flip(-1).clamp_min(0).sqrt()
-    return Half(w, basis.flip(-1).to(w.dtype), sigma.to(w.dtype), left)
-
-
-def gram_precisions(w: Tensor, method: str) -> tuple[torch.dtype, ...]:
-    """The precisions worth trying, in order; none for "exact" where one SVD costs less."""
-    if method == "exact" and max(w.shape[-2:]) < 2 * min(w.shape[-2:]):
-        return ()
-    return (torch.float64,) if w.dtype == torch.float64 else (torch.float32, torch.float64)
-
-
-def is_accurate(sigma: Tensor, precision: torch.dtype) -> list[bool]:
-    """For each matrix: is the smallest σ² of its Gram matrix above the rounding error of the largest?"""
-    squares = sigma.double().square()
-    return (torch.finfo(precision).eps * squares[..., 0] <= MAX_RELATIVE_ERROR * squares[..., -1]).tolist()
-
-
-def _full(w: Tensor, exact: bool) -> tuple[Triplets, str]:
-    """All triplets of a batch by one route."""
-    for precision in gram_precisions(w, "exact" if exact else "auto"):
-        half = gram_half(w, precision)
-        if all(is_accurate(half.sigma, precision)):
-            return half.full(), f"gram {str(precision).removeprefix('torch.')}"
-    return Triplets(*torch.linalg.svd(w, full_matrices=False)), "svd"
+def _all_triplets(w: Tensor, method: str) -> tuple[Triplets, str]:
+    """All triplets of a batch by one route, the first that every matrix allows and whose smallest triplets hold."""
+    routes = routes_of(w, method)
+    for route in routes:
+        found, allowed = follow(route, w)
+        if all(allowed):
+            full = Triplets(*(t.to(w.dtype) for t in (found.full() if isinstance(found, Half) else found)))
+            ends = Triplets(full.u[..., -1:], full.sigma[..., -1:], full.vt[..., -1:, :])
+            if route == routes[-1] or all(are_triplets(w, full.sigma[..., 0], ends.u, ends.vt, ends.sigma)):
+                break
+    return full, str(route)
 
 
 # --- rates and choice ------------------------------------------------------------------------------------------------
 
 
+def _factors(spectrum: Triplets | Half, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """left (L, N, n), right (L, K, n), sigma (L, n), B (L, N, r) and Aᵀ (L, K, r), with which
+
+    u_iᵀ B A v_i = rowwise((leftᵀ B) ⊙ (rightᵀ Aᵀ)); of a `Half`, over σ: vᵀ Aᵀ = uᵀ (W Aᵀ) / σ needs no long side.
+    """
+    a, b = a.to(spectrum.sigma.dtype), b.to(spectrum.sigma.dtype)
+    if isinstance(spectrum, Triplets):
+        return spectrum.u, spectrum.vt.mT, spectrum.sigma, b, a.mT
+    near, far = (b, spectrum.w @ a.mT) if spectrum.left else (a.mT, spectrum.w.mT @ b)
+    return spectrum.basis, spectrum.basis, spectrum.sigma, near, far
+
+
 def _overlap(spectrum: Triplets | Half, a: Tensor, b: Tensor) -> Tensor:
     """u_iᵀ B A v_i (L, n)."""
-    if isinstance(spectrum, Triplets):
-        return ((spectrum.u.mT @ b) * (spectrum.vt @ a.mT)).sum(-1)
-    if spectrum.left:  # vᵀ Aᵀ = uᵀ (W Aᵀ) / σ: the long side is not needed
-        product = (spectrum.basis.mT @ b) * (spectrum.basis.mT @ (spectrum.w @ a.mT))
-    else:
-        product = (spectrum.basis.mT @ a.mT) * (spectrum.basis.mT @ (spectrum.w.mT @ b))
-    return product.sum(-1) / spectrum.sigma.clamp_min(torch.finfo(spectrum.sigma.dtype).tiny)
+    left, right, sigma, near, far = _factors(spectrum, a, b)
+    product = ((left.mT @ near) * (right.mT @ far)).sum(-1)
+    return product / sigma.clamp_min(torch.finfo(sigma.dtype).tiny) if isinstance(spectrum, Half) else product
 
 
 def choose_best(
     spectrum: Triplets | Half, w: Tensor, a: Tensor, b: Tensor, s: int, scaling: float, eps: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """u (L, N, s), vt (L, s, K), sigma, rate and index (L, s) of the highest rates."""
-    rate = (scaling * _overlap(spectrum, a, b)).abs() / (spectrum.sigma + eps)
-    best, local = rate.topk(s, dim=-1)
+    """u (L, N, s), vt (L, s, K), sigma, rate and index (L, s) of the highest rates, in the dtype of w (L, N, K)."""
+    kernels = triton_kernels(spectrum.sigma)
+    if kernels is not None and spectrum.sigma.shape[-1] <= kernels.MAX_TRIPLETS:
+        best, local = kernels.rates(*_factors(spectrum, a, b), s, scaling, eps, half=isinstance(spectrum, Half))
+    else:
+        best, local = ((scaling * _overlap(spectrum, a, b)).abs() / (spectrum.sigma + eps)).topk(s, dim=-1)
     sigma = spectrum.sigma.gather(-1, local)
     columns: Callable[[Tensor], Tensor] = lambda t: t.gather(-1, local[..., None, :].expand(*t.shape[:-1], s))  # noqa: E731
     if isinstance(spectrum, Triplets):
@@ -340,4 +292,5 @@ def choose_best(
         far = spectrum.other(near, sigma)
         u, v = (near, far) if spectrum.left else (far, near)
     index = local + (min(w.shape[-2:]) - spectrum.sigma.shape[-1])
-    return u.contiguous(), v.mT.contiguous(), sigma, best, index
+    u, vt, sigma, best = (t.to(w.dtype).contiguous() for t in (u, v.mT, sigma, best))
+    return u, vt, sigma, best, index

@@ -13,22 +13,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .directions import (
-    Directions,
-    Half,
-    are_resolved,
-    checked_batch,
-    choose_best,
-    gram_half,
-    gram_precisions,
-    is_accurate,
-    is_graded,
-    residuals,
-    tail_triplets,
-)  # fmt: skip
-from .svd import Triplets
+from .directions import Directions, checked_batch, choose_best
+from .routes import Half, are_resolved, are_triplets, follow, is_graded, norm_estimate, routes_of, tail_triplets
+from .svd import Triplets, full_precision, select
 
-MAX_RESIDUAL = 1e-2  # of a triplet from a full spectrum, relative to its σ; about 1e-6 where it is this weight's (measured at condition 3)
 REFINED = 4  # times s: so many candidates are refined before the s best are taken
 
 
@@ -54,6 +42,7 @@ class Spectrum:
         return {name: t for name, t in named.items() if t is not None}
 
 
+@full_precision()
 def decompose(
     weight: Tensor,  # (..., N, K)
     method: str = "auto",
@@ -71,27 +60,27 @@ def decompose(
     todo = list(range(w.shape[0]))
     if method != "exact" and w.shape[-2] == w.shape[-1] and todo:
         triplets = tail_triplets(w, None, generator)
-        keep = [True] * len(todo) if method == "randomized" else is_graded(w, triplets).tolist()
+        keep = [True] * len(todo) if method == "randomized" else is_graded(norm_estimate(w), triplets).tolist()
         for i in [i for i in todo if keep[i]]:
             found[i] = _both("tail", Triplets(*(t[i] for t in triplets)))
         todo = [i for i in todo if not keep[i]]
-    for precision in gram_precisions(w, method) if todo else ():
-        half = gram_half(w[todo], precision)
-        good = is_accurate(half.sigma, precision)
-        for position, (i, ok) in enumerate(zip(todo, good, strict=True)):
-            if ok:
-                basis = half.basis[position].half()
-                sides = (basis, None) if half.left else (None, basis.mT)
-                route = f"gram {str(precision).removeprefix('torch.')}"
-                found[i] = Spectrum(
-                    route, half.sigma[position].float(), *(t if t is None else t.contiguous() for t in sides)
-                )
-        todo = [i for i, ok in zip(todo, good, strict=True) if not ok]
+    for route in routes_of(w, method) if todo else ():
+        full, allowed = follow(route, select(w, todo))
+        for position in [p for p, ok in enumerate(allowed) if ok]:
+            found[todo[position]] = _kept(str(route), full.take([position]))
+        todo = [i for i in todo if i not in found]
         if not todo:
             break
-    for i in todo:
-        found[i] = _both("svd", Triplets(*torch.linalg.svd(w[i], full_matrices=False)))
     return [found[i] for i in range(w.shape[0])]
+
+
+def _kept(route: str, full: Triplets | Half) -> Spectrum:
+    """What is kept of all triplets of one matrix."""
+    if isinstance(full, Triplets):
+        return _both(route, Triplets(*(t[0] for t in full)))
+    basis = full.basis[0].half()
+    sides = (basis.contiguous(), None) if full.left else (None, basis.mT.contiguous())
+    return Spectrum(route, full.sigma[0].float(), *sides)
 
 
 def _both(route: str, triplets: Triplets) -> Spectrum:
@@ -99,6 +88,7 @@ def _both(route: str, triplets: Triplets) -> Spectrum:
     return Spectrum(route, sigma, u, vt)
 
 
+@full_precision()
 def choose_directions(
     spectrum: Spectrum,
     weight: Tensor,  # (N, K)
@@ -127,12 +117,9 @@ def choose_directions(
         assert basis is not None
         chosen = _refined_choice(Half(w, basis[None].to(w), sigma, left), a, b, s, scaling, eps)
     if spectrum.route == "tail":
-        good = all(are_resolved(w, sigma, *chosen))
+        good = all(are_resolved(w, norm_estimate(w), sigma, *chosen))
     else:
-        rounding = (
-            8 * torch.finfo(w.dtype).eps * max(w.shape[-2:]) ** 0.5 * sigma[..., :1]
-        )  # a σ of 0 has no other mark
-        good = bool((residuals(w, *chosen[:3]) <= (MAX_RESIDUAL * chosen[2]).maximum(rounding)).all())
+        good = all(are_triplets(w, sigma[..., 0], *chosen[:3]))
     if not good:
         return None
     u, vt, best_sigma, rate, index = (t[0] for t in chosen)

@@ -7,10 +7,21 @@ graded, so a few steps of subspace iteration with W⁻¹W⁻ᵀ find it.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import contextlib
+import functools
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+
+from . import _triton
+
+KERNEL_DEVICES = {"cuda"}  # where the Triton kernels serve; tests add the CPU, under Triton's interpreter
+ORTHOGONAL = 1e-12  # the largest element of |QᵀQ - I| that passes, in float64
+PASSES = (
+    4  # of CholeskyQR: two do for condition numbers up to 1e7, one or two shifted ones come before where it is larger
+)
 
 
 class Triplets(NamedTuple):
@@ -20,7 +31,35 @@ class Triplets(NamedTuple):
     sigma: Tensor
     vt: Tensor
 
+    def take(self, which: Sequence[int]) -> Triplets:
+        """Those of some matrices of a flat batch."""
+        return Triplets(*(select(t, which) for t in self))
 
+
+@contextlib.contextmanager
+def full_precision() -> Iterator[None]:
+    """float32 products in float32, whatever torch.set_float32_matmul_precision allows: the tail drowns in TF32's errors."""
+    cuda = torch.backends.cuda.matmul
+    if not hasattr(cuda, "fp32_precision"):  # PyTorch before 2.9 has one setting
+        before = torch.get_float32_matmul_precision()
+        torch.set_float32_matmul_precision("highest")
+        try:
+            yield
+        finally:
+            torch.set_float32_matmul_precision(before)
+        return
+    backends: list[Any] = [cuda, torch.backends.mkldnn.matmul]  # type: ignore[attr-defined]
+    allowed = [backend.fp32_precision for backend in backends]
+    try:
+        for backend in backends:
+            backend.fp32_precision = "ieee"
+        yield
+    finally:
+        for backend, precision in zip(backends, allowed, strict=True):
+            backend.fp32_precision = precision
+
+
+@full_precision()
 def batched_randomized_svd(
     w: Tensor,  # (..., N, K)
     rank: int,
@@ -70,14 +109,23 @@ def _tall(
 ) -> tuple[Tensor, Tensor, Tensor]:
     k = w.shape[-1]
     width = min(k, rank + oversample)
-    sketch = torch.randn(*w.shape[:-2], k, width, dtype=w.dtype, device=w.device, generator=generator)
     if end == "head":
-        return _head(w, sketch, rank, power_iters)
+        return _head(w, _sketched(w, width, generator), rank, power_iters)
+    sketch = torch.randn(*w.shape[:-2], k, width, dtype=w.dtype, device=w.device, generator=generator)
     return _tail(Inverse(w), sketch, rank, power_iters)
 
 
-def _head(w: Tensor, sketch: Tensor, rank: int, power_iters: int) -> tuple[Tensor, Tensor, Tensor]:
-    q = orthonormal(w @ sketch)
+def _sketched(w: Tensor, width: int, generator: torch.Generator | None) -> Tensor:
+    """W times a Gaussian matrix (K, width), which the kernel draws as it goes."""
+    kernels = triton_kernels(w)
+    if kernels is None:
+        return w @ torch.randn(w.shape[-1], width, dtype=w.dtype, device=w.device, generator=generator)
+    seed = torch.empty(2, dtype=torch.int64, device=w.device).random_(generator=generator)
+    return kernels.sketch(w.reshape(-1, *w.shape[-2:]), seed, width).view(*w.shape[:-1], width)
+
+
+def _head(w: Tensor, range_: Tensor, rank: int, power_iters: int) -> tuple[Tensor, Tensor, Tensor]:
+    q = orthonormal(range_)
     for _ in range(power_iters):
         q = orthonormal(w @ orthonormal(w.mT @ q))
     u, sigma, vt = torch.linalg.svd(q.mT @ w, full_matrices=False)
@@ -85,15 +133,33 @@ def _head(w: Tensor, sketch: Tensor, rank: int, power_iters: int) -> tuple[Tenso
 
 
 def _tail(inverse: Inverse, sketch: Tensor, rank: int, power_iters: int) -> tuple[Tensor, Tensor, Tensor]:
-    z = orthonormal(sketch)
+    z = sketch  # Gaussian: well conditioned as it is
     for _ in range(power_iters):
         z = orthonormal(inverse.apply(orthonormal(inverse.apply_transposed(z))))
+    if power_iters == 0:
+        z = orthonormal(z)
     # W⁻ᵀ Z = U Σ⁻¹ (Z V)ᵀ: its largest singular values are the smallest of W, to full relative accuracy.
     c = inverse.apply_transposed(z)
-    reciprocal, v = torch.linalg.eigh(c.mT.double() @ c.double())  # ascending 1/σ²: descending σ
-    v = v[..., -rank:].to(z.dtype)
-    norms = reciprocal[..., -rank:].clamp_min(torch.finfo(torch.float64).tiny).sqrt().to(z.dtype)
+    norms, v = _right_singular(c, rank)
+    v = v.flip(-1)  # largest of the inverse first: descending σ is the other way round
+    norms = norms.flip(-1)
     return inverse.left(c @ v / norms[..., None, :]), 1 / norms, (z @ v).mT
+
+
+def _right_singular(c: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """The `rank` largest singular values (..., rank), descending, and right vectors (..., l, rank) of c (..., n, l)."""
+    kernels = triton_kernels(c)
+    tiny = torch.finfo(c.dtype).tiny
+    if kernels is not None:
+        _, r = cholesky_qr(c)
+        sigma, vt, off = kernels.jacobi(r.float().reshape(-1, *r.shape[-2:]))
+        if bool((off <= kernels.ORTHOGONAL).all()):
+            shape = c.shape[:-2]
+            return sigma.view(*shape, -1)[..., :rank].clamp_min(tiny), vt.view(r.shape)[..., :rank, :].mT
+    wide = c.double()
+    squares, v = torch.linalg.eigh(wide.mT @ wide)
+    v, sigma = v[..., -rank:].flip(-1).to(c.dtype), squares[..., -rank:].flip(-1)
+    return sigma.clamp_min(torch.finfo(torch.float64).tiny).sqrt().to(c.dtype), v
 
 
 class Inverse:
@@ -102,7 +168,8 @@ class Inverse:
     def __init__(self, w: Tensor) -> None:
         self._q: Tensor | None = None
         if w.shape[-2] == w.shape[-1]:
-            self._lu, self._pivots, _ = torch.linalg.lu_factor_ex(w)
+            # Of Wᵀ: the rows of W are the columns that LAPACK wants, and transposing takes half as long as factoring.
+            self._lu, self._pivots, _ = torch.linalg.lu_factor_ex(w.mT)
         else:
             self._q, self._lu = torch.linalg.qr(w)
             self._pivots = None
@@ -116,13 +183,13 @@ class Inverse:
         """W⁻¹ B (square) or R⁻¹ B."""
         if self._pivots is None:
             return torch.linalg.solve_triangular(self._lu, b, upper=True)
-        return torch.linalg.lu_solve(self._lu, self._pivots, b)
+        return torch.linalg.lu_solve(self._lu, self._pivots, b, adjoint=True)
 
     def apply_transposed(self, b: Tensor) -> Tensor:
         """W⁻ᵀ B (square) or R⁻ᵀ B."""
         if self._pivots is None:
             return torch.linalg.solve_triangular(self._lu.mT, b, upper=False)
-        return torch.linalg.lu_solve(self._lu, self._pivots, b, adjoint=True)
+        return torch.linalg.lu_solve(self._lu, self._pivots, b)
 
     def left(self, u: Tensor) -> Tensor:
         """Left singular vectors of W from those of the factor that is inverted."""
@@ -130,8 +197,69 @@ class Inverse:
 
 
 def orthonormal(x: Tensor) -> Tensor:
-    """An orthonormal basis of the columns of x (..., n, l)."""
-    return torch.linalg.qr(x)[0]
+    """An orthonormal basis of the columns of x (..., n, l), n >= l.
+
+    By Householder's QR on the CPU, where LAPACK is as fast; on a GPU, where a batch of them runs one after the other, by
+    Cholesky's, of which every step is a batched product or solve.
+    """
+    if x.device.type not in KERNEL_DEVICES:
+        return torch.linalg.qr(x)[0]
+    return cholesky_qr(x)[0].to(x.dtype)
+
+
+def cholesky_qr(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Q (..., n, l) with orthonormal columns and the upper triangular R (..., l, l) of x (..., n, l), in float64.
+
+    CholeskyQR2 (Yamamoto et al., ETNA 2015) on columns of equal norm; where a Gram matrix is not positive definite to
+    rounding, a shifted pass comes first (Fukaya et al., SISC 2020). The loss of orthogonality is measured before every
+    pass; matrices that have not converged after the last (deficient ones) are factored by Householder's QR.
+    4 n l² FLOPs a pass, all in products and triangular solves.
+    """
+    n, width = x.shape[-2:]
+    wide = x.double()
+    norms = torch.linalg.vector_norm(wide, dim=-2)
+    norms = torch.where(norms > 0, norms, 1.0)
+    q, r = wide / norms[..., None, :], torch.diag_embed(norms)
+    identity = torch.eye(width, dtype=torch.float64, device=x.device)
+    shift = 11 * (n * width + width * (width + 1)) * torch.finfo(torch.float64).eps * width * identity
+    for _ in range(PASSES):
+        gram = q.mT @ q
+        if not bool((orthogonality_loss(gram) > ORTHOGONAL).any()):
+            return q, r
+        factor, failed = torch.linalg.cholesky_ex(gram)
+        if bool(failed.any()):
+            shifted, _ = torch.linalg.cholesky_ex(gram + shift)
+            factor = torch.where((failed > 0)[..., None, None], shifted, factor)
+        q = torch.linalg.solve_triangular(factor, q.mT, upper=False).mT
+        r = factor.mT @ r
+    lost = ~(orthogonality_loss(q.mT @ q) <= ORTHOGONAL)  # NaN counts as lost
+    if bool(lost.any()):
+        q[lost], r[lost] = torch.linalg.qr(wide[lost])
+    return q, r
+
+
+def orthogonality_loss(gram: Tensor) -> Tensor:
+    """The largest element of |QᵀQ - I| (...), from QᵀQ (..., l, l)."""
+    identity = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
+    return (gram - identity).abs().amax((-2, -1))
+
+
+@functools.cache
+def _spectral_kernels() -> Any:
+    from ._triton import spectral
+
+    return spectral
+
+
+def triton_kernels(t: Tensor) -> Any:
+    """The pre-launch kernels where they can serve: float32, on a GPU, with Triton; None elsewhere."""
+    usable = t.device.type in KERNEL_DEVICES and t.dtype == torch.float32 and _triton.missing() is None
+    return _spectral_kernels() if usable else None
+
+
+def select(t: Tensor, which: Sequence[int]) -> Tensor:
+    """Some matrices of a batch, in ascending order; the batch itself, not a copy, where all are meant."""
+    return t if len(which) == t.shape[0] else t[list(which)]
 
 
 def all_finite(x: Tensor) -> bool:

@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[1]
 
 # A file may import those above it in its list; loradash may import loradash_kernels, never the other way.
 KERNELS = (
-    "_version", "_extension", "config", "weights", "reference", "_triton", "ops", "autograd", "functional", "svd", "directions", "spectrum",
+    "_version", "_extension", "config", "weights", "reference", "_triton", "ops", "autograd", "functional", "svd", "routes", "directions", "spectrum",
     "testing", "__init__",
 )  # fmt: skip
 TRITON = (
@@ -24,9 +24,11 @@ TRITON = (
     "forward_kernels",
     "backward_kernels",
     "descriptor_kernels",
+    "svd_kernels",
     "tiles",
     "problem",
     "plan",
+    "spectral",
     "tuner",
     "__init__",
 )

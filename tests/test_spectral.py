@@ -15,7 +15,7 @@ from loradash.spectral import weight_hash
 from torch import nn
 
 from loradash_kernels import change_rates, task_specific_directions
-from loradash_kernels.directions import residuals
+from loradash_kernels.routes import residuals
 from loradash_kernels.spectrum import choose_directions, decompose
 
 

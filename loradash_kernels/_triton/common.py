@@ -43,26 +43,36 @@ def operand_tile(base, k0, outer, ks, outer_left, left, stride_outer, stride_k, 
 
 
 @triton.jit
-def keep_mask(seed, threshold, m0, k0, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr):
-    """Keep bits (BLOCK_M, BLOCK_K) of elements (m0 + i, k0 + j): Philox4x32-10 (Salmon et al., SC 2011).
+def philox(key, c0, c1, c2, c3):
+    """Philox4x32-10 (Salmon et al., SC 2011): four 32-bit words of the counter (c0, c1, c2, c3) under a 64-bit key.
 
-    Counter (k // 8, m, offset), key seed; half-word k % 8 of the block is compared with the threshold. k0 is a multiple
-    of 8. Shapes broadcast as late as they can: two of the ten rounds and a half cost nothing per element.
+    Counters broadcast as late as they can: with c0 a row and c1 a column, two of the ten rounds and a half cost nothing
+    per element. Words 0 and 2 come in the shape of the whole, as do 1 and 3.
     """
     M0: tl.constexpr = 0xD2511F53
     M1: tl.constexpr = 0xCD9E8D57
     W0: tl.constexpr = 0x9E3779B9
     W1: tl.constexpr = 0xBB67AE85
-    key, offset = tl.load(seed), tl.load(seed + 1)
-    k_0, k_1 = key.to(tl.uint32), (key >> 32).to(tl.uint32)
-    c0 = (tl.cast(k0 // 8, tl.uint32) + tl.arange(0, BLOCK_K // 8).to(tl.uint32))[None, :]
-    c1 = (tl.cast(m0, tl.uint32) + tl.arange(0, BLOCK_M).to(tl.uint32))[:, None]
-    c2, c3 = offset.to(tl.uint32), (offset >> 32).to(tl.uint32)
+    k0, k1 = key.to(tl.uint32), (key >> 32).to(tl.uint32)
     for _ in tl.static_range(10):
         high0, low0 = tl.umulhi(c0, M0), tl.mul(c0, M0, sanitize_overflow=False)
         high1, low1 = tl.umulhi(c2, M1), tl.mul(c2, M1, sanitize_overflow=False)
-        c0, c1, c2, c3 = high1 ^ c1 ^ k_0, low1, high0 ^ c3 ^ k_1, low0
-        k_0, k_1 = tl.add(k_0, W0, sanitize_overflow=False), tl.add(k_1, W1, sanitize_overflow=False)
+        c0, c1, c2, c3 = high1 ^ c1 ^ k0, low1, high0 ^ c3 ^ k1, low0
+        k0, k1 = tl.add(k0, W0, sanitize_overflow=False), tl.add(k1, W1, sanitize_overflow=False)
+    return c0, c1, c2, c3
+
+
+@triton.jit
+def keep_mask(seed, threshold, m0, k0, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr):
+    """Keep bits (BLOCK_M, BLOCK_K) of elements (m0 + i, k0 + j).
+
+    Philox counter (k // 8, m, offset), key seed; half-word k % 8 of the block is compared with the threshold. k0 is a
+    multiple of 8.
+    """
+    key, offset = tl.load(seed), tl.load(seed + 1)
+    c0 = (tl.cast(k0 // 8, tl.uint32) + tl.arange(0, BLOCK_K // 8).to(tl.uint32))[None, :]
+    c1 = (tl.cast(m0, tl.uint32) + tl.arange(0, BLOCK_M).to(tl.uint32))[:, None]
+    c0, c1, c2, c3 = philox(key, c0, c1, offset.to(tl.uint32), (offset >> 32).to(tl.uint32))
     words = tl.join(tl.join(c0, c2), tl.join(c1, c3))  # (.., .., 2, 2): words 0 1 / 2 3
     halves = tl.join(words & 0xFFFF, words >> 16)
     return tl.reshape(halves, (BLOCK_M, BLOCK_K)) >= threshold
