@@ -279,7 +279,7 @@ def choose_best(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """u (L, N, s), vt (L, s, K), sigma, rate and index (L, s) of the highest rates, in the dtype of w (L, N, K)."""
     kernels = triton_kernels(spectrum.sigma)
-    if kernels is not None and spectrum.sigma.shape[-1] <= kernels.MAX_TRIPLETS:
+    if kernels is not None and kernels.takes(spectrum.sigma.shape[-1], b.shape[-1]):
         best, local = kernels.rates(*_factors(spectrum, a, b), s, scaling, eps, half=isinstance(spectrum, Half))
     else:
         best, local = ((scaling * _overlap(spectrum, a, b)).abs() / (spectrum.sigma + eps)).topk(s, dim=-1)

@@ -6,6 +6,7 @@ Triton's JIT remembers its target.
 
 from __future__ import annotations
 
+import itertools
 import json
 import sys
 from collections.abc import Iterator
@@ -13,7 +14,7 @@ from collections.abc import Iterator
 import torch
 from emulation import compile_launch, resources
 
-from loradash_kernels._triton import tiles
+from loradash_kernels._triton import spectral, tiles
 from loradash_kernels._triton.plan import plan_backward, plan_forward
 from loradash_kernels._triton.problem import Launch, Problem, Strategy
 
@@ -71,9 +72,27 @@ def everything(target: str) -> Iterator[tuple[str, Launch]]:
                 yield name, launch
 
 
+def prelaunch(target: str) -> Iterator[tuple[str, Launch]]:
+    """Sketches, Jacobi SVDs at the widths of the tails of n = 384 to 8192, change rates of as many triplets and ranks."""
+    empty = torch.empty
+    for dtype, name in ((torch.bfloat16, "bf16"), (torch.float32, "fp32")):
+        for width in (16, 178):
+            w, seed, y = empty(2, N, K, dtype=dtype), torch.zeros(2, dtype=torch.int64), empty(2, N, width)
+            yield name, spectral.plan_sketch(w, seed, y)
+            if name == "fp32" and target in ("sm_80", "sm_86", "sm_89", "sm_90"):
+                yield name, spectral.plan_sketch(w, seed, y, "tf32x3")
+    for width in (40, 178, 690):
+        yield "fp32", spectral.plan_jacobi(empty(2, width, width), empty(2))
+    for n in (349, spectral.MAX_TRIPLETS):
+        for rank in (8, spectral.MAX_RANK):
+            out = empty(2, n), empty(2, 8), empty(2, 8, dtype=torch.int64)
+            basis, factors = (empty(2, N, n), empty(2, K, n), empty(2, n)), (empty(2, N, rank), empty(2, K, rank))
+            yield "fp32", spectral.plan_rates(*basis, *factors, 2.0, 1e-6, False, out)
+
+
 def main(target: str) -> None:
     seen = set()
-    for dtype, launch in everything(target):
+    for dtype, launch in itertools.chain(everything(target), prelaunch(target)):
         compiled = compile_launch(launch, target)
         if compiled.hash in seen:
             continue

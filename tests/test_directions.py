@@ -12,8 +12,12 @@ from loradash_kernels import (
     change_rates,
     direction_accuracy,
     direction_recall,
+    directions,
+    routes,
     task_specific_directions,
 )
+from loradash_kernels.routes import full_routes
+from loradash_kernels.svd import cholesky_qr, orthogonality_loss
 
 
 def with_spectrum(sigma, n, k, seed=0):
@@ -201,3 +205,82 @@ def test_real_factors(factors):
         accuracy.append(direction_accuracy(index, truth))
     assert float(torch.stack(recall).mean()) >= 0.99
     assert float(torch.stack(accuracy).mean()) >= 0.99
+
+
+# --- precision -------------------------------------------------------------------------------------------------------
+
+
+def test_products_are_not_rounded_to_sixteen_bits():
+    """torch.set_float32_matmul_precision("medium") is for training; here it would drown the small end."""
+    w = graded(96).float()
+    a, b = update(96, 96)
+    expected = task_specific_directions(w, a, b, 4)
+    torch.set_float32_matmul_precision("medium")
+    try:
+        found = task_specific_directions(w, a, b, 4)
+        assert torch.get_float32_matmul_precision() == "medium"
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    assert all(torch.equal(x, y) for x, y in zip(expected[:5], found[:5], strict=True))
+
+
+def test_routes_by_shape_and_card():
+    f32, f64 = torch.float32, torch.float64
+
+    def names(*arguments):
+        return [str(route) for route in full_routes(*arguments)]
+
+    assert names(64, 64, f32, "exact", None) == ["svd float32", "svd float64"]
+    assert names(64, 64, f32, "exact", True) == ["gram float64", "svd float32", "svd float64"]  # A100
+    assert names(64, 64, f32, "exact", False) == ["svd float32", "svd float64"]  # RTX 3090
+    assert names(64, 256, f32, "exact", False) == ["gram float32", "svd float32", "svd float64"]
+    for fast in (None, True):
+        assert names(64, 256, f32, "auto", fast) == ["gram float32", "gram float64", "svd float32", "svd float64"]
+    assert names(64, 64, f64, "exact", None) == ["svd float64"]
+    assert names(64, 64, f64, "auto", None) == ["gram float64", "svd float64"]
+
+
+@pytest.mark.parametrize("fast", [None, True, False])
+@pytest.mark.parametrize("method", ["auto", "exact"])
+def test_every_card_finds_the_same(monkeypatch, fast, method):
+    monkeypatch.setattr(routes, "routes_of", lambda w, m: full_routes(*w.shape[-2:], w.dtype, m, fast))
+    monkeypatch.setattr(directions, "routes_of", routes.routes_of)
+    for n, k in ((64, 64), (40, 120)):
+        w = torch.stack([graded(n, k, seed=i, condition=10.0**i + 1) for i in range(1, 5)])
+        a, b = update(n, k, batch=(4,))
+        truth = change_rates(w, a.double(), b.double(), method="exact").rate.topk(4).indices
+        assert torch.equal(task_specific_directions(w.float(), a, b, 4, method=method).index, truth)
+
+
+def test_exact_escalates_where_residuals_fail(monkeypatch):
+    """A float32 SVD that is wrong by more than rounding is noticed, and made in float64."""
+    svd = torch.linalg.svd
+
+    def sloppy(x, **options):
+        u, sigma, vt = svd(x, **options)
+        return (u, sigma, vt) if x.dtype == torch.float64 else (u, sigma, vt + 1e-3 * torch.randn_like(vt))
+
+    monkeypatch.setattr(torch.linalg, "svd", sloppy)
+    w = graded(48)
+    a, b = update(48, 48)
+    found = task_specific_directions(w.float(), a, b, 4, method="exact")
+    assert found.routes == ("svd float64",)
+    assert change_rates(w.float(), a, b, method="exact").route == "svd float64"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_cholesky_qr(dtype):
+    """Graded, nearly dependent, of columns far apart in size, deficient: one batch, every matrix orthonormal in the end."""
+    n, width = 60, 12
+    well = torch.randn(n, width, dtype=torch.float64)
+    deficient = well.clone()
+    deficient[:, 3] = 0
+    deficient[:, 5] = deficient[:, 4]
+    batch = [well, graded(n, width, condition=1e6), graded(n, width, condition=1e12), deficient]
+    batch.append(well * torch.logspace(-20, 20, width, dtype=torch.float64))
+    x = torch.stack(batch).to(dtype)
+    q, r = cholesky_qr(x)
+    assert float(orthogonality_loss(q.mT @ q).max()) < 1e-12
+    scale = torch.linalg.vector_norm(x.double(), dim=-2, keepdim=True) + 1e-300
+    assert float(((q @ r - x.double()) / scale).abs().max()) < 1e-12
+    assert torch.equal(r, r.triu())

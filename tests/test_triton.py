@@ -34,7 +34,14 @@ if importlib.util.find_spec("triton"):
 def test_operator_in_the_interpreter():
     """The operator's own tests with backend="triton", through the public functions, autograd included: a process of its
     own, since Triton decides at import whether it interprets."""
-    files = ["test_error_rule.py", "test_layouts.py", "test_dropout.py", "test_bad_input.py", "test_triton.py"]
+    files = [
+        "test_error_rule.py",
+        "test_layouts.py",
+        "test_dropout.py",
+        "test_bad_input.py",
+        "test_triton.py",
+        "test_prelaunch_kernels.py",
+    ]
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-k", "triton", *(str(HERE / name) for name in files)]
     env = {**os.environ, "TRITON_INTERPRET": "1"}
     done = subprocess.run(command, env=env, capture_output=True, text=True, cwd=HERE.parent)

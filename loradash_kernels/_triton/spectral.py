@@ -11,28 +11,29 @@ from .svd_kernels import highest_rates, jacobi_sweeps, sketch_product
 SWEEPS = 20  # of Jacobi rotations; five to eight do, more say that something is wrong
 TOLERANCE = 2e-6  # of the cosine between two rows of a float32 matrix that count as orthogonal
 ORTHOGONAL = 1e-5  # a cosine that is left after the last sweep and still passes
-MAX_TRIPLETS = 16384  # whose rates one program compares in its registers
+MAX_TRIPLETS = 8192  # whose rates one program compares in its registers
+MAX_RANK = 256
 
 
 def plan_sketch(w: Tensor, seed: Tensor, y: Tensor, precision: str = "ieee") -> Launch:
     """y (L, N, width) float32 = w (L, N, K) times the Gaussian sketch of this seed (2,)."""
     count, n, k = w.shape
     width = y.shape[-1]
-    block_j = min(128, power_of_two(width))
+    block_j = min(64, power_of_two(width))
     args = {"w": w, "seed": seed, "y": y, "N": n, "K": k, "width": width}
     args |= dict(zip(("stride_wl", "stride_wn", "stride_wk"), w.stride(), strict=True))
     constants = {"BLOCK_N": 64, "BLOCK_J": block_j, "BLOCK_K": 16, "PRECISION": precision}
-    return Launch(sketch_product, (tile_count(n, 64), tile_count(width, block_j), count), args, constants, 4, 2)
+    return Launch(sketch_product, (tile_count(n, 64), tile_count(width, block_j), count), args, constants, 8, 2)
 
 
 def plan_jacobi(x: Tensor, off: Tensor) -> Launch:
     """Rotates the rows of x (L, rows, length) float32, contiguous, in place; off (L,)."""
     count, rows, length = x.shape
     block = power_of_two(length)
-    pairs = max(1, min(8192 // block, power_of_two(rows // 2)))
+    pairs = max(1, min(2048 // block, power_of_two(rows // 2)))
     args = {"x": x, "off": off, "rows": rows, "length": length}
     constants = {"SWEEPS": SWEEPS, "TOLERANCE": TOLERANCE, "BLOCK_P": pairs, "BLOCK": block}
-    return Launch(jacobi_sweeps, (count,), args, constants, 8 if pairs * block > 2048 else 4)
+    return Launch(jacobi_sweeps, (count,), args, constants, max(4, pairs * block // 256))
 
 
 def plan_rates(
@@ -64,7 +65,7 @@ def plan_rates(
     args |= {"n": n, "N": rows, "K": v.shape[1], "rank": b.shape[-1], "s": best.shape[-1]}
     for tensor, names in ((u, "ul un ui"), (v, "vl vk vi"), (b, "bl bn br"), (at, "al ak ar")):
         args |= {f"stride_{name}": stride for name, stride in zip(names.split(), tensor.stride(), strict=True)}
-    constants = {"HALF": half, "RANK": power_of_two(b.shape[-1]), "BLOCK_I": 32, "BLOCK_K": 32}
+    constants = {"HALF": half, "RANK": power_of_two(b.shape[-1]), "BLOCK_I": 32, "BLOCK_K": 16}
     constants["BLOCK_ALL"] = power_of_two(n)
     return Launch(highest_rates, (tile_count(n, 32), count), args, constants, 4, 2)
 
@@ -72,8 +73,8 @@ def plan_rates(
 def sketch(w: Tensor, seed: Tensor, width: int) -> Tensor:
     """(L, N, width) float32: w (L, N, K) times the Gaussian sketch (K, width) of this seed, which is never in memory."""
     y = w.new_empty(*w.shape[:-1], width, dtype=torch.float32)
-    precision = "tf32x3" if w.is_cuda and w.dtype == torch.float32 and not torch.version.hip else "ieee"
-    plan_sketch(w, seed, y, precision).run()
+    tensor_cores = w.is_cuda and not torch.version.hip and torch.cuda.get_device_capability(w.device)[0] in (8, 9)
+    plan_sketch(w, seed, y, "tf32x3" if tensor_cores and w.dtype == torch.float32 else "ieee").run()
     return y
 
 
@@ -91,6 +92,11 @@ def jacobi(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     sigma, order = torch.linalg.vector_norm(rotated, dim=-1).sort(-1, descending=True)
     vt = rotated.gather(-2, order[..., None].expand_as(rotated)) / sigma.clamp_min(1e-38)[..., None]
     return sigma * peak[..., 0], vt, off
+
+
+def takes(n: int, rank: int) -> bool:
+    """Does the kernel of change rates take so many triplets at this LoRA rank?"""
+    return n <= MAX_TRIPLETS and rank <= MAX_RANK
 
 
 def rates(
