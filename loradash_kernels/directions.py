@@ -74,7 +74,7 @@ def change_rates(
         weight: finite, of any rank; a zero σ counts as 0, so its rate is |δ| / eps.
         method: "exact" gives all triplets, "randomized" the `rank` smallest, "auto" the tail where every matrix of the
             batch is graded enough for it, else all.
-        rank: of the tail, max(32, min(N, K) / 12) by default, bounded by min(N, K).
+        rank: of the tail, n / 12 for n = min(N, K) by default, from 32 to 128, bounded by min(N, K).
         generator: of the tail's sketch; a fixed seed by default, so that the same input gives the same directions.
 
     Raises:

@@ -1,7 +1,7 @@
 """The routes to singular triplets of frozen weights, and the checks of what they give.
 
 - tail: the small end of a graded spectrum by a randomized SVD of the inverse. On square layers of trained transformers
-  (condition number above a thousand) n / 12 triplets hold the top 8 directions.
+  (condition number above a thousand) n / 12 triplets, and never more than 64, hold the top 8 directions.
 - gram: all triplets from the eigenvectors of the Gram matrix of the short side, in the precision that its condition
   number asks for. Exact on rectangular layers, whose spectrum is flat at the small end and where the tail misleads.
 - svd: the library's, where neither will do; in float64 where the residuals of the float32 one fail.
@@ -18,8 +18,10 @@ from torch import Tensor
 
 from .svd import Triplets, batched_randomized_svd, select
 
-TAIL_FRACTION = 12  # the tail route takes the last n / 12 triplets, at least 32 of them,
-MIN_TAIL = 32
+TAIL_FRACTION = (
+    12  # the tail route takes the last n / 12 triplets, within these bounds: the number that holds the top 8
+)
+MIN_TAIL, MAX_TAIL = 32, 128  # does not grow with n (docs/prelaunch.md), 64 were enough up to n = 3072
 TAIL_POWER_ITERS = 3  # 3 steps of subspace iteration and 8 columns of oversampling: 99.5% of the top 8 directions;
 SMALL, SMALL_POWER_ITERS = 1024, 6  # below, steps cost less than sending a layer to the full route
 MIN_TAIL_CONDITION = 300.0  # below, the small end is too flat to be told apart by the tail route
@@ -30,7 +32,7 @@ MAX_RESIDUAL = 1e-2  # of a triplet from a full spectrum, relative to its σ; ab
 
 def tail_rank(n: int) -> int:
     """How many of n triplets the tail route takes."""
-    return min(n, max(MIN_TAIL, n // TAIL_FRACTION))
+    return min(n, max(MIN_TAIL, min(MAX_TAIL, n // TAIL_FRACTION)))
 
 
 def tail_triplets(w: Tensor, rank: int | None, generator: torch.Generator | None) -> Triplets:

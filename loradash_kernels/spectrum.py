@@ -2,7 +2,7 @@
 
 W never changes, so its singular triplets belong to no task: `decompose` computes those that change rates are measured
 at, `choose_directions` then takes the highest rates, which costs O((N + K) n r). A `Spectrum` is small enough to keep:
-the last n / 12 triplets of a graded square W in float32, or one orthogonal basis of the short side in half precision,
+the last n / 12 triplets, at most 128, of a graded square W in float32, or one orthogonal basis of the short side in half precision,
 from which the triplets that are chosen are refined against W to full precision.
 """
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -43,7 +43,7 @@ def prelaunch(
     Layers of one shape are decomposed together, with the method `config.svd`. Nothing is written before all are found: a
     failure or an interrupt leaves the model in pre-launch. Layers whose ΔW is still zero (unused ones) stay plain LoRA,
     with a warning. Under torch.distributed every process must call this; the layers are shared out by cost, parameters
-    sharded by FSDP2 are gathered a few layers at a time, and all processes end with the same directions, or all raise.
+    sharded by FSDP2 are gathered a few layers at a time, quantised ones made plain one at a time, and all processes end with the same directions, or all raise.
 
     Args:
         cache: takes decompositions from there, and keeps those it has to make.
@@ -93,24 +93,28 @@ class _Finder:
         groups: dict[tuple, list[str]] = {}
         for name in names:
             layer = self.layers[name]
-            key = (layer.dash_u.shape, layer.dash_vt.shape, layer.lora_a.shape, layer.scaling, layer.weight.device)
+            key = (layer.dash_u.shape, layer.dash_vt.shape, layer.lora_a.shape, layer.scaling, layer.lora_a.device)
             groups.setdefault(key, []).append(name)
         batches = []
         for members in groups.values():
-            weight = self.layers[members[0]].weight
-            size = 1 if self.cache else max(1, batch_elements(self.device or weight.device) // max(1, weight.numel()))
+            layer = self.layers[members[0]]
+            elements = layer.out_features * layer.in_features
+            size = 1 if self.cache else max(1, batch_elements(self.device or layer.lora_a.device) // max(1, elements))
             batches += [members[i : i + size] for i in range(0, len(members), size)]
         return batches
 
     @torch.no_grad()
-    def find(self, names: Sequence[str], weights: dict[str, Tensor]) -> dict[str, Directions]:
-        """Directions of the layers of a batch; weights (N, K), whole."""
-        layer, first = self.layers[names[0]], weights[names[0]]
-        device, s, scaling = torch.device(self.device or first.device), layer.dash_sigma.numel(), layer.scaling
+    def find(self, names: Sequence[str], weight_of: Callable[[str], Tensor]) -> dict[str, Directions]:
+        """Directions of the layers of a batch; weight_of gives a whole weight (N, K), asked for one layer at a time."""
+        layer = self.layers[names[0]]
+        device, s, scaling = torch.device(self.device or layer.lora_a.device), layer.dash_sigma.numel(), layer.scaling
         if self.cache is not None:
             a, b = (t.to(device).float() for t in self.adapters[names[0]])
-            return {names[0]: self.cache.directions(first.to(device), a, b, s, scaling, self.method)}
-        weight = torch.stack([weights[name].to(device).float() for name in names])
+            weight = weight_of(names[0]).to(device)
+            return {names[0]: self.cache.directions(weight, a, b, s, scaling, self.method)}
+        weight = torch.empty(len(names), layer.out_features, layer.in_features, device=device)
+        for matrix, name in zip(weight, names, strict=True):
+            matrix.copy_(weight_of(name))
         lora_a, lora_b = (torch.stack([self.adapters[name][i].to(device).float() for name in names]) for i in (0, 1))
         many = task_specific_directions(weight, lora_a, lora_b, s, scaling=scaling, method=self.method)
         return {
@@ -140,7 +144,7 @@ def share_out(costs: dict[str, float], parts: int) -> list[list[str]]:
 
 
 def _cost(layer: DashLinear) -> float:
-    n, k = layer.weight.shape
+    n, k = layer.out_features, layer.in_features
     return float(n * k * min(n, k))
 
 
@@ -148,13 +152,13 @@ def _find(finder: _Finder, shares: list[list[str]], rank: int, bar: tqdm) -> dic
     """This process's share. Errors are told to the others before they are raised: nobody waits for the dead."""
     found: dict[str, Directions] = {}
     error: BaseException | None = None
-    sharded = any(hasattr(layer.weight, "full_tensor") for layer in finder.layers.values())
+    sharded = any(layer.base is None and hasattr(layer.weight, "full_tensor") for layer in finder.layers.values())
     try:
         if sharded:
             _find_sharded(finder, shares, rank, found, bar)
         else:
             for batch in finder.batches(shares[rank]):
-                found |= finder.find(batch, {name: finder.layers[name].weight_nk() for name in batch})
+                found |= finder.find(batch, lambda name: finder.layers[name].weight_nk())
                 bar.update(len(batch))
     except BaseException as caught:  # Ctrl-C too
         error = caught
@@ -182,7 +186,7 @@ def _find_sharded(finder: _Finder, shares: list[list[str]], rank: int, found: di
                 del whole
         if mine is not None and error is None:
             try:
-                found |= finder.find([shares[rank][turn]], {shares[rank][turn]: mine})
+                found |= finder.find([shares[rank][turn]], lambda _, weight=mine: weight)  # type: ignore[misc]
             except BaseException as caught:  # the others still gather with us
                 error = caught
             bar.update(1)

@@ -9,7 +9,7 @@ import os
 import signal
 import threading
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -31,8 +31,9 @@ GB = 2**30
 class SpectralCache:
     """Spectra on disk, one safetensors file a weight, named by a hash of the weight's values.
 
-    A graded square weight takes (n / 12)(2 n + 1) float32 numbers (a sixth of its own in float32), any other the square
-    of its short side in float16, and in rare cases (ill-conditioned, rectangular) all triplets in float32.
+    A graded square weight takes (n / 12)(2 n + 1) float32 numbers, a sixth of its own in float32, and from n = 1536 on
+    128 (2 n + 1); any other the square of its short side in float16, and in rare cases (ill-conditioned, rectangular) all
+    triplets in float32.
 
     Files are written whole or not at all, by any number of processes; a damaged one is noticed by its checksum, warned
     of and made anew. When the folder exceeds `max_bytes`, those used longest ago are deleted.
@@ -83,7 +84,7 @@ class SpectralCache:
 
     def start(self, model: nn.Module) -> BackgroundDecomposition:
         """Decomposes the adapted layers' weights in a process of its own, at the lowest priority, while training runs."""
-        return BackgroundDecomposition(self, [layer.weight_nk().detach() for layer in dash_layers(model).values()])
+        return BackgroundDecomposition(self, [layer.weight_nk for layer in dash_layers(model).values()])
 
     # --- files -------------------------------------------------------------------------------------------------------
 
@@ -165,11 +166,11 @@ def _checksum(tensors: dict[str, Tensor]) -> str:
 class BackgroundDecomposition:
     """Fills a cache while something else runs: a process at the lowest priority, on one thread, one weight at a time.
 
-    Weights that the cache has are only hashed; the others go through shared memory, one copy at a time. `cancel` ends it;
+    `weights` give one (N, K) each when called. Those that the cache has are only hashed; the others go through shared memory, one copy at a time. `cancel` ends it;
     so does the end of this process.
     """
 
-    def __init__(self, cache: SpectralCache, weights: Iterable[Tensor]) -> None:
+    def __init__(self, cache: SpectralCache, weights: Iterable[Callable[[], Tensor]]) -> None:
         self._cache = cache
         self._weights = list(weights)
         self._done = 0
@@ -203,9 +204,10 @@ class BackgroundDecomposition:
             os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)
         pipe = None
         try:
-            for weight in self._weights:
+            for weight_of in self._weights:
                 if self._cancelled:
                     return
+                weight = weight_of().detach()
                 if not self._cache.has(weight):
                     pipe = pipe or self._spawn()
                     pipe.send(weight.cpu().clone().share_memory_())
