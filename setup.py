@@ -1,8 +1,8 @@
 """Builds `loradash_kernels._C`, the compiled part, against the installed PyTorch.
 
 Environment: LORADASH_PURE_PYTHON=1 skips it; LORADASH_REQUIRE_EXTENSION=1 (for releases) turns a missing compiler into an
-error; LORADASH_CUDA=0/1 overrides whether CUDA kernels are built (default: CUDA_HOME is found). MAX_JOBS bounds the
-number of parallel compilations.
+error; LORADASH_CUDA=0/1 overrides whether CUDA kernels are built (default: CUDA_HOME is found, and PyTorch has CUDA).
+TORCH_CUDA_ARCH_LIST chooses architectures, MAX_JOBS bounds the parallel compilations, NVCC_THREADS those inside nvcc.
 """
 
 import os
@@ -14,6 +14,7 @@ from pathlib import Path
 from setuptools import setup
 
 ROOT = Path(__file__).parent
+CUDA_ARCHITECTURES = "8.0;8.6;8.9+PTX"  # A100, RTX 3090, RTX 4090; later cards compile the PTX
 WARNING = "loradash-kernels: {}; installing without compiled kernels, every call will run the plain PyTorch reference."
 
 
@@ -45,6 +46,7 @@ def extension() -> dict:
     if not shutil.which(os.environ.get("CXX", "c++")):
         return missing_part("no C++ compiler was found")
     try:
+        import torch
         from torch.utils import cpp_extension
     except ImportError as error:
         raise SystemExit(
@@ -53,15 +55,21 @@ def extension() -> dict:
             "(or set LORADASH_PURE_PYTHON=1 for an install without compiled kernels)"
         ) from error
 
-    cuda_sources = sources("*.cu")
-    cuda = bool(cuda_sources) and flag("LORADASH_CUDA", cpp_extension.CUDA_HOME is not None)
+    cuda = flag("LORADASH_CUDA", cpp_extension.CUDA_HOME is not None and torch.version.cuda is not None)
+    if cuda and torch.version.cuda is None:
+        raise SystemExit("loradash-kernels: LORADASH_CUDA is set, but this PyTorch is built without CUDA")
     compile_args = {"cxx": ["-O3", "-std=c++20", "-ffp-contract=fast", "-Wno-psabi", *openmp_flags()]}
-    make = cpp_extension.CUDAExtension if cuda else cpp_extension.CppExtension
-    module = make(
+    files, macros = [f for f in sources("*.cpp") if cuda or Path(f).name != "gpu_launch.cpp"], []
+    if cuda:
+        architectures = os.environ.setdefault("TORCH_CUDA_ARCH_LIST", CUDA_ARCHITECTURES)
+        compile_args["nvcc"] = ["-O3", "-std=c++17", "--threads", os.environ.get("NVCC_THREADS", "2")]
+        files += sources("*.cu")
+        macros = [("LORADASH_WITH_CUDA", "1"), ("LORADASH_CUDA_ARCHITECTURES", f'\\"{architectures}\\"')]
+    module = (cpp_extension.CUDAExtension if cuda else cpp_extension.CppExtension)(
         "loradash_kernels._C",
-        sources("*.cpp") + (cuda_sources if cuda else []),
+        files,
         include_dirs=[str(ROOT / "csrc")],
-        define_macros=[("LORADASH_WITH_CUDA", "1")] if cuda else [],
+        define_macros=macros,
         extra_compile_args=compile_args,
     )
     return {

@@ -1,4 +1,4 @@
-// The only file that knows Torch: tensors to pointers, the library's base product where ours is not the faster one,
+// Torch's side of the CPU kernels: tensors to pointers, the library's base product where ours is not the faster one,
 // and the cache of packed weights. Schemas of the public operators are in Python; these are their CPU backend.
 #include <ATen/Functions.h>
 #include <ATen/Parallel.h>
@@ -12,6 +12,9 @@
 #include "dash_linear.h"
 
 namespace loradash {
+namespace gpu {
+void define_gpu(pybind11::module_& m);  // bindings_gpu.cpp
+}
 namespace {
 
 using at::Tensor;
@@ -273,6 +276,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("enable_packed_weights", [](bool on) { packed_weights().enable(on); });
   m.def("packed_weight_bytes", [] { return packed_weights().bytes(); });
   m.def("compiler", [] { return __VERSION__; });
+  gpu::define_gpu(m);
 #ifdef _OPENMP
   m.attr("parallel") = true;
 #else

@@ -1,0 +1,297 @@
+// One pass over a large matrix X (m, n), for everything of rank R that is wanted of it: the skeleton of the down-projection
+// (P from x), of the pass over dy (G, dB, db) and of the pass over x (dA).
+//
+//   projection  X F^T, F = D or Q^T (R, n), summed in registers over the columns of a program
+//   reduction   X^T right, right = P_r or T (m, r), summed in registers over its rows
+//
+// 2 m n FLOPs for every rank projected on or reduced with (padded to 8), and X once: memory bounds it. X streams through shared
+// memory in tiles of 64 x 128 by cp.async; dropout zeroes it there, each thread the chunks that it copied itself.
+#pragma once
+
+#include "../gpu_params.h"
+#include "philox.cuh"
+#include "shared.cuh"
+
+namespace loradash::gpu {
+
+// kProject, kReduce: ranks in eights, 0 for none. kBlocks: of 128 columns a program reduces; a projection alone takes any number.
+template <typename T, int kProject_, int kReduce_, int kBlocks_, bool kAligned_>
+struct PassTile {
+  using Type = T;
+  static constexpr int kProject = kProject_, kReduce = kReduce_, kBlocks = kBlocks_, kThreads = 128, kStages = 3;
+  static constexpr bool kAligned = kAligned_;
+  static constexpr int kM = 64, kN = 128;
+  static constexpr bool kResident = kProject > 0 && kReduce > 0;  // F stays while the rows stream by; else it streams along
+  static constexpr bool kStreamed = kProject > 0 && kReduce == 0;
+  using X = SharedTile<kM, kN>;
+  using F = SharedTile<kProject ? 8 * kProject : 8, kN>;
+  static constexpr int kRightPitch = (kReduce | 1) * 16;  // an odd number of chunks: rows begin in different banks
+  static constexpr int kRightBytes = kReduce ? kM * kRightPitch : 0;
+  static constexpr int kStageBytes = X::kBytes + (kStreamed ? F::kBytes : 0);
+  static constexpr int kRightAt = kStages * kStageBytes, kResidentAt = kRightAt + kStages * kRightBytes;
+  static constexpr int kSharedBytes = kResidentAt + (kResident ? kBlocks * F::kBytes : 0);
+};
+
+// c of a rank: scaling for those of LoRA, Δσ for the directions.
+__device__ __forceinline__ float column_factor(const PassParams& p, int rank) {
+  if (rank < p.rank) return p.scaling;
+  return rank < p.rank + p.directions ? p.dash_sigma[rank - p.rank] : 0.0f;
+}
+
+template <typename Tile>
+struct Pass {
+  using T = typename Tile::Type;
+  using CopyX = TileCopy<T, typename Tile::X, Tile::kThreads, Tile::kAligned>;
+  using CopyF = TileCopy<T, typename Tile::F, Tile::kThreads, true>;
+  static constexpr int kProjects = Tile::kProject ? Tile::kProject : 1, kReduces = Tile::kReduce ? Tile::kReduce : 1;
+
+  const PassParams& p;
+  const uint32_t shared;
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  const int column0, row0, row_end, blocks, first_rank;  // of this program; blocks of 128 columns
+  const DropoutKey dropout;
+  float projected[kProjects][4];
+  float reduced[Tile::kBlocks][2][kReduces][4];
+
+  __device__ __forceinline__ Pass(const PassParams& params, char* memory)
+      : p(params),
+        shared(shared_address(memory)),
+        column0(blockIdx.x * params.columns_per_cta),
+        row0(blockIdx.y * params.rows_per_cta),
+        row_end(min(params.m, row0 + params.rows_per_cta)),
+        blocks(Tile::kReduce ? Tile::kBlocks : (min(params.n - column0, params.columns_per_cta) + Tile::kN - 1) / Tile::kN),
+        first_rank(blockIdx.z * 8 * (Tile::kProject ? Tile::kProject : Tile::kReduce)),
+        dropout(params.seed, params.threshold) {
+#pragma unroll
+    for (auto& block : reduced)
+      for (auto& half : block)
+        for (auto& fragment : half)
+          for (float& value : fragment) value = 0.0f;
+  }
+
+  __device__ __forceinline__ uint32_t stage(int index) const { return shared + index * Tile::kStageBytes; }
+
+  __device__ __forceinline__ void load_factor(uint32_t to, int column) const {
+    const T* from = static_cast<const T*>(p.factor) + (first_rank + CopyF::row()) * p.ldf + column + CopyF::column();
+    CopyF::load(to + CopyF::place(), from, p.ldf, p.width - first_rank, static_cast<int>(p.ldf) - column);
+  }
+
+  // Tile (row, block) of X into a stage, with what streams along; `slot` of the right operand, for the first block of a row.
+  __device__ __forceinline__ void load(int to, int slot, int row, int block) const {
+    const int column = column0 + block * Tile::kN;
+    const T* from = static_cast<const T*>(p.x) + (row + CopyX::row()) * p.ldx + column + CopyX::column();
+    CopyX::load(stage(to) + CopyX::place(), from, p.ldx, row_end - row, p.n - column);
+    if constexpr (Tile::kStreamed) load_factor(stage(to) + Tile::X::kBytes, column);
+    if constexpr (Tile::kReduce > 0) {
+      if (block != 0) return;
+      for (int i = threadIdx.x; i < Tile::kM * Tile::kReduce; i += Tile::kThreads) {
+        const int r = i / Tile::kReduce, c = i % Tile::kReduce, rank = first_rank + c * kChunk;
+        const T* right = static_cast<const T*>(p.right) + (row + r) * p.ld_right + rank;
+        const uint32_t at = shared + Tile::kRightAt + slot * Tile::kRightBytes + r * Tile::kRightPitch + c * 16;
+        copy_async(at, right, row + r < row_end && rank < p.ld_right);
+      }
+    }
+  }
+
+  // What this thread copied itself: no barrier is needed before.
+  __device__ __forceinline__ void drop(int index, int row, int block) const {
+#pragma unroll
+    for (int i = 0; i < CopyX::kCount; ++i) {
+      const uint32_t at = stage(index) + CopyX::place() + i * CopyX::kStep * Tile::X::kChunks * 16;
+      const int k = (column0 + block * Tile::kN + CopyX::column()) / kChunk;
+      store_shared(at, masked(load_shared(at), keep_bits(dropout, row + CopyX::row() + i * CopyX::kStep, k)));
+    }
+  }
+
+  // Sixteen rows a warp.
+  __device__ __forceinline__ void project(uint32_t x, uint32_t f) {
+#pragma unroll
+    for (int k = 0; k < Tile::kN / 16; ++k) {
+      uint32_t a[4];
+      load_matrices<false>(a, x + Tile::X::offset(16 * warp + lane % 16, 2 * k + lane / 16));
+#pragma unroll
+      for (int j = 0; j < Tile::kProject; j += 2) {
+        uint32_t b[4];
+        load_matrices<false>(b, f + Tile::F::offset(8 * j + lane % 8 + lane / 16 * 8, 2 * k + lane / 8 % 2));
+        Element<T>::mma(projected[j], a, b);
+        Element<T>::mma(projected[j + 1], a, b + 2);
+      }
+    }
+  }
+
+  // Thirty-two columns of a block a warp.
+  __device__ __forceinline__ void reduce(float (&sums)[2][kReduces][4], uint32_t x, uint32_t right) const {
+#pragma unroll
+    for (int m = 0; m < Tile::kM; m += 16) {
+      uint32_t a[2][4], b[kReduces + 1][2];
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        load_matrices<true>(a[i], x + Tile::X::offset(m + lane % 8 + lane / 16 * 8, 4 * warp + 2 * i + lane / 8 % 2));
+      }
+      const uint32_t row = right + (m + lane % 16) * Tile::kRightPitch;
+#pragma unroll
+      for (int j = 0; j + 1 < Tile::kReduce; j += 2) {
+        load_matrices<true>(reinterpret_cast<uint32_t(&)[4]>(b[j]), row + (j + lane / 16) * 16);
+      }
+      if constexpr (Tile::kReduce % 2) load_two_matrices(b[Tile::kReduce - 1], row + (Tile::kReduce - 1) * 16);
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+#pragma unroll
+        for (int j = 0; j < Tile::kReduce; ++j) Element<T>::mma(sums[i][j], a[i], b[j]);
+      }
+    }
+  }
+
+  __device__ __forceinline__ void run() {
+    const int row_blocks = (row_end - row0 + Tile::kM - 1) / Tile::kM;
+    if constexpr (Tile::kResident) {
+#pragma unroll
+      for (int block = 0; block < Tile::kBlocks; ++block) {
+        load_factor(shared + Tile::kResidentAt + block * Tile::F::kBytes, column0 + block * Tile::kN);
+      }
+    }
+    int ahead_row = 0, ahead_block = 0, ahead_stage = 0, ahead_slot = 0;  // of the tile to fetch next
+    const auto prefetch = [&] {
+      if (ahead_row < row_blocks) {
+        load(ahead_stage, ahead_slot, row0 + ahead_row * Tile::kM, ahead_block);
+        if (++ahead_block == blocks) {
+          ahead_block = 0, ++ahead_row;
+          ahead_slot = ahead_slot == Tile::kStages - 1 ? 0 : ahead_slot + 1;
+        }
+      }
+      commit_copies();
+      ahead_stage = ahead_stage == Tile::kStages - 1 ? 0 : ahead_stage + 1;
+    };
+    for (int i = 0; i < Tile::kStages - 1; ++i) prefetch();
+    int index = 0, slot = 0;
+    for (int r = 0; r < row_blocks; ++r) {
+      const int row = row0 + r * Tile::kM;
+#pragma unroll
+      for (auto& fragment : projected)
+        for (float& value : fragment) value = 0.0f;
+      const auto step = [&](int block, float (&sums)[2][kReduces][4]) {
+        wait_copies<Tile::kStages - 2>();
+        if (dropout.active()) drop(index, row, block);
+        __syncthreads();
+        prefetch();
+        const uint32_t x = stage(index);
+        if constexpr (Tile::kProject > 0) {
+          project(x, Tile::kResident ? shared + Tile::kResidentAt + block * Tile::F::kBytes : x + Tile::X::kBytes);
+        }
+        if constexpr (Tile::kReduce > 0) reduce(sums, x, shared + Tile::kRightAt + slot * Tile::kRightBytes);
+        index = index == Tile::kStages - 1 ? 0 : index + 1;
+      };
+      if constexpr (Tile::kReduce > 0) {
+#pragma unroll
+        for (int block = 0; block < Tile::kBlocks; ++block) step(block, reduced[block]);
+      } else {
+        for (int block = 0; block < blocks; ++block) step(block, reduced[0]);
+      }
+      slot = slot == Tile::kStages - 1 ? 0 : slot + 1;
+      if constexpr (Tile::kResident) {
+        store_partial(row);
+        add_partials(row);
+      } else if constexpr (Tile::kProject > 0) {
+        store_projection(row);
+      }
+    }
+    wait_copies<0>();
+    if constexpr (Tile::kReduce > 0) store_reduction();
+  }
+
+  // P and T = P * c, of all columns.
+  __device__ __forceinline__ void store_projection(int row) const {
+    const int all = p.rank + p.directions;
+#pragma unroll
+    for (int j = 0; j < Tile::kProject; ++j) {
+#pragma unroll
+      for (int e = 0; e < 4; ++e) {
+        const int64_t m = row + 16 * warp + lane / 4 + e / 2 * 8;
+        const int rank = first_rank + 8 * j + lane % 4 * 2 + e % 2;
+        if (m >= row_end || rank >= p.width) continue;
+        const float value = projected[j][e] * p.keep_scale;
+        if (rank < all) p.projected[m * all + rank] = value;
+        static_cast<T*>(p.scaled)[m * p.width + rank] = Element<T>::from_float(value * column_factor(p, rank));
+      }
+    }
+  }
+
+  __device__ __forceinline__ void store_partial(int row) const {
+    const int all = p.rank + p.directions;
+#pragma unroll
+    for (int j = 0; j < Tile::kProject; ++j) {
+#pragma unroll
+      for (int e = 0; e < 4; ++e) {
+        const int64_t m = row + 16 * warp + lane / 4 + e / 2 * 8;
+        const int rank = first_rank + 8 * j + lane % 4 * 2 + e % 2;
+        if (m < row_end && rank < all) p.projected[(static_cast<int64_t>(blockIdx.x) * p.m + m) * all + rank] = projected[j][e];
+      }
+    }
+  }
+
+  // The last chunk of columns to arrive at a block of rows adds all of them, in the order of the columns whoever it is.
+  __device__ __forceinline__ void add_partials(int row) const {
+    constexpr int kRanks = 8 * Tile::kProject, kRows = Tile::kThreads / kRanks;
+    __shared__ float sums[Tile::kThreads];
+    __shared__ bool last;
+    const int all = p.rank + p.directions, row_block = row / Tile::kM, row_blocks = (p.m + Tile::kM - 1) / Tile::kM;
+    __threadfence();
+    __syncthreads();
+    if (threadIdx.x == 0) {
+      last = atomicAdd(p.arrived + blockIdx.z * row_blocks + row_block, 1) == static_cast<int>(gridDim.x) - 1;
+    }
+    __syncthreads();
+    if (!last) return;
+    __threadfence();
+    const int rank = first_rank + threadIdx.x % kRanks;
+    const float factor = column_factor(p, rank);
+    float sigma = 0.0f;
+    for (int r = threadIdx.x / kRanks; r < Tile::kM; r += kRows) {
+      const int64_t m = row + r;
+      if (m >= row_end || rank >= p.width) continue;
+      float g = 0.0f;
+      if (rank < all) {
+        for (int chunk = 0; chunk < static_cast<int>(gridDim.x); ++chunk) g += __ldcg(p.projected + (chunk * static_cast<int64_t>(p.m) + m) * all + rank);
+        if (p.dsigma_parts && rank >= p.rank) sigma += g * p.p[m * all + rank];
+      }
+      static_cast<T*>(p.scaled)[m * p.width + rank] = Element<T>::from_float(g * factor);
+    }
+    if (!p.dsigma_parts) return;
+    sums[threadIdx.x] = sigma;
+    __syncthreads();
+    if (threadIdx.x < kRanks && rank >= p.rank && rank < all) {
+      float total = 0.0f;
+#pragma unroll
+      for (int i = 0; i < kRows; ++i) total += sums[threadIdx.x + i * kRanks];
+      p.dsigma_parts[static_cast<int64_t>(row_block) * p.directions + rank - p.rank] = total;
+    }
+  }
+
+  __device__ __forceinline__ void store_reduction() const {
+    if (!p.reduced) return;
+#pragma unroll
+    for (int block = 0; block < Tile::kBlocks; ++block) {
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+#pragma unroll
+        for (int j = 0; j < Tile::kReduce; ++j) {
+#pragma unroll
+          for (int e = 0; e < 4; ++e) {
+            const int column = column0 + block * Tile::kN + 32 * warp + 16 * i + lane / 4 + e / 2 * 8;
+            const int rank = first_rank + 8 * j + lane % 4 * 2 + e % 2;
+            if (column >= p.n || rank >= p.right_columns) continue;
+            p.reduced[(static_cast<int64_t>(blockIdx.y) * p.right_columns + rank) * p.n + column] = reduced[block][i][j][e];
+          }
+        }
+      }
+    }
+  }
+};
+
+template <typename Tile>
+__device__ __forceinline__ void pass(const PassParams& p) {
+  extern __shared__ __align__(128) char memory[];
+  Pass<Tile>(p, memory).run();
+}
+
+}  // namespace loradash::gpu

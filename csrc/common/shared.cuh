@@ -1,0 +1,96 @@
+// Tiles in shared memory: asynchronous copies into them, swizzled so that neither the copies nor ldmatrix meet bank conflicts.
+#pragma once
+
+#include <cstdint>
+#include <type_traits>
+
+#include "element.cuh"
+
+namespace loradash::gpu {
+
+__device__ __forceinline__ uint32_t shared_address(const void* pointer) {
+  return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
+}
+
+// 16 bytes; zeros where not `inside` (nothing is read then).
+__device__ __forceinline__ void copy_async(uint32_t to, const void* from, bool inside) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;\n" ::"r"(to), "l"(from), "r"(inside ? 16 : 0));
+}
+__device__ __forceinline__ void commit_copies() { asm volatile("cp.async.commit_group;\n"); }
+template <int kPending>
+__device__ __forceinline__ void wait_copies() {
+  asm volatile("cp.async.wait_group %0;\n" ::"n"(kPending) : "memory");
+}
+
+__device__ __forceinline__ void store_shared(uint32_t to, uint4 v) {
+  asm volatile("st.shared.v4.b32 [%0], {%1,%2,%3,%4};\n" ::"r"(to), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w) : "memory");
+}
+__device__ __forceinline__ uint4 load_shared(uint32_t from) {
+  uint4 v;
+  asm volatile("ld.shared.v4.b32 {%0,%1,%2,%3}, [%4];\n" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "r"(from) : "memory");
+  return v;
+}
+
+template <bool kTransposed>
+__device__ __forceinline__ void load_matrices(uint32_t (&r)[4], uint32_t from) {
+  if constexpr (kTransposed) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];\n"
+                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(from) : "memory");
+  } else {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];\n"
+                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(from) : "memory");
+  }
+}
+
+// Two matrices, transposed; addresses of the first sixteen lanes count.
+__device__ __forceinline__ void load_two_matrices(uint32_t (&r)[2], uint32_t from) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x2.trans.shared.b16 {%0,%1}, [%2];\n" : "=r"(r[0]), "=r"(r[1]) : "r"(from) : "memory");
+}
+
+// Where 16-byte chunk `chunk` of row `row` lies in a tile of kRows x kColumns 16-bit elements. Eight chunks span all banks:
+// the eight rows that ldmatrix reads at one column must lie in eight different ones.
+template <int kRows_, int kColumns_>
+struct SharedTile {
+  static constexpr int kRows = kRows_, kColumns = kColumns_, kChunks = kColumns / kChunk;
+  static constexpr int kBytes = kRows * kColumns * 2;
+  static_assert(kChunks == 4 || kChunks % 8 == 0, "rows of 64 bytes or of whole 128-byte lines");
+
+  // Rows of 64 bytes share a line in pairs, so that only every second row needs another place.
+  static __device__ __forceinline__ int swizzle(int row) { return kChunks == 4 ? (row >> 1) & 3 : row & 7; }
+  static __device__ __forceinline__ int offset(int row, int chunk) { return (row * kChunks + (chunk ^ swizzle(row))) * 16; }
+};
+
+// A thread's part of copying tiles [rows][columns] out of a matrix of row stride ld. The same chunks each time: rows
+// `row() + i * kStep`, one column of chunks.
+template <typename T, typename Tile, int kThreads, bool kAligned>
+struct TileCopy {
+  static constexpr int kStep = kThreads / Tile::kChunks;  // rows between a thread's chunks
+  static constexpr int kCount = Tile::kRows / kStep;
+  static_assert(kThreads % Tile::kChunks == 0 && Tile::kRows % kStep == 0 && kStep % 8 == 0);
+
+  static __device__ __forceinline__ int row() { return static_cast<int>(threadIdx.x) / Tile::kChunks; }
+  static __device__ __forceinline__ int column() { return static_cast<int>(threadIdx.x) % Tile::kChunks * kChunk; }
+  static __device__ __forceinline__ int place() { return Tile::offset(row(), column() / kChunk); }
+
+  // `from`: the thread's own first element. rows_left, columns_left: of the matrix, from the tile's corner on. Aligned: 16-byte
+  // rows of whole chunks, copied asynchronously; else element by element, there when the next barrier is passed.
+  static __device__ __forceinline__ void load(uint32_t tile, const T* from, int64_t ld, int rows_left, int columns_left) {
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) {
+      const uint32_t to = tile + i * kStep * Tile::kChunks * 16;
+      const bool row_inside = row() + i * kStep < rows_left;
+      if constexpr (kAligned) {
+        copy_async(to, from + i * kStep * ld, row_inside && column() < columns_left);
+      } else {
+        Chunk<T> chunk;
+#pragma unroll
+        for (int j = 0; j < kChunk; ++j) {
+          if (row_inside && column() + j < columns_left) chunk.values[j] = from[i * kStep * ld + j];
+        }
+        store_shared(to, chunk.words);
+      }
+    }
+  }
+};
+
+}  // namespace loradash::gpu

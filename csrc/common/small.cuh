@@ -1,0 +1,89 @@
+// What is small beside the large operands: packing the low-rank ones, and the second stage of the sums over M.
+#pragma once
+
+#include "../dash_linear.h"
+#include "../gpu_params.h"
+#include "element.cuh"
+
+namespace loradash::gpu {
+
+__device__ __forceinline__ float adapter_value(const void* data, int32_t dtype, int64_t index) {
+  switch (static_cast<DType>(dtype)) {
+    case DType::kBFloat16:
+      return __bfloat162float(static_cast<const __nv_bfloat16*>(data)[index]);
+    case DType::kFloat16:
+      return __half2float(static_cast<const __half*>(data)[index]);
+    default:
+      return static_cast<const float*>(data)[index];
+  }
+}
+
+// Element (rank, i) of D = [A; Vt], i < K, or of Q^T = [B | U]^T, i < N.
+__device__ __forceinline__ float d_value(const PackParams& p, int rank, int64_t i) {
+  if (i >= p.k) return 0.0f;
+  if (rank < p.rank) return adapter_value(p.lora_a, p.adapter_dtype[0], rank * p.k + i);
+  if (rank < p.rank + p.directions) return adapter_value(p.dash_vt, p.adapter_dtype[3], (rank - p.rank) * p.k + i);
+  return 0.0f;
+}
+__device__ __forceinline__ float q_value(const PackParams& p, int rank, int64_t i) {
+  if (i >= p.n) return 0.0f;
+  if (rank < p.rank) return adapter_value(p.lora_b, p.adapter_dtype[1], i * p.rank + rank);
+  if (rank < p.rank + p.directions) return adapter_value(p.dash_u, p.adapter_dtype[2], i * p.directions + rank - p.rank);
+  return 0.0f;
+}
+
+// Reads the adapters once for each form that is wanted, writes 2 width (K + N) bytes a form; of M only M width_p. Every form
+// by all threads in turn.
+template <typename T>
+__device__ __forceinline__ void pack(const PackParams& p) {
+  const int64_t first = blockIdx.x * static_cast<int64_t>(blockDim.x) + threadIdx.x, step = gridDim.x * static_cast<int64_t>(blockDim.x);
+  const auto put = [](void* out, int64_t index, float value) { static_cast<T*>(out)[index] = Element<T>::from_float(value); };
+  if (p.d_rows) {
+    for (int64_t i = first; i < p.width * p.ldd; i += step) put(p.d_rows, i, d_value(p, static_cast<int>(i / p.ldd), i % p.ldd));
+  }
+  if (p.d_columns) {
+    for (int64_t i = first; i < p.k * p.width; i += step) put(p.d_columns, i, d_value(p, static_cast<int>(i % p.width), i / p.width));
+  }
+  if (p.q_rows) {
+    for (int64_t i = first; i < p.width * p.ldq; i += step) put(p.q_rows, i, q_value(p, static_cast<int>(i / p.ldq), i % p.ldq));
+  }
+  if (p.q_columns) {
+    for (int64_t i = first; i < p.n * p.width; i += step) put(p.q_columns, i, q_value(p, static_cast<int>(i % p.width), i / p.width));
+  }
+  if (p.p_low) {
+    const int all = p.rank + p.directions;
+    for (int64_t i = first; i < p.m * p.p_width; i += step) {
+      const int column = static_cast<int>(i % p.p_width);
+      put(p.p_low, i, column < p.rank ? p.p[i / p.p_width * all + column] : column == p.rank ? 1.0f : 0.0f);
+    }
+  }
+  for (int64_t i = first; i < p.counter_count; i += step) p.counters[i] = 0;
+}
+
+// Every partial sum once, in the order of the splits. dy_parts holds the rows of dB, then db.
+__device__ __forceinline__ void finish(const FinishParams& p) {
+  const int64_t first = blockIdx.x * static_cast<int64_t>(blockDim.x) + threadIdx.x, step = gridDim.x * static_cast<int64_t>(blockDim.x);
+  const auto total = [](const float* parts, int64_t index, int64_t size, int splits) {
+    float sum = 0.0f;
+    for (int s = 0; s < splits; ++s) sum += parts[s * size + index];
+    return sum;
+  };
+  if (p.da) {
+    const int64_t size = p.rank * p.k;
+    for (int64_t i = first; i < size; i += step) p.da[i] = p.scale_a * total(p.da_parts, i, size, p.splits_x);
+  }
+  const int64_t size = p.dy_columns * p.n;
+  if (p.db_lora) {
+    for (int64_t i = first; i < p.rank * p.n; i += step) {
+      p.db_lora[i % p.n * p.rank + i / p.n] = p.scale_b * total(p.dy_parts, i, size, p.splits_y);
+    }
+  }
+  if (p.dbias) {
+    for (int64_t i = first; i < p.n; i += step) p.dbias[i] = total(p.dy_parts, p.rank * p.n + i, size, p.splits_y);
+  }
+  if (p.dsigma) {
+    for (int64_t i = first; i < p.directions; i += step) p.dsigma[i] = total(p.dsigma_parts, i, p.directions, p.sigma_blocks);
+  }
+}
+
+}  // namespace loradash::gpu

@@ -1,0 +1,305 @@
+#include "gpu_plan.h"
+
+#include <algorithm>
+#include <cstring>
+#include <initializer_list>
+
+#include "gpu_tiles.h"
+
+namespace loradash::gpu {
+namespace {
+
+constexpr int64_t kPassRows = 64, kPassColumns = 128, kPassStages = 3;  // as in common/pass.cuh
+constexpr int64_t kChunkBytes = 16, kChunkElements = 8, kGroup = 64;
+constexpr int64_t kMinRows = 256;  // of a split of M: below, partial sums outweigh what they are sums of
+constexpr int32_t kGroupM = 8;
+
+int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
+
+// Hands out parts of the workspace, 256-byte aligned; from null, it only counts.
+class Workspace {
+ public:
+  explicit Workspace(void* base) : base_(static_cast<char*>(base)) {}
+  template <typename T>
+  T* take(int64_t bytes) {
+    T* part = base_ ? reinterpret_cast<T*>(base_ + used_) : nullptr;
+    used_ += round_up(bytes, 256);
+    return part;
+  }
+  int64_t used() const { return used_; }
+
+ private:
+  char* base_;
+  int64_t used_ = 0;
+};
+
+template <typename Params>
+Launch launch(std::string kernel, const Params& params, std::initializer_list<int64_t> grid, int64_t threads, int64_t shared) {
+  Launch l{std::move(kernel), {1, 1, 1}, static_cast<uint32_t>(threads), static_cast<uint32_t>(shared), {}};
+  std::transform(grid.begin(), grid.end(), l.grid, [](int64_t size) { return static_cast<uint32_t>(size); });
+  l.params.resize(sizeof(Params));
+  std::memcpy(l.params.data(), &params, sizeof(Params));
+  return l;
+}
+
+std::string suffix(const Problem& q) { return q.dtype == DType::kBFloat16 ? "bf16" : "f16"; }
+
+// Rows that 16-byte copies can read: whole chunks, from aligned addresses.
+bool aligned(const void* data, int64_t ld, int64_t columns) {
+  return reinterpret_cast<uintptr_t>(data) % kChunkBytes == 0 && ld % kChunkElements == 0 && columns % kChunkElements == 0;
+}
+
+// --- the product -----------------------------------------------------------------------------------------------------
+
+struct Tile {
+  const char* name;
+  int32_t m, n, depth, threads, shared;
+  bool aligned;
+};
+
+#define TILE(name, m, n, depth, warps_m, warps_n, stages, aligned) \
+  Tile{#name, m, n, depth, 32 * warps_m * warps_n, stages*(m + n) * depth * 2, aligned},
+const Tile kTiles[] = {LORADASH_GEMM_TILES(TILE)};
+#undef TILE
+
+// Share of its tensor cores that a tile can keep busy, by the operands it reads for its FLOPs: an assumption until measured.
+double efficiency(const Tile& t) { return 1.0 / (1.0 + 12.0 / t.m + 12.0 / t.n); }
+
+// The tile that is done first when each processor takes its equal number of them.
+const Tile& pick_tile(const Card& card, int64_t m, int64_t n, bool is_aligned, const std::string& wanted) {
+  const Tile* best = nullptr;
+  double least = 0.0;
+  for (const Tile& t : kTiles) {
+    if (t.aligned != is_aligned || t.shared > card.shared_limit) continue;
+    if (is_aligned && wanted == t.name) return t;
+    const double rounds = static_cast<double>(ceil_div(ceil_div(m, t.m) * ceil_div(n, t.n), card.processors));
+    const double cost = rounds * t.m * t.n / efficiency(t);
+    if (!best || cost < least) best = &t, least = cost;
+  }
+  return *best;
+}
+
+Launch product(const Problem& q, GemmParams params, bool columns, const std::string& wanted) {
+  bool whole = true;
+  for (const Segment& s : params.segments) {
+    if (s.depth == 0) continue;
+    whole = whole && aligned(s.a, s.lda, s.depth) && aligned(s.b, s.ldb, columns ? round_up(params.n, kChunkElements) : s.depth);
+    // A chunk that the matrix does not fill would be read past its end, but for our own, which are padded.
+    if (columns && params.n % kChunkElements != 0) whole = false;
+  }
+  const Tile& tile = pick_tile(q.card, params.m, params.n, whole, wanted);
+  params.tiles_m = static_cast<int32_t>(ceil_div(params.m, tile.m));
+  params.tiles_n = static_cast<int32_t>(ceil_div(params.n, tile.n));
+  params.group_m = kGroupM;
+  params.whole = aligned(params.out, params.n, params.n) && aligned(params.base, params.n, params.n);
+  const std::string name = std::string("gemm_") + (columns ? "columns_" : "rows_") + suffix(q) + "_" + tile.name;
+  return launch(name, params, {static_cast<int64_t>(params.tiles_m) * params.tiles_n}, tile.threads, tile.shared);
+}
+
+Segment segment(const void* a, int64_t lda, const void* b, int64_t ldb, int64_t depth) {
+  return {a, b, lda, ldb, static_cast<int32_t>(depth)};
+}
+
+// --- packing ---------------------------------------------------------------------------------------------------------
+
+PackParams pack_params(const Problem& q, int64_t width) {
+  PackParams params{};
+  params.lora_a = q.adapters[0], params.lora_b = q.adapters[1], params.dash_u = q.adapters[2], params.dash_vt = q.adapters[3];
+  for (int i = 0; i < 4; ++i) params.adapter_dtype[i] = static_cast<int32_t>(q.adapter_dtypes[i]);
+  params.rank = static_cast<int32_t>(q.rank), params.directions = static_cast<int32_t>(q.directions);
+  params.width = static_cast<int32_t>(width);
+  params.k = q.shape.k, params.n = q.shape.n, params.m = q.shape.m;
+  params.ldd = round_up(q.shape.k, kChunkElements), params.ldq = round_up(q.shape.n, kChunkElements);
+  return params;
+}
+
+Launch pack(const Problem& q, const PackParams& params) {
+  const int64_t most = std::max({params.width * params.ldd, params.width * params.ldq, params.m * params.p_width});
+  const int64_t blocks = std::clamp<int64_t>(ceil_div(most, 4 * 256), 1, 4 * q.card.processors);
+  return launch("pack_" + suffix(q), params, {blocks}, 256, 0);
+}
+
+// --- passes ----------------------------------------------------------------------------------------------------------
+
+struct PassKind {
+  const char* name;
+  int32_t project, reduce, blocks;
+};
+
+#define PASS(name, project, reduce, blocks) PassKind{#name, project, reduce, blocks},
+const PassKind kPasses[] = {LORADASH_DOWN_TILES(PASS) LORADASH_BACKWARD_TILES(PASS)};
+#undef PASS
+
+int64_t shared_bytes(const PassKind& kind) {  // as PassTile::kSharedBytes
+  const int64_t x = kPassRows * kPassColumns * 2, f = 8 * kind.project * kPassColumns * 2;
+  const int64_t right = kind.reduce ? kPassRows * (kind.reduce | 1) * kChunkBytes : 0;
+  return kPassStages * (x + (kind.reduce ? 0 : f) + right) + (kind.reduce ? kind.blocks * f : 0);
+}
+
+// The first kernel of a family ("down", "dy", "x") that holds all ranks, or the last, over groups of ranks.
+const PassKind& pick_pass(const std::string& family, int64_t width, int64_t reduced) {
+  const PassKind* last = nullptr;
+  for (const PassKind& kind : kPasses) {
+    if (std::string(kind.name).rfind(family + "_", 0) != 0) continue;
+    last = &kind;
+    if ((kind.project == 0 || 8 * kind.project >= width) && (kind.reduce == 0 || 8 * kind.reduce >= reduced)) break;
+  }
+  return *last;
+}
+
+PassParams pass_params(const Problem& q, const void* x, int64_t ldx, int64_t columns, int64_t width) {
+  PassParams params{};
+  params.x = x, params.ldx = ldx;
+  params.m = static_cast<int32_t>(q.shape.m), params.n = static_cast<int32_t>(columns);
+  params.keep_scale = 1.0f;
+  params.rank = static_cast<int32_t>(q.rank), params.directions = static_cast<int32_t>(q.directions);
+  params.width = static_cast<int32_t>(width);
+  params.scaling = q.scaling, params.dash_sigma = q.dash_sigma;
+  return params;
+}
+
+Launch pass(const Problem& q, const PassKind& kind, const PassParams& params, int64_t chunks, int64_t splits, int64_t ranks) {
+  const std::string name = std::string(kind.name) + "_" + suffix(q) + (aligned(params.x, params.ldx, params.n) ? "" : "_any");
+  const int64_t groups = std::max<int64_t>(1, ceil_div(ranks, std::max(kind.project, kind.reduce) * 8));
+  return launch(name, params, {chunks, splits, groups}, 128, shared_bytes(kind));
+}
+
+// Rows of a program, so that about `wanted` programs share a tall matrix of so many chunks of columns.
+int64_t rows_per_program(int64_t m, int64_t chunks, int64_t wanted) {
+  const int64_t splits = std::max<int64_t>(1, wanted / std::max<int64_t>(1, chunks));
+  return round_up(std::max(kMinRows, ceil_div(m, splits)), kPassRows);
+}
+
+float keep_scale(const Problem& q) { return q.seed ? 65536.0f / static_cast<float>(65536 - q.threshold) : 1.0f; }
+
+}  // namespace
+
+std::vector<std::string> gemm_tiles(const Card& card) {
+  std::vector<std::string> names;
+  for (const Tile& t : kTiles) {
+    if (t.aligned && t.shared <= card.shared_limit) names.emplace_back(t.name);
+  }
+  return names;
+}
+
+Plan plan_forward(const Problem& q, const ForwardOut& out, void* memory, const std::string& tile) {
+  const auto [m, k, n] = q.shape;
+  Workspace workspace(memory);
+  Plan plan{};
+  if (m == 0) return plan;
+  const int64_t width = round_up(q.width(), kRankStep), bytes = 2;
+  const bool columns = q.weight && q.weight_n == 1 && q.weight_k != 1;  // W is stored (K, N)
+  PackParams packed = pack_params(q, width);
+  void* t = nullptr;
+  if (width > 0) {
+    packed.d_rows = workspace.take<void>(width * packed.ldd * bytes);
+    if (columns) packed.q_rows = workspace.take<void>(width * packed.ldq * bytes);
+    else packed.q_columns = workspace.take<void>(n * width * bytes);
+    t = workspace.take<void>(m * width * bytes);
+    plan.launches.push_back(pack(q, packed));
+    const PassKind& kind = pick_pass("down", width, 0);
+    PassParams down = pass_params(q, q.x, q.ldx, k, width);
+    down.rows_per_cta = kPassRows, down.columns_per_cta = static_cast<int32_t>(std::max<int64_t>(1, k));
+    down.seed = q.seed, down.threshold = q.threshold, down.keep_scale = keep_scale(q);
+    down.factor = packed.d_rows, down.ldf = packed.ldd;
+    down.projected = out.p, down.scaled = t;
+    plan.launches.push_back(pass(q, kind, down, 1, ceil_div(m, kPassRows), width));
+  }
+  if (n > 0) {
+    GemmParams gemm{};
+    if (q.weight) gemm.segments[0] = segment(q.x, q.ldx, q.weight, columns ? q.weight_k : q.weight_n, k);
+    gemm.segments[1] = columns ? segment(t, width, packed.q_rows, packed.ldq, width) : segment(t, width, packed.q_columns, width, width);
+    gemm.m = static_cast<int32_t>(m), gemm.n = static_cast<int32_t>(n);
+    gemm.out = out.y, gemm.bias = out.bias, gemm.base = out.base;
+    plan.launches.push_back(product(q, gemm, columns, tile));
+  }
+  plan.workspace_bytes = workspace.used();
+  return plan;
+}
+
+Plan plan_backward(const Problem& q, const BackwardOut& out, void* memory, const std::string& tile) {
+  const auto [m, k, n] = q.shape;
+  Workspace workspace(memory);
+  Plan plan{};
+  if (m == 0 || n == 0) return plan;
+  const int64_t all = q.width(), width = round_up(all, kRankStep), bytes = 2;
+  const bool columns = !(q.weight && q.weight_n == 1 && q.weight_k != 1);  // dx reads W (N, K) down its columns
+  const bool needs_dx = out.dx && k > 0, needs_da = out.da && q.rank > 0 && k > 0, needs_sigma = out.dsigma && q.directions > 0;
+  const bool needs_db = out.db_lora && q.rank > 0;
+  const bool needs_g = width > 0 && (needs_dx || needs_da || needs_sigma);
+  const bool needs_dy = needs_g || needs_db || out.dbias;
+
+  PackParams packed = pack_params(q, width);
+  void* t = nullptr;
+  FinishParams sums{};
+  if (needs_dy) {
+    const int64_t right_columns = q.rank + (out.dbias ? 1 : 0), row_blocks = ceil_div(m, kPassRows);
+    const PassKind& kind = pick_pass("dy", width, right_columns);
+    const int64_t per_chunk = kind.blocks * kPassColumns, chunks = ceil_div(n, per_chunk);
+    const int64_t rows = rows_per_program(m, chunks, q.card.processors), splits = ceil_div(m, rows);
+    const int64_t groups = std::max<int64_t>(1, ceil_div(std::max(width, right_columns), kGroup));
+    packed.p = out.p;
+    packed.p_width = static_cast<int32_t>(round_up(std::max<int64_t>(1, right_columns), kChunkElements));
+    packed.p_low = workspace.take<void>(m * packed.p_width * bytes);
+    PassParams dy = pass_params(q, out.dy, out.lddy, n, width);
+    dy.rows_per_cta = static_cast<int32_t>(rows), dy.columns_per_cta = static_cast<int32_t>(per_chunk);
+    dy.right = packed.p_low, dy.ld_right = packed.p_width, dy.right_columns = static_cast<int32_t>(right_columns);
+    if (needs_db || out.dbias) dy.reduced = workspace.take<float>(splits * right_columns * n * sizeof(float));
+    // The projection is always computed: a pass without it would be one more kernel for a case that nobody trains.
+    packed.q_rows = workspace.take<void>(width * packed.ldq * bytes);
+    packed.counter_count = static_cast<int32_t>(groups * row_blocks);
+    packed.counters = workspace.take<int32_t>(packed.counter_count * sizeof(int32_t));
+    t = workspace.take<void>(m * width * bytes);
+    dy.factor = packed.q_rows, dy.ldf = packed.ldq;
+    dy.projected = workspace.take<float>(chunks * m * all * sizeof(float));
+    dy.scaled = t, dy.arrived = packed.counters;
+    if (needs_sigma) {
+      dy.p = out.p;
+      dy.dsigma_parts = workspace.take<float>(row_blocks * q.directions * sizeof(float));
+    }
+    if (needs_dx && width > 0) {
+      if (columns) packed.d_rows = workspace.take<void>(width * packed.ldd * bytes);
+      else packed.d_columns = workspace.take<void>(k * width * bytes);
+    }
+    plan.launches.push_back(pack(q, packed));
+    plan.launches.push_back(pass(q, kind, dy, chunks, splits, std::max(width, right_columns)));
+    sums.dy_parts = dy.reduced, sums.splits_y = static_cast<int32_t>(splits), sums.dy_columns = static_cast<int32_t>(right_columns);
+    sums.dsigma_parts = dy.dsigma_parts, sums.sigma_blocks = static_cast<int32_t>(row_blocks);
+  }
+  if (needs_dx) {
+    GemmParams gemm{};
+    if (width > 0) {
+      gemm.segments[0] = columns ? segment(t, width, packed.d_rows, packed.ldd, width) : segment(t, width, packed.d_columns, width, width);
+    }
+    if (q.weight) gemm.segments[1] = segment(out.dy, out.lddy, q.weight, columns ? q.weight_n : q.weight_k, n);
+    gemm.m = static_cast<int32_t>(m), gemm.n = static_cast<int32_t>(k);
+    gemm.out = out.dx, gemm.seed = q.seed, gemm.threshold = q.threshold, gemm.keep_scale = keep_scale(q);
+    plan.launches.push_back(product(q, gemm, columns, tile));
+  }
+  if (needs_da) {
+    const PassKind& kind = pick_pass("x", 0, q.rank);
+    const int64_t chunks = ceil_div(k, kPassColumns), rows = rows_per_program(m, chunks, 3 * q.card.processors), splits = ceil_div(m, rows);
+    PassParams x = pass_params(q, q.x, q.ldx, k, width);
+    x.rows_per_cta = static_cast<int32_t>(rows), x.columns_per_cta = kPassColumns;
+    x.seed = q.seed, x.threshold = q.threshold;
+    x.right = t, x.ld_right = width, x.right_columns = static_cast<int32_t>(q.rank);
+    x.reduced = workspace.take<float>(splits * q.rank * k * sizeof(float));
+    plan.launches.push_back(pass(q, kind, x, chunks, splits, q.rank));
+    sums.da_parts = x.reduced, sums.splits_x = static_cast<int32_t>(splits);
+  }
+  if (needs_da) sums.da = out.da;
+  if (needs_db) sums.db_lora = out.db_lora;
+  if (needs_sigma) sums.dsigma = out.dsigma;
+  sums.dbias = out.dbias;
+  if (sums.da || sums.db_lora || sums.dsigma || sums.dbias) {
+    sums.k = k, sums.n = n, sums.rank = static_cast<int32_t>(q.rank), sums.directions = static_cast<int32_t>(q.directions);
+    sums.scale_a = keep_scale(q), sums.scale_b = q.scaling;
+    const int64_t most = std::max(q.rank * k, (q.rank + 1) * n);
+    plan.launches.push_back(launch("finish_sums", sums, {std::clamp<int64_t>(ceil_div(most, 256), 1, 8 * q.card.processors)}, 256, 0));
+  }
+  plan.workspace_bytes = workspace.used();
+  return plan;
+}
+
+}  // namespace loradash::gpu
