@@ -75,9 +75,10 @@ def emulate(launches: list[tuple], buffers: list[torch.Tensor], architecture: st
 
 
 def emulated_run(
-    case: Case, architecture: str = "sm_80", base: bool = True, tile: str = "", processors: int = 0, **options: Any
-) -> dict[str, torch.Tensor]:
-    """Output and gradients of a case, as `testing.run`; outputs are NaN before."""
+    case: Case, architecture: str = "sm_80", base: bool = True, tile: str = "", processors: int = 0,
+    only: str | None = None, **options: Any,
+) -> dict[str, torch.Tensor]:  # fmt: skip
+    """Output and gradients of a case (or `only` one of these), as `testing.run`; outputs are NaN before."""
     t, (m, k), n = case.tensors, case.x.shape, case.tensors["weight"].shape[0]
     rank, directions = t["lora_a"].shape[0], 0 if t["dash_sigma"] is None else t["dash_sigma"].shape[0]
     torch.manual_seed(case.seed)
@@ -93,6 +94,8 @@ def emulated_run(
         "dash_sigma": poisoned(directions) if directions else None,
         "bias": poisoned(n) if t["bias"] is not None and base else None,
     }  # fmt: skip
+    if only:
+        out = {name: v if name in ("y", "p", only) else None for name, v in out.items()}
     product = None if base else torch.nn.functional.linear(case.x, t["weight"], t["bias"])
     reachable = [v for v in [*out.values(), seed, case.dy, case.x, product] if v is not None]
     for direction in ("forward", "backward"):
