@@ -31,6 +31,10 @@ struct GemmTile {
   static_assert(kWarpsM * kWarpsN * 16 * kStageRow * 4 <= kSharedBytes, "results are staged where the operands were");
 };
 
+// Keeps a value in its register: recomputing it inside the main loop costs more than it saves.
+__device__ __forceinline__ void pin(uint32_t& value) { asm volatile("" : "+r"(value)); }
+__device__ __forceinline__ void pin(int64_t& value) { asm volatile("" : "+l"(value)); }
+
 // Where the next tile of both operands comes from; each thread knows its own first elements.
 template <typename Tile>
 struct OperandStream {
@@ -38,27 +42,32 @@ struct OperandStream {
   using CopyA = TileCopy<T, typename Tile::A, Tile::kThreads, Tile::kAligned>;
   using CopyB = TileCopy<T, typename Tile::B, Tile::kThreads, Tile::kAligned>;
   const T *a, *b;
-  int64_t lda, ldb;
+  int64_t lda, ldb, step_a, step_b, next_b;  // of these, steps are in bytes
   int rows_left, columns_left, depth_left;
+  bool whole;  // no row or column of these tiles is outside
 
   __device__ __forceinline__ void begin(const Segment& s, int m0, int n0, int m, int n) {
     lda = s.lda, ldb = s.ldb, depth_left = s.depth;
+    step_a = CopyA::kStep * lda * sizeof(T), step_b = CopyB::kStep * ldb * sizeof(T);
+    next_b = Tile::kColumns ? Tile::kDepth * ldb : Tile::kDepth;
     rows_left = m - m0, columns_left = n - n0;
+    whole = Tile::kAligned && rows_left >= Tile::kM && columns_left >= Tile::kN;
     a = static_cast<const T*>(s.a) + (m0 + CopyA::row()) * lda + CopyA::column();
     b = static_cast<const T*>(s.b);
     b += Tile::kColumns ? CopyB::row() * ldb + n0 + CopyB::column() : (n0 + CopyB::row()) * ldb + CopyB::column();
+    pin(step_a), pin(step_b), pin(next_b);
   }
 
   __device__ __forceinline__ void next(uint32_t to_a, uint32_t to_b) {
-    CopyA::load(to_a, a, lda, rows_left, depth_left);
-    if constexpr (Tile::kColumns) {
-      CopyB::load(to_b, b, ldb, depth_left, columns_left);
-      b += Tile::kDepth * ldb;
+    if (whole && depth_left >= Tile::kDepth) {
+      CopyA::load_whole(to_a, a, step_a);
+      CopyB::load_whole(to_b, b, step_b);
     } else {
-      CopyB::load(to_b, b, ldb, columns_left, depth_left);
-      b += Tile::kDepth;
+      CopyA::load(to_a, a, lda, rows_left, depth_left);
+      if constexpr (Tile::kColumns) CopyB::load(to_b, b, ldb, depth_left, columns_left);
+      else CopyB::load(to_b, b, ldb, columns_left, depth_left);
     }
-    a += Tile::kDepth;
+    a += Tile::kDepth, b += next_b;
     depth_left -= Tile::kDepth;
   }
 };
@@ -91,21 +100,22 @@ struct FragmentReader {
         b[k] = Tile::A::kBytes + Tile::B::offset(n0 + lane % 8 + lane / 16 * 8, 2 * k + lane / 8 % 2);
       }
     }
+    for (uint32_t& offset : a) pin(offset);
+    for (uint32_t& offset : b) pin(offset);
   }
 
-  // Sixteen rows further down lies the same swizzle: an immediate offset.
-  __device__ __forceinline__ void read(Fragments<Tile>& f, uint32_t stage, int k) const {
-#pragma unroll
-    for (int i = 0; i < Tile::kFragmentsM; ++i) {
-      load_matrices<false>(f.a[i], stage + a[k] + i * 16 * Tile::A::kChunks * 16);
-    }
-#pragma unroll
-    for (int j = 0; j < Tile::kFragmentsN / 2; ++j) {
-      if constexpr (Tile::kColumns) {
-        load_matrices<true>(f.b[j], stage + b[j] + k * 16 * Tile::B::kChunks * 16);
-      } else {
-        load_matrices<false>(f.b[j], stage + b[k] + j * 16 * Tile::B::kChunks * 16);
-      }
+  // Sixteen rows further down lies the same swizzle: a constant offset.
+  template <int kPart>
+  __device__ __forceinline__ void read(Fragments<Tile>& f, uint32_t stage) const {
+    const uint32_t from_a = stage + a[kPart];
+    unrolled<Tile::kFragmentsM>([&](auto i) { load_matrices<false, i * 16 * Tile::A::kChunks * 16>(f.a[i], from_a); });
+    if constexpr (Tile::kColumns) {
+      unrolled<Tile::kFragmentsN / 2>(
+          [&](auto j) { load_matrices<true, kPart * 16 * Tile::B::kChunks * 16>(f.b[j], stage + b[j]); });
+    } else {
+      const uint32_t from_b = stage + b[kPart];
+      unrolled<Tile::kFragmentsN / 2>(
+          [&](auto j) { load_matrices<false, j * 16 * Tile::B::kChunks * 16>(f.b[j], from_b); });
     }
   }
 };
@@ -152,6 +162,17 @@ struct Accumulator {
   }
 };
 
+template <typename T>
+__device__ __forceinline__ void add_base(float (&values)[kChunk], const T* base, bool whole, int left) {
+  Chunk<T> chunk;
+  if (whole) chunk.words = *reinterpret_cast<const uint4*>(base);
+#pragma unroll
+  for (int e = 0; e < kChunk; ++e) {
+    if (!whole && e < left) chunk.values[e] = base[e];
+    values[e] += Element<T>::to_float(chunk.values[e]);
+  }
+}
+
 // Rounds once, after bias and base: rows of fp32 go through shared memory, so that a lane stores 16 bytes of a row.
 template <typename Tile>
 __device__ __forceinline__ void store_output(const Accumulator<Tile>& acc, const GemmParams& p, char* shared, int m0, int n0) {
@@ -160,64 +181,50 @@ __device__ __forceinline__ void store_output(const Accumulator<Tile>& acc, const
   float* staged = reinterpret_cast<float*>(shared) + warp * 16 * Tile::kStageRow;
   m0 += warp / Tile::kWarpsN * Tile::kWarpM, n0 += warp % Tile::kWarpsN * Tile::kWarpN;
   constexpr int kLanes = Tile::kWarpN / kChunk, kRows = 32 / kLanes;  // lanes that store a row, rows at a time
-  const int column = n0 + lane % kLanes * kChunk;
+  // First the first four of every eight columns, then the others: a lane then reads both halves of its eight beside those
+  // of its neighbours.
+  constexpr int kHalf = Tile::kStageRow / 2;
+  const int column = n0 + lane % kLanes * kChunk, rows = p.m, columns = p.n;
   const bool whole = p.whole;
+  const T* const base = static_cast<const T*>(p.base);
+  T* const output = static_cast<T*>(p.out);
   float bias[kChunk];
 #pragma unroll
   for (int e = 0; e < kChunk; ++e) {
-    const bool inside = p.bias && column + e < p.n;
+    const bool inside = p.bias && column + e < columns;
     bias[e] = inside ? Element<T>::to_float(static_cast<const T*>(p.bias)[column + e]) : 0.0f;
   }
+  float* const write = staged + lane / 4 * Tile::kStageRow + lane % 4 / 2 * kHalf + lane % 2 * 2;
+  const float* const read = staged + lane / kLanes * Tile::kStageRow + lane % kLanes * 4;
 #pragma unroll
   for (int i = 0; i < Tile::kFragmentsM; ++i) {
     __syncwarp();
 #pragma unroll
     for (int j = 0; j < Tile::kFragmentsN; ++j) {
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        float* to = staged + (lane / 4 + 8 * half) * Tile::kStageRow + 8 * j + lane % 4 * 2;
-        *reinterpret_cast<float2*>(to) = make_float2(acc.c[i][j][2 * half], acc.c[i][j][2 * half + 1]);
-      }
+      *reinterpret_cast<float2*>(write + 4 * j) = make_float2(acc.c[i][j][0], acc.c[i][j][1]);
+      *reinterpret_cast<float2*>(write + 8 * Tile::kStageRow + 4 * j) = make_float2(acc.c[i][j][2], acc.c[i][j][3]);
     }
     __syncwarp();
 #pragma unroll
     for (int r = 0; r < 16; r += kRows) {
-      const int row = r + lane / kLanes, m = m0 + 16 * i + row;
-      // Lanes 4 to 7 of eight read their second half first: otherwise eight lanes would want every second 16 bytes.
-      const int swap = lane / 4 % 2;
-      float values[kChunk];
+      const int m = m0 + 16 * i + r + lane / kLanes;
+      if (m >= rows || column >= columns) continue;
+      const float4 low = *reinterpret_cast<const float4*>(read + r * Tile::kStageRow);
+      const float4 high = *reinterpret_cast<const float4*>(read + r * Tile::kStageRow + kHalf);
+      float values[kChunk] = {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
 #pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const int at = half ^ swap;
-        const float4 four = *reinterpret_cast<const float4*>(staged + row * Tile::kStageRow + lane % kLanes * kChunk + 4 * at);
-        values[4 * half] = four.x, values[4 * half + 1] = four.y, values[4 * half + 2] = four.z, values[4 * half + 3] = four.w;
-      }
-#pragma unroll
-      for (int e = 0; e < 4; ++e) {
-        const float first = swap ? values[e + 4] : values[e], second = swap ? values[e] : values[e + 4];
-        values[e] = first, values[e + 4] = second;
-      }
-      if (m >= p.m || column >= p.n) continue;
-      const int64_t offset = static_cast<int64_t>(m) * p.n + column;
-      T* out = static_cast<T*>(p.out) + offset;
-      const T* base = static_cast<const T*>(p.base);
-      Chunk<T> chunk;
-      if (base && whole) chunk.words = *reinterpret_cast<const uint4*>(base + offset);
-#pragma unroll
-      for (int e = 0; e < kChunk; ++e) {
-        float value = values[e] + bias[e];
-        if (base) {
-          if (!whole && column + e < p.n) chunk.values[e] = base[offset + e];
-          value += Element<T>::to_float(chunk.values[e]);
-        }
-        chunk.values[e] = Element<T>::from_float(value);
-      }
+      for (int e = 0; e < kChunk; ++e) values[e] += bias[e];
+      const int64_t offset = static_cast<int64_t>(m) * columns + column;
+      if (base) add_base(values, base + offset, whole, columns - column);
       if (whole) {
-        *reinterpret_cast<uint4*>(out) = chunk.words;
+        uint4 packed;
+        packed.x = Element<T>::pack(values[0], values[1]), packed.y = Element<T>::pack(values[2], values[3]);
+        packed.z = Element<T>::pack(values[4], values[5]), packed.w = Element<T>::pack(values[6], values[7]);
+        *reinterpret_cast<uint4*>(output + offset) = packed;
       } else {
 #pragma unroll
         for (int e = 0; e < kChunk; ++e) {
-          if (column + e < p.n) out[e] = chunk.values[e];
+          if (column + e < columns) output[offset + e] = Element<T>::from_float(values[e]);
         }
       }
     }
@@ -245,14 +252,24 @@ __device__ __forceinline__ void gemm(const GemmParams& p) {
   const uint32_t base = shared_address(shared);
   const uint32_t place_a = base + OperandStream<Tile>::CopyA::place();
   const uint32_t place_b = base + Tile::A::kBytes + OperandStream<Tile>::CopyB::place();
-  uint32_t write = 0;  // offset of the stage to fill next
-  const auto prefetch = [&](int step) {
-    if (step == first && first != 0 && step < steps) stream.begin(p.segments[1], m0, n0, p.m, p.n);
-    if (step < steps) stream.next(place_a + write, place_b + write);
+  constexpr uint32_t kEnd = Tile::kStages * Tile::kStageBytes;
+  uint32_t write = 0;                        // offset of the stage to fill next
+  int until_second = first == 0 ? -1 : first;  // tiles to fetch before the second pair of operands
+  int to_fetch = steps;
+  const auto prefetch = [&] {
+    if (to_fetch > 0) {
+      if (until_second == 0) {
+        asm volatile("");  // a branch that is taken once, not a selection in every step
+        stream.begin(p.segments[1], m0, n0, p.m, p.n);
+      }
+      stream.next(place_a + write, place_b + write);
+      --until_second, --to_fetch;
+    }
     commit_copies();
-    write = write == (Tile::kStages - 1) * Tile::kStageBytes ? 0 : write + Tile::kStageBytes;
+    write += Tile::kStageBytes;
+    if (write == kEnd) write = 0;
   };
-  for (int step = 0; step < Tile::kStages - 1; ++step) prefetch(step);
+  for (int step = 0; step < Tile::kStages - 1; ++step) prefetch();
 
   const FragmentReader<Tile> reader;
   Accumulator<Tile> acc;
@@ -260,20 +277,23 @@ __device__ __forceinline__ void gemm(const GemmParams& p) {
   uint32_t read = base;
   wait_copies<Tile::kStages - 2>();
   __syncthreads();
-  if (steps > 0) reader.read(fragments[0], read, 0);
+  if (steps > 0) reader.template read<0>(fragments[0], read);
   constexpr int kParts = Tile::kDepth / 16;
+  static_assert(kParts % 2 == 0, "fragments take turns");
   for (int step = 0; step < steps; ++step) {
-#pragma unroll
-    for (int k = 0; k < kParts; ++k) {
-      if (k == kParts - 1) {
-        read = read == base + (Tile::kStages - 1) * Tile::kStageBytes ? base : read + Tile::kStageBytes;
+    unrolled<kParts>([&](auto part) {
+      if constexpr (part == kParts - 1) {
+        read += Tile::kStageBytes;
+        if (read == base + kEnd) read = base;
         wait_copies<Tile::kStages - 2>();
         __syncthreads();
+        if (step + 1 < steps) reader.template read<0>(fragments[0], read);
+      } else {
+        reader.template read<part + 1>(fragments[(part + 1) % 2], read);
       }
-      if (k < kParts - 1 || step + 1 < steps) reader.read(fragments[(k + 1) % 2], read, (k + 1) % kParts);
-      if (k == 0) prefetch(step + Tile::kStages - 1);
-      acc.add(fragments[k % 2]);
-    }
+      if constexpr (part == 0) prefetch();
+      acc.add(fragments[part % 2]);
+    });
     if (step + 1 == first && p.seed) {
       const int warp = threadIdx.x / 32;
       const DropoutKey dropout(p.seed, p.threshold);

@@ -3,6 +3,7 @@
 
 #include <cstdint>
 #include <type_traits>
+#include <utility>
 
 #include "element.cuh"
 
@@ -12,9 +13,27 @@ __device__ __forceinline__ uint32_t shared_address(const void* pointer) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
 }
 
+// f(0), ..., f(kCount - 1) with constants: offsets that are constants become part of an instruction.
+template <int kValue>
+struct Index {
+  __host__ __device__ constexpr operator int() const { return kValue; }
+};
+template <typename F, int... kIndex>
+__device__ __forceinline__ void unrolled(const F& f, std::integer_sequence<int, kIndex...>) {
+  (f(Index<kIndex>{}), ...);
+}
+template <int kCount, typename F>
+__device__ __forceinline__ void unrolled(const F& f) {
+  unrolled(f, std::make_integer_sequence<int, kCount>{});
+}
+
 // 16 bytes; zeros where not `inside` (nothing is read then).
 __device__ __forceinline__ void copy_async(uint32_t to, const void* from, bool inside) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;\n" ::"r"(to), "l"(from), "r"(inside ? 16 : 0));
+}
+template <int kOffset>
+__device__ __forceinline__ void copy_async(uint32_t to, const void* from) {
+  asm volatile("cp.async.cg.shared.global [%0 + %2], [%1], 16;\n" ::"r"(to), "l"(from), "n"(kOffset));
 }
 __device__ __forceinline__ void commit_copies() { asm volatile("cp.async.commit_group;\n"); }
 template <int kPending>
@@ -31,14 +50,15 @@ __device__ __forceinline__ uint4 load_shared(uint32_t from) {
   return v;
 }
 
-template <bool kTransposed>
+// Four 8 x 8 matrices; `transposed` gives each lane elements of a column.
+template <bool kTransposed, int kOffset = 0>
 __device__ __forceinline__ void load_matrices(uint32_t (&r)[4], uint32_t from) {
   if constexpr (kTransposed) {
-    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];\n"
-                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(from) : "memory");
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4 + %5];\n"
+                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(from), "n"(kOffset) : "memory");
   } else {
-    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];\n"
-                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(from) : "memory");
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4 + %5];\n"
+                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(from), "n"(kOffset) : "memory");
   }
 }
 
@@ -90,6 +110,15 @@ struct TileCopy {
         store_shared(to, chunk.words);
       }
     }
+  }
+
+  // The same where all of the tile is inside an aligned matrix; step: kStep rows in bytes.
+  static __device__ __forceinline__ void load_whole(uint32_t tile, const T* from, int64_t step) {
+    const char* row = reinterpret_cast<const char*>(from);
+    unrolled<kCount>([&](auto i) {
+      copy_async<i * kStep * Tile::kChunks * 16>(tile, row);
+      row += step;
+    });
   }
 };
 
