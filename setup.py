@@ -61,10 +61,10 @@ def extension() -> dict:
     compile_args = {"cxx": ["-O3", "-std=c++20", "-ffp-contract=fast", "-Wno-psabi", *openmp_flags()]}
     files, macros = [f for f in sources("*.cpp") if cuda or Path(f).name != "gpu_launch.cpp"], []
     if cuda:
-        architectures = os.environ.setdefault("TORCH_CUDA_ARCH_LIST", CUDA_ARCHITECTURES)
+        os.environ.setdefault("TORCH_CUDA_ARCH_LIST", CUDA_ARCHITECTURES)
         compile_args["nvcc"] = ["-O3", "-std=c++17", "--threads", os.environ.get("NVCC_THREADS", "2")]
         files += sources("*.cu")
-        macros = [("LORADASH_WITH_CUDA", "1"), ("LORADASH_CUDA_ARCHITECTURES", f'\\"{architectures}\\"')]
+        macros = [("LORADASH_WITH_CUDA", "1")]
     module = (cpp_extension.CUDAExtension if cuda else cpp_extension.CppExtension)(
         "loradash_kernels._C",
         files,

@@ -209,7 +209,11 @@ TORCH_LIBRARY(loradash_cuda, m) {
 
 void define_gpu(pybind11::module_& m) {
 #ifdef LORADASH_WITH_CUDA
-  m.attr("cuda_architectures") = LORADASH_CUDA_ARCHITECTURES;
+  m.attr("cuda_architectures") = architectures();
+  m.def("gpu_card", [](int device) {
+    const Card card = card_of(device);
+    return CardNumbers{card.processors, card.shared_limit};
+  });
 #else
   m.attr("cuda_architectures") = pybind11::none();
 #endif

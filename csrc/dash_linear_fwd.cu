@@ -33,4 +33,6 @@ const void* find_forward_kernel(const std::string& name) {
   return nullptr;
 }
 
+std::vector<int> architectures() { return {__CUDA_ARCH_LIST__}; }
+
 }  // namespace loradash::gpu

@@ -12,6 +12,7 @@ namespace loradash::gpu {
 
 const void* find_forward_kernel(const std::string& name);
 const void* find_backward_kernel(const std::string& name);
+std::vector<int> architectures();  // compiled for: 800, 860, ...
 
 // Runs them in order. Returns an empty string, or what failed: kernel, grid, configuration and CUDA's own message.
 std::string run(const std::vector<Launch>& launches, cudaStream_t stream);

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from . import _extension, _triton, reference
+from . import _cuda, _extension, _triton, reference
 from .config import accumulator
 
 LIBRARY = torch.library.Library("loradash", "DEF")
@@ -41,6 +41,9 @@ class Backend:
     refuses: Callable[[Tensor, int], str | None]
     forward: Callable[..., None]
     backward: Callable[..., None]
+    yields: Callable[[Tensor], str | None] = lambda x: (
+        None
+    )  # why another one is better for this x, where none was asked for
 
 
 _CPU_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -70,6 +73,7 @@ BACKENDS = (
         torch.ops.loradash_cpu.forward.default if _extension.is_compiled() else _cpu_forward,
         torch.ops.loradash_cpu.backward.default if _extension.is_compiled() else _cpu_backward,
     ),
+    Backend("cuda", _cuda.missing, _cuda.refuses, _cuda.forward, _cuda.backward, _cuda.yields),
     Backend("triton", _triton.missing, _triton.refuses, _triton.forward, _triton.backward),
     Backend("reference", lambda: None, lambda x, width: None, reference.forward, reference.backward),
 )
@@ -97,7 +101,7 @@ def pick_backend(x: Tensor, width: int = 0, requested: str | None = None) -> Bac
     Raises ValueError for an unknown name and RuntimeError when the requested backend cannot run.
     """
     if requested is None:
-        return next(b for b in BACKENDS if _reason_against(b, x, width) is None)
+        return next(b for b in BACKENDS if _reason_against(b, x, width) is None and b.yields(x) is None)
     for backend in BACKENDS:
         if backend.name == requested:
             reason = _reason_against(backend, x, width)

@@ -162,9 +162,9 @@ def chosen(direction, q):
 @pytest.fixture
 def cache(tmp_path, monkeypatch):
     monkeypatch.setenv("LORADASH_CACHE", str(tmp_path / "cache"))
-    tuner.forget()
+    tuner.MEASURED.forget()
     yield tmp_path / "cache"
-    tuner.forget()
+    tuner.MEASURED.forget()
 
 
 def scripted(times):
@@ -189,7 +189,7 @@ def test_tuner_keeps_the_fastest(cache):
     times[2] = RuntimeError("out of shared memory")  # left out, not fatal
     best = tuner.tune("forward", q, (q.x, q.weight), scripted(times))
     assert best == candidates[-1]
-    tuner.forget()
+    tuner.MEASURED.forget()
     assert chosen("forward", q) == best  # from disk
     assert chosen("backward", q) is None  # never measured: the table's
     assert chosen("forward", problem(make_case(64, 64, 80))) is None
@@ -208,13 +208,13 @@ def test_tuner_with_nothing_that_runs(cache):
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"strategies": {"a": {"kind": "magic", "tile": null}}}', "\x00\x01"])
 def test_tuner_with_a_damaged_cache(cache, text):
     cache.mkdir()
-    tuner.cache_file().write_text(text)
+    tuner.MEASURED.path().write_text(text)
     q = problem(make_case(64, 64, 64))
-    tuner._warned.clear()
+    tuner.MEASURED.warned.clear()
     with pytest.warns(UserWarning, match="damaged"):
         assert chosen("forward", q) is None
     best = tuner.tune("forward", q, (q.x, q.weight), scripted([1.0] * 20))
-    tuner.forget()
+    tuner.MEASURED.forget()
     assert chosen("forward", q) == best
 
 
@@ -222,15 +222,15 @@ def test_tuner_with_a_damaged_cache(cache, text):
 def test_tuner_with_a_cache_that_cannot_be_written(cache):
     cache.write_text("a file where the folder should be")
     q = problem(make_case(64, 64, 64))
-    tuner._warned.clear()
+    tuner.MEASURED.warned.clear()
     with pytest.warns(UserWarning, match="cannot be written"):
         best = tuner.tune("forward", q, (q.x, q.weight), scripted([1.0] * 20))
     assert chosen("forward", q) == best
 
 
 def _write(index):
-    tuner.forget()
-    tuner._remember(f"key {index}", parts.Strategy("fused", TileConfig(64, 64, 32, 4, index + 1)))
+    tuner.MEASURED.forget()
+    tuner.MEASURED.remember(f"key {index}", parts.Strategy("fused", TileConfig(64, 64, 32, 4, index + 1)))
 
 
 @needs_triton
@@ -238,7 +238,7 @@ def test_tuner_in_concurrent_processes(cache):
     """Eight processes write at once; nobody's entry is lost and the file is whole."""
     with multiprocessing.get_context("fork").Pool(8) as pool:
         pool.map(_write, range(8), chunksize=1)
-    found = json.loads(tuner.cache_file().read_text())["strategies"]
+    found = json.loads(tuner.MEASURED.path().read_text())["strategies"]
     assert sorted(found) == [f"key {i}" for i in range(8)]
 
 

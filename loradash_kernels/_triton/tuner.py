@@ -2,21 +2,15 @@
 
 Candidates are every tile of the architecture's table, fused; the one-launch forward; and the vendor's library with our
 low-rank kernels. Without a measurement the table decides. Measuring is asked for with LORADASH_TUNE=1 (at the first call
-of each shape) or with `tune`. The cache is $LORADASH_CACHE or ~/.cache/loradash, one JSON file: replaced atomically,
-merged with what other processes wrote, ignored with a warning where it is damaged, kept in memory where it cannot be
-written. Deleting it is always safe.
+of each shape) or with `tune`.
 """
 
 from __future__ import annotations
 
 import contextlib
-import json
 import os
-import tempfile
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,15 +18,13 @@ from torch import Tensor
 
 from .._version import __version__
 from ..config import TileConfig
+from ..measurements import Measurements, fastest
 from . import tiles
 from .plan import plan_backward, plan_forward
 from .problem import Problem, Strategy, descriptors_fit
 
 KINDS = ("fused", "descriptors", "one_launch", "library")
-_FILE = "triton-tiles-1.json"
-_measured: dict[str, Strategy] | None = None
 _forced: dict[str, Strategy] = {}
-_warned: set[str] = set()
 
 
 def choose(direction: str, problem: Problem, operands: Sequence[Tensor | None]) -> Strategy | None:
@@ -40,13 +32,13 @@ def choose(direction: str, problem: Problem, operands: Sequence[Tensor | None]) 
     if direction in _forced:
         return _forced[direction]
     name = key(direction, problem, operands)
-    found = measurements().get(name)
+    found = MEASURED.known().get(name)
     if found is None and os.environ.get("LORADASH_TUNE") == "1" and _may_measure(problem):
         try:
             found = tune(direction, problem, operands)
         except (RuntimeError, torch.OutOfMemoryError) as error:  # the call itself may well fit
-            _warn(f"tuning failed, the table decides for {name}: {error}")
-            measurements()[name] = Strategy()
+            MEASURED.warn(f"tuning failed, the table decides for {name}: {error}")
+            MEASURED.known()[name] = Strategy()
     return found
 
 
@@ -110,17 +102,8 @@ def tune(
         from triton.testing import do_bench
 
         timer = do_bench
-    times: dict[Strategy, float] = {}
-    errors = []
-    for strategy in candidates(direction, problem, operands):
-        try:
-            times[strategy] = timer(_runner(direction, problem, strategy))
-        except Exception as error:  # out of registers, shared memory, ...: whatever the compiler or driver says
-            errors.append(f"{strategy}: {error}")
-    if not times:
-        raise RuntimeError("no candidate ran:\n" + "\n".join(errors))
-    best = min(times, key=lambda s: times[s])
-    _remember(key(direction, problem, operands), best)
+    best = fastest(candidates(direction, problem, operands), lambda s: _runner(direction, problem, s), timer)
+    MEASURED.remember(key(direction, problem, operands), best)
     return best
 
 
@@ -148,80 +131,10 @@ def _may_measure(problem: Problem) -> bool:
     return problem.x.device.type == "cuda" and problem.m > 0 and not torch.cuda.is_current_stream_capturing()
 
 
-# --- the cache -------------------------------------------------------------------------------------------------------
-
-
-def cache_file() -> Path:
-    folder = os.environ.get("LORADASH_CACHE")
-    return (Path(folder) if folder else Path("~/.cache/loradash").expanduser()) / _FILE
-
-
-def measurements() -> dict[str, Strategy]:
-    """What this process knows: read from disk once, then kept."""
-    global _measured
-    if _measured is None:
-        _measured = _read()
-    return _measured
-
-
-def forget() -> None:
-    """Drops what is in memory: the next call reads the file again."""
-    global _measured
-    _measured = None
-
-
-def _read() -> dict[str, Strategy]:
-    try:
-        path = cache_file()
-        text = path.read_text()
-    except (OSError, RuntimeError):  # not there, not readable, or no home: nothing was measured
-        return {}
-    try:
-        return {name: _from_json(entry) for name, entry in json.loads(text)["strategies"].items()}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        _warn(f"{path} is damaged ({error!r}); it is ignored and will be written anew by the next measurement")
-        return {}
-
-
 def _from_json(entry: dict[str, Any]) -> Strategy:
     if entry["kind"] not in KINDS:
         raise ValueError(f"unknown kind {entry['kind']!r}")
     return Strategy(entry["kind"], None if entry["tile"] is None else TileConfig(**entry["tile"]))
 
 
-def _remember(name: str, strategy: Strategy) -> None:
-    """Adds an entry to memory and to the file, with what other processes have added meanwhile."""
-    known = measurements()
-    known[name] = strategy
-    path = Path(_FILE)
-    try:
-        path = cache_file()
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with _locked(path.with_suffix(".lock")):
-            merged = {**_read(), name: strategy}
-            handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.stem)
-            with os.fdopen(handle, "w") as file:
-                json.dump({"strategies": {k: asdict(v) for k, v in sorted(merged.items())}}, file, indent=1)
-            os.chmod(temporary, 0o644)  # a shared cache is for all its readers
-            os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:
-        _warn(f"{path} cannot be written ({error}); measurements last as long as this process")
-
-
-@contextlib.contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """Holds an advisory lock, where the system has them: two processes must not both read, then both replace."""
-    with open(path, "a") as file:
-        try:
-            import fcntl
-
-            fcntl.flock(file, fcntl.LOCK_EX)
-        except ImportError:
-            pass
-        yield
-
-
-def _warn(message: str) -> None:
-    if message not in _warned:
-        _warned.add(message)
-        warnings.warn(f"loradash_kernels: {message}", stacklevel=3)
+MEASURED: Measurements[Strategy] = Measurements("triton-tiles-1.json", asdict, _from_json)
