@@ -80,6 +80,13 @@ struct PassParams {
   float* reduced;  // (row splits, right_columns, n)
 };
 
+// The forward in one launch: both parts, and 2 tiles_m counters, zero on entry (arrivals, then flags).
+struct OneLaunchParams {
+  GemmParams gemm;
+  PassParams down;
+  int32_t* state;
+};
+
 // Sums over splits, in order.
 struct FinishParams {
   const float* da_parts;  // (splits_x, r, K)

@@ -63,6 +63,12 @@ struct Tile {
 const Tile kTiles[] = {LORADASH_GEMM_TILES(TILE)};
 #undef TILE
 
+#define ONE(name, m, n, depth, warps_m, warps_n, stages) \
+  Tile{#name, m, n, depth, 32 * warps_m * warps_n, stages*(m + n) * depth * 2, true},
+const Tile kOneLaunchTiles[] = {LORADASH_ONE_LAUNCH_TILES(ONE)};
+#undef ONE
+constexpr int64_t kOneLaunchWidth = 32;
+
 // Share of its tensor cores that a tile can keep busy, by the operands it reads for its FLOPs: an assumption until measured.
 double efficiency(const Tile& t) { return 1.0 / (1.0 + 12.0 / t.m + 12.0 / t.n); }
 
@@ -80,21 +86,35 @@ const Tile& pick_tile(const Card& card, int64_t m, int64_t n, bool is_aligned, c
   return *best;
 }
 
-Launch product(const Problem& q, GemmParams params, bool columns, const std::string& wanted) {
-  bool whole = true;
+// Can 16-byte copies read both operands of both segments? Rows of B run along the depth, or along n (columns).
+bool operands_aligned(const GemmParams& params, bool columns) {
   for (const Segment& s : params.segments) {
-    if (s.depth == 0) continue;
-    whole = whole && aligned(s.a, s.lda, s.depth) && aligned(s.b, s.ldb, columns ? round_up(params.n, kChunkElements) : s.depth);
-    // A chunk that the matrix does not fill would be read past its end, but for our own, which are padded.
-    if (columns && params.n % kChunkElements != 0) whole = false;
+    if (s.depth && !(aligned(s.a, s.lda, s.depth) && aligned(s.b, s.ldb, columns ? params.n : s.depth))) return false;
   }
-  const Tile& tile = pick_tile(q.card, params.m, params.n, whole, wanted);
+  return true;
+}
+
+void lay_tiles(GemmParams& params, const Tile& tile) {
   params.tiles_m = static_cast<int32_t>(ceil_div(params.m, tile.m));
   params.tiles_n = static_cast<int32_t>(ceil_div(params.n, tile.n));
   params.group_m = kGroupM;
   params.whole = aligned(params.out, params.n, params.n) && aligned(params.base, params.n, params.n);
+}
+
+Launch product(const Problem& q, GemmParams params, bool columns, const std::string& wanted) {
+  const Tile& tile = pick_tile(q.card, params.m, params.n, operands_aligned(params, columns), wanted);
+  lay_tiles(params, tile);
   const std::string name = std::string("gemm_") + (columns ? "columns_" : "rows_") + suffix(q) + "_" + tile.name;
   return launch(name, params, {static_cast<int64_t>(params.tiles_m) * params.tiles_n}, tile.threads, tile.shared);
+}
+
+// The tile of the one-launch forward, where that is what was asked for and what the problem allows; else null.
+const Tile* one_launch_tile(const Problem& q, const GemmParams& params, bool columns, const std::string& wanted) {
+  const bool fits = q.weight && params.n > 0 && q.width() > 0 && q.width() <= kOneLaunchWidth && operands_aligned(params, columns);
+  for (const Tile& t : kOneLaunchTiles) {
+    if (fits && wanted == t.name) return &t;
+  }
+  return nullptr;
 }
 
 Segment segment(const void* a, int64_t lda, const void* b, int64_t ldb, int64_t depth) {
@@ -180,6 +200,7 @@ std::vector<std::string> gemm_tiles(const Card& card) {
   for (const Tile& t : kTiles) {
     if (t.aligned && t.shared <= card.shared_limit) names.emplace_back(t.name);
   }
+  for (const Tile& t : kOneLaunchTiles) names.emplace_back(t.name);
   return names;
 }
 
@@ -191,28 +212,42 @@ Plan plan_forward(const Problem& q, const ForwardOut& out, void* memory, const s
   const int64_t width = round_up(q.width(), kRankStep), bytes = 2;
   const bool columns = q.weight && q.weight_n == 1 && q.weight_k != 1;  // W is stored (K, N)
   PackParams packed = pack_params(q, width);
+  PassParams down{};
   void* t = nullptr;
   if (width > 0) {
     packed.d_rows = workspace.take<void>(width * packed.ldd * bytes);
     if (columns) packed.q_rows = workspace.take<void>(width * packed.ldq * bytes);
     else packed.q_columns = workspace.take<void>(n * width * bytes);
     t = workspace.take<void>(m * width * bytes);
-    plan.launches.push_back(pack(q, packed));
-    const PassKind& kind = pick_pass("down", width, 0);
-    PassParams down = pass_params(q, q.x, q.ldx, k, width);
+    down = pass_params(q, q.x, q.ldx, k, width);
     down.rows_per_cta = kPassRows, down.columns_per_cta = static_cast<int32_t>(std::max<int64_t>(1, k));
     down.seed = q.seed, down.threshold = q.threshold, down.keep_scale = keep_scale(q);
     down.factor = packed.d_rows, down.ldf = packed.ldd;
     down.projected = out.p, down.scaled = t;
-    plan.launches.push_back(pass(q, kind, down, 1, ceil_div(m, kPassRows), width));
   }
+  GemmParams gemm{};
   if (n > 0) {
-    GemmParams gemm{};
     if (q.weight) gemm.segments[0] = segment(q.x, q.ldx, q.weight, columns ? q.weight_k : q.weight_n, k);
     gemm.segments[1] = columns ? segment(t, width, packed.q_rows, packed.ldq, width) : segment(t, width, packed.q_columns, width, width);
     gemm.m = static_cast<int32_t>(m), gemm.n = static_cast<int32_t>(n);
     gemm.out = out.y, gemm.bias = out.bias, gemm.base = out.base;
-    plan.launches.push_back(product(q, gemm, columns, tile));
+  }
+  if (const Tile* one = one_launch_tile(q, gemm, columns, tile)) {
+    lay_tiles(gemm, *one);
+    packed.counter_count = 2 * gemm.tiles_m;
+    packed.counters = workspace.take<int32_t>(packed.counter_count * sizeof(int32_t));
+    down.rows_per_cta = one->m;
+    const int64_t programs = std::min<int64_t>(static_cast<int64_t>(gemm.tiles_m) * gemm.tiles_n, 2 * q.card.processors);
+    const int64_t shared = std::max<int64_t>(one->shared, shared_bytes(pick_pass("down", width, 0)));
+    plan.launches.push_back(pack(q, packed));
+    plan.launches.push_back(launch(tile + (columns ? "_columns_" : "_rows_") + suffix(q), OneLaunchParams{gemm, down, packed.counters},
+                                   {programs}, one->threads, shared));
+  } else {
+    if (width > 0) {
+      plan.launches.push_back(pack(q, packed));
+      plan.launches.push_back(pass(q, pick_pass("down", width, 0), down, 1, ceil_div(m, kPassRows), width));
+    }
+    if (n > 0) plan.launches.push_back(product(q, gemm, columns, tile));
   }
   plan.workspace_bytes = workspace.used();
   return plan;

@@ -58,11 +58,12 @@ struct Plan {
   int64_t workspace_bytes;  // that the launches use; known with workspace = null too
 };
 
-// `tile` forces a GEMM tile by name ("128x128"), "" leaves the choice to the table.
+// `tile` forces one of `gemm_tiles` by name ("128x128", "one_launch_128x128"); "" leaves the choice to the table, which knows
+// nothing of one launch: only a measurement chooses that. A tile that the problem does not allow is not taken.
 Plan plan_forward(const Problem& problem, const ForwardOut& out, void* workspace, const std::string& tile = "");
 Plan plan_backward(const Problem& problem, const BackwardOut& out, void* workspace, const std::string& tile = "");
 
-// Names of the GEMM tiles that fit a card, largest first.
+// Names of the tiles that fit a card, largest first.
 std::vector<std::string> gemm_tiles(const Card& card);
 
 }  // namespace loradash::gpu

@@ -10,6 +10,11 @@
   GEMM(64x64, 64, 64, 32, 2, 2, 4, true)     \
   GEMM(64x64_any, 64, 64, 32, 2, 2, 3, false)
 
+// The forward in one launch, whose programs also run the pass over x: four warps.
+#define LORADASH_ONE_LAUNCH_TILES(ONE)                \
+  ONE(one_launch_128x128, 128, 128, 32, 2, 2, 3) \
+  ONE(one_launch_64x128, 64, 128, 32, 2, 2, 4)
+
 // name suffix; ranks in eights that are projected on and reduced with; blocks of 128 columns.
 #define LORADASH_DOWN_TILES(PASS) \
   PASS(down_32, 4, 0, 1)          \

@@ -144,3 +144,33 @@ def test_same_mask_as_the_reference():
 def test_other_architectures():
     """The binary for RTX 3090 is compiled from other PTX."""
     check(make_case(200, 136, 264, 16, 8, BF16, adapter_dtype=FP32, dropout_p=0.1), architecture="sm_86")
+
+
+# --- the forward in one launch ---------------------------------------------------------------------------------------
+
+ONE_LAUNCH = ("one_launch_128x128", "one_launch_64x128")
+
+
+@pytest.mark.parametrize("tile", ONE_LAUNCH)
+@pytest.mark.parametrize("dtype", [BF16, FP16])
+@pytest.mark.parametrize("layout", ["rows", "columns"])
+def test_one_launch(tile, dtype, layout):
+    case = make_case(300, 136, 400, 16, 8, dtype, adapter_dtype=FP32, dropout_p=0.1)
+    if layout == "columns":
+        case.tensors["weight"] = case.tensors["weight"].t().contiguous().t()
+    check(case, tile=tile)
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2, 3, 4, 5])
+def test_one_launch_waits_for_nobody_absent(seed):
+    """One processor that holds one block at a time, and more blocks of rows than programs: whoever waits must find the work
+    already done."""
+    case = make_case(700, 64, 200, 8, 4, FP16, adapter_dtype=FP32)
+    check(case, tile="one_launch_64x128", seed=seed, sms=1, ctas_per_sm=1, processors=2)
+    check(case, tile="one_launch_64x128", seed=seed, sms=2, ctas_per_sm=2, processors=3)
+
+
+@pytest.mark.parametrize("shape", [(200, 65, 80, 8, 4), (200, 64, 80, 30, 8), (1, 16, 8, 4, 2), (1, 8, 1000, 4, 2)])
+def test_one_launch_where_it_cannot_be(shape):
+    """Rows that are not aligned, too many ranks: two launches take the call. One row: it can."""
+    check(make_case(*shape, BF16, adapter_dtype=FP32), tile="one_launch_64x128")

@@ -238,12 +238,9 @@ __device__ __forceinline__ void rasterise(const GemmParams& p, int pid, int& til
   tile_m = first + inside % height, tile_n = inside / height;
 }
 
-template <typename Tile>
-__device__ __forceinline__ void gemm(const GemmParams& p) {
-  extern __shared__ __align__(128) char shared[];
-  int tile_m, tile_n;
-  rasterise(p, blockIdx.x, tile_m, tile_n);
-  const int m0 = tile_m * Tile::kM, n0 = tile_n * Tile::kN;
+// One tile of C, at (m0, n0). `before_second` is called by all threads before the first copy of the second pair of operands.
+template <typename Tile, typename Before>
+__device__ __forceinline__ void multiply(const GemmParams& p, char* shared, int m0, int n0, const Before& before_second) {
   const int first = (p.segments[0].depth + Tile::kDepth - 1) / Tile::kDepth;
   const int steps = first + (p.segments[1].depth + Tile::kDepth - 1) / Tile::kDepth;
 
@@ -260,6 +257,7 @@ __device__ __forceinline__ void gemm(const GemmParams& p) {
     if (to_fetch > 0) {
       if (until_second == 0) {
         asm volatile("");  // a branch that is taken once, not a selection in every step
+        before_second();
         stream.begin(p.segments[1], m0, n0, p.m, p.n);
       }
       stream.next(place_a + write, place_b + write);
@@ -303,6 +301,14 @@ __device__ __forceinline__ void gemm(const GemmParams& p) {
   wait_copies<0>();
   __syncthreads();
   store_output<Tile>(acc, p, shared, m0, n0);
+}
+
+template <typename Tile>
+__device__ __forceinline__ void gemm(const GemmParams& p) {
+  extern __shared__ __align__(128) char shared[];
+  int tile_m, tile_n;
+  rasterise(p, blockIdx.x, tile_m, tile_n);
+  multiply<Tile>(p, shared, tile_m * Tile::kM, tile_n * Tile::kN, [] {});
 }
 
 }  // namespace loradash::gpu

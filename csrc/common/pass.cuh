@@ -53,14 +53,15 @@ struct Pass {
   float projected[kProjects][4];
   float reduced[Tile::kBlocks][2][kReduces][4];
 
-  __device__ __forceinline__ Pass(const PassParams& params, char* memory)
+  // `chunk` of columns, `split` of rows, `group` of ranks.
+  __device__ __forceinline__ Pass(const PassParams& params, char* memory, int chunk, int split, int group)
       : p(params),
         shared(shared_address(memory)),
-        column0(blockIdx.x * params.columns_per_cta),
-        row0(blockIdx.y * params.rows_per_cta),
+        column0(chunk * params.columns_per_cta),
+        row0(split * params.rows_per_cta),
         row_end(min(params.m, row0 + params.rows_per_cta)),
         blocks(Tile::kReduce ? Tile::kBlocks : (min(params.n - column0, params.columns_per_cta) + Tile::kN - 1) / Tile::kN),
-        first_rank(blockIdx.z * 8 * (Tile::kProject ? Tile::kProject : Tile::kReduce)),
+        first_rank(group * 8 * (Tile::kProject ? Tile::kProject : Tile::kReduce)),
         dropout(params.seed, params.threshold) {
 #pragma unroll
     for (auto& block : reduced)
@@ -291,7 +292,7 @@ struct Pass {
 template <typename Tile>
 __device__ __forceinline__ void pass(const PassParams& p) {
   extern __shared__ __align__(128) char memory[];
-  Pass<Tile>(p, memory).run();
+  Pass<Tile>(p, memory, blockIdx.x, blockIdx.y, blockIdx.z).run();
 }
 
 }  // namespace loradash::gpu
