@@ -6,15 +6,28 @@ TORCH ?= torch==2.13.0
 # Without an NVIDIA GPU the CPU build of PyTorch will do, a tenth of the download; its index first, the default one else.
 CPU_INDEX ?= https://download.pytorch.org/whl/cpu
 PIP := $(BIN)/python -m pip --disable-pip-version-check
+CXX_FILES = $(shell find csrc examples -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test test-ptxsim bench bench-all counters lint format docs clean
+.PHONY: demo test cuda-check test-ptxsim bench bench-all counters lint format docs clean
 
 demo: $(STAMP)
 	$(BIN)/loradash finetune --out runs/demo
 
 test: $(STAMP)
 	$(BIN)/python -m pytest
+
+# The build with CUDA: an environment of its own, whose PyTorch (5 GB) matches the toolkit at CUDA_HOME. Needs no GPU; where
+# there is one, the operator's tests run on it.
+CUDA_TORCH ?= torch==2.14.1
+CUDA_VENV ?= .venv-cuda
+cuda-check:
+	test -x $(CUDA_VENV)/bin/python || $(PYTHON) -m venv $(CUDA_VENV)
+	$(CUDA_VENV)/bin/python -m pip install --quiet "setuptools>=77" wheel ninja pytest hypothesis "$(CUDA_TORCH)"
+	LORADASH_CUDA=1 LORADASH_REQUIRE_EXTENSION=1 $(CUDA_VENV)/bin/python -m pip install --quiet --no-build-isolation .
+	cd tests && ../$(CUDA_VENV)/bin/python -m pytest -q -c /dev/null --rootdir . -p no:cacheprovider cuda_leg.py
+	cd tests && ! ../$(CUDA_VENV)/bin/python -c "import sys, torch; sys.exit(not torch.cuda.is_available())" \
+		|| ../$(CUDA_VENV)/bin/python -m pytest -q -c /dev/null --rootdir . -p no:cacheprovider -k cuda test_error_rule.py
 
 # The emulator's own tests; run them when it changes. CUTLASS's headers serve as their yardstick.
 test-ptxsim: $(STAMP)
@@ -38,13 +51,13 @@ bench-all: bench
 lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/clang-format --dry-run --Werror $(shell find csrc -name '*.cpp' -o -name '*.h')
+	$(BIN)/clang-format --dry-run --Werror $(CXX_FILES)
 	$(BIN)/mypy
 
 format: $(STAMP)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-	$(BIN)/clang-format -i $(shell find csrc -name '*.cpp' -o -name '*.h')
+	$(BIN)/clang-format -i $(CXX_FILES)
 
 docs: $(STAMP)
 	$(BIN)/python -m pydoc -w loradash loradash_kernels && mkdir -p docs/api && mv loradash.html loradash_kernels.html docs/api/

@@ -1,5 +1,5 @@
-// Torch's side of the CUDA kernels: tensors to a problem, plans as data for whoever wants to read or emulate them, and, in a build
-// with CUDA, the backend itself.
+// Torch's side of the CUDA kernels: tensors to a problem, plans as data for whoever wants to read or emulate them, and,
+// in a build with CUDA, the backend itself.
 #include <ATen/Functions.h>
 #include <torch/csrc/utils/pybind.h>
 #include <torch/library.h>
@@ -32,7 +32,8 @@ DType dtype_of(const Tensor& t) {
     case at::kHalf:
       return DType::kFloat16;
     default:
-      TORCH_CHECK(false, "loradash CUDA kernels take bfloat16 and float16, and float32 adapters, got ", t.scalar_type());
+      TORCH_CHECK(false, "loradash CUDA kernels take bfloat16 and float16, and float32 adapters, got ",
+                  t.scalar_type());
   }
 }
 
@@ -97,8 +98,14 @@ struct Call {
   BackwardOut backward(const Tensor& dy_in, const Tensor& p, const OptionalTensor& dx, const OptionalTensor& da,
                        const OptionalTensor& db_lora, const OptionalTensor& dsigma, const OptionalTensor& dbias) {
     const Tensor& dy = rows(dy_in);
-    return {data(dy), dy.stride(0), static_cast<const float*>(data(keep(p.contiguous()))), out(dx), out<float>(da),
-            out<float>(db_lora), out<float>(dsigma), out<float>(dbias)};
+    return {data(dy),
+            dy.stride(0),
+            static_cast<const float*>(data(keep(p.contiguous()))),
+            out(dx),
+            out<float>(da),
+            out<float>(db_lora),
+            out<float>(dsigma),
+            out<float>(dbias)};
   }
 };
 
@@ -126,19 +133,23 @@ std::pair<std::vector<LaunchTuple>, std::vector<Tensor>> as_data(const Plan& pla
 auto planned_forward(const Tensor& x, const OptionalTensor& weight, const OptionalTensor& bias, const Tensor& lora_a,
                      const Tensor& lora_b, const OptionalTensor& dash_u, const OptionalTensor& dash_vt,
                      const OptionalTensor& dash_sigma, const OptionalTensor& seed, double scaling, int64_t threshold,
-                     const OptionalTensor& base, const Tensor& y, const Tensor& p, CardNumbers card, const std::string& tile) {
-  Call call(x, weight, lora_a, lora_b, dash_u, dash_vt, dash_sigma, seed, scaling, threshold, {card.first, card.second});
+                     const OptionalTensor& base, const Tensor& y, const Tensor& p, CardNumbers card,
+                     const std::string& tile) {
+  Call call(x, weight, lora_a, lora_b, dash_u, dash_vt, dash_sigma, seed, scaling, threshold,
+            {card.first, card.second});
   const ForwardOut o = call.forward(bias, base, y, p);
   const Plan plan = with_workspace(call, [&](void* memory) { return plan_forward(call.problem, o, memory, tile); });
   return as_data(plan, std::move(call));
 }
 
-auto planned_backward(const Tensor& dy, const Tensor& x, const OptionalTensor& weight, const Tensor& lora_a, const Tensor& lora_b,
-                      const OptionalTensor& dash_u, const OptionalTensor& dash_vt, const OptionalTensor& dash_sigma,
-                      const Tensor& p, const OptionalTensor& seed, double scaling, int64_t threshold, const OptionalTensor& dx,
-                      const OptionalTensor& da, const OptionalTensor& db_lora, const OptionalTensor& dsigma,
-                      const OptionalTensor& dbias, CardNumbers card, const std::string& tile) {
-  Call call(x, weight, lora_a, lora_b, dash_u, dash_vt, dash_sigma, seed, scaling, threshold, {card.first, card.second});
+auto planned_backward(const Tensor& dy, const Tensor& x, const OptionalTensor& weight, const Tensor& lora_a,
+                      const Tensor& lora_b, const OptionalTensor& dash_u, const OptionalTensor& dash_vt,
+                      const OptionalTensor& dash_sigma, const Tensor& p, const OptionalTensor& seed, double scaling,
+                      int64_t threshold, const OptionalTensor& dx, const OptionalTensor& da,
+                      const OptionalTensor& db_lora, const OptionalTensor& dsigma, const OptionalTensor& dbias,
+                      CardNumbers card, const std::string& tile) {
+  Call call(x, weight, lora_a, lora_b, dash_u, dash_vt, dash_sigma, seed, scaling, threshold,
+            {card.first, card.second});
   const BackwardOut o = call.backward(dy, p, dx, da, db_lora, dsigma, dbias);
   const Plan plan = with_workspace(call, [&](void* memory) { return plan_backward(call.problem, o, memory, tile); });
   return as_data(plan, std::move(call));
@@ -172,11 +183,11 @@ void forward(const Tensor& x, const OptionalTensor& weight, const OptionalTensor
   run_plan(with_workspace(call, make), call.problem);
 }
 
-void backward(const Tensor& dy, const Tensor& x, const OptionalTensor& weight, const Tensor& lora_a, const Tensor& lora_b,
-              const OptionalTensor& dash_u, const OptionalTensor& dash_vt, const OptionalTensor& dash_sigma, const Tensor& p,
-              const OptionalTensor& seed, double scaling, int64_t threshold, const OptionalTensor& dx,
-              const OptionalTensor& da, const OptionalTensor& db_lora, const OptionalTensor& dsigma,
-              const OptionalTensor& dbias, c10::string_view tile) {
+void backward(const Tensor& dy, const Tensor& x, const OptionalTensor& weight, const Tensor& lora_a,
+              const Tensor& lora_b, const OptionalTensor& dash_u, const OptionalTensor& dash_vt,
+              const OptionalTensor& dash_sigma, const Tensor& p, const OptionalTensor& seed, double scaling,
+              int64_t threshold, const OptionalTensor& dx, const OptionalTensor& da, const OptionalTensor& db_lora,
+              const OptionalTensor& dsigma, const OptionalTensor& dbias, c10::string_view tile) {
   const c10::cuda::CUDAGuard guard(x.device());
   if (x.size(0) == 0 || lora_b.size(0) == 0) {
     for (const OptionalTensor& grad : {dx, da, db_lora, dsigma, dbias}) {

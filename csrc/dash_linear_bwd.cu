@@ -1,5 +1,5 @@
-// The backward kernels: the pass over dy (G, dB, db), the product over columns of W (dx), the pass over x (dA), the second stage
-// of the sums over M.
+// The backward kernels: the pass over dy (G, dB, db), the product over columns of W (dx), the pass over x (dA), the
+// second stage of the sums over M.
 #include "common/instances.cuh"
 #include "gpu_launch.h"
 

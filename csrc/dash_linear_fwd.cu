@@ -1,4 +1,5 @@
-// The forward kernels: packing of the low-rank operands, down-projection with dropout, and the product over rows of W (N, K).
+// The forward kernels: packing of the low-rank operands, down-projection with dropout, and the product over rows of W
+// (N, K).
 #include "common/instances.cuh"
 #include "gpu_launch.h"
 
@@ -37,7 +38,8 @@ const void* find_forward_kernel(const std::string& name) {
 #define FIND_PASS(name, ...) FIND(name##_bf16) FIND(name##_f16) FIND(name##_bf16_any) FIND(name##_f16_any)
   LORADASH_GEMM_TILES(FIND_GEMM)
   LORADASH_DOWN_TILES(FIND_PASS)
-#define FIND_ONE(name, ...) FIND(name##_rows_bf16) FIND(name##_rows_f16) FIND(name##_columns_bf16) FIND(name##_columns_f16)
+#define FIND_ONE(name, ...) \
+  FIND(name##_rows_bf16) FIND(name##_rows_f16) FIND(name##_columns_bf16) FIND(name##_columns_f16)
   LORADASH_ONE_LAUNCH_TILES(FIND_ONE)
   FIND(pack_bf16)
   FIND(pack_f16)

@@ -1,4 +1,5 @@
-// What the GPU kernels are launched with, and their launches as data. No CUDA here: the plan is made, read and tested anywhere.
+// What the GPU kernels are launched with, and their launches as data. No CUDA here: the plan is made, read and tested
+// anywhere.
 //
 // Letters as in dash_linear.h. "Width" is R padded to kRankStep, as the packed operands of the rank columns are.
 #pragma once
@@ -11,8 +12,8 @@ namespace loradash::gpu {
 
 constexpr int kRankStep = 32;  // rank columns are steps of the K loop
 
-// C (m, n) = A0 B0 + A1 B1 + bias + base, 16-bit operands, fp32 sums. `depth` runs along the rows of A and of B (kColumns false)
-// or along the rows of A and down the columns of B.
+// C (m, n) = A0 B0 + A1 B1 + bias + base, 16-bit operands, fp32 sums. `depth` runs along the rows of A and of B
+// (kColumns false) or along the rows of A and down the columns of B.
 struct Segment {
   const void* a;
   const void* b;
@@ -23,21 +24,21 @@ struct Segment {
 struct GemmParams {
   Segment segments[2];  // in this order
   int32_t m, n, tiles_m, tiles_n, group_m;
-  int32_t whole;       // are rows of out and base whole 16-byte chunks?
-  void* out;           // (m, n), contiguous
-  const void* bias;    // (n) or null
-  const void* base;    // (m, n), contiguous, or null
-  const int64_t* seed; // null: no dropout
-  uint32_t threshold;  // of the mask on what the first segment gave (dx), which is then scaled by keep_scale
+  int32_t whole;        // are rows of out and base whole 16-byte chunks?
+  void* out;            // (m, n), contiguous
+  const void* bias;     // (n) or null
+  const void* base;     // (m, n), contiguous, or null
+  const int64_t* seed;  // null: no dropout
+  uint32_t threshold;   // of the mask on what the first segment gave (dx), which is then scaled by keep_scale
   float keep_scale;
 };
 
 // Low-rank operands, rounded to the dtype of x, zero beyond R and (in rows) beyond the matrix.
 struct PackParams {
-  const void* lora_a;   // (r, K)
-  const void* lora_b;   // (N, r)
-  const void* dash_u;   // (N, s)
-  const void* dash_vt;  // (s, K)
+  const void* lora_a;        // (r, K)
+  const void* lora_b;        // (N, r)
+  const void* dash_u;        // (N, s)
+  const void* dash_vt;       // (s, K)
   int32_t adapter_dtype[4];  // DType of each
   int32_t rank, directions, width;
   int64_t k, n, m;
@@ -46,8 +47,8 @@ struct PackParams {
   void* q_rows;     // Q^T (width, ldq) or null
   void* q_columns;  // Q (N, width) or null
   int64_t ldd, ldq;
-  const float* p;   // (M, R), for p_low
-  void* p_low;      // (M, p_width): P_r, then a column of ones (whose products are column sums), then zeros; or null
+  const float* p;  // (M, R), for p_low
+  void* p_low;     // (M, p_width): P_r, then a column of ones (whose products are column sums), then zeros; or null
   int32_t p_width;
   int32_t* counters;  // set to zero
   int32_t counter_count;

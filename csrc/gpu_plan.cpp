@@ -35,7 +35,8 @@ class Workspace {
 };
 
 template <typename Params>
-Launch launch(std::string kernel, const Params& params, std::initializer_list<int64_t> grid, int64_t threads, int64_t shared) {
+Launch launch(std::string kernel, const Params& params, std::initializer_list<int64_t> grid, int64_t threads,
+              int64_t shared) {
   Launch l{std::move(kernel), {1, 1, 1}, static_cast<uint32_t>(threads), static_cast<uint32_t>(shared), {}};
   std::transform(grid.begin(), grid.end(), l.grid, [](int64_t size) { return static_cast<uint32_t>(size); });
   l.params.resize(sizeof(Params));
@@ -47,7 +48,8 @@ std::string suffix(const Problem& q) { return q.dtype == DType::kBFloat16 ? "bf1
 
 // Rows that 16-byte copies can read: whole chunks, from aligned addresses.
 bool aligned(const void* data, int64_t ld, int64_t columns) {
-  return reinterpret_cast<uintptr_t>(data) % kChunkBytes == 0 && ld % kChunkElements == 0 && columns % kChunkElements == 0;
+  return reinterpret_cast<uintptr_t>(data) % kChunkBytes == 0 && ld % kChunkElements == 0 &&
+         columns % kChunkElements == 0;
 }
 
 // --- the product -----------------------------------------------------------------------------------------------------
@@ -59,17 +61,18 @@ struct Tile {
 };
 
 #define TILE(name, m, n, depth, warps_m, warps_n, stages, aligned) \
-  Tile{#name, m, n, depth, 32 * warps_m * warps_n, stages*(m + n) * depth * 2, aligned},
+  Tile{#name, m, n, depth, 32 * warps_m * warps_n, stages * (m + n) * depth * 2, aligned},
 const Tile kTiles[] = {LORADASH_GEMM_TILES(TILE)};
 #undef TILE
 
 #define ONE(name, m, n, depth, warps_m, warps_n, stages) \
-  Tile{#name, m, n, depth, 32 * warps_m * warps_n, stages*(m + n) * depth * 2, true},
+  Tile{#name, m, n, depth, 32 * warps_m * warps_n, stages * (m + n) * depth * 2, true},
 const Tile kOneLaunchTiles[] = {LORADASH_ONE_LAUNCH_TILES(ONE)};
 #undef ONE
 constexpr int64_t kOneLaunchWidth = 32;
 
-// Share of its tensor cores that a tile can keep busy, by the operands it reads for its FLOPs: an assumption until measured.
+// Share of its tensor cores that a tile can keep busy, by the operands it reads for its FLOPs: an assumption until
+// measured.
 double efficiency(const Tile& t) { return 1.0 / (1.0 + 12.0 / t.m + 12.0 / t.n); }
 
 // The tile that is done first when each processor takes its equal number of them.
@@ -110,7 +113,8 @@ Launch product(const Problem& q, GemmParams params, bool columns, const std::str
 
 // The tile of the one-launch forward, where that is what was asked for and what the problem allows; else null.
 const Tile* one_launch_tile(const Problem& q, const GemmParams& params, bool columns, const std::string& wanted) {
-  const bool fits = q.weight && params.n > 0 && q.width() > 0 && q.width() <= kOneLaunchWidth && operands_aligned(params, columns);
+  const bool fits =
+      q.weight && params.n > 0 && q.width() > 0 && q.width() <= kOneLaunchWidth && operands_aligned(params, columns);
   for (const Tile& t : kOneLaunchTiles) {
     if (fits && wanted == t.name) return &t;
   }
@@ -125,7 +129,8 @@ Segment segment(const void* a, int64_t lda, const void* b, int64_t ldb, int64_t 
 
 PackParams pack_params(const Problem& q, int64_t width) {
   PackParams params{};
-  params.lora_a = q.adapters[0], params.lora_b = q.adapters[1], params.dash_u = q.adapters[2], params.dash_vt = q.adapters[3];
+  params.lora_a = q.adapters[0], params.lora_b = q.adapters[1], params.dash_u = q.adapters[2],
+  params.dash_vt = q.adapters[3];
   for (int i = 0; i < 4; ++i) params.adapter_dtype[i] = static_cast<int32_t>(q.adapter_dtypes[i]);
   params.rank = static_cast<int32_t>(q.rank), params.directions = static_cast<int32_t>(q.directions);
   params.width = static_cast<int32_t>(width);
@@ -179,8 +184,10 @@ PassParams pass_params(const Problem& q, const void* x, int64_t ldx, int64_t col
   return params;
 }
 
-Launch pass(const Problem& q, const PassKind& kind, const PassParams& params, int64_t chunks, int64_t splits, int64_t ranks) {
-  const std::string name = std::string(kind.name) + "_" + suffix(q) + (aligned(params.x, params.ldx, params.n) ? "" : "_any");
+Launch pass(const Problem& q, const PassKind& kind, const PassParams& params, int64_t chunks, int64_t splits,
+            int64_t ranks) {
+  const std::string name =
+      std::string(kind.name) + "_" + suffix(q) + (aligned(params.x, params.ldx, params.n) ? "" : "_any");
   const int64_t groups = std::max<int64_t>(1, ceil_div(ranks, std::max(kind.project, kind.reduce) * 8));
   return launch(name, params, {chunks, splits, groups}, 128, shared_bytes(kind));
 }
@@ -216,8 +223,10 @@ Plan plan_forward(const Problem& q, const ForwardOut& out, void* memory, const s
   void* t = nullptr;
   if (width > 0) {
     packed.d_rows = workspace.take<void>(width * packed.ldd * bytes);
-    if (columns) packed.q_rows = workspace.take<void>(width * packed.ldq * bytes);
-    else packed.q_columns = workspace.take<void>(n * width * bytes);
+    if (columns)
+      packed.q_rows = workspace.take<void>(width * packed.ldq * bytes);
+    else
+      packed.q_columns = workspace.take<void>(n * width * bytes);
     t = workspace.take<void>(m * width * bytes);
     down = pass_params(q, q.x, q.ldx, k, width);
     down.rows_per_cta = kPassRows, down.columns_per_cta = static_cast<int32_t>(std::max<int64_t>(1, k));
@@ -228,7 +237,8 @@ Plan plan_forward(const Problem& q, const ForwardOut& out, void* memory, const s
   GemmParams gemm{};
   if (n > 0) {
     if (q.weight) gemm.segments[0] = segment(q.x, q.ldx, q.weight, columns ? q.weight_k : q.weight_n, k);
-    gemm.segments[1] = columns ? segment(t, width, packed.q_rows, packed.ldq, width) : segment(t, width, packed.q_columns, width, width);
+    gemm.segments[1] = columns ? segment(t, width, packed.q_rows, packed.ldq, width)
+                               : segment(t, width, packed.q_columns, width, width);
     gemm.m = static_cast<int32_t>(m), gemm.n = static_cast<int32_t>(n);
     gemm.out = out.y, gemm.bias = out.bias, gemm.base = out.base;
   }
@@ -237,11 +247,12 @@ Plan plan_forward(const Problem& q, const ForwardOut& out, void* memory, const s
     packed.counter_count = 2 * gemm.tiles_m;
     packed.counters = workspace.take<int32_t>(packed.counter_count * sizeof(int32_t));
     down.rows_per_cta = one->m;
-    const int64_t programs = std::min<int64_t>(static_cast<int64_t>(gemm.tiles_m) * gemm.tiles_n, 2 * q.card.processors);
+    const int64_t programs =
+        std::min<int64_t>(static_cast<int64_t>(gemm.tiles_m) * gemm.tiles_n, 2 * q.card.processors);
     const int64_t shared = std::max<int64_t>(one->shared, shared_bytes(pick_pass("down", width, 0)));
     plan.launches.push_back(pack(q, packed));
-    plan.launches.push_back(launch(tile + (columns ? "_columns_" : "_rows_") + suffix(q), OneLaunchParams{gemm, down, packed.counters},
-                                   {programs}, one->threads, shared));
+    plan.launches.push_back(launch(tile + (columns ? "_columns_" : "_rows_") + suffix(q),
+                                   OneLaunchParams{gemm, down, packed.counters}, {programs}, one->threads, shared));
   } else {
     if (width > 0) {
       plan.launches.push_back(pack(q, packed));
@@ -260,7 +271,8 @@ Plan plan_backward(const Problem& q, const BackwardOut& out, void* memory, const
   if (m == 0 || n == 0) return plan;
   const int64_t all = q.width(), width = round_up(all, kRankStep), bytes = 2;
   const bool columns = !(q.weight && q.weight_n == 1 && q.weight_k != 1);  // dx reads W (N, K) down its columns
-  const bool needs_dx = out.dx && k > 0, needs_da = out.da && q.rank > 0 && k > 0, needs_sigma = out.dsigma && q.directions > 0;
+  const bool needs_dx = out.dx && k > 0, needs_da = out.da && q.rank > 0 && k > 0,
+             needs_sigma = out.dsigma && q.directions > 0;
   const bool needs_db = out.db_lora && q.rank > 0;
   const bool needs_g = width > 0 && (needs_dx || needs_da || needs_sigma);
   const bool needs_dy = needs_g || needs_db || out.dbias;
@@ -294,18 +306,22 @@ Plan plan_backward(const Problem& q, const BackwardOut& out, void* memory, const
       dy.dsigma_parts = workspace.take<float>(row_blocks * q.directions * sizeof(float));
     }
     if (needs_dx && width > 0) {
-      if (columns) packed.d_rows = workspace.take<void>(width * packed.ldd * bytes);
-      else packed.d_columns = workspace.take<void>(k * width * bytes);
+      if (columns)
+        packed.d_rows = workspace.take<void>(width * packed.ldd * bytes);
+      else
+        packed.d_columns = workspace.take<void>(k * width * bytes);
     }
     plan.launches.push_back(pack(q, packed));
     plan.launches.push_back(pass(q, kind, dy, chunks, splits, std::max(width, right_columns)));
-    sums.dy_parts = dy.reduced, sums.splits_y = static_cast<int32_t>(splits), sums.dy_columns = static_cast<int32_t>(right_columns);
+    sums.dy_parts = dy.reduced, sums.splits_y = static_cast<int32_t>(splits),
+    sums.dy_columns = static_cast<int32_t>(right_columns);
     sums.dsigma_parts = dy.dsigma_parts, sums.sigma_blocks = static_cast<int32_t>(row_blocks);
   }
   if (needs_dx) {
     GemmParams gemm{};
     if (width > 0) {
-      gemm.segments[0] = columns ? segment(t, width, packed.d_rows, packed.ldd, width) : segment(t, width, packed.d_columns, width, width);
+      gemm.segments[0] = columns ? segment(t, width, packed.d_rows, packed.ldd, width)
+                                 : segment(t, width, packed.d_columns, width, width);
     }
     if (q.weight) gemm.segments[1] = segment(out.dy, out.lddy, q.weight, columns ? q.weight_n : q.weight_k, n);
     gemm.m = static_cast<int32_t>(m), gemm.n = static_cast<int32_t>(k);
@@ -314,7 +330,8 @@ Plan plan_backward(const Problem& q, const BackwardOut& out, void* memory, const
   }
   if (needs_da) {
     const PassKind& kind = pick_pass("x", 0, q.rank);
-    const int64_t chunks = ceil_div(k, kPassColumns), rows = rows_per_program(m, chunks, 3 * q.card.processors), splits = ceil_div(m, rows);
+    const int64_t chunks = ceil_div(k, kPassColumns), rows = rows_per_program(m, chunks, 3 * q.card.processors),
+                  splits = ceil_div(m, rows);
     PassParams x = pass_params(q, q.x, q.ldx, k, width);
     x.rows_per_cta = static_cast<int32_t>(rows), x.columns_per_cta = kPassColumns;
     x.seed = q.seed, x.threshold = q.threshold;
@@ -328,10 +345,12 @@ Plan plan_backward(const Problem& q, const BackwardOut& out, void* memory, const
   if (needs_sigma) sums.dsigma = out.dsigma;
   sums.dbias = out.dbias;
   if (sums.da || sums.db_lora || sums.dsigma || sums.dbias) {
-    sums.k = k, sums.n = n, sums.rank = static_cast<int32_t>(q.rank), sums.directions = static_cast<int32_t>(q.directions);
+    sums.k = k, sums.n = n, sums.rank = static_cast<int32_t>(q.rank),
+    sums.directions = static_cast<int32_t>(q.directions);
     sums.scale_a = keep_scale(q), sums.scale_b = q.scaling;
     const int64_t most = std::max(q.rank * k, (q.rank + 1) * n);
-    plan.launches.push_back(launch("finish_sums", sums, {std::clamp<int64_t>(ceil_div(most, 256), 1, 8 * q.card.processors)}, 256, 0));
+    plan.launches.push_back(
+        launch("finish_sums", sums, {std::clamp<int64_t>(ceil_div(most, 256), 1, 8 * q.card.processors)}, 256, 0));
   }
   plan.workspace_bytes = workspace.used();
   return plan;

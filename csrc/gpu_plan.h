@@ -1,5 +1,5 @@
-// From a problem to launches: which kernels, tiles, grids and workspace a call takes. Pure functions of numbers and pointers that
-// are not followed: no CUDA, no Torch.
+// From a problem to launches: which kernels, tiles, grids and workspace a call takes. Pure functions of numbers and
+// pointers that are not followed: no CUDA, no Torch.
 #pragma once
 
 #include <cstdint>
@@ -23,7 +23,7 @@ struct Problem {
   DType dtype;  // of x, W, bias, base, y, dy and dx: bf16 or fp16
   const void* x;
   int64_t ldx;
-  const void* weight;  // null: none
+  const void* weight;          // null: none
   int64_t weight_n, weight_k;  // strides of W; one of them is 1
   const void* adapters[4];     // A (r, K), B (N, r), U (N, s), Vt (s, K): contiguous
   DType adapter_dtypes[4];
@@ -58,8 +58,8 @@ struct Plan {
   int64_t workspace_bytes;  // that the launches use; known with workspace = null too
 };
 
-// `tile` forces one of `gemm_tiles` by name ("128x128", "one_launch_128x128"); "" leaves the choice to the table, which knows
-// nothing of one launch: only a measurement chooses that. A tile that the problem does not allow is not taken.
+// `tile` forces one of `gemm_tiles` by name ("128x128", "one_launch_128x128"); "" leaves the choice to the table, which
+// knows nothing of one launch: only a measurement chooses that. A tile that the problem does not allow is not taken.
 Plan plan_forward(const Problem& problem, const ForwardOut& out, void* workspace, const std::string& tile = "");
 Plan plan_backward(const Problem& problem, const BackwardOut& out, void* workspace, const std::string& tile = "");
 

@@ -11,7 +11,7 @@
   GEMM(64x64_any, 64, 64, 32, 2, 2, 3, false)
 
 // The forward in one launch, whose programs also run the pass over x: four warps.
-#define LORADASH_ONE_LAUNCH_TILES(ONE)                \
+#define LORADASH_ONE_LAUNCH_TILES(ONE)           \
   ONE(one_launch_128x128, 128, 128, 32, 2, 2, 3) \
   ONE(one_launch_64x128, 64, 128, 32, 2, 2, 4)
 

@@ -1,11 +1,11 @@
-// One GEMM for the forward product and for dx: C = A0 B0 + A1 B1, the K loop running on from the first pair of operands into the
-// second without a break in the pipeline.
+// One GEMM for the forward product and for dx: C = A0 B0 + A1 B1, the K loop running on from the first pair of operands
+// into the second without a break in the pipeline.
 //
 //   forward: [x | T] [W | Q]^T, bias in the epilogue.    dx: (T D, masked in registers) + dy W.
 //
-// 2 m n (depth0 + depth1) FLOPs, both depths padded to kDepth; reads A and B once as far as L2 holds a group of tiles, writes C
-// once. A multistage pipeline in the manner of CUTLASS's sm_80 main loop: kStages - 1 tiles in flight by cp.async, fragments
-// of the next 16 columns loaded while the tensor cores multiply these.
+// 2 m n (depth0 + depth1) FLOPs, both depths padded to kDepth; reads A and B once as far as L2 holds a group of tiles,
+// writes C once. A multistage pipeline in the manner of CUTLASS's sm_80 main loop: kStages - 1 tiles in flight by
+// cp.async, fragments of the next 16 columns loaded while the tensor cores multiply these.
 #pragma once
 
 #include "../gpu_params.h"
@@ -15,7 +15,8 @@
 namespace loradash::gpu {
 
 // kColumns: B is stored (depth, n), rows along n; else (n, depth), rows along the depth.
-template <typename T, int kM_, int kN_, int kDepth_, int kWarpsM_, int kWarpsN_, int kStages_, bool kColumns_, bool kAligned_>
+template <typename T, int kM_, int kN_, int kDepth_, int kWarpsM_, int kWarpsN_, int kStages_, bool kColumns_,
+          bool kAligned_>
 struct GemmTile {
   using Type = T;
   static constexpr int kM = kM_, kN = kN_, kDepth = kDepth_, kWarpsM = kWarpsM_, kWarpsN = kWarpsN_, kStages = kStages_;
@@ -26,7 +27,8 @@ struct GemmTile {
   using A = SharedTile<kM, kDepth>;
   using B = std::conditional_t<kColumns, SharedTile<kDepth, kN>, SharedTile<kN, kDepth>>;
   static constexpr int kStageBytes = A::kBytes + B::kBytes;
-  static constexpr int kStageRow = kWarpN + 8;  // floats of a row of staged results: eight more keep rows in different banks
+  static constexpr int kStageRow =
+      kWarpN + 8;  // floats of a row of staged results: eight more keep rows in different banks
   static constexpr int kSharedBytes = kStages * kStageBytes;
   static_assert(kWarpsM * kWarpsN * 16 * kStageRow * 4 <= kSharedBytes, "results are staged where the operands were");
 };
@@ -64,8 +66,10 @@ struct OperandStream {
       CopyB::load_whole(to_b, b, step_b);
     } else {
       CopyA::load(to_a, a, lda, rows_left, depth_left);
-      if constexpr (Tile::kColumns) CopyB::load(to_b, b, ldb, depth_left, columns_left);
-      else CopyB::load(to_b, b, ldb, columns_left, depth_left);
+      if constexpr (Tile::kColumns)
+        CopyB::load(to_b, b, ldb, depth_left, columns_left);
+      else
+        CopyB::load(to_b, b, ldb, columns_left, depth_left);
     }
     a += Tile::kDepth, b += next_b;
     depth_left -= Tile::kDepth;
@@ -135,12 +139,13 @@ struct Accumulator {
 #pragma unroll
     for (int i = 0; i < Tile::kFragmentsM; ++i) {
 #pragma unroll
-      for (int j = 0; j < Tile::kFragmentsN; ++j) Element<typename Tile::Type>::mma(c[i][j], f.a[i], &f.b[j / 2][j % 2 * 2]);
+      for (int j = 0; j < Tile::kFragmentsN; ++j)
+        Element<typename Tile::Type>::mma(c[i][j], f.a[i], &f.b[j / 2][j % 2 * 2]);
     }
   }
 
-  // Zeroes what dropout drops of C at (m0, n0), scales the rest. A 16 x 16 part of C has 32 blocks of eight neighbours: each
-  // lane draws one, and the four lanes of a row exchange their bits.
+  // Zeroes what dropout drops of C at (m0, n0), scales the rest. A 16 x 16 part of C has 32 blocks of eight neighbours:
+  // each lane draws one, and the four lanes of a row exchange their bits.
   __device__ __forceinline__ void mask(const DropoutKey& dropout, float scale, int m0, int n0) {
     const int lane = threadIdx.x % 32, part = lane % 4;
 #pragma unroll
@@ -175,14 +180,15 @@ __device__ __forceinline__ void add_base(float (&values)[kChunk], const T* base,
 
 // Rounds once, after bias and base: rows of fp32 go through shared memory, so that a lane stores 16 bytes of a row.
 template <typename Tile>
-__device__ __forceinline__ void store_output(const Accumulator<Tile>& acc, const GemmParams& p, char* shared, int m0, int n0) {
+__device__ __forceinline__ void store_output(const Accumulator<Tile>& acc, const GemmParams& p, char* shared, int m0,
+                                             int n0) {
   using T = typename Tile::Type;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   float* staged = reinterpret_cast<float*>(shared) + warp * 16 * Tile::kStageRow;
   m0 += warp / Tile::kWarpsN * Tile::kWarpM, n0 += warp % Tile::kWarpsN * Tile::kWarpN;
   constexpr int kLanes = Tile::kWarpN / kChunk, kRows = 32 / kLanes;  // lanes that store a row, rows at a time
-  // First the first four of every eight columns, then the others: a lane then reads both halves of its eight beside those
-  // of its neighbours.
+  // First the first four of every eight columns, then the others: a lane then reads both halves of its eight beside
+  // those of its neighbours.
   constexpr int kHalf = Tile::kStageRow / 2;
   const int column = n0 + lane % kLanes * kChunk, rows = p.m, columns = p.n;
   const bool whole = p.whole;
@@ -238,9 +244,11 @@ __device__ __forceinline__ void rasterise(const GemmParams& p, int pid, int& til
   tile_m = first + inside % height, tile_n = inside / height;
 }
 
-// One tile of C, at (m0, n0). `before_second` is called by all threads before the first copy of the second pair of operands.
+// One tile of C, at (m0, n0). `before_second` is called by all threads before the first copy of the second pair of
+// operands.
 template <typename Tile, typename Before>
-__device__ __forceinline__ void multiply(const GemmParams& p, char* shared, int m0, int n0, const Before& before_second) {
+__device__ __forceinline__ void multiply(const GemmParams& p, char* shared, int m0, int n0,
+                                         const Before& before_second) {
   const int first = (p.segments[0].depth + Tile::kDepth - 1) / Tile::kDepth;
   const int steps = first + (p.segments[1].depth + Tile::kDepth - 1) / Tile::kDepth;
 
@@ -250,7 +258,7 @@ __device__ __forceinline__ void multiply(const GemmParams& p, char* shared, int 
   const uint32_t place_a = base + OperandStream<Tile>::CopyA::place();
   const uint32_t place_b = base + Tile::A::kBytes + OperandStream<Tile>::CopyB::place();
   constexpr uint32_t kEnd = Tile::kStages * Tile::kStageBytes;
-  uint32_t write = 0;                        // offset of the stage to fill next
+  uint32_t write = 0;                          // offset of the stage to fill next
   int until_second = first == 0 ? -1 : first;  // tiles to fetch before the second pair of operands
   int to_fetch = steps;
   const auto prefetch = [&] {
@@ -295,7 +303,8 @@ __device__ __forceinline__ void multiply(const GemmParams& p, char* shared, int 
     if (step + 1 == first && p.seed) {
       const int warp = threadIdx.x / 32;
       const DropoutKey dropout(p.seed, p.threshold);
-      acc.mask(dropout, p.keep_scale, m0 + warp / Tile::kWarpsN * Tile::kWarpM, n0 + warp % Tile::kWarpsN * Tile::kWarpN);
+      acc.mask(dropout, p.keep_scale, m0 + warp / Tile::kWarpsN * Tile::kWarpM,
+               n0 + warp % Tile::kWarpsN * Tile::kWarpN);
     }
   }
   wait_copies<0>();

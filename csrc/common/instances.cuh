@@ -7,23 +7,23 @@
 #include "pass.cuh"
 #include "small.cuh"
 
-#define LORADASH_GEMM_ENTRY(dtype, T, order, columns, name, m, n, depth, warps_m, warps_n, stages, aligned)              \
-  extern "C" __global__ void __launch_bounds__(32 * warps_m * warps_n)                                                  \
-      gemm_##order##_##dtype##_##name(const __grid_constant__ loradash::gpu::GemmParams params) {                       \
-    loradash::gpu::gemm<loradash::gpu::GemmTile<T, m, n, depth, warps_m, warps_n, stages, columns, aligned>>(params);   \
+#define LORADASH_GEMM_ENTRY(dtype, T, order, columns, name, m, n, depth, warps_m, warps_n, stages, aligned)           \
+  extern "C" __global__ void __launch_bounds__(32 * warps_m * warps_n)                                                \
+      gemm_##order##_##dtype##_##name(const __grid_constant__ loradash::gpu::GemmParams params) {                     \
+    loradash::gpu::gemm<loradash::gpu::GemmTile<T, m, n, depth, warps_m, warps_n, stages, columns, aligned>>(params); \
   }
-#define LORADASH_PASS_ENTRY(dtype, T, suffix, aligned, name, project, reduce, blocks)                      \
-  extern "C" __global__ void __launch_bounds__(128)                                                        \
-      name##_##dtype##suffix(const __grid_constant__ loradash::gpu::PassParams params) {                   \
-    loradash::gpu::pass<loradash::gpu::PassTile<T, project, reduce, blocks, aligned>>(params);             \
+#define LORADASH_PASS_ENTRY(dtype, T, suffix, aligned, name, project, reduce, blocks)          \
+  extern "C" __global__ void __launch_bounds__(128, project&& reduce ? 1 : 3)                  \
+      name##_##dtype##suffix(const __grid_constant__ loradash::gpu::PassParams params) {       \
+    loradash::gpu::pass<loradash::gpu::PassTile<T, project, reduce, blocks, aligned>>(params); \
   }
-#define LORADASH_ONE_LAUNCH_ENTRY(dtype, T, order, columns, name, m, n, depth, warps_m, warps_n, stages)                    \
-  extern "C" __global__ void __launch_bounds__(32 * warps_m * warps_n)                                                  \
-      name##_##order##_##dtype(const __grid_constant__ loradash::gpu::OneLaunchParams params) {                         \
-    loradash::gpu::one_launch<loradash::gpu::GemmTile<T, m, n, depth, warps_m, warps_n, stages, columns, true>,         \
-                              loradash::gpu::PassTile<T, 4, 0, 1, true>>(params);                                       \
+#define LORADASH_ONE_LAUNCH_ENTRY(dtype, T, order, columns, name, m, n, depth, warps_m, warps_n, stages)        \
+  extern "C" __global__ void __launch_bounds__(32 * warps_m * warps_n)                                          \
+      name##_##order##_##dtype(const __grid_constant__ loradash::gpu::OneLaunchParams params) {                 \
+    loradash::gpu::one_launch<loradash::gpu::GemmTile<T, m, n, depth, warps_m, warps_n, stages, columns, true>, \
+                              loradash::gpu::PassTile<T, 4, 0, 1, true>>(params);                               \
   }
-#define LORADASH_SMALL_ENTRY(name, Params, call)                                                             \
+#define LORADASH_SMALL_ENTRY(name, Params, call)                                                                 \
   extern "C" __global__ void __launch_bounds__(256) name(const __grid_constant__ loradash::gpu::Params params) { \
-    loradash::gpu::call(params);                                                                             \
+    loradash::gpu::call(params);                                                                                 \
   }

@@ -1,9 +1,9 @@
 // The whole forward in one persistent launch, but for the packing of the adapters.
 //
-// The first program to arrive at a block of rows runs the down-projection of these rows, releases a flag, and then takes its own
-// tile, whose rows of x it finds in L2. The others wait for the flag when their K loop has come to the rank columns. Only the
-// first to arrive is ever waited for, and it waits for nobody: programs need not be resident together. FLOPs and bytes of two
-// launches, but x once from memory and no second launch to fill and drain.
+// The first program to arrive at a block of rows runs the down-projection of these rows, releases a flag, and then
+// takes its own tile, whose rows of x it finds in L2. The others wait for the flag when their K loop has come to the
+// rank columns. Only the first to arrive is ever waited for, and it waits for nobody: programs need not be resident
+// together. FLOPs and bytes of two launches, but x once from memory and no second launch to fill and drain.
 #pragma once
 
 #include "gemm.cuh"

@@ -1,11 +1,12 @@
-// One pass over a large matrix X (m, n), for everything of rank R that is wanted of it: the skeleton of the down-projection
-// (P from x), of the pass over dy (G, dB, db) and of the pass over x (dA).
+// One pass over a large matrix X (m, n), for everything of rank R that is wanted of it: the skeleton of the
+// down-projection (P from x), of the pass over dy (G, dB, db) and of the pass over x (dA).
 //
 //   projection  X F^T, F = D or Q^T (R, n), summed in registers over the columns of a program
 //   reduction   X^T right, right = P_r or T (m, r), summed in registers over its rows
 //
-// 2 m n FLOPs for every rank projected on or reduced with (padded to 8), and X once: memory bounds it. X streams through shared
-// memory in tiles of 64 x 128 by cp.async; dropout zeroes it there, each thread the chunks that it copied itself.
+// 2 m n FLOPs for every rank projected on or reduced with (padded to 8), and X once: memory bounds it. X streams
+// through shared memory in tiles of 64 x 128 by cp.async; dropout zeroes it there, each thread the chunks that it
+// copied itself.
 #pragma once
 
 #include "../gpu_params.h"
@@ -14,14 +15,16 @@
 
 namespace loradash::gpu {
 
-// kProject, kReduce: ranks in eights, 0 for none. kBlocks: of 128 columns a program reduces; a projection alone takes any number.
+// kProject, kReduce: ranks in eights, 0 for none. kBlocks: of 128 columns a program reduces; a projection alone takes
+// any number.
 template <typename T, int kProject_, int kReduce_, int kBlocks_, bool kAligned_>
 struct PassTile {
   using Type = T;
   static constexpr int kProject = kProject_, kReduce = kReduce_, kBlocks = kBlocks_, kThreads = 128, kStages = 3;
   static constexpr bool kAligned = kAligned_;
   static constexpr int kM = 64, kN = 128;
-  static constexpr bool kResident = kProject > 0 && kReduce > 0;  // F stays while the rows stream by; else it streams along
+  static constexpr bool kResident =
+      kProject > 0 && kReduce > 0;  // F stays while the rows stream by; else it streams along
   static constexpr bool kStreamed = kProject > 0 && kReduce == 0;
   using X = SharedTile<kM, kN>;
   using F = SharedTile<kProject ? 8 * kProject : 8, kN>;
@@ -60,7 +63,8 @@ struct Pass {
         column0(chunk * params.columns_per_cta),
         row0(split * params.rows_per_cta),
         row_end(min(params.m, row0 + params.rows_per_cta)),
-        blocks(Tile::kReduce ? Tile::kBlocks : (min(params.n - column0, params.columns_per_cta) + Tile::kN - 1) / Tile::kN),
+        blocks(Tile::kReduce ? Tile::kBlocks
+                             : (min(params.n - column0, params.columns_per_cta) + Tile::kN - 1) / Tile::kN),
         first_rank(group * 8 * (Tile::kProject ? Tile::kProject : Tile::kReduce)),
         dropout(params.seed, params.threshold) {
 #pragma unroll
@@ -77,7 +81,8 @@ struct Pass {
     CopyF::load(to + CopyF::place(), from, p.ldf, p.width - first_rank, static_cast<int>(p.ldf) - column);
   }
 
-  // Tile (row, block) of X into a stage, with what streams along; `slot` of the right operand, for the first block of a row.
+  // Tile (row, block) of X into a stage, with what streams along; `slot` of the right operand, for the first block of a
+  // row.
   __device__ __forceinline__ void load(int to, int slot, int row, int block) const {
     const int column = column0 + block * Tile::kN;
     const T* from = static_cast<const T*>(p.x) + (row + CopyX::row()) * p.ldx + column + CopyX::column();
@@ -132,7 +137,7 @@ struct Pass {
       const uint32_t row = right + (m + lane % 16) * Tile::kRightPitch;
 #pragma unroll
       for (int j = 0; j + 1 < Tile::kReduce; j += 2) {
-        load_matrices<true>(reinterpret_cast<uint32_t(&)[4]>(b[j]), row + (j + lane / 16) * 16);
+        load_matrices<true>(reinterpret_cast<uint32_t (&)[4]>(b[j]), row + (j + lane / 16) * 16);
       }
       if constexpr (Tile::kReduce % 2) load_two_matrices(b[Tile::kReduce - 1], row + (Tile::kReduce - 1) * 16);
 #pragma unroll
@@ -225,7 +230,8 @@ struct Pass {
       for (int e = 0; e < 4; ++e) {
         const int64_t m = row + 16 * warp + lane / 4 + e / 2 * 8;
         const int rank = first_rank + 8 * j + lane % 4 * 2 + e % 2;
-        if (m < row_end && rank < all) p.projected[(static_cast<int64_t>(blockIdx.x) * p.m + m) * all + rank] = projected[j][e];
+        if (m < row_end && rank < all)
+          p.projected[(static_cast<int64_t>(blockIdx.x) * p.m + m) * all + rank] = projected[j][e];
       }
     }
   }
@@ -252,7 +258,8 @@ struct Pass {
       if (m >= row_end || rank >= p.width) continue;
       float g = 0.0f;
       if (rank < all) {
-        for (int chunk = 0; chunk < static_cast<int>(gridDim.x); ++chunk) g += __ldcg(p.projected + (chunk * static_cast<int64_t>(p.m) + m) * all + rank);
+        for (int chunk = 0; chunk < static_cast<int>(gridDim.x); ++chunk)
+          g += __ldcg(p.projected + (chunk * static_cast<int64_t>(p.m) + m) * all + rank);
         if (p.dsigma_parts && rank >= p.rank) sigma += g * p.p[m * all + rank];
       }
       static_cast<T*>(p.scaled)[m * p.width + rank] = Element<T>::from_float(g * factor);
@@ -281,7 +288,8 @@ struct Pass {
             const int column = column0 + block * Tile::kN + 32 * warp + 16 * i + lane / 4 + e / 2 * 8;
             const int rank = first_rank + 8 * j + lane % 4 * 2 + e % 2;
             if (column >= p.n || rank >= p.right_columns) continue;
-            p.reduced[(static_cast<int64_t>(blockIdx.y) * p.right_columns + rank) * p.n + column] = reduced[block][i][j][e];
+            p.reduced[(static_cast<int64_t>(blockIdx.y) * p.right_columns + rank) * p.n + column] =
+                reduced[block][i][j][e];
           }
         }
       }

@@ -1,5 +1,5 @@
-// Dropout: the keep bits of eight neighbours in k, by one call of Philox4x32-10 (Salmon et al., SC 2011). The same bits as
-// on the CPU: counter (k / 8, m, offset), key seed, half-word k % 8 against a 16-bit threshold.
+// Dropout: the keep bits of eight neighbours in k, by one call of Philox4x32-10 (Salmon et al., SC 2011). The same bits
+// as on the CPU: counter (k / 8, m, offset), key seed, half-word k % 8 against a 16-bit threshold.
 #pragma once
 
 #include <cstdint>

@@ -1,4 +1,5 @@
-// Tiles in shared memory: asynchronous copies into them, swizzled so that neither the copies nor ldmatrix meet bank conflicts.
+// Tiles in shared memory: asynchronous copies into them, swizzled so that neither the copies nor ldmatrix meet bank
+// conflicts.
 #pragma once
 
 #include <cstdint>
@@ -46,7 +47,10 @@ __device__ __forceinline__ void store_shared(uint32_t to, uint4 v) {
 }
 __device__ __forceinline__ uint4 load_shared(uint32_t from) {
   uint4 v;
-  asm volatile("ld.shared.v4.b32 {%0,%1,%2,%3}, [%4];\n" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "r"(from) : "memory");
+  asm volatile("ld.shared.v4.b32 {%0,%1,%2,%3}, [%4];\n"
+               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+               : "r"(from)
+               : "memory");
   return v;
 }
 
@@ -55,20 +59,27 @@ template <bool kTransposed, int kOffset = 0>
 __device__ __forceinline__ void load_matrices(uint32_t (&r)[4], uint32_t from) {
   if constexpr (kTransposed) {
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4 + %5];\n"
-                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(from), "n"(kOffset) : "memory");
+                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+                 : "r"(from), "n"(kOffset)
+                 : "memory");
   } else {
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4 + %5];\n"
-                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(from), "n"(kOffset) : "memory");
+                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+                 : "r"(from), "n"(kOffset)
+                 : "memory");
   }
 }
 
 // Two matrices, transposed; addresses of the first sixteen lanes count.
 __device__ __forceinline__ void load_two_matrices(uint32_t (&r)[2], uint32_t from) {
-  asm volatile("ldmatrix.sync.aligned.m8n8.x2.trans.shared.b16 {%0,%1}, [%2];\n" : "=r"(r[0]), "=r"(r[1]) : "r"(from) : "memory");
+  asm volatile("ldmatrix.sync.aligned.m8n8.x2.trans.shared.b16 {%0,%1}, [%2];\n"
+               : "=r"(r[0]), "=r"(r[1])
+               : "r"(from)
+               : "memory");
 }
 
-// Where 16-byte chunk `chunk` of row `row` lies in a tile of kRows x kColumns 16-bit elements. Eight chunks span all banks:
-// the eight rows that ldmatrix reads at one column must lie in eight different ones.
+// Where 16-byte chunk `chunk` of row `row` lies in a tile of kRows x kColumns 16-bit elements. Eight chunks span all
+// banks: the eight rows that ldmatrix reads at one column must lie in eight different ones.
 template <int kRows_, int kColumns_>
 struct SharedTile {
   static constexpr int kRows = kRows_, kColumns = kColumns_, kChunks = kColumns / kChunk;
@@ -77,7 +88,9 @@ struct SharedTile {
 
   // Rows of 64 bytes share a line in pairs, so that only every second row needs another place.
   static __device__ __forceinline__ int swizzle(int row) { return kChunks == 4 ? (row >> 1) & 3 : row & 7; }
-  static __device__ __forceinline__ int offset(int row, int chunk) { return (row * kChunks + (chunk ^ swizzle(row))) * 16; }
+  static __device__ __forceinline__ int offset(int row, int chunk) {
+    return (row * kChunks + (chunk ^ swizzle(row))) * 16;
+  }
 };
 
 // A thread's part of copying tiles [rows][columns] out of a matrix of row stride ld. The same chunks each time: rows
@@ -92,9 +105,11 @@ struct TileCopy {
   static __device__ __forceinline__ int column() { return static_cast<int>(threadIdx.x) % Tile::kChunks * kChunk; }
   static __device__ __forceinline__ int place() { return Tile::offset(row(), column() / kChunk); }
 
-  // `from`: the thread's own first element. rows_left, columns_left: of the matrix, from the tile's corner on. Aligned: 16-byte
-  // rows of whole chunks, copied asynchronously; else element by element, there when the next barrier is passed.
-  static __device__ __forceinline__ void load(uint32_t tile, const T* from, int64_t ld, int rows_left, int columns_left) {
+  // `from`: the thread's own first element. rows_left, columns_left: of the matrix, from the tile's corner on. Aligned:
+  // 16-byte rows of whole chunks, copied asynchronously; else element by element, there when the next barrier is
+  // passed.
+  static __device__ __forceinline__ void load(uint32_t tile, const T* from, int64_t ld, int rows_left,
+                                              int columns_left) {
 #pragma unroll
     for (int i = 0; i < kCount; ++i) {
       const uint32_t to = tile + i * kStep * Tile::kChunks * 16;

@@ -28,27 +28,35 @@ __device__ __forceinline__ float d_value(const PackParams& p, int rank, int64_t 
 __device__ __forceinline__ float q_value(const PackParams& p, int rank, int64_t i) {
   if (i >= p.n) return 0.0f;
   if (rank < p.rank) return adapter_value(p.lora_b, p.adapter_dtype[1], i * p.rank + rank);
-  if (rank < p.rank + p.directions) return adapter_value(p.dash_u, p.adapter_dtype[2], i * p.directions + rank - p.rank);
+  if (rank < p.rank + p.directions)
+    return adapter_value(p.dash_u, p.adapter_dtype[2], i * p.directions + rank - p.rank);
   return 0.0f;
 }
 
-// Reads the adapters once for each form that is wanted, writes 2 width (K + N) bytes a form; of M only M width_p. Every form
-// by all threads in turn.
+// Reads the adapters once for each form that is wanted, writes 2 width (K + N) bytes a form; of M only M width_p. Every
+// form by all threads in turn.
 template <typename T>
 __device__ __forceinline__ void pack(const PackParams& p) {
-  const int64_t first = blockIdx.x * static_cast<int64_t>(blockDim.x) + threadIdx.x, step = gridDim.x * static_cast<int64_t>(blockDim.x);
-  const auto put = [](void* out, int64_t index, float value) { static_cast<T*>(out)[index] = Element<T>::from_float(value); };
+  const int64_t first = blockIdx.x * static_cast<int64_t>(blockDim.x) + threadIdx.x,
+                step = gridDim.x * static_cast<int64_t>(blockDim.x);
+  const auto put = [](void* out, int64_t index, float value) {
+    static_cast<T*>(out)[index] = Element<T>::from_float(value);
+  };
   if (p.d_rows) {
-    for (int64_t i = first; i < p.width * p.ldd; i += step) put(p.d_rows, i, d_value(p, static_cast<int>(i / p.ldd), i % p.ldd));
+    for (int64_t i = first; i < p.width * p.ldd; i += step)
+      put(p.d_rows, i, d_value(p, static_cast<int>(i / p.ldd), i % p.ldd));
   }
   if (p.d_columns) {
-    for (int64_t i = first; i < p.k * p.width; i += step) put(p.d_columns, i, d_value(p, static_cast<int>(i % p.width), i / p.width));
+    for (int64_t i = first; i < p.k * p.width; i += step)
+      put(p.d_columns, i, d_value(p, static_cast<int>(i % p.width), i / p.width));
   }
   if (p.q_rows) {
-    for (int64_t i = first; i < p.width * p.ldq; i += step) put(p.q_rows, i, q_value(p, static_cast<int>(i / p.ldq), i % p.ldq));
+    for (int64_t i = first; i < p.width * p.ldq; i += step)
+      put(p.q_rows, i, q_value(p, static_cast<int>(i / p.ldq), i % p.ldq));
   }
   if (p.q_columns) {
-    for (int64_t i = first; i < p.n * p.width; i += step) put(p.q_columns, i, q_value(p, static_cast<int>(i % p.width), i / p.width));
+    for (int64_t i = first; i < p.n * p.width; i += step)
+      put(p.q_columns, i, q_value(p, static_cast<int>(i % p.width), i / p.width));
   }
   if (p.p_low) {
     const int all = p.rank + p.directions;
@@ -62,7 +70,8 @@ __device__ __forceinline__ void pack(const PackParams& p) {
 
 // Every partial sum once, in the order of the splits. dy_parts holds the rows of dB, then db.
 __device__ __forceinline__ void finish(const FinishParams& p) {
-  const int64_t first = blockIdx.x * static_cast<int64_t>(blockDim.x) + threadIdx.x, step = gridDim.x * static_cast<int64_t>(blockDim.x);
+  const int64_t first = blockIdx.x * static_cast<int64_t>(blockDim.x) + threadIdx.x,
+                step = gridDim.x * static_cast<int64_t>(blockDim.x);
   const auto total = [](const float* parts, int64_t index, int64_t size, int splits) {
     float sum = 0.0f;
     for (int s = 0; s < splits; ++s) sum += parts[s * size + index];
@@ -82,7 +91,8 @@ __device__ __forceinline__ void finish(const FinishParams& p) {
     for (int64_t i = first; i < p.n; i += step) p.dbias[i] = total(p.dy_parts, p.rank * p.n + i, size, p.splits_y);
   }
   if (p.dsigma) {
-    for (int64_t i = first; i < p.directions; i += step) p.dsigma[i] = total(p.dsigma_parts, i, p.directions, p.sigma_blocks);
+    for (int64_t i = first; i < p.directions; i += step)
+      p.dsigma[i] = total(p.dsigma_parts, i, p.directions, p.sigma_blocks);
   }
 }
 

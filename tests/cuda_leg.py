@@ -1,0 +1,78 @@
+"""What a build with CUDA must pass where there is no GPU: links, imports, registers, traces. Run by `make cuda-check`; on a
+machine with a GPU the operator's own tests follow with backend="cuda"."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+import loradash_kernels as lk
+from loradash_kernels import _cuda, _extension
+from loradash_kernels.testing import make_case
+
+
+def test_build():
+    assert _extension.compiled().cuda_architectures == [800, 860, 890]
+    for name in ("forward", "backward"):
+        assert getattr(torch.ops.loradash_cuda, name).default._schema.arguments[-1].name == "tile"
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_says_what_is_missing():
+    assert lk.available_backends()["cuda"] == "PyTorch sees no GPU"
+    case = make_case(4, 8, 8, 2, 2, torch.bfloat16)
+    tensors = dict(case.tensors)
+    x, weight, bias = tensors.pop("x"), tensors.pop("weight"), tensors.pop("bias")
+    with pytest.raises(RuntimeError, match="backend='cuda' cannot run: PyTorch sees no GPU"):
+        lk.dash_linear(x, weight, bias, **tensors, backend="cuda")
+
+
+@pytest.mark.parametrize("dropout_p", [0.0, 0.1])
+def test_traces_on_fake_cuda_tensors(dropout_p):
+    """Shapes, dtypes, devices and gradients, as torch.compile sees them."""
+    with FakeTensorMode():
+
+        def empty(*shape, dtype=torch.float32, grad=False):
+            return torch.empty(*shape, dtype=dtype, device="cuda", requires_grad=grad)
+
+        x, weight = empty(2, 5, 16, dtype=torch.bfloat16, grad=True), empty(24, 16, dtype=torch.bfloat16)
+        adapters = {"lora_a": empty(4, 16, grad=True), "lora_b": empty(24, 4, grad=True), "dash_u": empty(24, 3),
+                    "dash_vt": empty(3, 16), "dash_sigma": empty(3, grad=True)}  # fmt: skip
+        y = lk.dash_linear(x, weight, None, **adapters, dropout_p=dropout_p)
+        assert y.shape == (2, 5, 24) and y.dtype == torch.bfloat16 and y.device.type == "cuda"
+        y.sum().backward()
+        assert x.grad.shape == x.shape and adapters["lora_a"].grad.shape == (4, 16)
+        assert adapters["dash_sigma"].grad.device.type == "cuda"
+
+
+def test_launch_errors_name_the_kernel():
+    """Without a GPU the first launch must fail, in words."""
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    x = torch.zeros(8, 16, dtype=torch.bfloat16)
+    with pytest.raises(Exception, match=r"[Cc][Uu][Dd][Aa]|device"):
+        torch.ops.loradash_cuda.forward(
+            x, torch.zeros(8, 16, dtype=torch.bfloat16), None, torch.zeros(2, 16), torch.zeros(8, 2), None, None, None,
+            None, 1.0, 0, None, torch.empty(8, 8, dtype=torch.bfloat16), torch.empty(8, 2),
+        )  # fmt: skip
+
+
+def test_measured_tiles(tmp_path, monkeypatch):
+    """The tuner keeps the fastest tile, finds it again, and leaves out what cannot run."""
+    monkeypatch.setenv("LORADASH_CACHE", str(tmp_path))
+    _cuda.MEASURED.forget()
+    names = _cuda.candidates(108, 163 * 1024)
+    assert {"128x256", "128x128", "one_launch_128x128"} <= set(names)
+    times = iter([3.0, RuntimeError("does not fit"), 1.0, *[2.0] * len(names)])
+
+    def timer(call):
+        value = next(times)
+        if isinstance(value, Exception):
+            raise value
+        return value
+
+    assert _cuda.tune("forward", "a card/a shape", names, (), timer) == names[2]
+    _cuda.MEASURED.forget()
+    assert _cuda.MEASURED.known() == {"a card/a shape": names[2]}
+    _cuda.MEASURED.forget()
