@@ -25,9 +25,9 @@ cuda-check:
 	test -x $(CUDA_VENV)/bin/python || $(PYTHON) -m venv $(CUDA_VENV)
 	$(CUDA_VENV)/bin/python -m pip install --quiet "setuptools>=77" wheel ninja pytest hypothesis "$(CUDA_TORCH)"
 	LORADASH_CUDA=1 LORADASH_REQUIRE_EXTENSION=1 $(CUDA_VENV)/bin/python -m pip install --quiet --no-build-isolation .
-	cd tests && ../$(CUDA_VENV)/bin/python -m pytest -q -c /dev/null --rootdir . -p no:cacheprovider cuda_leg.py
-	cd tests && ! ../$(CUDA_VENV)/bin/python -c "import sys, torch; sys.exit(not torch.cuda.is_available())" \
-		|| ../$(CUDA_VENV)/bin/python -m pytest -q -c /dev/null --rootdir . -p no:cacheprovider -k cuda test_error_rule.py
+	cd tests && $(abspath $(CUDA_VENV))/bin/python -m pytest -q -c /dev/null --rootdir . -p no:cacheprovider cuda_leg.py
+	cd tests && ! $(abspath $(CUDA_VENV))/bin/python -c "import sys, torch; sys.exit(not torch.cuda.is_available())" \
+		|| $(abspath $(CUDA_VENV))/bin/python -m pytest -q -c /dev/null --rootdir . -p no:cacheprovider -k cuda test_error_rule.py
 
 # The emulator's own tests; run them when it changes. CUTLASS's headers serve as their yardstick.
 test-ptxsim: $(STAMP)

@@ -67,7 +67,8 @@ struct PassParams {
   // Projection: sums of X F^T, F (width, ldf).
   const void* factor;
   int64_t ldf;
-  float* projected;  // (column chunks, m, R) partial, or P (m, R) where there is one chunk
+  float* projected;  // (column chunks, m, R) partial; not used where there is one chunk, of a pass without a reduction
+  float* sums;       // P (m, R), the sums times keep_scale; or null
   void* scaled;      // T = (sums * c) (m, width)
   float scaling;
   const float* dash_sigma;

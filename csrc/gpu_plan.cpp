@@ -198,6 +198,22 @@ int64_t rows_per_program(int64_t m, int64_t chunks, int64_t wanted) {
   return round_up(std::max(kMinRows, ceil_div(m, splits)), kPassRows);
 }
 
+// Chunks of K for the projection: programs that the processors divide evenly, against the partial sums that chunks
+// cost.
+int64_t projection_chunks(const Card& card, int64_t m, int64_t k, int64_t width) {
+  int64_t best = 1;
+  double least = 0.0;
+  for (int64_t chunks = 1; chunks <= std::min<int64_t>(8, std::max<int64_t>(1, k / (2 * kPassColumns))); ++chunks) {
+    const int64_t columns = round_up(ceil_div(k, chunks), kPassColumns);
+    if (ceil_div(k, columns) != chunks) continue;
+    const int64_t rounds = ceil_div(ceil_div(m, kPassRows) * chunks, card.processors);
+    const double read = 2.0 * static_cast<double>(rounds * card.processors * kPassRows * columns);
+    const double cost = read + (chunks > 1 ? 8.0 * static_cast<double>(m * width * chunks) : 0.0);
+    if (chunks == 1 || cost < least) best = chunks, least = cost;
+  }
+  return best;
+}
+
 float keep_scale(const Problem& q) { return q.seed ? 65536.0f / static_cast<float>(65536 - q.threshold) : 1.0f; }
 
 }  // namespace
@@ -232,7 +248,7 @@ Plan plan_forward(const Problem& q, const ForwardOut& out, void* memory, const s
     down.rows_per_cta = kPassRows, down.columns_per_cta = static_cast<int32_t>(std::max<int64_t>(1, k));
     down.seed = q.seed, down.threshold = q.threshold, down.keep_scale = keep_scale(q);
     down.factor = packed.d_rows, down.ldf = packed.ldd;
-    down.projected = out.p, down.scaled = t;
+    down.sums = out.p, down.scaled = t;
   }
   GemmParams gemm{};
   if (n > 0) {
@@ -255,8 +271,16 @@ Plan plan_forward(const Problem& q, const ForwardOut& out, void* memory, const s
                                    OneLaunchParams{gemm, down, packed.counters}, {programs}, one->threads, shared));
   } else {
     if (width > 0) {
+      const PassKind& kind = pick_pass("down", width, 0);
+      const int64_t blocks = ceil_div(m, kPassRows), chunks = projection_chunks(q.card, m, k, q.width());
+      if (chunks > 1) {
+        down.columns_per_cta = static_cast<int32_t>(round_up(ceil_div(k, chunks), kPassColumns));
+        packed.counter_count = static_cast<int32_t>(blocks * ceil_div(width, 8 * kind.project));
+        packed.counters = down.arrived = workspace.take<int32_t>(packed.counter_count * sizeof(int32_t));
+        down.projected = workspace.take<float>(chunks * m * q.width() * sizeof(float));
+      }
       plan.launches.push_back(pack(q, packed));
-      plan.launches.push_back(pass(q, pick_pass("down", width, 0), down, 1, ceil_div(m, kPassRows), width));
+      plan.launches.push_back(pass(q, kind, down, chunks, blocks, width));
     }
     if (n > 0) plan.launches.push_back(product(q, gemm, columns, tile));
   }

@@ -125,10 +125,8 @@ def _choose(direction: str, x: Tensor, weight: Tensor | None, width: int, argume
     name = key(direction, torch.cuda.get_device_name(x.device), x, weight, width)
     found = MEASURED.known().get(name)
     if found is None and tuning and x.shape[0] > 0 and not torch.cuda.is_current_stream_capturing():
-        card = torch.cuda.get_device_properties(x.device)
-        found = tune(
-            direction, name, candidates(card.multi_processor_count, card.shared_memory_per_block_optin), arguments
-        )
+        strategies = candidates(*_extension.compiled().gpu_card(x.get_device()))
+        found = tune(direction, name, strategies, arguments)
     return TABLE if found is None else found
 
 

@@ -41,7 +41,7 @@ def test_tiles(tile, dtype, layout):
 
 @pytest.mark.parametrize("dtype", [BF16, FP16])
 @pytest.mark.parametrize(
-    "shape", [(1, 64, 64, 8, 8), (37, 56, 72, 4, 3), (130, 96, 200, 5, 3), (129, 65, 33, 16, 8), (64, 8, 8, 1, 1), (5, 7, 3, 2, 1)]
+    "shape", [(1, 64, 64, 8, 8), (37, 56, 72, 4, 3), (130, 96, 200, 5, 3), (129, 65, 33, 16, 8), (64, 8, 8, 1, 1), (5, 7, 3, 2, 1), (5, 0, 8, 2, 1), (200, 1000, 24, 4, 4)]
 )  # fmt: skip
 def test_ragged_shapes(shape, dtype):
     """Rows of whole 16-byte chunks, and the path for those that are not."""

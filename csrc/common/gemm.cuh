@@ -33,10 +33,6 @@ struct GemmTile {
   static_assert(kWarpsM * kWarpsN * 16 * kStageRow * 4 <= kSharedBytes, "results are staged where the operands were");
 };
 
-// Keeps a value in its register: recomputing it inside the main loop costs more than it saves.
-__device__ __forceinline__ void pin(uint32_t& value) { asm volatile("" : "+r"(value)); }
-__device__ __forceinline__ void pin(int64_t& value) { asm volatile("" : "+l"(value)); }
-
 // Where the next tile of both operands comes from; each thread knows its own first elements.
 template <typename Tile>
 struct OperandStream {
@@ -145,15 +141,20 @@ struct Accumulator {
   }
 
   // Zeroes what dropout drops of C at (m0, n0), scales the rest. A 16 x 16 part of C has 32 blocks of eight neighbours:
-  // each lane draws one, and the four lanes of a row exchange their bits.
-  __device__ __forceinline__ void mask(const DropoutKey& dropout, float scale, int m0, int n0) {
+  // each lane draws one, for four lanes to choose their elements from.
+  __device__ __forceinline__ void mask(const Dropout16& dropout, float scale, int m0, int n0) {
     const int lane = threadIdx.x % 32, part = lane % 4;
 #pragma unroll
-    for (int i = 0; i < Tile::kFragmentsM; ++i) {
+    for (int j = 0; j < Tile::kFragmentsN; j += 2) {
+      const PhiloxColumn column = dropout.column((n0 + 8 * j) / kChunk + part / 2);
 #pragma unroll
-      for (int j = 0; j < Tile::kFragmentsN; j += 2) {
-        const int row = m0 + 16 * i + lane / 4 + part % 2 * 8, block = (n0 + 8 * j) / kChunk + part / 2;
-        uint32_t bits = keep_bits(dropout, row, block) << (8 * part);
+      for (int i = 0; i < Tile::kFragmentsM; ++i) {
+        const uint4 drawn = dropout.masks(dropout.row(m0 + 16 * i + lane / 4 + part % 2 * 8), column);
+        // Bits 8 part to 8 part + 7 of a word that the four lanes of a row put together.
+        uint32_t bits =
+            (drawn.x & 0x00020001u) | (drawn.y & 0x00080004u) | (drawn.z & 0x00200010u) | (drawn.w & 0x00800040u);
+        bits = (bits | bits >> 16) & 0xFF;
+        bits <<= 8 * part;
         bits |= __shfl_xor_sync(0xFFFFFFFFu, bits, 1);
         bits |= __shfl_xor_sync(0xFFFFFFFFu, bits, 2);
 #pragma unroll
@@ -246,7 +247,8 @@ __device__ __forceinline__ void rasterise(const GemmParams& p, int pid, int& til
 
 // One tile of C, at (m0, n0). `before_second` is called by all threads before the first copy of the second pair of
 // operands.
-template <typename Tile, typename Before>
+// kMasked: may there be a mask on what the first pair gave?
+template <typename Tile, bool kMasked, typename Before>
 __device__ __forceinline__ void multiply(const GemmParams& p, char* shared, int m0, int n0,
                                          const Before& before_second) {
   const int first = (p.segments[0].depth + Tile::kDepth - 1) / Tile::kDepth;
@@ -300,9 +302,9 @@ __device__ __forceinline__ void multiply(const GemmParams& p, char* shared, int 
       if constexpr (part == 0) prefetch();
       acc.add(fragments[part % 2]);
     });
-    if (step + 1 == first && p.seed) {
+    if (kMasked && step + 1 == first && p.seed) {
       const int warp = threadIdx.x / 32;
-      const DropoutKey dropout(p.seed, p.threshold);
+      const Dropout16 dropout(p.seed, p.threshold);
       acc.mask(dropout, p.keep_scale, m0 + warp / Tile::kWarpsN * Tile::kWarpM,
                n0 + warp % Tile::kWarpsN * Tile::kWarpN);
     }
@@ -314,10 +316,10 @@ __device__ __forceinline__ void multiply(const GemmParams& p, char* shared, int 
 
 template <typename Tile>
 __device__ __forceinline__ void gemm(const GemmParams& p) {
-  extern __shared__ __align__(128) char shared[];
+  extern __shared__ __align__(256) char shared[];
   int tile_m, tile_n;
   rasterise(p, blockIdx.x, tile_m, tile_n);
-  multiply<Tile>(p, shared, tile_m * Tile::kM, tile_n * Tile::kN, [] {});
+  multiply<Tile, true>(p, shared, tile_m * Tile::kM, tile_n * Tile::kN, [] {});
 }
 
 }  // namespace loradash::gpu

@@ -14,13 +14,13 @@ namespace loradash::gpu {
 // Not inlined: its addresses would be worked out before the loop over tiles, and held through the product.
 template <typename Down>
 __device__ __noinline__ void project_rows(const PassParams& p, char* shared, int tile_m) {
-  Pass<Down>(p, shared, 0, tile_m, 0).run();
+  Pass<Down>(p, shared, 0, 1, tile_m, 0).run();
 }
 
 template <typename Tile, typename Down>
 __device__ __forceinline__ void one_launch(const OneLaunchParams& p) {
   static_assert(Tile::kThreads == Down::kThreads && Tile::kM % Down::kM == 0);
-  extern __shared__ __align__(128) char shared[];
+  extern __shared__ __align__(256) char shared[];
   // What a program must remember of its tile lies in shared memory: the product takes every register.
   __shared__ int tile, row, ticket;
   const GemmParams& g = p.gemm;
@@ -38,7 +38,7 @@ __device__ __forceinline__ void one_launch(const OneLaunchParams& p) {
       __syncthreads();
       if (threadIdx.x == 0) atomicExch(p.state + g.tiles_m + row, 1);
     }
-    multiply<Tile>(g, shared, tile_m * Tile::kM, tile_n * Tile::kN, [&] {
+    multiply<Tile, false>(g, shared, tile_m * Tile::kM, tile_n * Tile::kN, [&] {
       if (ticket == 0) return;
       if (threadIdx.x == 0) {
         while (atomicAdd(p.state + g.tiles_m + row, 0) == 0) __nanosleep(64);

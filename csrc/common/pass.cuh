@@ -51,34 +51,49 @@ struct Pass {
   const PassParams& p;
   const uint32_t shared;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  // A lane's addresses inside a tile of X, of F and of the right operand.
+  uint32_t project_x = Tile::X::offset(16 * warp + lane % 16, lane / 16);
+  uint32_t project_f = Tile::F::offset(lane % 8 + lane / 16 * 8, lane / 8 % 2);
+  uint32_t reduce_x = Tile::X::offset(lane % 8 + lane / 16 * 8, 4 * warp + lane / 8 % 2);
+  uint32_t reduce_right = lane % 16 * Tile::kRightPitch;
+  const int chunk, chunks, split, group;
   const int column0, row0, row_end, blocks, first_rank;  // of this program; blocks of 128 columns
-  const DropoutKey dropout;
   float projected[kProjects][4];
   float reduced[Tile::kBlocks][2][kReduces][4];
 
-  // `chunk` of columns, `split` of rows, `group` of ranks.
-  __device__ __forceinline__ Pass(const PassParams& params, char* memory, int chunk, int split, int group)
+  // Chunk of columns out of `chunks`, split of rows, group of ranks.
+  __device__ __forceinline__ Pass(const PassParams& params, char* memory, int chunk_in, int chunks_in, int split_in,
+                                  int group_in)
       : p(params),
         shared(shared_address(memory)),
+        chunk(chunk_in),
+        chunks(chunks_in),
+        split(split_in),
+        group(group_in),
         column0(chunk * params.columns_per_cta),
         row0(split * params.rows_per_cta),
         row_end(min(params.m, row0 + params.rows_per_cta)),
         blocks(Tile::kReduce ? Tile::kBlocks
                              : (min(params.n - column0, params.columns_per_cta) + Tile::kN - 1) / Tile::kN),
-        first_rank(group * 8 * (Tile::kProject ? Tile::kProject : Tile::kReduce)),
-        dropout(params.seed, params.threshold) {
+        first_rank(group * 8 * (Tile::kProject ? Tile::kProject : Tile::kReduce)) {
 #pragma unroll
     for (auto& block : reduced)
       for (auto& half : block)
         for (auto& fragment : half)
           for (float& value : fragment) value = 0.0f;
+    pin(project_x), pin(project_f), pin(reduce_x), pin(reduce_right);
   }
 
   __device__ __forceinline__ uint32_t stage(int index) const { return shared + index * Tile::kStageBytes; }
 
   __device__ __forceinline__ void load_factor(uint32_t to, int column) const {
     const T* from = static_cast<const T*>(p.factor) + (first_rank + CopyF::row()) * p.ldf + column + CopyF::column();
-    CopyF::load(to + CopyF::place(), from, p.ldf, p.width - first_rank, static_cast<int>(p.ldf) - column);
+    const int ranks = p.width - first_rank, columns = static_cast<int>(p.ldf) - column;
+    if (ranks >= Tile::F::kRows && columns >= Tile::kN) {
+      CopyF::load_whole(to + CopyF::place(), from, CopyF::kStep * p.ldf * sizeof(T));
+    } else {
+      CopyF::load(to + CopyF::place(), from, p.ldf, ranks, columns);
+    }
   }
 
   // Tile (row, block) of X into a stage, with what streams along; `slot` of the right operand, for the first block of a
@@ -86,7 +101,11 @@ struct Pass {
   __device__ __forceinline__ void load(int to, int slot, int row, int block) const {
     const int column = column0 + block * Tile::kN;
     const T* from = static_cast<const T*>(p.x) + (row + CopyX::row()) * p.ldx + column + CopyX::column();
-    CopyX::load(stage(to) + CopyX::place(), from, p.ldx, row_end - row, p.n - column);
+    if (Tile::kAligned && row_end - row >= Tile::kM && p.n - column >= Tile::kN) {
+      CopyX::load_whole(stage(to) + CopyX::place(), from, CopyX::kStep * p.ldx * sizeof(T));
+    } else {
+      CopyX::load(stage(to) + CopyX::place(), from, p.ldx, row_end - row, p.n - column);
+    }
     if constexpr (Tile::kStreamed) load_factor(stage(to) + Tile::X::kBytes, column);
     if constexpr (Tile::kReduce > 0) {
       if (block != 0) return;
@@ -100,52 +119,53 @@ struct Pass {
   }
 
   // What this thread copied itself: no barrier is needed before.
-  __device__ __forceinline__ void drop(int index, int row, int block) const {
-#pragma unroll
-    for (int i = 0; i < CopyX::kCount; ++i) {
-      const uint32_t at = stage(index) + CopyX::place() + i * CopyX::kStep * Tile::X::kChunks * 16;
-      const int k = (column0 + block * Tile::kN + CopyX::column()) / kChunk;
-      store_shared(at, masked(load_shared(at), keep_bits(dropout, row + CopyX::row() + i * CopyX::kStep, k)));
-    }
+  __device__ __forceinline__ void drop(const Dropout16& dropout, const PhiloxRow (&rows)[CopyX::kCount], int index,
+                                       int block) const {
+    const PhiloxColumn column = dropout.column((column0 + block * Tile::kN + CopyX::column()) / kChunk);
+    const uint32_t at = stage(index) + CopyX::place();
+    unrolled<CopyX::kCount>([&](auto i) {
+      constexpr int kOffset = i * CopyX::kStep * Tile::X::kChunks * 16;
+      const uint4 chunk = load_shared<kOffset>(at), keep = dropout.masks(rows[i], column);
+      store_shared<kOffset>(at, make_uint4(chunk.x & keep.x, chunk.y & keep.y, chunk.z & keep.z, chunk.w & keep.w));
+    });
   }
 
-  // Sixteen rows a warp.
+  // Sixteen rows a warp. In rows of 256 bytes, from a multiple of them on, two chunks further is another bit of the
+  // address.
   __device__ __forceinline__ void project(uint32_t x, uint32_t f) {
-#pragma unroll
-    for (int k = 0; k < Tile::kN / 16; ++k) {
+    const uint32_t from_x = x + project_x, from_f = f + project_f;
+    unrolled<Tile::kN / 16>([&](auto k) {
       uint32_t a[4];
-      load_matrices<false>(a, x + Tile::X::offset(16 * warp + lane % 16, 2 * k + lane / 16));
-#pragma unroll
-      for (int j = 0; j < Tile::kProject; j += 2) {
+      load_matrices<false>(a, from_x ^ (k * 32));
+      unrolled<Tile::kProject / 2>([&](auto j) {
         uint32_t b[4];
-        load_matrices<false>(b, f + Tile::F::offset(8 * j + lane % 8 + lane / 16 * 8, 2 * k + lane / 8 % 2));
-        Element<T>::mma(projected[j], a, b);
-        Element<T>::mma(projected[j + 1], a, b + 2);
-      }
-    }
+        load_matrices<false, j * 16 * Tile::kN * 2>(b, from_f ^ (k * 32));
+        Element<T>::mma(projected[2 * j], a, b);
+        Element<T>::mma(projected[2 * j + 1], a, b + 2);
+      });
+    });
   }
 
   // Thirty-two columns of a block a warp.
   __device__ __forceinline__ void reduce(float (&sums)[2][kReduces][4], uint32_t x, uint32_t right) const {
-#pragma unroll
-    for (int m = 0; m < Tile::kM; m += 16) {
+    const uint32_t from_x = x + reduce_x, from_right = right + reduce_right;
+    unrolled<Tile::kM / 16>([&](auto m) {
       uint32_t a[2][4], b[kReduces + 1][2];
-#pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        load_matrices<true>(a[i], x + Tile::X::offset(m + lane % 8 + lane / 16 * 8, 4 * warp + 2 * i + lane / 8 % 2));
+      load_matrices<true, m * 16 * Tile::kN * 2>(a[0], from_x);
+      load_matrices<true, m * 16 * Tile::kN * 2>(a[1], from_x ^ 32);
+      unrolled<Tile::kReduce / 2>([&](auto j) {
+        constexpr int kOffset = m * 16 * Tile::kRightPitch + j * 32;
+        load_matrices<true, kOffset>(reinterpret_cast<uint32_t (&)[4]>(b[2 * j]), from_right + lane / 16 * 16);
+      });
+      if constexpr (Tile::kReduce % 2) {
+        load_two_matrices<m * 16 * Tile::kRightPitch + (Tile::kReduce - 1) * 16>(b[Tile::kReduce - 1], from_right);
       }
-      const uint32_t row = right + (m + lane % 16) * Tile::kRightPitch;
-#pragma unroll
-      for (int j = 0; j + 1 < Tile::kReduce; j += 2) {
-        load_matrices<true>(reinterpret_cast<uint32_t (&)[4]>(b[j]), row + (j + lane / 16) * 16);
-      }
-      if constexpr (Tile::kReduce % 2) load_two_matrices(b[Tile::kReduce - 1], row + (Tile::kReduce - 1) * 16);
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
 #pragma unroll
         for (int j = 0; j < Tile::kReduce; ++j) Element<T>::mma(sums[i][j], a[i], b[j]);
       }
-    }
+    });
   }
 
   __device__ __forceinline__ void run() {
@@ -169,15 +189,21 @@ struct Pass {
       ahead_stage = ahead_stage == Tile::kStages - 1 ? 0 : ahead_stage + 1;
     };
     for (int i = 0; i < Tile::kStages - 1; ++i) prefetch();
+    const Dropout16 dropout(p.seed, p.threshold);
     int index = 0, slot = 0;
     for (int r = 0; r < row_blocks; ++r) {
       const int row = row0 + r * Tile::kM;
+      PhiloxRow rows[CopyX::kCount];
+      if (dropout.active) {
+#pragma unroll
+        for (int i = 0; i < CopyX::kCount; ++i) rows[i] = dropout.row(row + CopyX::row() + i * CopyX::kStep);
+      }
 #pragma unroll
       for (auto& fragment : projected)
         for (float& value : fragment) value = 0.0f;
       const auto step = [&](int block, float (&sums)[2][kReduces][4]) {
         wait_copies<Tile::kStages - 2>();
-        if (dropout.active()) drop(index, row, block);
+        if (dropout.active) drop(dropout, rows, index, block);
         __syncthreads();
         prefetch();
         const uint32_t x = stage(index);
@@ -194,11 +220,13 @@ struct Pass {
         for (int block = 0; block < blocks; ++block) step(block, reduced[0]);
       }
       slot = slot == Tile::kStages - 1 ? 0 : slot + 1;
-      if constexpr (Tile::kResident) {
-        store_partial(row);
-        add_partials(row);
-      } else if constexpr (Tile::kProject > 0) {
-        store_projection(row);
+      if constexpr (Tile::kProject > 0) {
+        if (Tile::kResident || chunks > 1) {
+          store_partial(row);
+          add_partials(row);
+        } else {
+          store_projection(row);
+        }
       }
     }
     wait_copies<0>();
@@ -216,7 +244,7 @@ struct Pass {
         const int rank = first_rank + 8 * j + lane % 4 * 2 + e % 2;
         if (m >= row_end || rank >= p.width) continue;
         const float value = projected[j][e] * p.keep_scale;
-        if (rank < all) p.projected[m * all + rank] = value;
+        if (rank < all) p.sums[m * all + rank] = value;
         static_cast<T*>(p.scaled)[m * p.width + rank] = Element<T>::from_float(value * column_factor(p, rank));
       }
     }
@@ -231,7 +259,7 @@ struct Pass {
         const int64_t m = row + 16 * warp + lane / 4 + e / 2 * 8;
         const int rank = first_rank + 8 * j + lane % 4 * 2 + e % 2;
         if (m < row_end && rank < all)
-          p.projected[(static_cast<int64_t>(blockIdx.x) * p.m + m) * all + rank] = projected[j][e];
+          p.projected[(static_cast<int64_t>(chunk) * p.m + m) * all + rank] = projected[j][e];
       }
     }
   }
@@ -245,7 +273,7 @@ struct Pass {
     __threadfence();
     __syncthreads();
     if (threadIdx.x == 0) {
-      last = atomicAdd(p.arrived + blockIdx.z * row_blocks + row_block, 1) == static_cast<int>(gridDim.x) - 1;
+      last = atomicAdd(p.arrived + group * row_blocks + row_block, 1) == chunks - 1;
     }
     __syncthreads();
     if (!last) return;
@@ -258,8 +286,9 @@ struct Pass {
       if (m >= row_end || rank >= p.width) continue;
       float g = 0.0f;
       if (rank < all) {
-        for (int chunk = 0; chunk < static_cast<int>(gridDim.x); ++chunk)
-          g += __ldcg(p.projected + (chunk * static_cast<int64_t>(p.m) + m) * all + rank);
+        for (int c = 0; c < chunks; ++c) g += __ldcg(p.projected + (c * static_cast<int64_t>(p.m) + m) * all + rank);
+        g *= p.keep_scale;
+        if (p.sums) p.sums[m * all + rank] = g;
         if (p.dsigma_parts && rank >= p.rank) sigma += g * p.p[m * all + rank];
       }
       static_cast<T*>(p.scaled)[m * p.width + rank] = Element<T>::from_float(g * factor);
@@ -288,8 +317,7 @@ struct Pass {
             const int column = column0 + block * Tile::kN + 32 * warp + 16 * i + lane / 4 + e / 2 * 8;
             const int rank = first_rank + 8 * j + lane % 4 * 2 + e % 2;
             if (column >= p.n || rank >= p.right_columns) continue;
-            p.reduced[(static_cast<int64_t>(blockIdx.y) * p.right_columns + rank) * p.n + column] =
-                reduced[block][i][j][e];
+            p.reduced[(static_cast<int64_t>(split) * p.right_columns + rank) * p.n + column] = reduced[block][i][j][e];
           }
         }
       }
@@ -299,8 +327,8 @@ struct Pass {
 
 template <typename Tile>
 __device__ __forceinline__ void pass(const PassParams& p) {
-  extern __shared__ __align__(128) char memory[];
-  Pass<Tile>(p, memory, blockIdx.x, blockIdx.y, blockIdx.z).run();
+  extern __shared__ __align__(256) char memory[];
+  Pass<Tile>(p, memory, blockIdx.x, gridDim.x, blockIdx.y, blockIdx.z).run();
 }
 
 }  // namespace loradash::gpu

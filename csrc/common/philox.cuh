@@ -6,48 +6,87 @@
 
 namespace loradash::gpu {
 
-struct DropoutKey {
-  uint32_t key0, key1, offset0, offset1, threshold;  // threshold 0: no dropout
+// High and low half of a product, in one instruction.
+__device__ __forceinline__ void multiply_wide(uint32_t a, uint32_t b, uint32_t& high, uint32_t& low) {
+  asm("{ .reg .u64 t; mul.wide.u32 t, %2, %3; mov.b64 {%1, %0}, t; }" : "=r"(high), "=r"(low) : "r"(a), "r"(b));
+}
+__device__ __forceinline__ uint32_t xor_three(uint32_t a, uint32_t b, uint32_t c) {
+  uint32_t d;
+  asm("lop3.b32 %0, %1, %2, %3, 0x96;" : "=r"(d) : "r"(a), "r"(b), "r"(c));
+  return d;
+}
 
-  __device__ DropoutKey(const int64_t* seed, uint32_t threshold_in) : threshold(seed ? threshold_in : 0) {
-    const uint64_t key = threshold ? static_cast<uint64_t>(seed[0]) : 0;
-    const uint64_t offset = threshold ? static_cast<uint64_t>(seed[1]) : 0;
-    key0 = static_cast<uint32_t>(key), key1 = static_cast<uint32_t>(key >> 32);
-    offset0 = static_cast<uint32_t>(offset), offset1 = static_cast<uint32_t>(offset >> 32);
-  }
-  __device__ bool active() const { return threshold != 0; }
+// The rounds whose inputs depend on k alone or on m alone cost nothing per element where rows or columns are reused:
+// with the counter words in this order, 15 of the 20 products are left. (The CPU's csrc/cpu/philox.h divides them the
+// same way.)
+struct PhiloxColumn {
+  uint32_t a, b, c, d;
+};
+struct PhiloxRow {
+  uint32_t high, low;
 };
 
-// Bit i is set where element (m, 8 * block + i) is kept.
-__device__ __forceinline__ uint32_t keep_bits(const DropoutKey& d, uint32_t m, uint32_t block) {
-  uint32_t c0 = block, c1 = m, c2 = d.offset0, c3 = d.offset1, k0 = d.key0, k1 = d.key1;
-#pragma unroll
-  for (int round = 0; round < 10; ++round) {
-    const uint64_t first = static_cast<uint64_t>(0xD2511F53u) * c0, second = static_cast<uint64_t>(0xCD9E8D57u) * c2;
-    c0 = static_cast<uint32_t>(second >> 32) ^ c1 ^ k0;
-    c1 = static_cast<uint32_t>(second);
-    c2 = static_cast<uint32_t>(first >> 32) ^ c3 ^ k1;
-    c3 = static_cast<uint32_t>(first);
-    k0 += 0x9E3779B9u, k1 += 0xBB67AE85u;
-  }
-  const uint32_t words[4] = {c0, c1, c2, c3};
-  uint32_t bits = 0;
-#pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    bits |= static_cast<uint32_t>((words[i] & 0xFFFF) >= d.threshold) << (2 * i);
-    bits |= static_cast<uint32_t>((words[i] >> 16) >= d.threshold) << (2 * i + 1);
-  }
-  return bits;
-}
+struct Dropout16 {
+  static constexpr int kRounds = 10;
+  static constexpr uint32_t kM0 = 0xD2511F53u, kM1 = 0xCD9E8D57u;
+  uint32_t key0[kRounds], key1[kRounds];
+  uint32_t offset_high, offset_low, offset1;  // of M1 times the low offset; the high offset
+  uint32_t low_threshold, high_bit;  // both halves of the threshold: its lower 15 bits, and whether bit 15 is set
+  bool active;
 
-// Zeroes the dropped ones of eight 16-bit elements.
-__device__ __forceinline__ uint4 masked(uint4 chunk, uint32_t bits) {
-  uint32_t words[4] = {chunk.x, chunk.y, chunk.z, chunk.w};
+  __device__ __forceinline__ Dropout16(const int64_t* seed, uint32_t threshold) : active(seed && threshold) {
+    const uint64_t key = active ? static_cast<uint64_t>(seed[0]) : 0,
+                   offset = active ? static_cast<uint64_t>(seed[1]) : 0;
 #pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    words[i] &= ((bits >> (2 * i)) & 1 ? 0x0000FFFFu : 0u) | ((bits >> (2 * i + 1)) & 1 ? 0xFFFF0000u : 0u);
+    for (uint32_t i = 0; i < kRounds; ++i) {
+      key0[i] = static_cast<uint32_t>(key) + i * 0x9E3779B9u;
+      key1[i] = static_cast<uint32_t>(key >> 32) + i * 0xBB67AE85u;
+    }
+    multiply_wide(kM1, static_cast<uint32_t>(offset), offset_high, offset_low);
+    offset1 = static_cast<uint32_t>(offset >> 32);
+    low_threshold = (threshold & 0x7FFF) * 0x00010001u;
+    high_bit = threshold >> 15 & 1;
   }
-  return make_uint4(words[0], words[1], words[2], words[3]);
-}
+
+  __device__ __forceinline__ PhiloxColumn column(uint32_t block) const {
+    uint32_t high, low, second_high, second_low, third_high, third_low;
+    multiply_wide(kM0, block, high, low);
+    multiply_wide(kM1, xor_three(high, offset1, key1[0]), second_high, second_low);
+    multiply_wide(kM0, xor_three(second_high, offset_low, key0[1]), third_high, third_low);
+    return {low ^ key1[1], second_low ^ key0[2], third_high ^ key1[2], third_low};
+  }
+  __device__ __forceinline__ PhiloxRow row(uint32_t m) const {
+    PhiloxRow r;
+    multiply_wide(kM0, xor_three(offset_high, m, key0[0]), r.high, r.low);
+    return r;
+  }
+
+  // Masks of two elements a word: 0xFFFF where an element is kept, in the order of the elements.
+  __device__ __forceinline__ uint4 masks(const PhiloxRow& r, const PhiloxColumn& k) const {
+    uint32_t c0, c1, c2 = r.low ^ k.c, c3 = k.d;
+    multiply_wide(kM1, r.high ^ k.a, c0, c1);
+    c0 ^= k.b;
+#pragma unroll
+    for (int round = 3; round < kRounds; ++round) {
+      uint32_t high, low, other_high, other_low;
+      multiply_wide(kM0, c0, high, low);
+      multiply_wide(kM1, c2, other_high, other_low);
+      c0 = xor_three(other_high, c1, key0[round]), c1 = other_low;
+      c2 = xor_three(high, c3, key1[round]), c3 = low;
+    }
+    return make_uint4(kept(c0), kept(c1), kept(c2), kept(c3));
+  }
+
+ private:
+  // Both halves of a word against the threshold. With bit 15 set beforehand, a difference of the lower bits borrows
+  // from no neighbour, and keeps bit 15 where they are at least the threshold's; prmt spreads bit 15 over its half.
+  __device__ __forceinline__ uint32_t kept(uint32_t word) const {
+    const uint32_t lower = (word | 0x80008000u) - low_threshold;
+    const uint32_t sign = high_bit ? word & lower : word | lower;
+    uint32_t mask;
+    asm("prmt.b32 %0, %1, 0, 0xBB99;" : "=r"(mask) : "r"(sign));
+    return mask;
+  }
+};
 
 }  // namespace loradash::gpu

@@ -14,6 +14,10 @@ __device__ __forceinline__ uint32_t shared_address(const void* pointer) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
 }
 
+// Keeps a value in its register: recomputing it inside the main loop costs more than it saves.
+__device__ __forceinline__ void pin(uint32_t& value) { asm volatile("" : "+r"(value)); }
+__device__ __forceinline__ void pin(int64_t& value) { asm volatile("" : "+l"(value)); }
+
 // f(0), ..., f(kCount - 1) with constants: offsets that are constants become part of an instruction.
 template <int kValue>
 struct Index {
@@ -42,14 +46,18 @@ __device__ __forceinline__ void wait_copies() {
   asm volatile("cp.async.wait_group %0;\n" ::"n"(kPending) : "memory");
 }
 
+template <int kOffset = 0>
 __device__ __forceinline__ void store_shared(uint32_t to, uint4 v) {
-  asm volatile("st.shared.v4.b32 [%0], {%1,%2,%3,%4};\n" ::"r"(to), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w) : "memory");
+  asm volatile("st.shared.v4.b32 [%0 + %5], {%1,%2,%3,%4};\n" ::"r"(to), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w),
+               "n"(kOffset)
+               : "memory");
 }
+template <int kOffset = 0>
 __device__ __forceinline__ uint4 load_shared(uint32_t from) {
   uint4 v;
-  asm volatile("ld.shared.v4.b32 {%0,%1,%2,%3}, [%4];\n"
+  asm volatile("ld.shared.v4.b32 {%0,%1,%2,%3}, [%4 + %5];\n"
                : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
-               : "r"(from)
+               : "r"(from), "n"(kOffset)
                : "memory");
   return v;
 }
@@ -71,10 +79,11 @@ __device__ __forceinline__ void load_matrices(uint32_t (&r)[4], uint32_t from) {
 }
 
 // Two matrices, transposed; addresses of the first sixteen lanes count.
+template <int kOffset>
 __device__ __forceinline__ void load_two_matrices(uint32_t (&r)[2], uint32_t from) {
-  asm volatile("ldmatrix.sync.aligned.m8n8.x2.trans.shared.b16 {%0,%1}, [%2];\n"
+  asm volatile("ldmatrix.sync.aligned.m8n8.x2.trans.shared.b16 {%0,%1}, [%2 + %3];\n"
                : "=r"(r[0]), "=r"(r[1])
-               : "r"(from)
+               : "r"(from), "n"(kOffset)
                : "memory");
 }
 
