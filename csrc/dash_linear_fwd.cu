@@ -17,10 +17,12 @@ LORADASH_DOWN_TILES(DOWN_F16)
 LORADASH_DOWN_TILES(DOWN_BF16_ANY)
 LORADASH_DOWN_TILES(DOWN_F16_ANY)
 
-#define ONE_ROWS_BF16(...) LORADASH_ONE_LAUNCH_ENTRY(bf16, __nv_bfloat16, rows, false, __VA_ARGS__)
-#define ONE_ROWS_F16(...) LORADASH_ONE_LAUNCH_ENTRY(f16, __half, rows, false, __VA_ARGS__)
-#define ONE_COLUMNS_BF16(...) LORADASH_ONE_LAUNCH_ENTRY(bf16, __nv_bfloat16, columns, true, __VA_ARGS__)
-#define ONE_COLUMNS_F16(...) LORADASH_ONE_LAUNCH_ENTRY(f16, __half, columns, true, __VA_ARGS__)
+#define ONE_ROWS_BF16(...) \
+  LORADASH_ONE_LAUNCH_ENTRY(bf16, __nv_bfloat16, rows, false, , kGoesOnBare, 4, 0, 1, __VA_ARGS__)
+#define ONE_ROWS_F16(...) LORADASH_ONE_LAUNCH_ENTRY(f16, __half, rows, false, , kGoesOnBare, 4, 0, 1, __VA_ARGS__)
+#define ONE_COLUMNS_BF16(...) \
+  LORADASH_ONE_LAUNCH_ENTRY(bf16, __nv_bfloat16, columns, true, , kGoesOnBare, 4, 0, 1, __VA_ARGS__)
+#define ONE_COLUMNS_F16(...) LORADASH_ONE_LAUNCH_ENTRY(f16, __half, columns, true, , kGoesOnBare, 4, 0, 1, __VA_ARGS__)
 LORADASH_ONE_LAUNCH_TILES(ONE_ROWS_BF16)
 LORADASH_ONE_LAUNCH_TILES(ONE_ROWS_F16)
 LORADASH_ONE_LAUNCH_TILES(ONE_COLUMNS_BF16)

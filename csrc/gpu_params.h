@@ -82,10 +82,12 @@ struct PassParams {
   float* reduced;  // (row splits, right_columns, n)
 };
 
-// The forward in one launch: both parts, and 2 tiles_m counters, zero on entry (arrivals, then flags).
+// A product and the pass over its left operand in one launch; state: 2 tiles_m counters, zero on entry (arrivals, then
+// flags).
 struct OneLaunchParams {
   GemmParams gemm;
-  PassParams down;
+  PassParams pass;
+  int32_t chunks;  // of columns, of the pass
   int32_t* state;
 };
 

@@ -3,13 +3,14 @@
 #include <algorithm>
 #include <cstring>
 #include <initializer_list>
+#include <utility>
 
 #include "gpu_tiles.h"
 
 namespace loradash::gpu {
 namespace {
 
-constexpr int64_t kPassRows = 64, kPassColumns = 128, kPassStages = 3;  // as in common/pass.cuh
+constexpr int64_t kPassRows = 64, kPassColumns = 128, kPassStages = 3, kPassThreads = 128;  // as in common/pass.cuh
 constexpr int64_t kChunkBytes = 16, kChunkElements = 8, kGroup = 64;
 constexpr int64_t kMinRows = 256;  // of a split of M: below, partial sums outweigh what they are sums of
 constexpr int32_t kGroupM = 8;
@@ -156,10 +157,13 @@ struct PassKind {
 const PassKind kPasses[] = {LORADASH_DOWN_TILES(PASS) LORADASH_BACKWARD_TILES(PASS)};
 #undef PASS
 
+constexpr PassKind kOneLaunchDy{"", 4, 3, 2};  // of dx in one launch
+
 int64_t shared_bytes(const PassKind& kind) {  // as PassTile::kSharedBytes
   const int64_t x = kPassRows * kPassColumns * 2, f = 8 * kind.project * kPassColumns * 2;
   const int64_t right = kind.reduce ? kPassRows * (kind.reduce | 1) * kChunkBytes : 0;
-  return kPassStages * (x + (kind.reduce ? 0 : f) + right) + (kind.reduce ? kind.blocks * f : 0);
+  const int64_t tiles = kPassStages * (x + (kind.reduce ? 0 : f) + right) + (kind.reduce ? kind.blocks * f : 0);
+  return tiles + (kind.project ? kPassThreads * 4 + 16 : 0);
 }
 
 // The first kernel of a family ("down", "dy", "x") that holds all ranks, or the last, over groups of ranks.
@@ -189,13 +193,25 @@ Launch pass(const Problem& q, const PassKind& kind, const PassParams& params, in
   const std::string name =
       std::string(kind.name) + "_" + suffix(q) + (aligned(params.x, params.ldx, params.n) ? "" : "_any");
   const int64_t groups = std::max<int64_t>(1, ceil_div(ranks, std::max(kind.project, kind.reduce) * 8));
-  return launch(name, params, {chunks, splits, groups}, 128, shared_bytes(kind));
+  return launch(name, params, {chunks, splits, groups}, kPassThreads, shared_bytes(kind));
 }
 
-// Rows of a program, so that about `wanted` programs share a tall matrix of so many chunks of columns.
-int64_t rows_per_program(int64_t m, int64_t chunks, int64_t wanted) {
-  const int64_t splits = std::max<int64_t>(1, wanted / std::max<int64_t>(1, chunks));
-  return round_up(std::max(kMinRows, ceil_div(m, splits)), kPassRows);
+// Rows of a program of a pass over (m, n), of which a processor holds `resident`: splits of M that the processors
+// divide evenly, against the partial sums that splits cost.
+int64_t rows_per_program(const Card& card, int64_t m, int64_t n, int64_t columns, int64_t resident, int64_t reduced) {
+  const int64_t chunks = std::max<int64_t>(1, ceil_div(n, columns));
+  const int64_t most = std::max<int64_t>(1, ceil_div(2 * resident * card.processors, chunks));
+  int64_t best = round_up(m, kPassRows);
+  double least = 0.0;
+  for (int64_t splits = 1; splits <= most; ++splits) {
+    const int64_t rows = round_up(ceil_div(m, splits), kPassRows);
+    if (splits > 1 && rows < kMinRows) break;
+    const int64_t rounds = ceil_div(chunks * ceil_div(m, rows), card.processors);
+    const double cost = 2.0 * static_cast<double>(rounds * card.processors * rows * columns) +
+                        8.0 * static_cast<double>(ceil_div(m, rows) * reduced * n);
+    if (splits == 1 || cost < least) best = rows, least = cost;
+  }
+  return best;
 }
 
 // Chunks of K for the projection: programs that the processors divide evenly, against the partial sums that chunks
@@ -204,8 +220,8 @@ int64_t projection_chunks(const Card& card, int64_t m, int64_t k, int64_t width)
   int64_t best = 1;
   double least = 0.0;
   for (int64_t chunks = 1; chunks <= std::min<int64_t>(8, std::max<int64_t>(1, k / (2 * kPassColumns))); ++chunks) {
-    const int64_t columns = round_up(ceil_div(k, chunks), kPassColumns);
-    if (ceil_div(k, columns) != chunks) continue;
+    const int64_t columns = round_up(std::max<int64_t>(1, ceil_div(k, chunks)), kPassColumns);
+    if (std::max<int64_t>(1, ceil_div(k, columns)) != chunks) continue;
     const int64_t rounds = ceil_div(ceil_div(m, kPassRows) * chunks, card.processors);
     const double read = 2.0 * static_cast<double>(rounds * card.processors * kPassRows * columns);
     const double cost = read + (chunks > 1 ? 8.0 * static_cast<double>(m * width * chunks) : 0.0);
@@ -215,6 +231,156 @@ int64_t projection_chunks(const Card& card, int64_t m, int64_t k, int64_t width)
 }
 
 float keep_scale(const Problem& q) { return q.seed ? 65536.0f / static_cast<float>(65536 - q.threshold) : 1.0f; }
+
+// The launches of a backward call: pack, the pass over dy and dx (two launches or one), the pass over x, the second
+// stage of sums.
+class BackwardPlanner {
+ public:
+  BackwardPlanner(const Problem& q, const BackwardOut& out, void* memory, const std::string& tile)
+      : q_(q),
+        out_(out),
+        tile_(tile),
+        workspace_(memory),
+        width_(round_up(q.width(), kRankStep)),
+        packed_(pack_params(q, width_)) {
+    // dx reads W (N, K) down its columns, unless it is stored the other way round.
+    columns_ = !(q.weight && q.weight_n == 1 && q.weight_k != 1);
+    needs_dx_ = out.dx && q.shape.k > 0;
+    needs_da_ = out.da && q.rank > 0 && q.shape.k > 0;
+    needs_sigma_ = out.dsigma && q.directions > 0;
+    needs_db_ = out.db_lora && q.rank > 0;
+    needs_g_ = width_ > 0 && (needs_dx_ || needs_da_ || needs_sigma_);
+    right_columns_ = q.rank + (out.dbias ? 1 : 0);
+  }
+
+  Plan run() {
+    if (needs_dx_) large_product();
+    if (needs_g_ || needs_db_ || out_.dbias) over_dy();
+    if (needs_dx_ && !one_) plan_.launches.push_back(product(q_, gemm_, columns_, tile_));
+    if (needs_da_) over_x();
+    finish();
+    plan_.workspace_bytes = workspace_.used();
+    return std::move(plan_);
+  }
+
+ private:
+  // dy W, and whether the launch that computes it can also make its low-rank term.
+  void large_product() {
+    const auto [m, k, n] = q_.shape;
+    gemm_.m = static_cast<int32_t>(m), gemm_.n = static_cast<int32_t>(k);
+    gemm_.out = out_.dx, gemm_.seed = q_.seed, gemm_.threshold = q_.threshold, gemm_.keep_scale = keep_scale(q_);
+    if (q_.weight) gemm_.segments[1] = segment(out_.dy, out_.lddy, q_.weight, columns_ ? q_.weight_n : q_.weight_k, n);
+    one_ = one_launch_tile(q_, gemm_, columns_, tile_);
+    if (one_ && 8 * kOneLaunchDy.reduce < right_columns_) one_ = nullptr;
+    if (one_) lay_tiles(gemm_, *one_);
+  }
+
+  void over_dy() {
+    const auto [m, k, n] = q_.shape;
+    const PassKind& kind = one_ ? kOneLaunchDy : pick_pass("dy", width_, right_columns_);
+    const int64_t per_chunk = kind.blocks * kPassColumns, chunks = ceil_div(n, per_chunk);
+    const int64_t rows = one_ ? one_->m : rows_per_program(q_.card, m, n, per_chunk, 1, right_columns_);
+    const int64_t splits = ceil_div(m, rows), row_blocks = ceil_div(m, kPassRows);
+    const int64_t arrivals = row_blocks * std::max<int64_t>(1, ceil_div(std::max(width_, right_columns_), kGroup));
+    PassParams dy = pass_params(q_, out_.dy, out_.lddy, n, width_);
+    dy.rows_per_cta = static_cast<int32_t>(rows), dy.columns_per_cta = static_cast<int32_t>(per_chunk);
+    reduce_dy(dy, splits);
+    packed_.counter_count = static_cast<int32_t>(arrivals + (one_ ? 2 * gemm_.tiles_m : 0));
+    packed_.counters = dy.arrived = workspace_.take<int32_t>(packed_.counter_count * sizeof(int32_t));
+    project_dy(dy, chunks, row_blocks);
+    if (needs_dx_ && width_ > 0) low_rank_of_dx();
+    plan_.launches.push_back(pack(q_, packed_));
+    if (!one_) {
+      plan_.launches.push_back(pass(q_, kind, dy, chunks, splits, std::max(width_, right_columns_)));
+      return;
+    }
+    std::swap(gemm_.segments[0], gemm_.segments[1]);  // the low-rank term comes last: this launch has to make it first
+    const OneLaunchParams params{gemm_, dy, static_cast<int32_t>(chunks), packed_.counters + arrivals};
+    const int64_t programs =
+        std::min<int64_t>(static_cast<int64_t>(gemm_.tiles_m) * gemm_.tiles_n, 2 * q_.card.processors);
+    plan_.launches.push_back(launch("dx_" + tile_ + (columns_ ? "_columns_" : "_rows_") + suffix(q_), params,
+                                    {programs}, one_->threads, std::max<int64_t>(one_->shared, shared_bytes(kind))));
+  }
+
+  // dB and db: dy^T [P_r | 1].
+  void reduce_dy(PassParams& dy, int64_t splits) {
+    const auto [m, k, n] = q_.shape;
+    packed_.p = out_.p;
+    packed_.p_width = static_cast<int32_t>(round_up(std::max<int64_t>(1, right_columns_), kChunkElements));
+    packed_.p_low = workspace_.take<void>(m * packed_.p_width * kBytes);
+    dy.right = packed_.p_low, dy.ld_right = packed_.p_width, dy.right_columns = static_cast<int32_t>(right_columns_);
+    if (needs_db_ || out_.dbias) dy.reduced = workspace_.take<float>(splits * right_columns_ * n * sizeof(float));
+    sums_.dy_parts = dy.reduced, sums_.splits_y = static_cast<int32_t>(splits);
+    sums_.dy_columns = static_cast<int32_t>(right_columns_);
+  }
+
+  // G = dy Q, as T = G * c, and the parts of d(sigma). Always computed: a pass without it would be one more kernel for
+  // a case that nobody trains.
+  void project_dy(PassParams& dy, int64_t chunks, int64_t row_blocks) {
+    const int64_t m = q_.shape.m;
+    packed_.q_rows = workspace_.take<void>(width_ * packed_.ldq * kBytes);
+    dy.factor = packed_.q_rows, dy.ldf = packed_.ldq;
+    dy.projected = workspace_.take<float>(chunks * m * q_.width() * sizeof(float));
+    dy.scaled = t_ = workspace_.take<void>(m * width_ * kBytes);
+    if (!needs_sigma_) return;
+    dy.p = out_.p;
+    dy.dsigma_parts = workspace_.take<float>(row_blocks * q_.directions * sizeof(float));
+    sums_.dsigma_parts = dy.dsigma_parts, sums_.sigma_blocks = static_cast<int32_t>(row_blocks);
+  }
+
+  void low_rank_of_dx() {
+    const int64_t k = q_.shape.k;
+    if (columns_) {
+      packed_.d_rows = workspace_.take<void>(width_ * packed_.ldd * kBytes);
+      gemm_.segments[0] = segment(t_, width_, packed_.d_rows, packed_.ldd, width_);
+    } else {
+      packed_.d_columns = workspace_.take<void>(k * width_ * kBytes);
+      gemm_.segments[0] = segment(t_, width_, packed_.d_columns, width_, width_);
+    }
+  }
+
+  // dA: T_r^T x, masked.
+  void over_x() {
+    const auto [m, k, n] = q_.shape;
+    const int64_t rows = rows_per_program(q_.card, m, k, kPassColumns, 3, q_.rank), splits = ceil_div(m, rows);
+    PassParams x = pass_params(q_, q_.x, q_.ldx, k, width_);
+    x.rows_per_cta = static_cast<int32_t>(rows), x.columns_per_cta = kPassColumns;
+    x.seed = q_.seed, x.threshold = q_.threshold;
+    x.right = t_, x.ld_right = width_, x.right_columns = static_cast<int32_t>(q_.rank);
+    x.reduced = workspace_.take<float>(splits * q_.rank * k * sizeof(float));
+    plan_.launches.push_back(pass(q_, pick_pass("x", 0, q_.rank), x, ceil_div(k, kPassColumns), splits, q_.rank));
+    sums_.da_parts = x.reduced, sums_.splits_x = static_cast<int32_t>(splits);
+  }
+
+  void finish() {
+    const auto [m, k, n] = q_.shape;
+    if (needs_da_) sums_.da = out_.da;
+    if (needs_db_) sums_.db_lora = out_.db_lora;
+    if (needs_sigma_) sums_.dsigma = out_.dsigma;
+    sums_.dbias = out_.dbias;
+    if (!sums_.da && !sums_.db_lora && !sums_.dsigma && !sums_.dbias) return;
+    sums_.k = k, sums_.n = n;
+    sums_.rank = static_cast<int32_t>(q_.rank), sums_.directions = static_cast<int32_t>(q_.directions);
+    sums_.scale_a = keep_scale(q_), sums_.scale_b = q_.scaling;
+    const int64_t most = std::max(q_.rank * k, (q_.rank + 1) * n);
+    const int64_t programs = std::clamp<int64_t>(ceil_div(most, 256), 1, 8 * q_.card.processors);
+    plan_.launches.push_back(launch("finish_sums", sums_, {programs}, 256, 0));
+  }
+
+  static constexpr int64_t kBytes = 2;  // of an element of x
+  const Problem& q_;
+  const BackwardOut& out_;
+  const std::string& tile_;
+  Workspace workspace_;
+  int64_t width_, right_columns_;
+  PackParams packed_;
+  bool columns_, needs_dx_, needs_da_, needs_sigma_, needs_db_, needs_g_;
+  const Tile* one_ = nullptr;
+  GemmParams gemm_{};
+  FinishParams sums_{};
+  void* t_ = nullptr;
+  Plan plan_{};
+};
 
 }  // namespace
 
@@ -268,7 +434,7 @@ Plan plan_forward(const Problem& q, const ForwardOut& out, void* memory, const s
     const int64_t shared = std::max<int64_t>(one->shared, shared_bytes(pick_pass("down", width, 0)));
     plan.launches.push_back(pack(q, packed));
     plan.launches.push_back(launch(tile + (columns ? "_columns_" : "_rows_") + suffix(q),
-                                   OneLaunchParams{gemm, down, packed.counters}, {programs}, one->threads, shared));
+                                   OneLaunchParams{gemm, down, 1, packed.counters}, {programs}, one->threads, shared));
   } else {
     if (width > 0) {
       const PassKind& kind = pick_pass("down", width, 0);
@@ -289,95 +455,8 @@ Plan plan_forward(const Problem& q, const ForwardOut& out, void* memory, const s
 }
 
 Plan plan_backward(const Problem& q, const BackwardOut& out, void* memory, const std::string& tile) {
-  const auto [m, k, n] = q.shape;
-  Workspace workspace(memory);
-  Plan plan{};
-  if (m == 0 || n == 0) return plan;
-  const int64_t all = q.width(), width = round_up(all, kRankStep), bytes = 2;
-  const bool columns = !(q.weight && q.weight_n == 1 && q.weight_k != 1);  // dx reads W (N, K) down its columns
-  const bool needs_dx = out.dx && k > 0, needs_da = out.da && q.rank > 0 && k > 0,
-             needs_sigma = out.dsigma && q.directions > 0;
-  const bool needs_db = out.db_lora && q.rank > 0;
-  const bool needs_g = width > 0 && (needs_dx || needs_da || needs_sigma);
-  const bool needs_dy = needs_g || needs_db || out.dbias;
-
-  PackParams packed = pack_params(q, width);
-  void* t = nullptr;
-  FinishParams sums{};
-  if (needs_dy) {
-    const int64_t right_columns = q.rank + (out.dbias ? 1 : 0), row_blocks = ceil_div(m, kPassRows);
-    const PassKind& kind = pick_pass("dy", width, right_columns);
-    const int64_t per_chunk = kind.blocks * kPassColumns, chunks = ceil_div(n, per_chunk);
-    const int64_t rows = rows_per_program(m, chunks, q.card.processors), splits = ceil_div(m, rows);
-    const int64_t groups = std::max<int64_t>(1, ceil_div(std::max(width, right_columns), kGroup));
-    packed.p = out.p;
-    packed.p_width = static_cast<int32_t>(round_up(std::max<int64_t>(1, right_columns), kChunkElements));
-    packed.p_low = workspace.take<void>(m * packed.p_width * bytes);
-    PassParams dy = pass_params(q, out.dy, out.lddy, n, width);
-    dy.rows_per_cta = static_cast<int32_t>(rows), dy.columns_per_cta = static_cast<int32_t>(per_chunk);
-    dy.right = packed.p_low, dy.ld_right = packed.p_width, dy.right_columns = static_cast<int32_t>(right_columns);
-    if (needs_db || out.dbias) dy.reduced = workspace.take<float>(splits * right_columns * n * sizeof(float));
-    // The projection is always computed: a pass without it would be one more kernel for a case that nobody trains.
-    packed.q_rows = workspace.take<void>(width * packed.ldq * bytes);
-    packed.counter_count = static_cast<int32_t>(groups * row_blocks);
-    packed.counters = workspace.take<int32_t>(packed.counter_count * sizeof(int32_t));
-    t = workspace.take<void>(m * width * bytes);
-    dy.factor = packed.q_rows, dy.ldf = packed.ldq;
-    dy.projected = workspace.take<float>(chunks * m * all * sizeof(float));
-    dy.scaled = t, dy.arrived = packed.counters;
-    if (needs_sigma) {
-      dy.p = out.p;
-      dy.dsigma_parts = workspace.take<float>(row_blocks * q.directions * sizeof(float));
-    }
-    if (needs_dx && width > 0) {
-      if (columns)
-        packed.d_rows = workspace.take<void>(width * packed.ldd * bytes);
-      else
-        packed.d_columns = workspace.take<void>(k * width * bytes);
-    }
-    plan.launches.push_back(pack(q, packed));
-    plan.launches.push_back(pass(q, kind, dy, chunks, splits, std::max(width, right_columns)));
-    sums.dy_parts = dy.reduced, sums.splits_y = static_cast<int32_t>(splits),
-    sums.dy_columns = static_cast<int32_t>(right_columns);
-    sums.dsigma_parts = dy.dsigma_parts, sums.sigma_blocks = static_cast<int32_t>(row_blocks);
-  }
-  if (needs_dx) {
-    GemmParams gemm{};
-    if (width > 0) {
-      gemm.segments[0] = columns ? segment(t, width, packed.d_rows, packed.ldd, width)
-                                 : segment(t, width, packed.d_columns, width, width);
-    }
-    if (q.weight) gemm.segments[1] = segment(out.dy, out.lddy, q.weight, columns ? q.weight_n : q.weight_k, n);
-    gemm.m = static_cast<int32_t>(m), gemm.n = static_cast<int32_t>(k);
-    gemm.out = out.dx, gemm.seed = q.seed, gemm.threshold = q.threshold, gemm.keep_scale = keep_scale(q);
-    plan.launches.push_back(product(q, gemm, columns, tile));
-  }
-  if (needs_da) {
-    const PassKind& kind = pick_pass("x", 0, q.rank);
-    const int64_t chunks = ceil_div(k, kPassColumns), rows = rows_per_program(m, chunks, 3 * q.card.processors),
-                  splits = ceil_div(m, rows);
-    PassParams x = pass_params(q, q.x, q.ldx, k, width);
-    x.rows_per_cta = static_cast<int32_t>(rows), x.columns_per_cta = kPassColumns;
-    x.seed = q.seed, x.threshold = q.threshold;
-    x.right = t, x.ld_right = width, x.right_columns = static_cast<int32_t>(q.rank);
-    x.reduced = workspace.take<float>(splits * q.rank * k * sizeof(float));
-    plan.launches.push_back(pass(q, kind, x, chunks, splits, q.rank));
-    sums.da_parts = x.reduced, sums.splits_x = static_cast<int32_t>(splits);
-  }
-  if (needs_da) sums.da = out.da;
-  if (needs_db) sums.db_lora = out.db_lora;
-  if (needs_sigma) sums.dsigma = out.dsigma;
-  sums.dbias = out.dbias;
-  if (sums.da || sums.db_lora || sums.dsigma || sums.dbias) {
-    sums.k = k, sums.n = n, sums.rank = static_cast<int32_t>(q.rank),
-    sums.directions = static_cast<int32_t>(q.directions);
-    sums.scale_a = keep_scale(q), sums.scale_b = q.scaling;
-    const int64_t most = std::max(q.rank * k, (q.rank + 1) * n);
-    plan.launches.push_back(
-        launch("finish_sums", sums, {std::clamp<int64_t>(ceil_div(most, 256), 1, 8 * q.card.processors)}, 256, 0));
-  }
-  plan.workspace_bytes = workspace.used();
-  return plan;
+  if (q.shape.m == 0 || q.shape.n == 0) return {};
+  return BackwardPlanner(q, out, memory, tile).run();
 }
 
 }  // namespace loradash::gpu

@@ -146,7 +146,7 @@ def test_other_architectures():
     check(make_case(200, 136, 264, 16, 8, BF16, adapter_dtype=FP32, dropout_p=0.1), architecture="sm_86")
 
 
-# --- the forward in one launch ---------------------------------------------------------------------------------------
+# --- a product and the pass over its left operand in one launch: forward, and dx ---------------------------------------------------------------------------------------
 
 ONE_LAUNCH = ("one_launch_128x128", "one_launch_64x128")
 

@@ -105,18 +105,23 @@ struct FragmentReader {
   }
 
   // Sixteen rows further down lies the same swizzle: a constant offset.
+  template <int kPart, int kRow>
+  __device__ __forceinline__ void read_a(uint32_t (&f)[4], uint32_t stage) const {
+    load_matrices<false, kRow * 16 * Tile::A::kChunks * 16>(f, stage + a[kPart]);
+  }
+  // Of two fragments: sixteen columns of C.
+  template <int kPart, int kPair>
+  __device__ __forceinline__ void read_b(uint32_t (&f)[4], uint32_t stage) const {
+    if constexpr (Tile::kColumns) {
+      load_matrices<true, kPart * 16 * Tile::B::kChunks * 16>(f, stage + b[kPair]);
+    } else {
+      load_matrices<false, kPair * 16 * Tile::B::kChunks * 16>(f, stage + b[kPart]);
+    }
+  }
   template <int kPart>
   __device__ __forceinline__ void read(Fragments<Tile>& f, uint32_t stage) const {
-    const uint32_t from_a = stage + a[kPart];
-    unrolled<Tile::kFragmentsM>([&](auto i) { load_matrices<false, i * 16 * Tile::A::kChunks * 16>(f.a[i], from_a); });
-    if constexpr (Tile::kColumns) {
-      unrolled<Tile::kFragmentsN / 2>(
-          [&](auto j) { load_matrices<true, kPart * 16 * Tile::B::kChunks * 16>(f.b[j], stage + b[j]); });
-    } else {
-      const uint32_t from_b = stage + b[kPart];
-      unrolled<Tile::kFragmentsN / 2>(
-          [&](auto j) { load_matrices<false, j * 16 * Tile::B::kChunks * 16>(f.b[j], from_b); });
-    }
+    unrolled<Tile::kFragmentsM>([&](auto i) { read_a<kPart, i>(f.a[i], stage); });
+    unrolled<Tile::kFragmentsN / 2>([&](auto j) { read_b<kPart, j>(f.b[j], stage); });
   }
 };
 
@@ -140,30 +145,63 @@ struct Accumulator {
     }
   }
 
-  // Zeroes what dropout drops of C at (m0, n0), scales the rest. A 16 x 16 part of C has 32 blocks of eight neighbours:
-  // each lane draws one, for four lanes to choose their elements from.
+  // Zeroes what dropout drops of C at (m0, n0), scales the rest.
   __device__ __forceinline__ void mask(const Dropout16& dropout, float scale, int m0, int n0) {
-    const int lane = threadIdx.x % 32, part = lane % 4;
 #pragma unroll
     for (int j = 0; j < Tile::kFragmentsN; j += 2) {
-      const PhiloxColumn column = dropout.column((n0 + 8 * j) / kChunk + part / 2);
+      const PhiloxColumn column = masked_column(dropout, n0 + 8 * j);
 #pragma unroll
-      for (int i = 0; i < Tile::kFragmentsM; ++i) {
-        const uint4 drawn = dropout.masks(dropout.row(m0 + 16 * i + lane / 4 + part % 2 * 8), column);
-        // Bits 8 part to 8 part + 7 of a word that the four lanes of a row put together.
-        uint32_t bits =
-            (drawn.x & 0x00020001u) | (drawn.y & 0x00080004u) | (drawn.z & 0x00200010u) | (drawn.w & 0x00800040u);
-        bits = (bits | bits >> 16) & 0xFF;
-        bits <<= 8 * part;
-        bits |= __shfl_xor_sync(0xFFFFFFFFu, bits, 1);
-        bits |= __shfl_xor_sync(0xFFFFFFFFu, bits, 2);
+      for (int i = 0; i < Tile::kFragmentsM; ++i) mask_pair(c[i][j], c[i][j + 1], dropout, column, scale, m0 + 16 * i);
+    }
+  }
+
+  // The same of a product of depth 32 in one stage, which is then added: for when C is not zero any more. Sixteen rows
+  // at a time, with the columns read again for each: C leaves few registers.
+  __device__ __forceinline__ void add_masked(const FragmentReader<Tile>& reader, uint32_t stage,
+                                             const Dropout16& dropout, float scale, int m0, int n0) {
+    unrolled<Tile::kFragmentsM>([&](auto i) {
+      uint32_t a[2][4];
+      reader.template read_a<0, i>(a[0], stage);
+      reader.template read_a<1, i>(a[1], stage);
+      unrolled<Tile::kFragmentsN / 2>([&](auto pair) {
+        float low[2][4] = {};
+        uint32_t b[4];
+        reader.template read_b<0, pair>(b, stage);
+        Element<typename Tile::Type>::mma(low[0], a[0], b);
+        Element<typename Tile::Type>::mma(low[1], a[0], b + 2);
+        reader.template read_b<1, pair>(b, stage);
+        Element<typename Tile::Type>::mma(low[0], a[1], b);
+        Element<typename Tile::Type>::mma(low[1], a[1], b + 2);
+        if (dropout.active)
+          mask_pair(low[0], low[1], dropout, masked_column(dropout, n0 + 16 * pair), scale, m0 + 16 * i);
 #pragma unroll
-        for (int e = 0; e < 8; ++e) {  // two fragments: column 2 part + e % 2, row + 8 from element 2 on
-          float& value = c[i][j + e / 4][e % 4];
-          const int bit = 16 * (e / 4) + 8 * (e % 4 / 2) + 2 * part + e % 2;
-          value = (bits >> bit) & 1 ? value * scale : 0.0f;
-        }
-      }
+        for (int e = 0; e < 8; ++e) c[i][2 * pair + e / 4][e % 4] += low[e / 4][e % 4];
+      });
+    });
+  }
+
+ private:
+  static __device__ __forceinline__ PhiloxColumn masked_column(const Dropout16& dropout, int n0) {
+    return dropout.column(n0 / kChunk + threadIdx.x % 4 / 2);
+  }
+
+  // Two fragments, 16 x 16, have 32 blocks of eight neighbours: each lane draws one, for four lanes to choose their
+  // elements from.
+  static __device__ __forceinline__ void mask_pair(float (&left)[4], float (&right)[4], const Dropout16& dropout,
+                                                   const PhiloxColumn& column, float scale, int m0) {
+    const int lane = threadIdx.x % 32, part = lane % 4;
+    const uint4 drawn = dropout.masks(dropout.row(m0 + lane / 4 + part % 2 * 8), column);
+    // Bits 8 part to 8 part + 7 of a word that the four lanes of a row put together.
+    uint32_t bits =
+        (drawn.x & 0x00020001u) | (drawn.y & 0x00080004u) | (drawn.z & 0x00200010u) | (drawn.w & 0x00800040u);
+    bits = ((bits | bits >> 16) & 0xFF) << (8 * part);
+    bits |= __shfl_xor_sync(0xFFFFFFFFu, bits, 1);
+    bits |= __shfl_xor_sync(0xFFFFFFFFu, bits, 2);
+#pragma unroll
+    for (int e = 0; e < 8; ++e) {  // column 2 part + e % 2, row + 8 from element 2 on
+      float& value = e < 4 ? left[e % 4] : right[e % 4];
+      const int bit = 16 * (e / 4) + 8 * (e % 4 / 2) + 2 * part + e % 2;
+      value = (bits >> bit) & 1 ? value * scale : 0.0f;
     }
   }
 };
@@ -245,30 +283,43 @@ __device__ __forceinline__ void rasterise(const GemmParams& p, int pid, int& til
   tile_m = first + inside % height, tile_n = inside / height;
 }
 
+// What becomes of the second pair of operands.
+enum class Second {
+  kGoesOn,      // steps of one K loop; a mask, if any, falls on what the first pair gave (dx: the low-rank term comes
+                // first)
+  kGoesOnBare,  // the same, and there is no mask
+  kMasked,      // a product of its own, masked and added: the low-rank term of dx where it is late
+};
+
 // One tile of C, at (m0, n0). `before_second` is called by all threads before the first copy of the second pair of
 // operands.
-// kMasked: may there be a mask on what the first pair gave?
-template <typename Tile, bool kMasked, typename Before>
+template <typename Tile, Second kSecond, typename Before>
 __device__ __forceinline__ void multiply(const GemmParams& p, char* shared, int m0, int n0,
                                          const Before& before_second) {
   const int first = (p.segments[0].depth + Tile::kDepth - 1) / Tile::kDepth;
-  const int steps = first + (p.segments[1].depth + Tile::kDepth - 1) / Tile::kDepth;
+  const int second = (p.segments[1].depth + Tile::kDepth - 1) / Tile::kDepth;
+  const int steps = kSecond == Second::kMasked ? first : first + second;
+  const auto warp_m0 = [&] { return m0 + static_cast<int>(threadIdx.x) / 32 / Tile::kWarpsN * Tile::kWarpM; };
+  const auto warp_n0 = [&] { return n0 + static_cast<int>(threadIdx.x) / 32 % Tile::kWarpsN * Tile::kWarpN; };
 
   OperandStream<Tile> stream;
-  stream.begin(p.segments[first == 0], m0, n0, p.m, p.n);
+  stream.begin(p.segments[kSecond != Second::kMasked && first == 0], m0, n0, p.m, p.n);
   const uint32_t base = shared_address(shared);
   const uint32_t place_a = base + OperandStream<Tile>::CopyA::place();
   const uint32_t place_b = base + Tile::A::kBytes + OperandStream<Tile>::CopyB::place();
   constexpr uint32_t kEnd = Tile::kStages * Tile::kStageBytes;
-  uint32_t write = 0;                          // offset of the stage to fill next
-  int until_second = first == 0 ? -1 : first;  // tiles to fetch before the second pair of operands
+  uint32_t write = 0;  // offset of the stage to fill next
+  int until_second =
+      kSecond == Second::kMasked || first == 0 ? -1 : first;  // tiles to fetch before the second pair of operands
   int to_fetch = steps;
   const auto prefetch = [&] {
     if (to_fetch > 0) {
-      if (until_second == 0) {
-        asm volatile("");  // a branch that is taken once, not a selection in every step
-        before_second();
-        stream.begin(p.segments[1], m0, n0, p.m, p.n);
+      if constexpr (kSecond != Second::kMasked) {
+        if (until_second == 0) {
+          asm volatile("");  // a branch that is taken once, not a selection in every step
+          before_second();
+          stream.begin(p.segments[1], m0, n0, p.m, p.n);
+        }
       }
       stream.next(place_a + write, place_b + write);
       --until_second, --to_fetch;
@@ -302,11 +353,23 @@ __device__ __forceinline__ void multiply(const GemmParams& p, char* shared, int 
       if constexpr (part == 0) prefetch();
       acc.add(fragments[part % 2]);
     });
-    if (kMasked && step + 1 == first && p.seed) {
-      const int warp = threadIdx.x / 32;
-      const Dropout16 dropout(p.seed, p.threshold);
-      acc.mask(dropout, p.keep_scale, m0 + warp / Tile::kWarpsN * Tile::kWarpM,
-               n0 + warp % Tile::kWarpsN * Tile::kWarpN);
+    if (kSecond == Second::kGoesOn && step + 1 == first && p.seed) {
+      acc.mask(Dropout16(p.seed, p.threshold), p.keep_scale, warp_m0(), warp_n0());
+    }
+  }
+  if constexpr (kSecond == Second::kMasked) {
+    static_assert(kParts == 2);
+    before_second();
+    stream.begin(p.segments[1], m0, n0, p.m, p.n);
+    const Dropout16 dropout(p.seed, p.threshold);
+    for (int step = 0; step < second; ++step) {
+      wait_copies<0>();
+      __syncthreads();
+      stream.next(place_a, place_b);
+      commit_copies();
+      wait_copies<0>();
+      __syncthreads();
+      acc.add_masked(reader, base, dropout, p.keep_scale, warp_m0(), warp_n0());
     }
   }
   wait_copies<0>();
@@ -319,7 +382,7 @@ __device__ __forceinline__ void gemm(const GemmParams& p) {
   extern __shared__ __align__(256) char shared[];
   int tile_m, tile_n;
   rasterise(p, blockIdx.x, tile_m, tile_n);
-  multiply<Tile, true>(p, shared, tile_m * Tile::kM, tile_n * Tile::kN, [] {});
+  multiply<Tile, Second::kGoesOn>(p, shared, tile_m * Tile::kM, tile_n * Tile::kN, [] {});
 }
 
 }  // namespace loradash::gpu

@@ -1,9 +1,10 @@
-// The whole forward in one persistent launch, but for the packing of the adapters.
+// A large product and the pass over its left operand in one persistent launch: the forward (the down-projection of x,
+// then [x | T] [W | Q]^T), or dx with the pass over dy (G, dB, db, then dy W plus the masked T D).
 //
-// The first program to arrive at a block of rows runs the down-projection of these rows, releases a flag, and then
-// takes its own tile, whose rows of x it finds in L2. The others wait for the flag when their K loop has come to the
-// rank columns. Only the first to arrive is ever waited for, and it waits for nobody: programs need not be resident
-// together. FLOPs and bytes of two launches, but x once from memory and no second launch to fill and drain.
+// The first program to arrive at a block of rows runs the pass over these rows, releases a flag, and then takes its own
+// tile, whose rows it finds in L2. The others wait for the flag when the large part of their tile is done. Only the
+// first to arrive is ever waited for, and it waits for nobody: programs need not be resident together. FLOPs and bytes
+// of separate launches, but the left operand once from memory and one launch less to fill and drain.
 #pragma once
 
 #include "gemm.cuh"
@@ -12,14 +13,14 @@
 namespace loradash::gpu {
 
 // Not inlined: its addresses would be worked out before the loop over tiles, and held through the product.
-template <typename Down>
-__device__ __noinline__ void project_rows(const PassParams& p, char* shared, int tile_m) {
-  Pass<Down>(p, shared, 0, 1, tile_m, 0).run();
+template <typename Over>
+__device__ __noinline__ void pass_rows(const PassParams& p, char* shared, int chunk, int chunks, int tile_m) {
+  Pass<Over>(p, shared, chunk, chunks, tile_m, 0).run();
 }
 
-template <typename Tile, typename Down>
+template <typename Tile, typename Over, Second kSecond>
 __device__ __forceinline__ void one_launch(const OneLaunchParams& p) {
-  static_assert(Tile::kThreads == Down::kThreads && Tile::kM % Down::kM == 0);
+  static_assert(Tile::kThreads == Over::kThreads && Tile::kM % Over::kM == 0);
   extern __shared__ __align__(256) char shared[];
   // What a program must remember of its tile lies in shared memory: the product takes every register.
   __shared__ int tile, row, ticket;
@@ -33,12 +34,15 @@ __device__ __forceinline__ void one_launch(const OneLaunchParams& p) {
     if (threadIdx.x == 0) row = tile_m, ticket = atomicAdd(p.state + tile_m, 1);
     __syncthreads();
     if (ticket == 0) {
-      project_rows<Down>(p.down, shared, tile_m);
+      for (int chunk = 0; chunk < p.chunks; ++chunk) {
+        pass_rows<Over>(p.pass, shared, chunk, p.chunks, tile_m);
+        __syncthreads();
+      }
       __threadfence();
       __syncthreads();
       if (threadIdx.x == 0) atomicExch(p.state + g.tiles_m + row, 1);
     }
-    multiply<Tile, false>(g, shared, tile_m * Tile::kM, tile_n * Tile::kN, [&] {
+    multiply<Tile, kSecond>(g, shared, tile_m * Tile::kM, tile_n * Tile::kN, [&] {
       if (ticket == 0) return;
       if (threadIdx.x == 0) {
         while (atomicAdd(p.state + g.tiles_m + row, 0) == 0) __nanosleep(64);

@@ -32,7 +32,8 @@ struct PassTile {
   static constexpr int kRightBytes = kReduce ? kM * kRightPitch : 0;
   static constexpr int kStageBytes = X::kBytes + (kStreamed ? F::kBytes : 0);
   static constexpr int kRightAt = kStages * kStageBytes, kResidentAt = kRightAt + kStages * kRightBytes;
-  static constexpr int kSharedBytes = kResidentAt + (kResident ? kBlocks * F::kBytes : 0);
+  static constexpr int kScratchAt = kResidentAt + (kResident ? kBlocks * F::kBytes : 0);  // of adding partial sums
+  static constexpr int kSharedBytes = kScratchAt + (kProject ? kThreads * 4 + 16 : 0);
 };
 
 // c of a rank: scaling for those of LoRA, Δσ for the directions.
@@ -49,6 +50,7 @@ struct Pass {
   static constexpr int kProjects = Tile::kProject ? Tile::kProject : 1, kReduces = Tile::kReduce ? Tile::kReduce : 1;
 
   const PassParams& p;
+  char* const memory;
   const uint32_t shared;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   // A lane's addresses inside a tile of X, of F and of the right operand.
@@ -62,10 +64,11 @@ struct Pass {
   float reduced[Tile::kBlocks][2][kReduces][4];
 
   // Chunk of columns out of `chunks`, split of rows, group of ranks.
-  __device__ __forceinline__ Pass(const PassParams& params, char* memory, int chunk_in, int chunks_in, int split_in,
+  __device__ __forceinline__ Pass(const PassParams& params, char* memory_in, int chunk_in, int chunks_in, int split_in,
                                   int group_in)
       : p(params),
-        shared(shared_address(memory)),
+        memory(memory_in),
+        shared(shared_address(memory_in)),
         chunk(chunk_in),
         chunks(chunks_in),
         split(split_in),
@@ -267,8 +270,8 @@ struct Pass {
   // The last chunk of columns to arrive at a block of rows adds all of them, in the order of the columns whoever it is.
   __device__ __forceinline__ void add_partials(int row) const {
     constexpr int kRanks = 8 * Tile::kProject, kRows = Tile::kThreads / kRanks;
-    __shared__ float sums[Tile::kThreads];
-    __shared__ bool last;
+    float* const sums = reinterpret_cast<float*>(memory + Tile::kScratchAt);
+    volatile bool& last = *reinterpret_cast<bool*>(sums + Tile::kThreads);
     const int all = p.rank + p.directions, row_block = row / Tile::kM, row_blocks = (p.m + Tile::kM - 1) / Tile::kM;
     __threadfence();
     __syncthreads();
