@@ -25,7 +25,8 @@ from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
 
-sys.path[:0] = [str(Path(__file__).parents[1] / "tests"), str(Path(__file__).parents[1] / "tests" / "ptxsim" / "tests")]
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "ptxsim" / "tests"))
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 import cuda_emulation as emulation
 from cutlass_support import CutlassGemm, include_dir
 from ptxsim.model import A100_SXM_80GB, RTX_3090, estimate
@@ -240,25 +241,41 @@ class Model:
             "card": self.gpu.name, "M": m, "K": k, "N": n, "plain tile": tile, "plain forward, us": plain_forward,
             "forward, two launches": (pack + down + product) / plain_forward,
             "forward, one launch": (pack + self.one_launch(m, k, n)) / min(plain_forward, self.product("forward", m, k, n, "128x128", 0)),
-            "backward": (packed + dy + dx + x + finish) / plain_backward,
+            "backward, apart": (packed + dy + dx + x + finish) / plain_backward,
+            "backward, dx with dy": self.one_launch_backward(m, k, n) / min(plain_backward, self.product("backward", m, k, n, "128x128", 0)),
             "of which down": down / plain_forward, "dy pass": dy / plain_backward, "x pass": x / plain_backward, "dx": dx / plain_backward,
             "small ones": (packed + finish) / plain_backward,
         }  # fmt: skip
 
-    def one_launch(self, m: int, k: int, n: int) -> float:
-        """The product's counters plus the projection's, of one launch: resources add up, then the busiest counts."""
-        rows, columns = 128, 128
-        gemm = [self.count("gemm", "forward", rows, depth, columns, "128x128", RANK) for depth in (512, 1024)]
-        down = [self.count("down", "forward", 64, depth, 64, "", RANK) for depth in (256, 384)]
-        ctas = math.ceil(m / rows) * math.ceil(n / columns)
-        moved = 2.0 * (m * k + k * n + m * n + (m + n) * 32) + 2 * 32 * k + 4 * m * 24
-        both = line(*gemm, (512, 1024), k, ctas, moved)
-        other = line(*down, (256, 384), k, math.ceil(m / 64), 0.0)
+    def together(self, product: Any, over: Any) -> float:
+        """Of a product and a pass in one launch: resources add up, then the busiest counts."""
         for name in ("insts", "mma_types", "gld", "gst", "smem"):
-            mine, theirs = getattr(both, name), getattr(other, name)
-            setattr(both, name, {key: mine.get(key, 0) + theirs.get(key, 0) for key in {*mine, *theirs}})
-        both.warp_insts += other.warp_insts
-        return self.bound(both)
+            mine, theirs = getattr(product, name), getattr(over, name)
+            setattr(product, name, {key: mine.get(key, 0) + theirs.get(key, 0) for key in {*mine, *theirs}})
+        product.warp_insts += over.warp_insts
+        return self.bound(product)
+
+    def one_launch(self, m: int, k: int, n: int) -> float:
+        gemm = [self.count("gemm", "forward", 128, depth, 128, "128x128", RANK) for depth in (512, 1024)]
+        down = [self.count("down", "forward", 64, depth, 64, "", RANK) for depth in (256, 384)]
+        ctas = math.ceil(m / 128) * math.ceil(n / 128)
+        moved = 2.0 * (m * k + k * n + m * n + (m + n) * 32) + 2 * 32 * k + 4 * m * 24
+        return self.together(
+            line(*gemm, (512, 1024), k, ctas, moved), line(*down, (256, 384), k, math.ceil(m / 64), 0.0)
+        )
+
+    def one_launch_backward(self, m: int, k: int, n: int) -> float:
+        """dx with the pass over dy, the other launches beside it."""
+        gemm = [self.count("gemm", "backward", 128, 128, depth, "128x128", RANK) for depth in (512, 1024)]
+        dy = [self.count("dy", "backward", height, 64, 2048, "", RANK) for height in (128, 256)]
+        blocks, chunks = math.ceil(m / 128), math.ceil(n / 256)
+        partial = 4 * m * (RANK + DIRECTIONS) * chunks + 4 * blocks * RANK * n
+        moved = 2.0 * (m * n + n * k + m * k + (m + k) * 32) + 2 * 32 * n + 2 * m * 24 + partial
+        product = line(*gemm, (512, 1024), n, blocks * math.ceil(k / 128), moved)
+        launch = self.together(product, line(*dy, (128, 256), 128, blocks * math.ceil(n / 512), 0.0))
+        x_splits = self.grids(m, k, n)["x"][1]
+        finish = self.small(4 * RANK * (k * (x_splits + 1) + n * (blocks + 1)))
+        return self.pack(m, k, n, True) + launch + self.x(m, k, n) + finish
 
 
 def show(console: Console, title: str, rows: list[dict[str, Any]]) -> None:

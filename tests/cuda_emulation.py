@@ -74,26 +74,40 @@ def emulate(launches: list[tuple], buffers: list[torch.Tensor], architecture: st
     ]
 
 
-def emulated_run(
-    case: Case, architecture: str = "sm_80", base: bool = True, tile: str = "", processors: int = 0,
-    only: str | None = None, **options: Any,
-) -> dict[str, torch.Tensor]:  # fmt: skip
-    """Output and gradients of a case (or `only` one of these), as `testing.run`; outputs are NaN before."""
+def outputs(case: Case, base: bool = True) -> dict[str, torch.Tensor | None]:
+    """y, P and every gradient, of NaN."""
     t, (m, k), n = case.tensors, case.x.shape, case.tensors["weight"].shape[0]
     rank, directions = t["lora_a"].shape[0], 0 if t["dash_sigma"] is None else t["dash_sigma"].shape[0]
-    torch.manual_seed(case.seed)
-    seed = draw_seed() if case.dropout_p else None
-    card = (processors or CARDS[architecture][0], CARDS[architecture][1])
 
     def poisoned(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         return torch.full(shape, float("nan"), dtype=dtype)
 
-    out: dict[str, torch.Tensor | None] = {
+    return {
         "y": poisoned(m, n, dtype=case.x.dtype), "p": poisoned(m, rank + directions),
         "x": poisoned(m, k, dtype=case.x.dtype), "lora_a": poisoned(rank, k), "lora_b": poisoned(n, rank),
         "dash_sigma": poisoned(directions) if directions else None,
         "bias": poisoned(n) if t["bias"] is not None and base else None,
     }  # fmt: skip
+
+
+def planned_names(case: Case, tile: str, architecture: str = "sm_80") -> list[list[str]]:
+    """The kernels of a forward and of a backward call, in order."""
+    out = outputs(case)
+    directions = ("forward", "backward")
+    return [[name for name, *_ in plan(case, out, d, None, None, CARDS[architecture], tile)[0]] for d in directions]
+
+
+def emulated_run(
+    case: Case, architecture: str = "sm_80", base: bool = True, tile: str = "", processors: int = 0,
+    only: str | None = None, **options: Any,
+) -> dict[str, torch.Tensor]:  # fmt: skip
+    """Output and gradients of a case (or `only` one of these), as `testing.run`; outputs are NaN before."""
+    t = case.tensors
+    torch.manual_seed(case.seed)
+    seed = draw_seed() if case.dropout_p else None
+    card = (processors or CARDS[architecture][0], CARDS[architecture][1])
+
+    out = outputs(case, base)
     if only:
         out = {name: v if name in ("y", "p", only) else None for name, v in out.items()}
     product = None if base else torch.nn.functional.linear(case.x, t["weight"], t["bias"])

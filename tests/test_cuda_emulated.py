@@ -161,6 +161,17 @@ def test_one_launch(tile, dtype, layout):
     check(case, tile=tile)
 
 
+def test_one_launch_is_one_launch():
+    """Beside the packing: one forward; dx with the pass over dy, the pass over x, the second stage of the sums backward."""
+    case = make_case(300, 136, 400, 16, 8, BF16, adapter_dtype=FP32)
+    names = emulation.planned_names(case, ONE_LAUNCH[0])
+    assert names == [
+        ["pack_bf16", "one_launch_128x128_rows_bf16"],
+        ["pack_bf16", "dx_one_launch_128x128_columns_bf16", "x_16_bf16", "finish_sums"],
+    ]
+    assert [len(found) for found in emulation.planned_names(case, "")] == [3, 5]
+
+
 @pytest.mark.parametrize("seed", [0, 1, 2, 3, 4, 5])
 def test_one_launch_waits_for_nobody_absent(seed):
     """One processor that holds one block at a time, and more blocks of rows than programs: whoever waits must find the work
