@@ -9,7 +9,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 CXX_FILES = $(shell find csrc examples -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test cuda-check test-ptxsim bench bench-all counters lint format docs clean
+.PHONY: demo test cuda-check cuda-counters test-ptxsim bench bench-all counters lint format docs clean
 
 demo: $(STAMP)
 	$(BIN)/loradash finetune --out runs/demo
@@ -39,6 +39,10 @@ test-ptxsim: $(STAMP)
 counters: $(STAMP)
 	$(BIN)/python benchmarks/gpu_counters.py --architecture sm_80 --out benchmarks/results
 	$(BIN)/python benchmarks/gpu_counters.py --architecture sm_90 --out benchmarks/results
+
+cuda-counters: $(STAMP)
+	$(PIP) install --quiet --no-deps "nvidia-cutlass==4.2.0.0"
+	$(BIN)/python benchmarks/cuda_counters.py --out benchmarks/results
 
 bench: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/ratios.py --out benchmarks/results

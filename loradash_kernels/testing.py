@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from . import _triton
 from .config import draw_seed, dropout_threshold, keep_scale
 from .functional import dash_linear, low_rank_update
 from .reference import dropout_mask
@@ -34,6 +35,7 @@ class Case:
     scaling: float
     dropout_p: float
     seed: int
+    device: str = "cpu"  # where `run` ran it, and so whose generator drew the seed of dropout
 
     @property
     def x(self) -> Tensor:
@@ -78,8 +80,11 @@ def make_case(
 
 def run(case: Case, backend: str | None = None, base: bool = True) -> dict[str, Tensor]:
     """Output and gradients of `dash_linear` (or, without `base`, of `low_rank_update` on the library's base product)."""
+    gpu = backend in ("cuda", "triton") and torch.cuda.is_available() and not _triton.interpreted()
+    case.device = "cuda" if gpu else "cpu"
     leaves = {
-        name: None if t is None else t.clone().requires_grad_(name in GRADIENTS) for name, t in case.tensors.items()
+        name: None if t is None else _moved(t, case.device).requires_grad_(name in GRADIENTS)
+        for name, t in case.tensors.items()
     }
     torch.manual_seed(case.seed)
     x, weight, bias = leaves.pop("x"), leaves.pop("weight"), leaves.pop("bias")
@@ -89,18 +94,26 @@ def run(case: Case, backend: str | None = None, base: bool = True) -> dict[str, 
         y = dash_linear(x, weight, bias, **options)  # type: ignore[arg-type]
     else:
         y = low_rank_update(F.linear(x, weight, bias), x, **options)  # type: ignore[arg-type]
-    y.backward(case.dy)
+    y.backward(_moved(case.dy, case.device))
     wanted = {"x": x, "bias": bias, **leaves}
     return {
-        "y": y.detach(),
-        **{n: t.grad for n in GRADIENTS if (t := wanted.get(n)) is not None and t.grad is not None},
+        "y": y.detach().cpu(),
+        **{n: t.grad.cpu() for n in GRADIENTS if (t := wanted.get(n)) is not None and t.grad is not None},
     }
+
+
+def _moved(t: Tensor, device: str) -> Tensor:
+    """A copy; on a GPU with the strides of t, gaps included."""
+    if device == "cpu" or t.numel() == 0:
+        return t.clone().to(device)
+    extent = 1 + sum((size - 1) * stride for size, stride in zip(t.shape, t.stride(), strict=True))
+    return t.as_strided((extent,), (1,)).to(device).as_strided(t.shape, t.stride())
 
 
 def drawn_mask(case: Case) -> Tensor:
     """The keep mask (M, K) that `run` draws."""
     torch.manual_seed(case.seed)
-    return dropout_mask(draw_seed(), dropout_threshold(case.dropout_p), *case.x.shape)
+    return dropout_mask(draw_seed(case.device).cpu(), dropout_threshold(case.dropout_p), *case.x.shape)
 
 
 def formula(case: Case, dtype: torch.dtype, mask: Tensor | None = None) -> dict[str, Tensor]:

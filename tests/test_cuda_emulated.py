@@ -185,3 +185,24 @@ def test_one_launch_waits_for_nobody_absent(seed):
 def test_one_launch_where_it_cannot_be(shape):
     """Rows that are not aligned, too many ranks: two launches take the call. One row: it can."""
     check(make_case(*shape, BF16, adapter_dtype=FP32), tile="one_launch_64x128")
+
+
+@pytest.mark.parametrize("tile", ["", "one_launch_64x128"])
+def test_offsets_beyond_two_to_the_31(tile):
+    """A row stride of 2^30 elements: three rows span more than 2^31. The memory is reserved, never touched between."""
+    case = make_case(3, 32, 32, 4, 2, FP16, adapter_dtype=FP32)
+    expected = emulation.emulated_run(case, tile=tile)
+    for name in ("x", "dy"):
+        try:
+            memory = torch.empty(2**31 + 64, dtype=FP16)
+        except RuntimeError as error:
+            pytest.skip(f"4 GB of address space: {error}")
+        far = memory.as_strided((3, 32), (2**30, 1))
+        if name == "x":
+            far.copy_(case.x)
+            case.tensors["x"] = far
+        else:
+            far.copy_(case.dy)
+            case.dy = far
+    found = emulation.emulated_run(case, tile=tile)
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
