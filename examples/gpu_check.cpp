@@ -31,7 +31,7 @@ uint16_t bits16(float v) {
 template <typename T>
 T* on_card(const std::vector<T>& values) {
   T* data = nullptr;
-  if (cudaMalloc(&data, values.size() * sizeof(T)) != cudaSuccess) return nullptr;
+  if (cudaMalloc(reinterpret_cast<void**>(&data), values.size() * sizeof(T)) != cudaSuccess) return nullptr;
   cudaMemcpy(data, values.data(), values.size() * sizeof(T), cudaMemcpyHostToDevice);
   return data;
 }
