@@ -119,6 +119,7 @@ def explain_backend(x: Tensor, backend: str | None = None, *, width: int = 0) ->
     chosen = pick_backend(x, width, backend)
     reasons = {
         b.name: _reason_against(b, x, width)
+        or (None if backend else b.yields(x))
         or (f"{chosen.name} was asked for" if backend else f"{chosen.name} comes first")
         for b in BACKENDS
         if b is not chosen

@@ -8,7 +8,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import loradash_kernels as lk
-from loradash_kernels import _cuda, _extension
+from loradash_kernels import _extension
 from loradash_kernels.testing import make_case
 
 
@@ -60,23 +60,3 @@ def test_launch_errors_name_the_kernel():
             x, torch.zeros(8, 16, dtype=torch.bfloat16), None, torch.zeros(2, 16), torch.zeros(8, 2), None, None, None,
             None, 1.0, 0, None, torch.empty(8, 8, dtype=torch.bfloat16), torch.empty(8, 2),
         )  # fmt: skip
-
-
-def test_measured_tiles(tmp_path, monkeypatch):
-    """The tuner keeps the fastest tile, finds it again, and leaves out what cannot run."""
-    monkeypatch.setenv("LORADASH_CACHE", str(tmp_path))
-    _cuda.MEASURED.forget()
-    names = _cuda.candidates(108, 163 * 1024)
-    assert {"128x256", "128x128", "one_launch_128x128"} <= set(names)
-    times = iter([3.0, RuntimeError("does not fit"), 1.0, *[2.0] * len(names)])
-
-    def timer(call):
-        value = next(times)
-        if isinstance(value, Exception):
-            raise value
-        return value
-
-    assert _cuda.tune("forward", "a card/a shape", names, (), timer) == names[2]
-    _cuda.MEASURED.forget()
-    assert _cuda.MEASURED.known() == {"a card/a shape": names[2]}
-    _cuda.MEASURED.forget()

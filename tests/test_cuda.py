@@ -1,0 +1,114 @@
+"""The CUDA backend without a GPU: what it says is missing, what it refuses, when it leaves a call to Triton, its tuner."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from loradash_kernels import _cuda, _extension, _triton, explain_backend, ops
+
+needs_extension = pytest.mark.skipif(_extension.missing_reason is not None, reason=str(_extension.missing_reason))
+
+
+class OnCard:
+    """As much of a tensor on a card as a choice looks at."""
+
+    device = torch.device("cuda", 0)
+
+    def __init__(self, dtype=torch.bfloat16):
+        self.dtype = dtype
+
+
+@pytest.fixture
+def card(monkeypatch):
+    """Pretends that there is a card of a given capability, and that both GPU backends can run."""
+
+    def pretend(*capability):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
+        monkeypatch.setattr(_cuda, "missing", lambda: None)
+        monkeypatch.setattr(_triton, "missing", lambda: None)
+        monkeypatch.setattr(_triton, "refuses", lambda x, width=0: None)
+        backends = [
+            ops.Backend("cuda", lambda: None, _cuda.refuses, _cuda.forward, _cuda.backward, _cuda.yields),
+            ops.Backend("triton", lambda: None, lambda x, width: None, _triton.forward, _triton.backward),
+        ]
+        monkeypatch.setattr(ops, "BACKENDS", tuple(backends))
+
+    return pretend
+
+
+@needs_extension
+@pytest.mark.skipif(torch.version.cuda is not None, reason="this PyTorch has CUDA")
+def test_says_what_is_missing():
+    assert "built without CUDA" in _cuda.missing()
+    assert "built without CUDA" in explain_backend(torch.zeros(1, 1)).reasons["cuda"]
+
+
+@needs_extension
+def test_refuses(card):
+    card(8, 6)
+    assert _cuda.refuses(OnCard(), 256) is None
+    assert "r + s is 257, the CUDA kernels take at most 256" in _cuda.refuses(OnCard(), 257)
+    assert "torch.float32, the CUDA kernels take bfloat16 and float16" in _cuda.refuses(OnCard(torch.float32))
+    assert "x is on cpu" in _cuda.refuses(torch.zeros(1, 1))
+    card(7, 5)
+    assert "the card is sm_75" in _cuda.refuses(OnCard())
+
+
+@needs_extension
+def test_first_up_to_ada_then_triton(card):
+    for capability in ((8, 0), (8, 6), (8, 9)):
+        card(*capability)
+        assert explain_backend(OnCard()).backend == "cuda"
+    card(9, 0)
+    choice = explain_backend(OnCard())
+    assert choice.backend == "triton" and "wgmma" in choice.reasons["cuda"]
+    assert explain_backend(OnCard(), "cuda").backend == "cuda"
+    assert explain_backend(OnCard(torch.float32)).backend == "triton"
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("LORADASH_CACHE", str(tmp_path))
+    _cuda.MEASURED.forget()
+    yield tmp_path
+    _cuda.MEASURED.forget()
+
+
+def scripted(times):
+    queue = iter(times)
+
+    def timer(call):
+        value = next(queue)
+        if isinstance(value, Exception):
+            raise value
+        return value
+
+    return timer
+
+
+@needs_extension
+def test_tuner_keeps_the_fastest(cache):
+    names = _cuda.candidates(108, 163 * 1024)
+    assert {"128x256", "128x128", "one_launch_128x128"} <= set(names)
+    times = [3.0, RuntimeError("does not fit"), 1.0, *[2.0] * len(names)]
+    assert _cuda.tune("forward", "a card/a shape", names, (), scripted(times)) == names[2]
+    _cuda.MEASURED.forget()
+    assert _cuda.MEASURED.known() == {"a card/a shape": names[2]}
+
+
+@needs_extension
+def test_tuner_with_nothing_that_runs(cache):
+    with pytest.warns(UserWarning, match="the table decides for a shape"):
+        assert _cuda.tune("forward", "a shape", ["128x128"], (), scripted([RuntimeError("no")])) == _cuda.TABLE
+    assert _cuda.MEASURED.known() == {"a shape": _cuda.TABLE}
+
+
+def test_key_tells_what_matters():
+    x, w = torch.empty(100, 64), torch.empty(32, 64)
+    key = _cuda.key("forward", "a card", x, w, 24)
+    assert key == _cuda.key("forward", "a card", torch.empty(128, 64), w, 24)
+    others = [_cuda.key("backward", "a card", x, w, 24), _cuda.key("forward", "b", x, w, 24),
+              _cuda.key("forward", "a card", x, w.t().contiguous().t(), 24), _cuda.key("forward", "a card", x, w, 25),
+              _cuda.key("forward", "a card", torch.empty(129, 64), w, 24), _cuda.key("forward", "a card", x, None, 24)]  # fmt: skip
+    assert len({key, *others}) == 7
