@@ -4,6 +4,7 @@
 #include <torch/csrc/utils/pybind.h>
 #include <torch/library.h>
 
+#include <algorithm>
 #include <array>
 #include <optional>
 #include <tuple>
@@ -62,6 +63,10 @@ struct Call {
     Problem& q = problem;
     const Tensor& x = rows(x_in);
     q.shape = {x.size(0), x.size(1), lora_b.size(0)};
+    constexpr int64_t kMost = (int64_t{1} << 31) - 256;  // the kernels count rows and columns in 32 bits
+    TORCH_CHECK(std::max({q.shape.m, q.shape.k, q.shape.n}) < kMost,
+                "loradash CUDA kernels take sizes below 2^31, got x ", x.sizes(), " and ", q.shape.n, " out_features");
+    TORCH_CHECK(x.element_size() == 2, "loradash CUDA kernels take bfloat16 and float16, got ", x.scalar_type());
     q.dtype = dtype_of(x);
     q.x = data(x), q.ldx = x.stride(0);
     q.rank = lora_a.size(0);
@@ -71,6 +76,8 @@ struct Call {
     q.seed = seed && threshold > 0 ? seed->const_data_ptr<int64_t>() : nullptr;
     q.card = card;
     if (weight) {
+      TORCH_CHECK(weight->device() == x.device() && weight->scalar_type() == x.scalar_type(), "weight is ",
+                  weight->scalar_type(), " on ", weight->device(), ", x is ", x.scalar_type(), " on ", x.device());
       const bool by_rows = weight->size(1) <= 1 || weight->stride(1) == 1, by_columns = weight->stride(0) == 1;
       const Tensor& w = keep(by_rows || by_columns ? *weight : weight->contiguous());
       q.weight = data(w);
@@ -157,7 +164,10 @@ auto planned_backward(const Tensor& dy, const Tensor& x, const OptionalTensor& w
 
 #ifdef LORADASH_WITH_CUDA
 
-void check(cudaError_t error) { TORCH_CHECK(error == cudaSuccess, "loradash: ", cudaGetErrorString(error)); }
+void check(cudaError_t error) {
+  if (error != cudaSuccess) (void)cudaGetLastError();  // told here, not by the next call
+  TORCH_CHECK(error == cudaSuccess, "loradash: ", cudaGetErrorString(error));
+}
 
 Card card_of(int device) {
   Card card{};
@@ -221,6 +231,13 @@ TORCH_LIBRARY(loradash_cuda, m) {
 void define_gpu(pybind11::module_& m) {
 #ifdef LORADASH_WITH_CUDA
   m.attr("cuda_architectures") = architectures();
+  m.def("gpu_runs_on", [](int device) {  // has this build code for the card?
+    const c10::cuda::CUDAGuard guard(static_cast<c10::DeviceIndex>(device));
+    cudaFuncAttributes attributes;
+    const bool runs = cudaFuncGetAttributes(&attributes, find_forward_kernel("pack_bf16")) == cudaSuccess;
+    if (!runs) (void)cudaGetLastError();
+    return runs;
+  });
   m.def("gpu_card", [](int device) {
     const Card card = card_of(device);
     return CardNumbers{card.processors, card.shared_limit};

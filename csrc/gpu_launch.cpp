@@ -7,6 +7,7 @@ namespace loradash::gpu {
 std::string run(const std::vector<Launch>& launches, cudaStream_t stream) {
   for (const Launch& launch : launches) {
     const auto failed = [&](const char* what) {
+      (void)cudaGetLastError();  // the message tells it; the next call of somebody else must not
       std::ostringstream text;
       text << "kernel " << launch.kernel << " (grid " << launch.grid[0] << " x " << launch.grid[1] << " x "
            << launch.grid[2] << ", " << launch.threads << " threads, " << launch.shared_bytes

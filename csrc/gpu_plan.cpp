@@ -118,13 +118,15 @@ class BackwardPlanner {
   // dA: T_r^T x, masked.
   void over_x() {
     const auto [m, k, n] = q_.shape;
-    const int64_t rows = rows_per_program(q_.card, m, k, kPassColumns, 3, q_.rank), splits = ceil_div(m, rows);
+    const PassKind& kind = pick_pass("x", 0, q_.rank);
+    const int64_t resident = std::max<int64_t>(1, q_.card.shared_limit / shared_bytes(kind));
+    const int64_t rows = rows_per_program(q_.card, m, k, kPassColumns, resident, q_.rank), splits = ceil_div(m, rows);
     PassParams x = pass_params(q_, q_.x, q_.ldx, k, width_);
     x.rows_per_cta = static_cast<int32_t>(rows), x.columns_per_cta = kPassColumns;
     x.seed = q_.seed, x.threshold = q_.threshold;
     x.right = t_, x.ld_right = width_, x.right_columns = static_cast<int32_t>(q_.rank);
     x.reduced = workspace_.take<float>(splits * q_.rank * k * sizeof(float));
-    plan_.launches.push_back(pass(q_, pick_pass("x", 0, q_.rank), x, ceil_div(k, kPassColumns), splits, q_.rank));
+    plan_.launches.push_back(pass(q_, kind, x, ceil_div(k, kPassColumns), splits, q_.rank));
     sums_.da_parts = x.reduced, sums_.splits_x = static_cast<int32_t>(splits);
   }
 
@@ -221,8 +223,9 @@ Plan plan_forward(const Problem& q, const ForwardOut& out, void* memory, const s
         packed.counters = down.arrived = workspace.take<int32_t>(packed.counter_count * sizeof(int32_t));
         down.projected = workspace.take<float>(chunks * m * q.width() * sizeof(float));
       }
+      down.rows_per_cta = static_cast<int32_t>(kPassRows * ceil_div(blocks, kMostSplits));
       plan.launches.push_back(pack(q, packed));
-      plan.launches.push_back(pass(q, kind, down, chunks, blocks, width));
+      plan.launches.push_back(pass(q, kind, down, chunks, ceil_div(m, down.rows_per_cta), width));
     }
     if (n > 0) plan.launches.push_back(product(q, gemm, columns, tile));
   }

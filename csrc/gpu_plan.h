@@ -60,6 +60,7 @@ struct Plan {
 
 // `tile` forces one of `gemm_tiles` by name ("128x128", "one_launch_128x128"); "" leaves the choice to the table, which
 // knows nothing of one launch: only a measurement chooses that. A tile that the problem does not allow is not taken.
+// No rows: no launches, and gradients are the caller's to zero (those of N = 0 too).
 Plan plan_forward(const Problem& problem, const ForwardOut& out, void* workspace, const std::string& tile = "");
 Plan plan_backward(const Problem& problem, const BackwardOut& out, void* workspace, const std::string& tile = "");
 

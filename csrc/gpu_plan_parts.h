@@ -13,6 +13,7 @@
 namespace loradash::gpu {
 
 constexpr int64_t kPassRows = 64, kPassColumns = 128, kPassStages = 3, kPassThreads = 128;  // as in common/pass.cuh
+constexpr int64_t kMostSplits = 65535;  // of a grid's second dimension
 constexpr int64_t kChunkBytes = 16, kChunkElements = 8, kGroup = 64;
 constexpr int64_t kMinRows = 256;  // of a split of M: below, partial sums outweigh what they are sums of
 constexpr int32_t kGroupM = 8;

@@ -51,7 +51,18 @@ def refuses(x: Tensor, width: int = 0) -> str | None:
     capability = torch.cuda.get_device_capability(x.device)
     if capability < OLDEST:
         return f"the card is sm_{capability[0]}{capability[1]}; the CUDA kernels need sm_80"
+    if not _has_code(x.device):
+        built = _extension.compiled().cuda_architectures
+        return (
+            f"the compiled part has code for {built}, not for sm_{capability[0]}{capability[1]} (TORCH_CUDA_ARCH_LIST)"
+        )
     return None
+
+
+@functools.cache
+def _has_code(device: torch.device) -> bool:
+    """Was the compiled part built for this card?"""
+    return bool(_extension.compiled().gpu_runs_on(device.index or 0))
 
 
 def yields(x: Tensor) -> str | None:
@@ -106,7 +117,10 @@ def backward(
 
 
 def _run(direction: str, x: Tensor, weight: Tensor | None, width: int, arguments: tuple) -> None:
-    strategy = _choose(direction, x, weight, width, arguments)
+    with torch.cuda.device(x.device):  # events and captures are the current device's
+        strategy = _choose(direction, x, weight, arguments)
+    if strategy == TRITON and (_triton.missing() or _triton.refuses(x, width)):
+        strategy = TABLE  # measured when Triton was there
     _execute(direction, strategy, arguments)
 
 
@@ -117,12 +131,15 @@ def _execute(direction: str, strategy: str, arguments: tuple) -> None:
         getattr(torch.ops.loradash_cuda, direction)(*arguments, strategy)
 
 
-def _choose(direction: str, x: Tensor, weight: Tensor | None, width: int, arguments: tuple) -> str:
+def _choose(direction: str, x: Tensor, weight: Tensor | None, arguments: tuple) -> str:
     """The measured strategy for a call, or the table's. LORADASH_TUNE=1 measures at the first call of each shape."""
     tuning = os.environ.get("LORADASH_TUNE") == "1"
     if not tuning and not MEASURED.known():
         return TABLE
-    name = key(direction, torch.cuda.get_device_name(x.device), x, weight, width)
+    wanted = tuple(
+        index for index, t in enumerate(arguments) if isinstance(t, Tensor)
+    )  # adapters, bias, gradients, ...
+    name = key(direction, torch.cuda.get_device_name(x.device), x, weight, arguments, wanted)
     found = MEASURED.known().get(name)
     if found is None and tuning and x.shape[0] > 0 and not torch.cuda.is_current_stream_capturing():
         strategies = candidates(*_extension.compiled().gpu_card(x.get_device()))
@@ -130,12 +147,13 @@ def _choose(direction: str, x: Tensor, weight: Tensor | None, width: int, argume
     return TABLE if found is None else found
 
 
-def key(direction: str, card: str, x: Tensor, weight: Tensor | None, width: int) -> str:
-    """What a measurement holds for: GPU, version, dtype, order of the weight and shape, M rounded up to a power of two."""
+def key(direction: str, card: str, x: Tensor, weight: Tensor | None, arguments: tuple, wanted: tuple[int, ...]) -> str:
+    """What a measurement holds for: GPU, version, dtype, order of the weight and every shape but M, which is rounded up to a
+    power of two; and which tensors there are, gradients that are wanted among them."""
     order = "none" if weight is None else "rows" if weight.stride(1) == 1 else "columns"
     bucket = 1 << max(x.shape[0] - 1, 0).bit_length()
-    n = "-" if weight is None else weight.shape[0]
-    return "/".join(map(str, (card, __version__, direction, x.dtype, order, bucket, x.shape[1], n, width)))
+    sizes = "x".join(str(arguments[index].shape[-1]) for index in wanted)
+    return "/".join(map(str, (card, __version__, direction, x.dtype, order, bucket, sizes, ",".join(map(str, wanted)))))
 
 
 def candidates(processors: int, shared_limit: int) -> list[str]:

@@ -58,6 +58,7 @@ def dash_linear(
         )
     if weight.dtype != x.dtype:
         raise ValueError(f"weight is {weight.dtype}, x is {x.dtype}; they must be of one dtype")
+    _check_device(x, weight=weight, bias=bias)
     if bias is not None and (bias.shape != weight.shape[:1] or bias.dtype != x.dtype):
         raise ValueError(
             f"bias has shape {tuple(bias.shape)} and dtype {bias.dtype}; wanted ({weight.shape[0]},) and {x.dtype}"
@@ -68,6 +69,12 @@ def dash_linear(
     leaves = (x, lora_a, lora_b, dash_sigma, bias)
     y = _call(torch.ops.loradash.dash_linear, DashLinearFunction, ops.dash_linear, args, leaves)
     return y if x.dim() == 2 else y.view(*x.shape[:-1], weight.shape[0])
+
+
+def _check_device(x: Tensor, **others: Tensor | None) -> None:
+    for name, t in others.items():
+        if t is not None and t.device != x.device:
+            raise ValueError(f"{name} is on {t.device}, x is on {x.device}; they must be on one device")
 
 
 def low_rank_update(
@@ -92,6 +99,7 @@ def low_rank_update(
         x = x.to(torch.get_autocast_dtype(x.device.type))
     if y.dtype != x.dtype:
         raise ValueError(f"y is {y.dtype}, x is {x.dtype}; they must be of one dtype")
+    _check_device(x, y=y)
     _check(
         x, (y.shape[-1] if y.dim() else 0, x.shape[-1] if x.dim() else 0), lora_a, lora_b, dash_u, dash_vt, dash_sigma
     )

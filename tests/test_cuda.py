@@ -26,6 +26,7 @@ def card(monkeypatch):
     def pretend(*capability):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
         monkeypatch.setattr(_cuda, "missing", lambda: None)
+        monkeypatch.setattr(_cuda, "_has_code", lambda device: True)
         monkeypatch.setattr(_triton, "missing", lambda: None)
         monkeypatch.setattr(_triton, "refuses", lambda x, width=0: None)
         backends = [
@@ -45,12 +46,14 @@ def test_says_what_is_missing():
 
 
 @needs_extension
-def test_refuses(card):
+def test_refuses(card, monkeypatch):
     card(8, 6)
     assert _cuda.refuses(OnCard(), 256) is None
     assert "r + s is 257, the CUDA kernels take at most 256" in _cuda.refuses(OnCard(), 257)
     assert "torch.float32, the CUDA kernels take bfloat16 and float16" in _cuda.refuses(OnCard(torch.float32))
     assert "x is on cpu" in _cuda.refuses(torch.zeros(1, 1))
+    monkeypatch.setattr(_cuda, "_has_code", lambda device: False)
+    assert "not for sm_86 (TORCH_CUDA_ARCH_LIST)" in _cuda.refuses(OnCard())
     card(7, 5)
     assert "the card is sm_75" in _cuda.refuses(OnCard())
 
@@ -105,10 +108,22 @@ def test_tuner_with_nothing_that_runs(cache):
 
 
 def test_key_tells_what_matters():
-    x, w = torch.empty(100, 64), torch.empty(32, 64)
-    key = _cuda.key("forward", "a card", x, w, 24)
-    assert key == _cuda.key("forward", "a card", torch.empty(128, 64), w, 24)
-    others = [_cuda.key("backward", "a card", x, w, 24), _cuda.key("forward", "b", x, w, 24),
-              _cuda.key("forward", "a card", x, w.t().contiguous().t(), 24), _cuda.key("forward", "a card", x, w, 25),
-              _cuda.key("forward", "a card", torch.empty(129, 64), w, 24), _cuda.key("forward", "a card", x, None, 24)]  # fmt: skip
-    assert len({key, *others}) == 7
+    def key(direction="forward", card="a card", m=100, k=64, n=32, columns=False, absent=None):
+        x, weight = torch.empty(m, k), torch.empty(k, n).t() if columns else torch.empty(n, k)
+        arguments = [x, weight, torch.empty(4, k), torch.empty(n, 4)]
+        if absent is not None:
+            arguments[absent] = None
+        wanted = tuple(i for i, t in enumerate(arguments) if t is not None)
+        return _cuda.key(direction, card, x, arguments[1], tuple(arguments), wanted)
+
+    assert key() == key(m=128)
+    others = [
+        key(direction="backward"),
+        key(card="b"),
+        key(columns=True),
+        key(m=129),
+        key(k=72),
+        key(absent=1),
+        key(absent=3),
+    ]
+    assert len({key(), *others}) == 8

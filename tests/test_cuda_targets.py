@@ -6,8 +6,10 @@ from concurrent.futures import ThreadPoolExecutor
 
 import cuda_emulation as emulation
 import pytest
+import torch
 
 from loradash_kernels import _extension
+from loradash_kernels.testing import make_case
 
 pytestmark = [
     pytest.mark.slow,
@@ -40,15 +42,33 @@ def test_no_spills(assembled, architecture):
     assert all(r["registers"] <= LIMIT for r in kernels.values())
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_occupancy(assembled, architecture):
-    """Programs that fit one processor by registers: two of the 128 x 128 product, three of the passes over x."""
-    wanted = {"gemm_rows_bf16_128x128": 2, "gemm_columns_bf16_128x128": 2, "gemm_rows_bf16_128x256": 1, "x_16_bf16": 3,
-              "down_32_bf16": 3, "dy_32_24_bf16": 2, "one_launch_128x128_rows_bf16": 2}  # fmt: skip
-    for name, programs in wanted.items():
-        threads = 256 if name.endswith("256") else 128
+def shared_bytes(card):
+    """Of the kernels of two calls, apart and in one launch, as planned."""
+    case = make_case(300, 136, 400, 16, 8, torch.bfloat16, adapter_dtype=torch.float32, bias=False)
+    found, out = {}, emulation.outputs(case)
+    for tile in ("128x128", "one_launch_128x128"):
+        for direction in ("forward", "backward"):
+            launches, _ = emulation.plan(case, out, direction, None, None, card, tile)
+            found |= {name: shared for name, _, _, shared, _ in launches}
+    return found
+
+
+@pytest.mark.parametrize(
+    ("architecture", "processor", "programs"),
+    [
+        ("sm_80", 164 * 1024, (2, 2, 2, 1, 2)),
+        ("sm_86", 100 * 1024, (2, 1, 1, 1, 1)),
+        ("sm_89", 100 * 1024, (2, 1, 1, 1, 1)),
+    ],
+)
+def test_occupancy(assembled, architecture, processor, programs):
+    """Programs that one processor holds, by registers and by shared memory (1 KB of each is the system's)."""
+    planned = shared_bytes(emulation.CARDS["sm_80" if architecture == "sm_80" else "sm_86"])
+    names = ("gemm_rows_bf16_128x128", "x_16_bf16", "down_32_bf16", "dy_32_24_bf16", "one_launch_128x128_rows_bf16")
+    for name, wanted in zip(names, programs, strict=True):
         registers = -(-assembled[architecture][name]["registers"] // 8) * 8
-        assert REGISTERS // (registers * threads) >= programs, (name, registers)
+        held = min(REGISTERS // (registers * 128), processor // (planned[name] + 1024))
+        assert held >= wanted, (name, registers, planned[name])
 
 
 @pytest.mark.parametrize(("architecture", "card"), emulation.CARDS.items())

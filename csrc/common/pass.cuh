@@ -276,6 +276,7 @@ struct Pass {
     __threadfence();
     __syncthreads();
     if (threadIdx.x == 0) {
+      __threadfence();  // what the others stored, too
       last = atomicAdd(p.arrived + group * row_blocks + row_block, 1) == chunks - 1;
     }
     __syncthreads();
