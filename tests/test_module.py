@@ -134,21 +134,10 @@ def test_rslora():
     assert DashConfig(r=4, alpha=8, use_rslora=True).scaling == 4.0
 
 
-class Conv1D(nn.Module):
-    """The layout of transformers' Conv1D: weight (K, N)."""
-
-    def __init__(self, n, k):
-        super().__init__()
-        self.weight = nn.Parameter(torch.randn(k, n) / k**0.5)
-        self.bias = nn.Parameter(torch.randn(n))
-
-    def forward(self, x):
-        return x @ self.weight + self.bias
-
-
 def test_transposed_weights():
     torch.manual_seed(0)
-    conv = Conv1D(48, 64)
+    conv = pytest.importorskip("transformers.pytorch_utils").Conv1D(48, 64)
+    nn.init.normal_(conv.bias)
     layer = DashLinear.from_linear(conv, DashConfig(r=2, directions=2))
     x = torch.randn(70, 64, requires_grad=True)
     torch.testing.assert_close(layer(x), conv(x), rtol=1e-4, atol=1e-5)

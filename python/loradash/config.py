@@ -30,6 +30,8 @@ class DashConfig:
         overrides: pattern -> {"r": .., "alpha": .., "directions": ..} for single layers; the first match counts.
         svd: how directions are found: "auto", "exact" or "randomized" (`loradash_kernels.task_specific_directions`).
         train_bias: train the biases of adapted layers.
+        bypassed: what to do where a parent's own code multiplies by a layer's weight without calling the layer: "refuse",
+            or "warn" where that code never runs.
 
     Raises:
         ValueError: a value out of range, named.
@@ -47,6 +49,7 @@ class DashConfig:
     use_rslora: bool = False
     svd: str = "auto"
     train_bias: bool = False
+    bypassed: str = "refuse"
 
     def __post_init__(self) -> None:
         if self.r < 1:
@@ -59,6 +62,8 @@ class DashConfig:
             raise ValueError(f"dropout must be in [0, 1), got {self.dropout}")
         if self.svd not in METHODS:
             raise ValueError(f"svd must be one of {METHODS}, got {self.svd!r}")
+        if self.bypassed not in ("refuse", "warn"):
+            raise ValueError(f'bypassed must be "refuse" or "warn", got {self.bypassed!r}')
         for pattern, values in self.overrides.items():
             unknown = set(values) - set(OVERRIDABLE)
             if unknown:
@@ -70,6 +75,8 @@ class DashConfig:
 
     def for_module(self, name: str) -> DashConfig:
         """The settings of one layer: the first override whose pattern matches its name, over the common ones."""
+        if self.bypassed not in ("refuse", "warn"):
+            raise ValueError(f'bypassed must be "refuse" or "warn", got {self.bypassed!r}')
         for pattern, values in self.overrides.items():
             if matches(name, [pattern]) or re.fullmatch(pattern, name):
                 return dataclasses.replace(self, overrides={}, **values)

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+import torch
 from torch import nn
 
+from .attention import call_adapted_layers
+from .base import is_linear
+from .bypass import bypassed_children, child_at
 from .config import DashConfig, matches
 from .linear import DashLinear
 
@@ -20,23 +25,34 @@ class DashState:
 
     config: DashConfig
     step: int = 0  # optimizer steps taken
+    dash_only: bool = False  # are A and B frozen?
+    schedules: int = 0  # made for this model; the last one counts
+
+    def claim(self) -> int:
+        """The number of a new schedule."""
+        self.schedules += 1
+        return self.schedules
+
+
+# --- finding ---------------------------------------------------------------------------------------------------------
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The module that `apply_dash` was called on, wherever it sits in `model` (inside DistributedDataParallel, an engine,
+    torch.compile, a larger model); `model` itself where there is none. Raises ValueError where there are several."""
+    found = [module for module in model.modules() if STATE in module.__dict__]
+    if len(found) > 1:
+        kinds = ", ".join(type(module).__name__ for module in found)
+        raise ValueError(f"{len(found)} parts of the model were adapted apart ({kinds}); pass one of them")
+    return found[0] if found else model
 
 
 def dash_state(model: nn.Module) -> DashState:
     """The state that `apply_dash` left on a model. Raises ValueError where there is none."""
-    state = getattr(unwrap(model), STATE, None)
+    state = unwrap(model).__dict__.get(STATE)
     if state is None:
         raise ValueError("the model has no LoRA-Dash adapters; call apply_dash(model, config) first")
     return state
-
-
-def unwrap(model: nn.Module) -> nn.Module:
-    """The module inside DistributedDataParallel or torch.compile."""
-    while True:
-        inner = getattr(model, "_orig_mod", None) or (model.module if hasattr(model, "module") else None)
-        if not isinstance(inner, nn.Module):
-            return model
-        model = inner
 
 
 def dash_layers(model: nn.Module) -> dict[str, DashLinear]:
@@ -44,38 +60,118 @@ def dash_layers(model: nn.Module) -> dict[str, DashLinear]:
     return {name: m for name, m in unwrap(model).named_modules() if isinstance(m, DashLinear)}
 
 
-def apply_dash(model: nn.Module, config: DashConfig | None = None) -> nn.Module:
-    """Replaces linear layers by `DashLinear` around their own weights, in place, and freezes everything else.
+# --- adapting --------------------------------------------------------------------------------------------------------
 
-    nn.Linear and transformers' Conv1D are adapted. A module that occurs twice becomes one adapted layer; a weight tied to
+
+def apply_dash(model: nn.Module, config: DashConfig | None = None) -> nn.Module:
+    """Replaces linear layers by `DashLinear` around them, in place, and freezes everything else.
+
+    nn.Linear and transformers' Conv1D give up their weight and bias; subclasses, quantised, hooked and offloaded layers
+    are kept whole (docs/layers.md has the table). A module that occurs twice becomes one adapted layer; a weight tied to
     another module's stays tied. Modules in `config.trainable_modules` keep training as they are.
 
-    Returns the model. Raises ValueError if nothing matches or the model is adapted already; it is then unchanged.
+    Returns the model. Raises ValueError, with the model unchanged: nothing matches, or a setting does not; adapted or
+    wrapped (DistributedDataParallel, FSDP) already; a layer that cannot be adapted, or that its parent passes by.
     """
     config = config or DashConfig()
-    if getattr(model, STATE, None) is not None:
-        raise ValueError("the model has LoRA-Dash adapters already")
-    linears = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear) or type(m).__name__ == "Conv1D"}
-    chosen = {n: m for n, m in linears.items() if _is_target(n, config)}
+    model = getattr(model, "_orig_mod", model)  # torch.compile traces the changed module anew
+    _check_model(model)
+    chosen = _chosen(model, config)
+    _check_parents(model, chosen, config)
+    adapted = {module: _around(name, module, config) for name, module in chosen.items()}
+    trained = _trained_parameters(model, config)
+
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    for layer in adapted.values():
+        layer.freeze_base()
+    for parent in list(model.modules()):
+        for child, module in parent._modules.items():  # named_children would skip a module's second name
+            if module in adapted:
+                parent._modules[child] = adapted[module]
+    for parent in list(model.modules()):
+        if any(isinstance(module, DashLinear) for module in parent.modules()):
+            call_adapted_layers(parent)
+    for parameter in trained:
+        parameter.requires_grad_(True)
+    setattr(model, STATE, DashState(config))
+    return model
+
+
+def _check_model(model: nn.Module) -> None:
+    if is_linear(model) or isinstance(model, DashLinear):
+        raise ValueError(
+            f"the model is itself one layer, {type(model).__name__}; adapt it by DashLinear.from_linear(layer, config)"
+        )
+    for name, module in model.named_modules():
+        if isinstance(module, DashLinear) or STATE in module.__dict__:
+            raise ValueError(f"the model has LoRA-Dash adapters already{f', in {name}' if name else ''}")
+        if isinstance(module, _wrappers()):
+            raise ValueError(f"{name or 'the model'} is wrapped in {type(module).__name__}; apply_dash comes before it")
+
+
+def _wrappers() -> tuple[type[nn.Module], ...]:
+    """Wrappers that have taken note of the parameters: those of adapters would never be reduced over processes."""
+    found: list[type[nn.Module]] = [nn.parallel.DistributedDataParallel, nn.DataParallel]
+    if torch.distributed.is_available():
+        from torch.distributed.fsdp import FullyShardedDataParallel
+
+        found.append(FullyShardedDataParallel)
+    return tuple(found)
+
+
+def _chosen(model: nn.Module, config: DashConfig) -> dict[str, nn.Module]:
+    """The layers to adapt, by name."""
+    linears = {name: module for name, module in model.named_modules() if is_linear(module)}
+    chosen = {name: module for name, module in linears.items() if _is_target(name, config)}
     if not chosen:
         raise ValueError(
             f"target_modules={config.target_modules!r} matches none of the {len(linears)} linear layers: "
             f"{', '.join(list(linears)[:8])}{', ...' if len(linears) > 8 else ''}"
         )
-    for parameter in model.parameters():
-        parameter.requires_grad_(False)
-    adapted: dict[nn.Module, nn.Module] = {
-        m: DashLinear.from_linear(m, config.for_module(n)) for n, m in chosen.items()
+    return chosen
+
+
+def _check_parents(model: nn.Module, chosen: dict[str, nn.Module], config: DashConfig) -> None:
+    """Refuses (or with config.bypassed="warn" tells) where a parent's own code multiplies by a chosen child's weight."""
+    names = {module: name for name, module in chosen.items()}
+    found = {
+        names[module]: place
+        for parent in model.modules()
+        for child, place in bypassed_children(parent).items()
+        if (module := child_at(parent, child)) in names
     }
-    for parent in list(model.modules()):
-        for child, module in parent._modules.items():  # named_children would skip a module's second name
-            if module in adapted:
-                parent._modules[child] = adapted[module]
-    for module in trainable_modules(model, config).values():
-        for parameter in module.parameters():
-            parameter.requires_grad_(True)
-    setattr(model, STATE, DashState(config))
-    return model
+    if not found:
+        return
+    shown = ", ".join(f"{name} (in {place})" for name, place in list(found.items())[:4])
+    leave_out = sorted({name.rpartition(".")[2] for name in found})
+    text = (
+        f"{len(found)} layers whose parent multiplies by their weight itself, so that an adapter would be passed by: "
+        f"{shown}{', ...' if len(found) > 4 else ''}. Leave them out by exclude_modules={leave_out}"
+    )
+    if config.bypassed == "refuse":
+        raise ValueError(f'{text}, or where that code never runs, set bypassed="warn"')
+    warnings.warn(f"loradash: {text}", stacklevel=3)
+
+
+def _around(name: str, module: nn.Module, config: DashConfig) -> DashLinear:
+    try:
+        layer = DashLinear.around(module, config.for_module(name))
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{name}: {error}") from error
+    layer.name = name
+    return layer
+
+
+def _trained_parameters(model: nn.Module, config: DashConfig) -> list[nn.Parameter]:
+    """Parameters of the modules that train as a whole. Raises ValueError for one that cannot."""
+    found = []
+    for name, module in trainable_modules(model, config).items():
+        for key, parameter in module.named_parameters():
+            if not parameter.is_floating_point():
+                raise ValueError(f"trainable_modules: {name}.{key} is {parameter.dtype} and cannot train")
+            found.append(parameter)
+    return found
 
 
 def _is_target(name: str, config: DashConfig) -> bool:
@@ -101,9 +197,20 @@ def trainable_modules(model: nn.Module, config: DashConfig) -> dict[str, nn.Modu
 
 
 def merge(model: nn.Module) -> None:
-    """Adds every layer's ΔW to its weight, for inference without adapters."""
-    for layer in dash_layers(model).values():
-        layer.merge()
+    """Adds every layer's ΔW to its weight, for inference without adapters. All layers or, where one cannot, none.
+
+    Raises ValueError, naming the layer (`DashLinear.merge`).
+    """
+    done: list[DashLinear] = []
+    try:
+        for layer in dash_layers(model).values():
+            if not layer.merged:
+                layer.merge()
+                done.append(layer)
+    except BaseException:
+        for layer in done:
+            layer.unmerge()
+        raise
 
 
 def unmerge(model: nn.Module) -> None:
@@ -138,6 +245,7 @@ def dash_only(model: nn.Module) -> None:
     for layer in layers.values():
         layer.lora_a.requires_grad_(False)
         layer.lora_b.requires_grad_(False)
+    dash_state(model).dash_only = True
 
 
 # --- summary ---------------------------------------------------------------------------------------------------------

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from typing import Any, cast
+from collections.abc import Callable
+from typing import Any, NoReturn, cast
 
 import torch
 from torch import Tensor, nn
@@ -11,8 +12,20 @@ from torch.nn import functional as F
 
 from loradash_kernels import Directions, dash_linear, low_rank_update
 
-from .base import dequantised, is_quantised
+from .base import (
+    compute_device,
+    computes_plainly,
+    features,
+    is_quantised,
+    is_sharded,
+    is_transposed,
+    treatment,
+    weight_of,
+    whole,
+)
 from .config import DashConfig
+
+_OF_BASE = ("weight", "bias")
 
 
 class DashLinear(nn.Module):
@@ -21,19 +34,27 @@ class DashLinear(nn.Module):
     y = x Wᵀ + b + scaling · x̃ Aᵀ Bᵀ + Σ_i Δσ_i (x̃ · v_i) u_iᵀ. Until `launch`, u and v are zero and the layer is LoRA.
 
     Parameters: weight (N, K) frozen, bias (N) frozen unless config.train_bias, lora_a (r, K), lora_b (N, r), dash_sigma
-    (s). Buffers: dash_u (N, s), dash_vt (s, K), launched (). Adapters are float32 whatever the dtype of the weight. Around
-    a quantised layer (bitsandbytes, torchao), that layer itself as the submodule `base` takes the place of weight and bias.
+    (s). Buffers: dash_u (N, s), dash_vt (s, K), launched (). Adapters are float32 whatever the dtype of the weight.
+    A layer that computes in a way of its own (quantised, a subclass of nn.Linear, hooked, offloaded) is kept whole: as the
+    submodule `base` it takes the place of weight and bias, and answers for them.
 
     Args:
         in_features, out_features: K and N.
         bias: with a bias?
         config: settings; those of `config.for_module` are the caller's business.
         device, dtype: of the weight and bias.
+
+    Attributes:
+        name: in the model, for error messages; empty outside `apply_dash`.
+        enabled: False leaves the base layer alone.
     """
 
     weight: Tensor
     bias: Tensor | None
     base: nn.Module | None
+    lora_a: Tensor
+    lora_b: Tensor
+    dash_sigma: Tensor
     dash_u: Tensor
     dash_vt: Tensor
     launched: Tensor
@@ -48,61 +69,82 @@ class DashLinear(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        linear = nn.Linear(in_features, out_features, bias, device=device, dtype=dtype)
-        self._adopt(linear.weight, linear.bias, config or DashConfig(), transposed=False)
+        self._wrap(nn.Linear(in_features, out_features, bias, device=device, dtype=dtype), config or DashConfig())
+        self.freeze_base()
 
     @classmethod
     def from_linear(cls, linear: nn.Module, config: DashConfig | None = None) -> DashLinear:
         """Wraps a layer's own weight and bias, without a copy: nn.Linear, or transformers' Conv1D (weight (K, N)).
 
-        Linear modules with quantised weights are kept whole, and the low-rank terms added to their output.
-        Raises TypeError for other modules, ValueError for config.train_bias with a quantised one.
+        One that computes in a way of its own (`base.treatment`) is kept whole, and the low-rank terms added to its output.
+        Raises TypeError for other modules; ValueError for a layer without a weight yet, for a sharded one, and for
+        config.train_bias with one that is kept whole.
         """
-        transposed = type(linear).__name__ == "Conv1D" and not isinstance(linear, nn.Linear)
-        if not (isinstance(linear, nn.Linear) or transposed):
-            raise TypeError(f"from_linear takes nn.Linear or transformers' Conv1D, got {type(linear).__name__}")
-        layer = cls.__new__(cls)
-        nn.Module.__init__(layer)
-        if is_quantised(linear):
-            layer._keep(linear, config or DashConfig())
-            layer.train(linear.training)
-            return layer
-        weight, bias = cast(Tensor, linear.weight), cast("Tensor | None", linear.bias)
-        layer._adopt(weight, bias, config or DashConfig(), transposed)
-        layer.train(linear.training)
+        layer = cls.around(linear, config or DashConfig())
+        layer.freeze_base()
         return layer
 
-    def _adopt(self, weight: Tensor, bias: Tensor | None, config: DashConfig, transposed: bool) -> None:
-        n, k = weight.shape[::-1] if transposed else weight.shape
-        self.base, self.transposed = None, transposed
-        self.weight = weight
-        self.weight.requires_grad_(False)
-        self.register_parameter("bias", bias)  # type: ignore[arg-type]
-        if bias is not None:
-            bias.requires_grad_(config.train_bias)
-        self._add_adapters(k, n, config, weight.device)
+    @classmethod
+    def around(cls, linear: nn.Module, config: DashConfig) -> DashLinear:
+        """`from_linear` without the change to `linear`: its parameters train as before, until `freeze_base`."""
+        layer = cls.__new__(cls)
+        nn.Module.__init__(layer)
+        layer._wrap(linear, config)
+        return layer.train(linear.training)
 
-    def _keep(self, base: nn.Module, config: DashConfig) -> None:
-        if config.train_bias and getattr(base, "bias", None) is not None:
-            raise ValueError(f"train_bias=True: the bias of {type(base).__name__} belongs to the quantised layer")
-        self.base, self.transposed = base.requires_grad_(False), False
-        self.register_parameter("bias", None)
-        self._add_adapters(base.in_features, base.out_features, config, base.weight.device)  # type: ignore[arg-type]
+    def _wrap(self, linear: nn.Module, config: DashConfig) -> None:
+        kept = treatment(linear) == "kept whole"
+        if kept and config.train_bias and getattr(linear, "bias", None) is not None:
+            raise ValueError(f"train_bias=True: the bias of {type(linear).__name__} belongs to the layer kept whole")
+        self.register_module("base", linear if kept else None)
+        self.transposed = is_transposed(linear) and not kept
+        self.in_features, self.out_features = features(linear)
+        self.config, self.name, self.enabled = config, "", True
+        self._unmerged: Tensor | None = None  # the weight before `merge`
+        if not kept:
+            self.register_parameter("weight", cast(nn.Parameter, linear.weight))
+            self.register_parameter("bias", cast("nn.Parameter | None", linear.bias))
+        self._add_adapters(compute_device(linear))
 
-    def _add_adapters(self, k: int, n: int, config: DashConfig, device: torch.device) -> None:
-        s = min(config.directions, n, k)
-        self.in_features, self.out_features, self.config = k, n, config
+    def _add_adapters(self, device: torch.device) -> None:
+        n, k, r = self.out_features, self.in_features, self.config.r
+        s = min(self.config.directions, n, k)
         options: Any = {"device": device, "dtype": torch.float32}
-        self.lora_a = nn.Parameter(torch.empty(config.r, k, **options))
-        self.lora_b = nn.Parameter(torch.zeros(n, config.r, **options))
+        self.lora_a = nn.Parameter(torch.empty(r, k, **options))
+        self.lora_b = nn.Parameter(torch.zeros(n, r, **options))
         self.dash_sigma = nn.Parameter(torch.zeros(s, **options))
         self.register_buffer("dash_u", torch.zeros(n, s, **options))
         self.register_buffer("dash_vt", torch.zeros(s, k, **options))
         self.register_buffer("launched", torch.zeros((), dtype=torch.bool, device=device))
         nn.init.kaiming_uniform_(self.lora_a, a=math.sqrt(5))
-        self.enabled = True
-        self._unmerged: Tensor | None = None  # the weight before `merge`
-        self._view: Tensor | None = None
+
+    def freeze_base(self) -> None:
+        """Freezes the base layer, but for a bias that `config.train_bias` wants trained."""
+        if self.base is not None:
+            self.base.requires_grad_(False)
+            return
+        self.weight.requires_grad_(False)
+        if self.bias is not None:
+            self.bias.requires_grad_(self.config.train_bias)
+
+    # --- the base layer, as code outside sees it ---------------------------------------------------------------------
+
+    def __getattr__(self, name: str) -> Any:
+        base = self.__dict__["_modules"].get("base") if not name.startswith("_") and name != "base" else None
+        if base is None:
+            return super().__getattr__(name)
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(base, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Whoever ties or replaces `weight` or `bias` means the base layer's."""
+        base = self.__dict__.get("_modules", {}).get("base") if name in _OF_BASE else None
+        if base is None:
+            super().__setattr__(name, value)
+        else:
+            setattr(base, name, value)
 
     @property
     def scaling(self) -> float:
@@ -113,71 +155,120 @@ class DashLinear(nn.Module):
         return self._unmerged is not None
 
     def weight_nk(self) -> Tensor:
-        """The weight as (N, K). One view object as long as the memory stays: packed copies are kept per tensor. Of a
-        quantised layer, a new tensor in the precision it computes in, with every call."""
+        """The weight as (N, K): a view, or of a layer kept whole, a new tensor with every call (`base.weight_of`)."""
         if self.base is not None:
-            return dequantised(self.base, self.in_features, torch.float32, self.lora_a.device)
-        if not self.transposed:
-            return self.weight
-        if (
-            self._view is None
-            or self._view.data_ptr() != self.weight.data_ptr()
-            or self._view.dtype != self.weight.dtype
-        ):
-            self._view = self.weight.detach().t()
-        return self._view
+            return weight_of(self.base)
+        return self.weight.t() if self.transposed else self.weight
 
     def oriented(self, weight: Tensor) -> Tensor:
         """A tensor of the stored weight's shape as (N, K)."""
         return weight.t() if self.transposed else weight
 
+    # --- forward -----------------------------------------------------------------------------------------------------
+
     def forward(self, x: Tensor) -> Tensor:
         """x (..., K) to (..., N)."""
-        if self.base is not None:
-            return self._forward_over(self.base, x)
+        base = self._modules["base"]
+        if base is not None:
+            return self._add_to(self._called(base, x), x)
+        weight, bias, *adapters = self._tensors()
+        weight = weight.t() if self.transposed else weight
         if not self.enabled or self._unmerged is not None:
-            return F.linear(x, self.weight_nk(), self.bias)
-        own, buffers, config = self._parameters, self._buffers, self.config  # a lookup by attribute costs 0.5 us
-        return dash_linear(
-            x,
-            self.weight_nk() if self.transposed else own["weight"],  # type: ignore[arg-type]
-            own["bias"],
-            lora_a=own["lora_a"],  # type: ignore[arg-type]
-            lora_b=own["lora_b"],  # type: ignore[arg-type]
-            dash_u=buffers["dash_u"],
-            dash_vt=buffers["dash_vt"],
-            dash_sigma=own["dash_sigma"],
-            scaling=config.scaling,
-            dropout_p=config.dropout,
-            training=self.training,
-        )
+            return F.linear(x, weight, bias)
+        if type(weight) not in (nn.Parameter, Tensor) and is_quantised(weight):  # by somebody, after `apply_dash`
+            return self._add_to(F.linear(x, weight, bias), x)
+        lora_a, lora_b, dash_u, dash_vt, dash_sigma = adapters
+        config = self.config
+        try:
+            return dash_linear(
+                x,
+                weight,
+                bias,
+                lora_a=lora_a,
+                lora_b=lora_b,
+                dash_u=dash_u,
+                dash_vt=dash_vt,
+                dash_sigma=dash_sigma,
+                scaling=config.scaling,
+                dropout_p=config.dropout,
+                training=self.training,
+            )
+        except ValueError as error:
+            self._fail(error, weight)
 
-    def _forward_over(self, base: nn.Module, x: Tensor) -> Tensor:
+    def _tensors(self) -> tuple[Any, ...]:
+        """weight, bias and adapters: from the dicts, a tenth of the price of attributes, where they are all there.
+
+        Replicas of DataParallel, FSDP1, pruning and parametrizations keep them as plain attributes.
+        """
+        own, buffers = self._parameters, self._buffers
+        try:
+            return (
+                own["weight"], own["bias"], own["lora_a"], own["lora_b"], buffers["dash_u"], buffers["dash_vt"],
+                own["dash_sigma"],
+            )  # fmt: skip
+        except KeyError:
+            return self.weight, self.bias, self.lora_a, self.lora_b, self.dash_u, self.dash_vt, self.dash_sigma
+
+    def _called(self, base: nn.Module, x: Tensor) -> Tensor:
         y = base(x)
-        if not self.enabled:
+        if not isinstance(y, Tensor) or y.shape != (*x.shape[:-1], self.out_features):
+            found = tuple(y.shape) if isinstance(y, Tensor) else type(y).__name__
+            raise TypeError(
+                f"{self._label()}: {type(base).__name__} returned {found} for x {tuple(x.shape)}; only a tensor "
+                f"(..., {self.out_features}) can take the low-rank terms; leave the layer out (exclude_modules)"
+            )
+        return y
+
+    def _add_to(self, y: Tensor, x: Tensor) -> Tensor:
+        if not self.enabled or self._unmerged is not None:
             return y
-        return low_rank_update(
-            y,
-            x,
-            lora_a=self.lora_a,
-            lora_b=self.lora_b,
-            dash_u=self.dash_u,
-            dash_vt=self.dash_vt,
-            dash_sigma=self.dash_sigma,
-            scaling=self.scaling,
-            dropout_p=self.config.dropout,
-            training=self.training,
-        )
+        try:
+            return low_rank_update(
+                y,
+                x,
+                lora_a=self.lora_a,
+                lora_b=self.lora_b,
+                dash_u=self.dash_u,
+                dash_vt=self.dash_vt,
+                dash_sigma=self.dash_sigma,
+                scaling=self.scaling,
+                dropout_p=self.config.dropout,
+                training=self.training,
+            )
+        except ValueError as error:
+            self._fail(error, None)
+
+    def _fail(self, error: ValueError, weight: Tensor | None) -> NoReturn:
+        hint = ""
+        if weight is not None and weight.shape != (self.out_features, self.in_features):
+            hint = (
+                f": the weight has shape {tuple(weight.shape)}, the adapter was made for "
+                f"{(self.out_features, self.in_features)}; resize embeddings before apply_dash"
+            )
+        raise ValueError(f"{self._label()}: {error}{hint}") from error
+
+    def _label(self) -> str:
+        return self.name or type(self).__name__
+
+    # --- phases ------------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
     def launch(self, directions: Directions) -> None:
         """Takes the task-specific directions, u (N, s) and vt (s, K), and starts their coordinates Δσ at zero.
 
-        Raises ValueError where shapes do not fit; the layer is then unchanged.
+        Raises ValueError where shapes do not fit, for a merged layer, and where trained Δσ would be lost; the layer is
+        then unchanged.
         """
         for name, ours, theirs in (("u", self.dash_u, directions.u), ("vt", self.dash_vt, directions.vt)):
             if ours.shape != theirs.shape:
                 raise ValueError(f"directions.{name} has shape {tuple(theirs.shape)}; wanted {tuple(ours.shape)}")
+        if self.merged:
+            raise ValueError(f"{self._label()} is merged; unmerge it before launch")
+        if bool(self.launched) and bool(whole(self.dash_sigma).any()):
+            raise ValueError(
+                f"{self._label()} is launched, and its trained dash_sigma would be lost; zero it to launch anew"
+            )
         self.dash_u.copy_(directions.u)
         self.dash_vt.copy_(directions.vt)
         self.dash_sigma.zero_()
@@ -185,36 +276,96 @@ class DashLinear(nn.Module):
 
     @torch.no_grad()
     def delta(self) -> Tensor:
-        """ΔW (N, K) in float32: scaling · B A + U diag(Δσ) Vᵀ."""
-        return self.scaling * (self.lora_b @ self.lora_a) + (self.dash_u * self.dash_sigma) @ self.dash_vt
+        """ΔW (N, K) in float32: scaling · B A + U diag(Δσ) Vᵀ. Of sharded adapters the whole; every process calls it."""
+        a, b, u, vt, sigma = map(whole, (self.lora_a, self.lora_b, self.dash_u, self.dash_vt, self.dash_sigma))
+        with torch.autocast(a.device.type, enabled=False):
+            return self.scaling * (b.float() @ a.float()) + (u.float() * sigma.float()) @ vt.float()
+
+    def _holder(self) -> nn.Module:
+        """The module whose weight can take ΔW. Raises ValueError where there is none."""
+        holder = self if self.base is None else self.base
+        weight = holder.weight
+        plain = computes_plainly(holder) if self.base is not None else not is_quantised(weight)
+        if not plain:
+            kind = "is quantised" if is_quantised(weight) else "computes in a way of its own"
+            raise ValueError(
+                f"{self._label()}: {type(holder).__name__} {kind} and cannot take the update; serve it beside the model: "
+                "export_lora(model, path)"
+            )
+        if weight.is_meta:
+            raise ValueError(
+                f"{self._label()}: its weight is on meta (offloaded, or not loaded yet) and cannot be merged"
+            )
+        return holder
 
     @torch.no_grad()
     def merge(self) -> None:
         """Adds ΔW to the weight, as a new tensor: weights tied to this one stay as they are. Again: no effect.
 
-        Raises ValueError for a quantised layer, whose weight has no room for ΔW.
+        A sharded weight is written in place, beside a copy of this process's part. Raises ValueError, with the layer
+        unchanged, where the weight has no room for ΔW: quantised layers, subclasses with a forward of their own,
+        weights on meta, values that overflow the weight's dtype.
         """
-        if self.base is not None:
-            raise ValueError(
-                f"{type(self.base).__name__} is quantised and cannot take the update; serve it beside the model: "
-                "export_lora(model, path)"
-            )
         if self._unmerged is not None:
             return
+        holder = self._holder()
+        weight: Tensor = holder.weight  # type: ignore[assignment]
         delta = self.delta()
-        merged = self.weight.float() + (delta.t() if self.transposed else delta)
-        self._unmerged = self.weight
-        self.weight = nn.Parameter(merged.to(self.weight.dtype), requires_grad=False)
+        if is_transposed(holder) or (holder is self and self.transposed):
+            delta = delta.t()
+        wide = whole(weight).to(torch.promote_types(weight.dtype, torch.float32)) + delta
+        merged = wide.to(weight.dtype)
+        if not bool(merged.isfinite().all()) and bool(whole(weight).isfinite().all()):
+            raise ValueError(
+                f"{self._label()}: the merged weight reaches {wide.abs().max():.3g}, which is not finite in {weight.dtype}"
+            )
+        if is_sharded(weight):
+            self._keep(weight.detach().clone())
+            _write_shard(weight, merged)
+        else:
+            self._keep(weight)
+            holder.weight = nn.Parameter(merged, requires_grad=False)
 
+    @torch.no_grad()
     def unmerge(self) -> None:
         """Puts the original weight back, bit for bit. Without `merge`: no effect."""
+        if self._unmerged is None:
+            return
+        holder = self._holder()
+        if is_sharded(self._unmerged):
+            holder.weight.copy_(self._unmerged)  # type: ignore[operator]
+        else:
+            holder.weight = cast(nn.Parameter, self._unmerged)
+        self._keep(None)
+
+    def _keep(self, weight: Tensor | None) -> None:
+        """Outside the module's parameters: the weight before `merge` is no part of its state dict."""
+        object.__setattr__(self, "_unmerged", weight)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> DashLinear:
+        """`to`, `half`, `cuda`: the weight before `merge` goes along."""
+        super()._apply(fn, recurse)
         if self._unmerged is not None:
-            self.weight = self._unmerged
-            self._unmerged = None
+            self._unmerged.data = fn(self._unmerged.data)
+        return self
+
+    def _load_from_state_dict(self, state_dict: dict, prefix: str, *args: Any) -> None:
+        if self.merged and f"{prefix}weight" in state_dict:
+            raise ValueError(f"{self._label()} is merged; unmerge(model) before load_state_dict")
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def extra_repr(self) -> str:
-        phase = "dash" if bool(self.launched) else "pre-launch"
+        phase = "on meta" if self.launched.is_meta else "dash" if bool(self.launched) else "pre-launch"
+        bias = getattr(self, "bias", None) is not None
         return (
-            f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
+            f"in_features={self.in_features}, out_features={self.out_features}, bias={bias}, "
             f"r={self.config.r}, directions={self.dash_sigma.numel()}, phase={phase}"
         )
+
+
+def _write_shard(weight: Tensor, values: Tensor) -> None:
+    """Writes a whole tensor into a sharded one: every process its own part."""
+    from torch.distributed.tensor import distribute_tensor
+
+    shard: Any = weight
+    shard.copy_(distribute_tensor(values, shard.device_mesh, shard.placements))

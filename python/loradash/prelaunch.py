@@ -12,6 +12,7 @@ from tqdm.auto import tqdm
 
 from loradash_kernels import Directions, task_specific_directions
 
+from .base import is_sharded, whole
 from .inject import dash_layers, dash_state
 from .linear import DashLinear
 from .spectral import SpectralCache
@@ -49,15 +50,13 @@ def prelaunch(
         cache: takes decompositions from there, and keeps those it has to make.
         device: where to decompose; that of each layer by default. A GPU for a model whose weights are on the CPU.
 
-    Returns one report a layer. Raises ValueError for a model without adapters, weights that are not finite, or merged
-    layers; RuntimeError, naming the process, when another one failed.
+    Returns one report a layer. Raises ValueError for a model without adapters, weights that are not finite or not there
+    (meta), merged layers, and layers that are launched already; RuntimeError, naming the process, when another one failed.
     """
     method = dash_state(model).config.svd
     layers = dash_layers(model)
-    merged = [name for name, layer in layers.items() if layer.merged]
-    if merged:
-        raise ValueError(f"unmerge(model) before prelaunch; merged: {', '.join(merged[:4])}")
-    adapters = {name: (_whole(layer.lora_a), _whole(layer.lora_b)) for name, layer in layers.items()}
+    _check_phase(layers)
+    adapters = {name: (whole(layer.lora_a), whole(layer.lora_b)) for name, layer in layers.items()}
     idle = [name for name, (a, b) in adapters.items() if not bool(a.any()) or not bool(b.any())]
     if idle:
         warnings.warn(
@@ -73,6 +72,20 @@ def prelaunch(
     for name in names:
         layers[name].launch(found[name])
     return [LayerReport(n, found[n].routes[0], found[n].rate, found[n].sigma, found[n].index) for n in names]
+
+
+def _check_phase(layers: dict[str, DashLinear]) -> None:
+    for wrong, text in (
+        (lambda layer: layer.merged, "unmerge(model) before prelaunch; merged"),
+        (lambda layer: layer.lora_a.is_meta, "prelaunch needs the weights; on meta"),
+        (
+            lambda layer: bool(layer.launched),
+            "launched already, a second prelaunch would lose their trained dash_sigma",
+        ),
+    ):
+        names = [name for name, layer in layers.items() if wrong(layer)]
+        if names:
+            raise ValueError(f"{text}: {', '.join(names[:4])}")
 
 
 class _Finder:
@@ -152,7 +165,7 @@ def _find(finder: _Finder, shares: list[list[str]], rank: int, bar: tqdm) -> dic
     """This process's share. Errors are told to the others before they are raised: nobody waits for the dead."""
     found: dict[str, Directions] = {}
     error: BaseException | None = None
-    sharded = any(layer.base is None and hasattr(layer.weight, "full_tensor") for layer in finder.layers.values())
+    sharded = any(layer.base is None and is_sharded(layer.weight) for layer in finder.layers.values())
     try:
         if sharded:
             _find_sharded(finder, shares, rank, found, bar)
@@ -181,9 +194,9 @@ def _find_sharded(finder: _Finder, shares: list[list[str]], rank: int, found: di
         for owner, share in enumerate(shares):
             if turn < len(share):
                 layer = finder.layers[share[turn]]
-                whole = layer.oriented(_whole(layer.weight))
-                mine = whole if owner == rank else mine
-                del whole
+                gathered = layer.oriented(whole(layer.weight))
+                mine = gathered if owner == rank else mine
+                del gathered
         if mine is not None and error is None:
             try:
                 found |= finder.find([shares[rank][turn]], lambda _, weight=mine: weight)  # type: ignore[misc]
@@ -192,11 +205,6 @@ def _find_sharded(finder: _Finder, shares: list[list[str]], rank: int, found: di
             bar.update(1)
     if error is not None:
         raise error
-
-
-def _whole(t: Tensor) -> Tensor:
-    """A parameter, gathered where it is sharded."""
-    return t.full_tensor().detach() if hasattr(t, "full_tensor") else t.detach()
 
 
 def _place() -> tuple[int, int]:

@@ -2,9 +2,18 @@
 
 from __future__ import annotations
 
-from torch import nn
+import functools
+import warnings
+import weakref
+from typing import Any
 
+import torch
+from torch import nn
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
+
+from .base import is_sharded
 from .inject import dash_layers, dash_state
+from .linear import DashLinear
 from .prelaunch import LayerReport, prelaunch
 from .spectral import SpectralCache
 
@@ -13,7 +22,12 @@ class DashSchedule:
     """Call `step()` once after every `optimizer.step()`; at `config.prelaunch_steps` it launches the directions.
 
     The count lives on the model (`dash_state`), so `save_adapter` and `load_adapter` carry it: a resumed run goes on
-    where it stopped. All parameters, Δσ included, exist from the start; the optimizer needs no new group.
+    where it stopped. All parameters, Δσ included, exist from the start; the optimizer needs no new group. Until launch
+    the optimizer is kept from Δσ, so that Adam's first steps on it are those of a fresh Adam, as in the authors' code.
+
+    Optimizers of torch.optim are watched: a step that GradScaler skipped, or a call in the middle of gradient
+    accumulation, does not count. Steps of any other kind of optimizer are counted by the calls alone. After the first
+    step, layers whose B got no gradient are named in a warning.
 
     Args:
         cache: decompositions of the frozen weights: `SpectralCache().start(model)` fills it while the first steps train.
@@ -28,19 +42,30 @@ class DashSchedule:
         self.progress = progress
         self.cache = cache
         self.reports: list[LayerReport] = []
-        self._settled = False
+        self._number = self.state.claim()
+        self._layers = dash_layers(model)
+        self._settled = self.launched
+        self._watch = _OptimizerWatch(self._layers, self._before_optimizer)
+        self._gradients = _GradientWatch(self._layers) if not self._settled else None
 
     @property
     def launched(self) -> bool:
         """Has any layer its directions?"""
-        return any(bool(layer.launched) for layer in dash_layers(self.model).values())
+        return any(bool(layer.launched) for layer in self._layers.values())
 
     def step(self) -> bool:
         """Counts one optimizer step. Returns True at the step that launches.
 
-        A launch that failed or was interrupted is tried again at the next step.
+        A launch that failed or was interrupted is tried again at the next step. Raises RuntimeError where a later
+        DashSchedule counts for this model, and where a layer lost its adapter since this one was made.
         """
-        self.state.step += 1
+        if self.state.schedules != self._number:
+            raise RuntimeError("a later DashSchedule counts for this model; step that one")
+        stepped, correction = self._watch.since_last()
+        self.state.step += int(stepped) - correction
+        if not stepped:
+            return False
+        self._look_after_layers()
         if self.state.step < self.state.config.prelaunch_steps or self._settled:
             return False
         if self.launched:
@@ -49,3 +74,108 @@ class DashSchedule:
         self.reports = prelaunch(self.model, self.progress, self.cache)
         self._settled = True
         return True
+
+    def _before_optimizer(self) -> None:
+        """Δσ gets zero gradients before launch: they would only spend the bias correction of its first steps."""
+        if self._settled or (self.state.step >= self.state.config.prelaunch_steps and self.launched):
+            return
+        for layer in self._layers.values():
+            layer.dash_sigma.grad = None
+
+    def _look_after_layers(self) -> None:
+        present = dash_layers(self.model)
+        lost = [name for name, layer in self._layers.items() if present.get(name) is not layer]
+        if lost:
+            raise RuntimeError(
+                f"adapted layers were replaced since DashSchedule was made: {', '.join(lost[:4])}; change the model (resize "
+                "embeddings, quantise, convert) before apply_dash"
+            )
+        if self._gradients is not None:
+            self._gradients.report(trained=self._watch.seen)
+            self._gradients = None
+
+
+class _OptimizerWatch:
+    """Counts the steps that torch.optim's optimizers take on the adapters, by hooks on all of them."""
+
+    def __init__(self, layers: dict[str, DashLinear], before: Any) -> None:
+        self._layers = layers
+        self._before = weakref.WeakMethod(before)
+        self._taken = 0
+        self._assumed = 0
+        self.seen = False
+        watch = weakref.ref(self)
+        handles = (
+            register_optimizer_step_pre_hook(functools.partial(_forward, watch, "_about_to_step")),
+            register_optimizer_step_post_hook(functools.partial(_forward, watch, "_stepped")),
+        )
+        weakref.finalize(self, _remove, handles)
+
+    def since_last(self) -> tuple[bool, int]:
+        """Was a step taken since the last call, and how many assumed before were none?
+
+        A step a call is assumed until an optimizer that can be watched shows itself: only then is it known that
+        GradScaler skipped the ones before, as it does with the first of most runs.
+        """
+        if not self.seen:
+            self._assumed += 1
+            return True, 0
+        stepped, correction = self._taken > 0, self._assumed
+        self._taken = self._assumed = 0
+        return stepped, correction
+
+    def _about_to_step(self, optimizer: torch.optim.Optimizer) -> None:
+        before = self._before()
+        if before is not None and self._is_ours(optimizer):
+            before()
+
+    def _stepped(self, optimizer: torch.optim.Optimizer) -> None:
+        if self._is_ours(optimizer):
+            self.seen = True
+            self._taken += 1
+
+    def _is_ours(self, optimizer: torch.optim.Optimizer) -> bool:
+        ours = {id(p) for layer in self._layers.values() for p in (layer.lora_a, layer.lora_b, layer.dash_sigma)}
+        return any(id(p) in ours for group in optimizer.param_groups for p in group["params"])
+
+
+def _forward(watch: weakref.ref, method: str, optimizer: torch.optim.Optimizer, *_: Any) -> None:
+    found = watch()
+    if found is not None:
+        getattr(found, method)(optimizer)
+
+
+def _remove(handles: tuple) -> None:
+    for handle in handles:
+        handle.remove()
+
+
+class _GradientWatch:
+    """Notes which layers' B gets a gradient: one that gets none is unused, or its parent passes it by."""
+
+    def __init__(self, layers: dict[str, DashLinear]) -> None:
+        self._layers = {name: layer for name, layer in layers.items() if layer.lora_b.requires_grad}
+        self._arrived: set[str] = set()
+        self._handles = [
+            layer.lora_b.register_hook(functools.partial(self._note, name)) for name, layer in self._layers.items()
+        ]
+
+    def _note(self, name: str, gradient: torch.Tensor) -> None:
+        self._arrived.add(name)
+
+    def report(self, trained: bool) -> None:
+        """Warns, and ends the watch. trained: did an optimizer step for certain, whoever got gradients?"""
+        for handle in self._handles:
+            handle.remove()
+        missing = [
+            name
+            for name, layer in self._layers.items()
+            if name not in self._arrived and not is_sharded(layer.lora_b)  # FSDP2 sets gradients without hooks
+        ]
+        if missing and (trained or self._arrived):
+            warnings.warn(
+                f"loradash: no gradient for {len(missing)} of {len(self._layers)} adapted layers in the first step: "
+                f"{', '.join(missing[:4])}{', ...' if len(missing) > 4 else ''}. They were not used, or their parent "
+                "multiplies by their weight without calling them and gives the base model's output",
+                stacklevel=4,
+            )
