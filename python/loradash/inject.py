@@ -134,13 +134,12 @@ def _chosen(model: nn.Module, config: DashConfig) -> dict[str, nn.Module]:
 
 def _check_parents(model: nn.Module, chosen: dict[str, nn.Module], config: DashConfig) -> None:
     """Refuses (or with config.bypassed="warn" tells) where a parent's own code multiplies by a chosen child's weight."""
-    names = {module: name for name, module in chosen.items()}
-    found = {
-        names[module]: place
+    places = {
+        child_at(parent, child): place
         for parent in model.modules()
         for child, place in bypassed_children(parent).items()
-        if (module := child_at(parent, child)) in names
     }
+    found = {name: places[module] for name, module in chosen.items() if module in places}
     if not found:
         return
     shown = ", ".join(f"{name} (in {place})" for name, place in list(found.items())[:4])

@@ -1,0 +1,511 @@
+"""What becomes of every kind of layer and parent: adopted, kept whole, made to call, refused. docs/layers.md has the table."""
+
+from __future__ import annotations
+
+import copy
+import re
+import warnings
+from pathlib import Path
+
+import loradash
+import pytest
+import torch
+from loradash import DashConfig, DashLinear, apply_dash, dash_layers
+from loradash.bypass import bypassed_children
+from torch import nn
+from torch.nn import functional as F
+from torch.nn.utils import prune
+
+TABLE = Path(__file__).parents[1] / "docs" / "layers.md"
+WIDTH = 32
+
+
+def config(**settings):
+    return DashConfig(**{"r": 4, "directions": 4, **settings})
+
+
+class Renamed(nn.Linear):
+    """A subclass that computes as nn.Linear does."""
+
+
+class Scaled(nn.Linear):
+    def forward(self, x):
+        return 3 * super().forward(x)
+
+
+class Tuple(nn.Linear):
+    """Megatron's layers return their bias beside the output."""
+
+    def forward(self, x):
+        return super().forward(x), None
+
+
+def linear():
+    return nn.Linear(WIDTH, WIDTH)
+
+
+def hooked():
+    layer = linear()
+    layer.register_forward_hook(lambda module, args, output: None)
+    return layer
+
+
+def patched():
+    layer = linear()
+    layer.forward = lambda x: 2 * F.linear(x, layer.weight, layer.bias)
+    return layer
+
+
+def pruned():
+    return prune.l1_unstructured(linear(), "weight", amount=0.5)
+
+
+def parametrized():
+    return nn.utils.parametrizations.weight_norm(linear())
+
+
+def conv1d():
+    return pytest.importorskip("transformers.pytorch_utils").Conv1D(WIDTH, WIDTH)
+
+
+def bitnet():
+    layer = pytest.importorskip("transformers.integrations.bitnet").AutoBitLinear(WIDTH, WIDTH, bias=False)
+    layer.weight.data = torch.randint(-1, 2, (WIDTH, WIDTH)).float()
+    layer.weight_scale.fill_(0.05)
+    return layer
+
+
+def int8():
+    torchao = pytest.importorskip("torchao.quantization")
+    model = nn.Sequential(linear())
+    torchao.quantize_(model, torchao.Int8WeightOnlyConfig())
+    return model[0]
+
+
+def four_bit():
+    bnb = pytest.importorskip("bitsandbytes")
+    layer = bnb.nn.Linear4bit(64, 64, compute_dtype=torch.float32, quant_type="nf4")
+    layer.load_state_dict(nn.Linear(64, 64).state_dict())
+    return layer.to("cpu")
+
+
+def offloaded():
+    accelerate = pytest.importorskip("accelerate")
+    model = nn.Sequential(linear())
+    accelerate.cpu_offload(model, execution_device=torch.device("cpu"))
+    return model[0]
+
+
+LAYERS = {
+    "`nn.Linear`": (linear, "adopted"),
+    "subclass of `nn.Linear` that inherits its forward": (lambda: Renamed(WIDTH, WIDTH), "adopted"),
+    "transformers' `Conv1D`": (conv1d, "adopted"),
+    "subclass with a forward of its own (FP8, QAT, routers, ...)": (lambda: Scaled(WIDTH, WIDTH), "kept whole"),
+    "transformers' `AutoBitLinear` (BitNet)": (bitnet, "kept whole"),
+    "torchao int8 weight": (int8, "kept whole"),
+    "bitsandbytes `Linear4bit`": (four_bit, "kept whole"),
+    "layer with forward or backward hooks": (hooked, "kept whole"),
+    "layer whose `forward` was patched": (patched, "kept whole"),
+    "layer that accelerate offloads": (offloaded, "kept whole"),
+    "parametrized layer (`weight_norm`, ...)": (parametrized, "kept whole"),
+    "pruned layer (`torch.nn.utils.prune`)": (pruned, "kept whole"),
+    "`nn.LazyLinear` before its first call": (lambda: nn.LazyLinear(WIDTH), "refused"),
+}
+
+
+@pytest.fixture(params=LAYERS, ids=[re.sub(r"\W+", "-", name).strip("-") for name in LAYERS])
+def kind(request):
+    make, outcome = LAYERS[request.param]
+    return request.param, make(), outcome
+
+
+def outcome_of(layer):
+    model = nn.ModuleDict({"layer": layer, "plain": linear()})
+    before = {n: p.requires_grad for n, p in model.named_parameters()}
+    try:
+        apply_dash(model, config())
+    except ValueError as refusal:
+        if "layer: " not in str(refusal):
+            raise
+        assert model["layer"] is layer and type(model["plain"]) is nn.Linear
+        assert before == {n: p.requires_grad for n, p in model.named_parameters()}
+        return "refused"
+    return "adopted" if model["layer"].base is None else "kept whole"
+
+
+def test_layers(kind):
+    _, layer, expected = kind
+    assert outcome_of(layer) == expected
+
+
+def test_a_fresh_adapter_changes_no_output(kind):
+    _, layer, outcome = kind
+    if outcome == "refused":
+        return
+    x = torch.randn(7, 64 if isinstance(layer, nn.Linear) and layer.in_features == 64 else WIDTH)
+    expected = layer(x).detach()
+    dash = DashLinear.from_linear(layer, config())
+    torch.testing.assert_close(dash(x), expected, rtol=1e-4, atol=1e-5)
+    dash.enabled = False
+    torch.testing.assert_close(dash(x), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_an_update_is_added_and_learns(kind):
+    _, layer, outcome = kind
+    if outcome == "refused":
+        return
+    dash = DashLinear.from_linear(layer, config())
+    nn.init.normal_(dash.lora_b)
+    x = torch.randn(7, dash.in_features)
+    base = layer(x).detach()
+    y = dash(x)
+    torch.testing.assert_close(y, base + x @ dash.delta().t(), rtol=1e-3, atol=1e-3)
+    y.square().sum().backward()
+    assert all(p.grad is not None and p.grad.any() for p in (dash.lora_a, dash.lora_b))
+    assert not any(p.requires_grad for p in layer.parameters())
+
+
+def test_the_weight_it_multiplies_with(kind):
+    """What the directions are sought in is the W of the layer's own outputs, whatever hooks and hosts there are."""
+    _, layer, outcome = kind
+    if outcome == "refused":
+        return
+    dash = DashLinear.from_linear(layer, config())
+    weight = dash.weight_nk()
+    assert weight.shape == (dash.out_features, dash.in_features)
+    zero = dash(torch.zeros(1, dash.in_features))
+    x = torch.eye(dash.in_features)[:5]
+    torch.testing.assert_close(weight.t()[:5].float(), (dash(x) - zero).detach(), rtol=1e-4, atol=1e-4)
+
+
+def test_pre_launch_of_every_kind(kind):
+    _, layer, outcome = kind
+    if outcome == "refused":
+        return
+    model = apply_dash(nn.Sequential(layer), config())
+    nn.init.normal_(model[0].lora_b)
+    loradash.prelaunch(model, progress=False)
+    dash = model[0]
+    assert bool(dash.launched)
+    weight = dash.weight_nk().float()
+    torch.testing.assert_close(
+        weight @ dash.dash_vt.t(), dash.dash_u * (weight @ dash.dash_vt.t()).norm(dim=0), rtol=1e-2, atol=1e-3
+    )
+
+
+def test_hooks_run_once_and_not_for_the_directions():
+    seen = []
+    layer = linear()
+    layer.register_forward_pre_hook(lambda *_: seen.append("before"))
+    layer.register_forward_hook(lambda *_: seen.append("after"))
+    model = apply_dash(nn.Sequential(layer), config())
+    nn.init.normal_(model[0].lora_b)
+    model(torch.randn(3, WIDTH))
+    assert seen == ["before", "after"]
+    loradash.prelaunch(model, progress=False)
+    assert seen == ["before", "after"]
+
+
+def test_a_layer_kept_whole_answers_for_its_weight():
+    layer = Scaled(WIDTH, 8)
+    dash = DashLinear.from_linear(layer, config())
+    assert dash.weight is layer.weight and dash.bias is layer.bias
+    assert (dash.in_features, dash.out_features) == (WIDTH, 8)
+    assert isinstance(next(m for m in dash.modules() if isinstance(m, nn.Linear)).weight, nn.Parameter)
+    other = nn.Parameter(torch.randn(8, WIDTH), requires_grad=False)
+    dash.weight = other  # as tied embeddings are set
+    assert layer.weight is other and "weight" not in dash._parameters
+    with pytest.raises(AttributeError, match="nothing_of_that_name"):
+        dash.nothing_of_that_name  # noqa: B018
+    assert not hasattr(dash, "_hf_hook")
+
+
+def test_an_output_that_is_no_tensor_is_refused():
+    model = apply_dash(nn.ModuleDict({"megatron": Tuple(8, 8)}), config())
+    with pytest.raises(TypeError, match="megatron: Tuple returned tuple"):
+        model["megatron"](torch.randn(2, 8))
+
+
+def test_quantised_after_it_was_adapted():
+    torchao = pytest.importorskip("torchao.quantization")
+    dash = DashLinear.from_linear(nn.Linear(64, 64), config())
+    nn.init.normal_(dash.lora_b)
+    x = torch.randn(5, 64)
+    expected = dash(x)
+    torchao.quantize_(dash, torchao.Int8WeightOnlyConfig(), filter_fn=lambda module, name: module is dash)
+    torch.testing.assert_close(dash(x), expected, rtol=0.05, atol=0.05)
+    with pytest.raises(ValueError, match="quantised and cannot take the update"):
+        dash.merge()
+
+
+def test_a_sharded_layer_is_refused():
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Shard, distribute_tensor
+
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        mesh = init_device_mesh("cpu", (1,))
+        model = nn.ModuleDict({"sharded": linear(), "plain": linear()})
+        model["sharded"].weight = nn.Parameter(distribute_tensor(torch.randn(WIDTH, WIDTH), mesh, [Shard(0)]))
+        with pytest.raises(ValueError, match=r"sharded: Linear is sharded \(DTensor\); adapt the model first"):
+            apply_dash(model, config())
+        assert type(model["plain"]) is nn.Linear and model["plain"].weight.requires_grad
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+# --- parents ---------------------------------------------------------------------------------------------------------
+
+
+class Fused(nn.Module):
+    """Multiplies by a child's weight itself, and asks another for its dtype."""
+
+    def __init__(self):
+        super().__init__()
+        self.fused, self.asked, self.inner = linear(), linear(), nn.ModuleDict({"deep": linear()})
+        nn.init.zeros_(self.asked.weight)
+
+    def forward(self, x):
+        if isinstance(self.asked.weight, torch.Tensor) and x.dtype != self.asked.weight.dtype:
+            x = x.to(self.asked.weight.dtype)
+        return self.asked(F.linear(x, self.fused.weight, self.fused.bias)) + x @ self.inner.deep.weight
+
+    def tie_weights(self):
+        self.asked.weight = self.fused.weight
+
+
+class OwnAttention(nn.MultiheadAttention):
+    """A subclass of torch's attention: its class cannot be exchanged."""
+
+
+def attention():
+    return nn.MultiheadAttention(WIDTH, 4, batch_first=True)
+
+
+def mamba():
+    transformers = pytest.importorskip("transformers")
+    settings = transformers.MambaConfig(vocab_size=97, hidden_size=32, num_hidden_layers=1, state_size=8)
+    return transformers.MambaForCausalLM(settings)
+
+
+def wavlm():
+    transformers = pytest.importorskip("transformers")
+    settings = transformers.WavLMConfig(
+        hidden_size=32, num_hidden_layers=1, num_attention_heads=4, intermediate_size=48, conv_dim=(32,),
+        conv_stride=(5,), conv_kernel=(10,), num_feat_extract_layers=1, num_conv_pos_embeddings=4,
+        num_conv_pos_embedding_groups=2,
+    )  # fmt: skip
+    return transformers.WavLMModel(settings)
+
+
+PARENTS = {
+    "`nn.MultiheadAttention` (`out_proj`)": (lambda: nn.Sequential(attention()), "adapted"),
+    "`nn.TransformerEncoderLayer`, `nn.TransformerEncoder`": (
+        lambda: nn.TransformerEncoder(nn.TransformerEncoderLayer(WIDTH, 4, 64, batch_first=True), 1),
+        "adapted",
+    ),
+    "`nn.TransformerDecoderLayer`": (lambda: nn.Sequential(nn.TransformerDecoderLayer(WIDTH, 4, 64)), "adapted"),
+    "subclass of `nn.MultiheadAttention`": (lambda: nn.Sequential(OwnAttention(WIDTH, 4)), "refused"),
+    "transformers' Mamba (`out_proj`, `dt_proj`, `x_proj`)": (mamba, "refused"),
+    "transformers' WavLM (`q_proj`, `k_proj`, `v_proj`, `out_proj`)": (wavlm, "refused"),
+    "any parent whose code uses `self.child.weight`": (Fused, "refused"),
+    "model inside `DistributedDataParallel`, `DataParallel`, FSDP1": (
+        lambda: nn.DataParallel(nn.Sequential(linear())),
+        "refused",
+    ),
+    "model sharded by `fully_shard` or `parallelize_module`": (None, "refused"),
+    "model that is itself one layer": (linear, "refused"),
+    "model with adapters": (lambda: apply_dash(nn.Sequential(linear()), config()), "refused"),
+}
+
+
+@pytest.mark.parametrize("name", [name for name, (make, _) in PARENTS.items() if make])
+def test_parents(name):
+    make, expected = PARENTS[name]
+    model = make()
+    before = {n: (type(m), m.training) for n, m in model.named_modules()}
+    grads = {n: p.requires_grad for n, p in model.named_parameters()}
+    if expected == "adapted":
+        apply_dash(model, config())
+        assert len(dash_layers(model)) == sum(isinstance(m, nn.Linear) for m in make().modules())
+        return
+    with pytest.raises(ValueError):  # noqa: PT011  # every reason has its own words
+        apply_dash(model, config())
+    assert before == {n: (type(m), m.training) for n, m in model.named_modules()}
+    assert grads == {n: p.requires_grad for n, p in model.named_parameters()}
+
+
+def test_the_table_in_the_documents():
+    """Every row says what the tests above see, and no kind is missing."""
+    rows = [
+        [cell.strip() for cell in line.strip("|").split("|")] for line in TABLE.read_text().splitlines() if "|" in line
+    ]
+    said = {cells[0]: cells[1] for cells in rows if cells[1] in ("adopted", "kept whole", "refused", "adapted")}
+    assert said == {name: outcome for name, (_, outcome) in {**LAYERS, **PARENTS}.items()}
+
+
+def test_what_a_parent_uses_is_read_from_its_code():
+    assert bypassed_children(Fused()) == {"fused": "Fused.forward", "inner.deep": "Fused.forward"}
+    assert bypassed_children(nn.Sequential(linear())) == {}
+    message = r"2 layers whose parent .* fused \(in Fused.forward\), inner.deep .*exclude_modules=\['deep', 'fused'\]"
+    with pytest.raises(ValueError, match=message):
+        apply_dash(Fused(), config())
+    model = apply_dash(Fused(), config(exclude_modules=["deep", "fused"]))
+    assert set(dash_layers(model)) == {"asked"}
+    with pytest.warns(UserWarning, match="would be passed by: fused"):
+        apply_dash(Fused(), config(bypassed="warn"))
+
+
+ATTENTION = [
+    {"batch_first": True},
+    {"batch_first": False},
+    {"batch_first": True, "bias": False},
+    {"kdim": 24, "vdim": 40},
+    {"add_bias_kv": True, "add_zero_attn": True},
+]
+
+
+@pytest.mark.parametrize("options", ATTENTION)
+@pytest.mark.parametrize("mode", ["train", "eval"])
+def test_attention_gives_what_its_merged_weight_gives(options, mode):
+    torch.manual_seed(0)
+    plain = nn.MultiheadAttention(WIDTH, 4, **options)
+    model = apply_dash(nn.ModuleDict({"attention": copy.deepcopy(plain)}), config())
+    ours = getattr(model["attention"], mode)()
+    getattr(plain, mode)()
+    nn.init.normal_(ours.out_proj.lora_b)
+    plain.out_proj.weight = nn.Parameter(plain.out_proj.weight + ours.out_proj.delta())
+    query = torch.randn(2, 5, WIDTH)
+    key, value = torch.randn(2, 5, options.get("kdim", WIDTH)), torch.randn(2, 5, options.get("vdim", WIDTH))
+    causal = torch.triu(torch.ones(5, 5, dtype=torch.bool), 1)
+    padding = torch.zeros(2 if options.get("batch_first") else 5, 5 if options.get("batch_first") else 2).bool()
+    padding[0, -1] = True
+    calls = [
+        {},
+        {"need_weights": False},
+        {"average_attn_weights": False},
+        {
+            "attn_mask": torch.randn(
+                query.shape[1 if options.get("batch_first") else 0], 5 if options.get("batch_first") else 2
+            )
+        },
+        {"key_padding_mask": padding},
+    ]
+    if options.get("batch_first"):
+        calls += [{"attn_mask": causal, "is_causal": True, "need_weights": False}, {"attn_mask": causal}]
+    for arguments in calls:
+        expected, weights = plain(query, key, value, **arguments)
+        y, seen = ours(query, key, value, **arguments)
+        torch.testing.assert_close(y, expected, rtol=1e-4, atol=1e-4)
+        assert (weights is None) == (seen is None)
+        if seen is not None:
+            torch.testing.assert_close(seen, weights)
+    y, _ = ours(query[0], key[0], value[0])
+    torch.testing.assert_close(y, plain(query[0], key[0], value[0])[0], rtol=1e-4, atol=1e-4)
+    y.sum().backward()
+    assert ours.out_proj.lora_b.grad.any()
+
+
+def test_attention_keeps_keys_pickles_and_types(tmp_path):
+    model = apply_dash(nn.Sequential(attention()), config())
+    assert isinstance(model[0], nn.MultiheadAttention)
+    torch.save(model, tmp_path / "model.pt")
+    again = torch.load(tmp_path / "model.pt", weights_only=False)
+    x = torch.randn(2, 5, WIDTH)
+    torch.testing.assert_close(again[0](x, x, x)[0], model[0](x, x, x)[0])
+    nested = torch.nested.nested_tensor([torch.randn(3, WIDTH), torch.randn(4, WIDTH)])
+    with pytest.raises(ValueError, match="nested"):
+        model[0].eval()(nested, nested, nested)
+
+
+@pytest.mark.parametrize("norm_first", [False, True])
+@pytest.mark.parametrize("activation", ["relu", "gelu"])
+def test_encoder_gives_one_output_in_every_mode(norm_first, activation):
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(
+        WIDTH, 4, 64, dropout=0.0, activation=activation, batch_first=True, norm_first=norm_first
+    )
+    encoder = apply_dash(nn.TransformerEncoder(layer, 2, enable_nested_tensor=not norm_first), config())
+    for dash in dash_layers(encoder).values():
+        nn.init.normal_(dash.lora_b)
+    x = torch.randn(3, 6, WIDTH)
+    padding = torch.zeros(3, 6, dtype=torch.bool)
+    padding[1, 4:] = True
+    expected = encoder.train()(x, src_key_padding_mask=padding)
+    with torch.no_grad():
+        seen = encoder.eval()(x, src_key_padding_mask=padding)
+    torch.testing.assert_close(seen[~padding], expected[~padding], rtol=1e-4, atol=1e-4)
+    with torch.inference_mode():
+        torch.testing.assert_close(encoder(x), encoder.train()(x), rtol=1e-4, atol=1e-4)
+
+
+# --- code around the layers ------------------------------------------------------------------------------------------
+
+
+def test_weights_that_are_plain_attributes():
+    """DataParallel's replicas, pruning and parametrizations keep tensors outside of the module's parameters."""
+    x = torch.randn(3, WIDTH)
+    layer = DashLinear(WIDTH, 8, config=config())
+    nn.init.normal_(layer.lora_b)
+    replica = layer._replicate_for_data_parallel()
+    for name, tensor in {**layer._parameters, **layer._buffers}.items():
+        setattr(replica, name, None if tensor is None else tensor.clone())
+    torch.testing.assert_close(replica(x), layer(x))
+    prune.l1_unstructured(layer, "weight", amount=0.5)
+    torch.testing.assert_close(layer(x), F.linear(x, layer.weight + layer.delta(), layer.bias), rtol=1e-4, atol=1e-4)
+    nn.utils.parametrize.register_parametrization(layer, "lora_a", nn.Identity())
+    torch.testing.assert_close(layer(x), F.linear(x, layer.weight + layer.delta(), layer.bias), rtol=1e-4, atol=1e-4)
+
+
+class Model(nn.Module):
+    """A child called `module`, as wrappers have."""
+
+    def __init__(self):
+        super().__init__()
+        self.module, self.head = nn.Sequential(linear()), nn.Linear(WIDTH, 2)
+
+    def forward(self, x):
+        return self.head(self.module(x))
+
+
+class Engine(nn.Module):
+    """A wrapper of another library."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.module = model
+
+
+def test_adapters_are_found_wherever_they_sit():
+    model = apply_dash(Model(), config())
+    names = {"module.0", "head"}
+    for outside in (
+        model,
+        Engine(model),
+        nn.DataParallel(model),
+        torch.compile(model),
+        nn.ModuleDict({"deep": Engine(model)}),
+    ):
+        assert set(dash_layers(outside)) == names
+        assert loradash.dash_state(outside) is loradash.dash_state(model)
+    two = nn.ModuleList([model, apply_dash(Model(), config())])
+    with pytest.raises(ValueError, match="2 parts of the model were adapted apart"):
+        dash_layers(two)
+    part = nn.ModuleList([apply_dash(Model(), config()), Model()])
+    with pytest.raises(ValueError, match="adapters already, in 0"):
+        apply_dash(part, config())
+
+
+def test_errors_of_a_forward_name_the_layer():
+    model = apply_dash(nn.ModuleDict({"lm_head": linear()}), config())
+    with pytest.raises(ValueError, match=r"lm_head: weight has shape \(32, 32\); wanted \(N, 5\)"):
+        model["lm_head"](torch.randn(2, 5))
+    model["lm_head"].weight = nn.Parameter(torch.randn(40, WIDTH), requires_grad=False)
+    with pytest.raises(ValueError, match=r"the adapter was made for \(32, 32\); resize embeddings before apply_dash"):
+        model["lm_head"](torch.randn(2, WIDTH))
+
+
+def test_no_warning_where_nothing_is_wrong():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        apply_dash(Model(), config())
