@@ -96,7 +96,7 @@ class DashLinear(nn.Module):
         kept = treatment(linear) == "kept whole"
         if kept and config.train_bias and getattr(linear, "bias", None) is not None:
             raise ValueError(f"train_bias=True: the bias of {type(linear).__name__} belongs to the layer kept whole")
-        self.register_module("base", linear if kept else None)
+        self.base = linear if kept else None
         self.transposed = is_transposed(linear) and not kept
         self.in_features, self.out_features = features(linear)
         self.config, self.name, self.enabled = config, "", True
@@ -168,7 +168,7 @@ class DashLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., K) to (..., N)."""
-        base = self._modules["base"]
+        base = self.base
         if base is not None:
             return self._add_to(self._called(base, x), x)
         weight, bias, *adapters = self._tensors()

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
-from .base import is_sharded
+from .base import is_sharded, whole
 from .inject import dash_layers, dash_state
 from .linear import DashLinear
 from .prelaunch import LayerReport, prelaunch
@@ -71,9 +71,14 @@ class DashSchedule:
         if self.launched:
             self._settled = True
             return False
+        if not self._watch.seen and not self._has_update():
+            return False  # every step so far was assumed, and none was taken
         self.reports = prelaunch(self.model, self.progress, self.cache)
         self._settled = True
         return True
+
+    def _has_update(self) -> bool:
+        return any(bool(whole(layer.lora_b).any()) for layer in self._layers.values())
 
     def _before_optimizer(self) -> None:
         """Δσ gets zero gradients before launch: they would only spend the bias correction of its first steps."""

@@ -1,0 +1,111 @@
+"""Merging: exact under every mode, all layers or none, and no trace in the state dict."""
+
+from __future__ import annotations
+
+import copy
+
+import loradash
+import pytest
+import torch
+from loradash import DashConfig, DashLinear, apply_dash, dash_layers, merge, unmerge
+from torch import nn
+
+WIDTH = 48
+
+
+def trained(*layers, std=0.5, **settings):
+    torch.manual_seed(0)
+    layers = layers or (nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH))
+    model = apply_dash(nn.Sequential(*layers), DashConfig(r=4, directions=4, **settings))
+    for layer in dash_layers(model).values():
+        nn.init.normal_(layer.lora_b, std=std)
+    return model.eval()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+def test_merged_weights_are_rounded_once(dtype):
+    """W + ΔW in float32 or wider, rounded to the weight's dtype: under autocast too."""
+    model = trained(nn.Linear(WIDTH, WIDTH).to(dtype))
+    layer = model[0]
+    wide = torch.promote_types(dtype, torch.float32)
+    expected = (layer.weight.detach().to(wide) + layer.delta()).to(dtype)
+    with torch.autocast("cpu", torch.bfloat16):
+        merge(model)
+    assert torch.equal(layer.weight, expected)
+
+
+def test_the_state_dict_is_that_of_an_unmerged_model():
+    model = trained()
+    keys, total = list(model.state_dict()), sum(p.numel() for p in model.parameters())
+    merge(model)
+    assert list(model.state_dict()) == keys
+    assert sum(p.numel() for p in model.parameters()) == loradash.summary(model).total == total
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: model])
+def test_the_original_goes_along(copied):
+    """Moved, converted or copied while merged: what comes back is the original in its new dtype."""
+    model = trained()
+    original = model[0].weight.detach().clone()
+    merge(model)
+    other = copied(model).to(torch.bfloat16)
+    unmerge(other)
+    assert torch.equal(other[0].weight, original.bfloat16())
+
+
+def test_tied_weights_stay_tied():
+    embedding, head = nn.Embedding(9, WIDTH), nn.Linear(WIDTH, 9, bias=False)
+    head.weight = embedding.weight
+    model = trained(embedding, head)
+    merge(model)
+    assert model[1].weight is not model[0].weight
+    model.half()
+    unmerge(model)
+    assert model[1].weight is model[0].weight and model[0].weight.dtype == torch.float16
+
+
+@pytest.mark.parametrize("bad", [0, 1])
+def test_all_layers_or_none(bad):
+    model = trained(nn.Linear(WIDTH, WIDTH).half(), nn.Linear(WIDTH, WIDTH).half())
+    before = {n: p.clone() for n, p in model.state_dict().items()}
+    nn.init.constant_(model[bad].lora_a, 300.0)
+    nn.init.constant_(model[bad].lora_b, 300.0)
+    with pytest.raises(ValueError, match=rf"{bad}: the merged weight reaches .* not finite in torch.float16"):
+        merge(model)
+    assert not any(layer.merged for layer in dash_layers(model).values())
+    assert all(torch.equal(p, before[n]) for n, p in model.state_dict().items() if "lora" not in n)
+
+
+def test_a_merged_layer_refuses_what_would_be_lost():
+    model = trained()
+    state = model.state_dict()
+    merge(model)
+    with pytest.raises(ValueError, match=r"0 is merged; unmerge\(model\) before load_state_dict"):
+        model.load_state_dict(state)
+    unmerge(model)
+    model.load_state_dict(state)
+
+
+def test_which_layers_kept_whole_can_be_merged():
+    """Those that compute x Wᵀ + b and carry hooks alone."""
+    hooked = nn.Linear(WIDTH, WIDTH)
+    seen = []
+    hooked.register_forward_hook(lambda *_: seen.append(1))
+    model = trained(hooked)
+    x = torch.randn(3, WIDTH)
+    expected, weight = model(x), hooked.weight
+    merge(model)
+    torch.testing.assert_close(model(x), expected, rtol=1e-4, atol=1e-4)
+    unmerge(model)
+    assert hooked.weight is weight and torch.equal(model(x), expected)
+
+    class Own(nn.Linear):
+        def forward(self, x):
+            return super().forward(x).relu()
+
+    with pytest.raises(ValueError, match="0: Own computes in a way of its own and cannot take the update"):
+        merge(trained(Own(WIDTH, WIDTH)))
+    with torch.device("meta"):
+        meta = DashLinear(WIDTH, WIDTH)
+    with pytest.raises(ValueError, match="DashLinear: its weight is on meta"):
+        meta.merge()
