@@ -86,25 +86,48 @@ def test_a_merged_layer_refuses_what_would_be_lost():
     model.load_state_dict(state)
 
 
-def test_which_layers_kept_whole_can_be_merged():
-    """Those that compute x Wᵀ + b and carry hooks alone."""
-    hooked = nn.Linear(WIDTH, WIDTH)
-    seen = []
-    hooked.register_forward_hook(lambda *_: seen.append(1))
-    model = trained(hooked)
-    x = torch.randn(3, WIDTH)
-    expected, weight = model(x), hooked.weight
+class Product(nn.Linear):
+    """A forward of its own that comes to the same, as Falcon's layers have."""
+
+    def forward(self, x):
+        return x @ self.weight.t() + self.bias
+
+
+class Other(nn.Linear):
+    """One that does not."""
+
+    def __init__(self, forward):
+        super().__init__(WIDTH, WIDTH)
+        self._forward = forward
+
+    def forward(self, x):
+        return self._forward(super().forward(x))
+
+
+def hooked():
+    layer = nn.Linear(WIDTH, WIDTH)
+    layer.register_forward_hook(lambda *_: None)
+    return layer
+
+
+@pytest.mark.parametrize("make", [hooked, lambda: Product(WIDTH, WIDTH)])
+def test_layers_kept_whole_that_can_be_merged(make):
+    base = make()
+    model, x = trained(base), torch.randn(3, WIDTH)
+    expected, weight = model(x), base.weight
     merge(model)
     torch.testing.assert_close(model(x), expected, rtol=1e-4, atol=1e-4)
     unmerge(model)
-    assert hooked.weight is weight and torch.equal(model(x), expected)
+    assert base.weight is weight and torch.equal(model(x), expected)
 
-    class Own(nn.Linear):
-        def forward(self, x):
-            return super().forward(x).relu()
 
-    with pytest.raises(ValueError, match="0: Own computes in a way of its own and cannot take the update"):
-        merge(trained(Own(WIDTH, WIDTH)))
+@pytest.mark.parametrize("change", [torch.relu, lambda y: 3 * y, lambda y: y.round(decimals=2), lambda y: y.flip(-1)])
+def test_layers_kept_whole_that_cannot_be_merged(change):
+    with pytest.raises(ValueError, match="0: Other computes in a way of its own and cannot take the update"):
+        merge(trained(Other(change)))
+
+
+def test_a_weight_that_is_not_there_cannot_be_merged():
     with torch.device("meta"):
         meta = DashLinear(WIDTH, WIDTH)
     with pytest.raises(ValueError, match="DashLinear: its weight is on meta"):

@@ -126,6 +126,18 @@ def weight_of(module: nn.Module) -> Tensor:
     return torch.cat(columns).t()
 
 
+def can_take_update(module: nn.Module) -> bool:
+    """Is adding to a layer's weight adding to its products? Of one with a forward of its own, its products tell."""
+    weight = module._parameters.get("weight")
+    if type(weight) is not nn.Parameter or weight.dtype not in _PLAIN or weight.dim() != 2:
+        return False
+    if computes_plainly(module):
+        return True
+    own = weight.t() if is_transposed(module) else weight
+    rounding = 2 * torch.finfo(weight.dtype).eps
+    return torch.allclose(weight_of(module).double(), own.double(), rtol=rounding, atol=rounding)
+
+
 def _input_dtype(module: nn.Module) -> torch.dtype:
     """Of inputs that a layer takes: its weight's where that is a plain one, else float32, which quantised layers take."""
     dtype = cast(Tensor, module.weight).dtype

@@ -13,8 +13,8 @@ from torch.nn import functional as F
 from loradash_kernels import Directions, dash_linear, low_rank_update
 
 from .base import (
+    can_take_update,
     compute_device,
-    computes_plainly,
     features,
     is_quantised,
     is_sharded,
@@ -285,16 +285,15 @@ class DashLinear(nn.Module):
         """The module whose weight can take ΔW. Raises ValueError where there is none."""
         holder = self if self.base is None else self.base
         weight = holder.weight
-        plain = computes_plainly(holder) if self.base is not None else not is_quantised(weight)
-        if not plain:
+        if weight.is_meta:
+            raise ValueError(
+                f"{self._label()}: its weight is on meta (offloaded, or not loaded yet) and cannot be merged"
+            )
+        if is_quantised(weight) or (self.base is not None and not can_take_update(self.base)):
             kind = "is quantised" if is_quantised(weight) else "computes in a way of its own"
             raise ValueError(
                 f"{self._label()}: {type(holder).__name__} {kind} and cannot take the update; serve it beside the model: "
                 "export_lora(model, path)"
-            )
-        if weight.is_meta:
-            raise ValueError(
-                f"{self._label()}: its weight is on meta (offloaded, or not loaded yet) and cannot be merged"
             )
         return holder
 
