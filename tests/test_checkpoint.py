@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import os
 
 import loradash
@@ -143,13 +142,3 @@ def test_trained_biases_travel(tmp_path):
 def test_no_adapters(tmp_path):
     with pytest.raises(ValueError, match="apply_dash"):
         save_adapter(network(), tmp_path)
-
-
-def test_export_serves_in_peft(tmp_path):
-    peft = pytest.importorskip("peft")
-    model = trained().eval()
-    loradash.export_lora(model, tmp_path)
-    served = peft.PeftModel.from_pretrained(copy.deepcopy(network()), str(tmp_path)).eval()
-    torch.testing.assert_close(served(X), model(X), rtol=1e-5, atol=1e-5)
-    served = served.merge_and_unload()
-    torch.testing.assert_close(served(X), model(X), rtol=1e-5, atol=1e-5)

@@ -20,6 +20,7 @@ class DashState:
 
     config: DashConfig
     step: int = 0  # optimizer steps taken
+    dash_only: bool = False  # A and B are frozen
 
 
 def dash_state(model: nn.Module) -> DashState:
@@ -138,6 +139,7 @@ def dash_only(model: nn.Module) -> None:
     for layer in layers.values():
         layer.lora_a.requires_grad_(False)
         layer.lora_b.requires_grad_(False)
+    dash_state(model).dash_only = True
 
 
 # --- summary ---------------------------------------------------------------------------------------------------------
