@@ -212,6 +212,19 @@ def _wanted(file: Path, model: nn.Module, config: DashConfig) -> dict[str, Tenso
     return wanted
 
 
+def _check_settings(file: Path, model: nn.Module, config: DashConfig, own: dict[str, Tensor]) -> None:
+    """Do the settings of a file describe these adapters? Their tensors may have the right shapes all the same."""
+    problems = [f"{key} is kept by one alone" for key in own.keys() ^ _adapter_tensors(model, config).keys()]
+    for wrapped, layer in dash_layers(model).items():
+        name = plain_name(wrapped)
+        problems += [] if is_target(name, config) else [f"{name} is no target"]
+        for key, shape in adapter_shapes(layer.out_features, layer.in_features, config.for_module(name)).items():
+            found = tuple(own[f"{name}.{key}"].shape)
+            problems += [] if found == shape else [f"{name}.{key} would have shape {shape}, the model's has {found}"]
+    if problems:
+        raise AdapterError(f"{file}: its settings do not fit the model: {'; '.join(sorted(problems)[:5])}")
+
+
 def _targets(model: nn.Module, config: DashConfig) -> dict[str, nn.Module]:
     linears = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear) or type(m).__name__ == "Conv1D"}
     return {n: m for n, m in linears.items() if is_target(n, config)}
@@ -344,6 +357,7 @@ def load_adapter(model: nn.Module, path: str | os.PathLike) -> nn.Module:
         own = _adapter_tensors(model, dash_state(model).config)
         _check_real(file, own)
         values = _fit(file, adapter.tensors, own)
+        _check_settings(file, model, adapter.config, own)
     _exchange(file, model, values, adapter.config)
     _resume(model, adapter)
     return model
