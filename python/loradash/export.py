@@ -8,7 +8,7 @@ import json
 import os
 import re
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -115,7 +115,7 @@ def _view(model: nn.Module, root: nn.Module) -> _View:
         if isinstance(module, DashLinear):
             inside = (*inside, f"{name}.")
     adapted = {plain_name(n): layer for n, layer in dash_layers(model).items()}
-    whole = {plain_name(n): m for n, m in trainable_modules(model, dash_state(model).config).items()}
+    whole = {n: modules[n] for n in map(plain_name, trainable_modules(model, dash_state(model).config))}
     return _View(modules, adapted, whole)
 
 
@@ -135,6 +135,7 @@ def _contents(model: nn.Module, root: nn.Module) -> tuple[_Layout, dict[str, Ten
     view = _view(model, root)
     _refuse_parents(view)
     _refuse_ties(view)
+    _warn_of_tied_targets(view)
     task = _task(root)
     if task is not None:
         try:
@@ -185,36 +186,36 @@ def _refuse_parents(view: _View) -> None:
 
 def _refuse_ties(view: _View) -> None:
     inside = {id(m) for module in view.whole.values() for m in module.modules()}
-    owners: dict[Any, str] = {}
-    for name, module in view.modules.items():
-        if id(module) not in inside:
-            owners |= {_memory(p): f"{name}.{key}" for key, p in module._parameters.items() if p is not None}
-            if isinstance(module, DashLinear) and module.base is not None:
-                owners |= {_memory(p): f"{name}.{key}" for key, p in module.base.named_parameters()}
+    outside = {_memory(p): key for module, key, p in _parameters(view) if id(module) not in inside}
     for name, module in view.whole.items():
         for key, parameter in module.named_parameters():
-            if _memory(parameter) in owners:
+            other = outside.get(_memory(parameter))
+            if other is not None:
                 raise _Unfaithful(
-                    f"{name}.{key} was trained and is tied to {owners[_memory(parameter)]}; PEFT would give {name} a copy of its "
-                    "own and leave the other as it was"
+                    f"{name}.{key} was trained and is tied to {other}; PEFT would give {name} a copy of its own and leave "
+                    "the other as it was"
                 )
-    _warn_of_tied_targets(view)
 
 
 def _warn_of_tied_targets(view: _View) -> None:
-    weights = {name: _memory(layer.weight) for name, layer in view.adapted.items() if isinstance(layer.weight, Tensor)}
     users: dict[Any, set[int]] = {}
-    for module in view.modules.values():
-        for parameter in module._parameters.values():
-            if parameter is not None:
-                users.setdefault(_memory(parameter), set()).add(id(module))
-    tied = [name for name, memory in weights.items() if len(users.get(memory, ())) > 1]
+    for module, _, parameter in _parameters(view):
+        users.setdefault(_memory(parameter), set()).add(id(module))
+    frozen = {name: layer.weight if layer.base is None else layer.base.weight for name, layer in view.adapted.items()}
+    tied = [name for name, weight in frozen.items() if len(users.get(_memory(weight), ())) > 1]  # type: ignore[arg-type]
     if tied:
         warnings.warn(
             f"loradash: the weight of {', '.join(tied[:4])} is tied to another module's: serve the exported adapter beside the "
             "model; PEFT's merge_and_unload would change both",
-            stacklevel=5,
+            stacklevel=4,
         )
+
+
+def _parameters(view: _View) -> Iterator[tuple[nn.Module, str, Tensor]]:
+    """Every parameter with the module that holds it and its full name."""
+    for name, module in view.modules.items():
+        for key, parameter in module.named_parameters(name, recurse=isinstance(module, DashLinear)):
+            yield module, key, parameter
 
 
 def _memory(tensor: Tensor) -> Any:
