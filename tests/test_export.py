@@ -181,27 +181,33 @@ def test_many_layers_with_one_left_out(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("names", "whole", "saved"),
+    ("names", "whole", "other"),
     [
-        (["lm_head", "head"], "head", [f"{PREFIX}head"]),
-        (["lm_head", "head"], "lm_head", ["lm_head"]),
-        (["A", "b"], "A", [f"{PREFIX}A"]),  # every LoRA layer has a lora_A
-        (["model", "b"], "model", [f"{PREFIX}model"]),
-        (["default", "b"], "default", [f"{PREFIX}default"]),
-        (["a[b]", "ab"], "a[b]", ["a[b]"]),
+        (["lm_head", "head"], "head", "lm_head"),
+        (["A", "b"], "A", r"b\.lora_A"),
+        (["base_layer", "b"], "base_layer", r"b\.base_layer"),
+        (["default", "b"], "default", r"b\.lora_A\.default"),
+        (["model", "b"], "model", "base_model"),
+        (["out", "b"], "out", r"b\.lora_dropout"),
+        (["a[b]", "ab"], "a[b]", "ab"),  # to PEFT an expression too
     ],
 )
-def test_modules_kept_whole_are_told_apart(tmp_path, names, whole, saved):
-    base = Net(names)
-    pattern = "".join(f"\\{c}" if c in "[]" else c for c in whole)
-    settings = config(trainable_modules=pattern)
-    if whole == "a[b]":  # to PEFT, an expression that also means "ab"
-        with pytest.raises(ValueError, match=r"a\[b\] is kept as a whole, and to PEFT its name means ab too"):
-            export_lora(trained(apply_dash(base, settings)), tmp_path)
-        assert not list(tmp_path.iterdir())
-        return
-    served_like(base, trained(apply_dash(copy.deepcopy(base), settings)), tmp_path)
-    assert settings_of(tmp_path)["modules_to_save"] == saved
+def test_modules_kept_whole_that_peft_would_mistake(tmp_path, names, whole, other):
+    pattern = whole.replace("[", "\\[").replace("]", "\\]")
+    model = trained(apply_dash(Net(names), config(trainable_modules=pattern)))
+    with pytest.raises(ValueError, match=rf"{pattern} .*PEFT.* {other}"):
+        export_lora(model, tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_modules_kept_whole(tmp_path):
+    base = Net(["lm_head", "head", "mid"])
+    model = trained(apply_dash(copy.deepcopy(base), config(trainable_modules=["lm_head"])))
+    served = served_like(base, model, tmp_path)
+    wrappers = {n for n, m in served.base_model.model.named_modules() if hasattr(m, "modules_to_save")}
+    assert wrappers == {"lm_head"} == set(settings_of(tmp_path)["modules_to_save"])
+    with served.disable_adapter():
+        torch.testing.assert_close(served(X), base(X))
 
 
 def test_a_whole_module_whose_name_is_no_expression(tmp_path):
@@ -213,9 +219,9 @@ def test_a_whole_module_whose_name_is_no_expression(tmp_path):
 def test_whole_modules_with_parts_and_buffers(tmp_path):
     def build():
         torch.manual_seed(3)
-        return nn.Sequential(nn.Linear(8, 8), nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8)))
+        return nn.Sequential(nn.Linear(8, 8), nn.Sequential(), Net(["last"], lambda: nn.BatchNorm1d(8)))
 
-    model = apply_dash(build(), config(trainable_modules=["1"]))
+    model = apply_dash(build(), config(trainable_modules=["2"]))
     model.train()(X)
     served_like(build(), trained(model), tmp_path)
 
@@ -261,11 +267,11 @@ class Tied(nn.Module):
     def __init__(self, one=True):
         super().__init__()
         torch.manual_seed(0)
-        self.embed, self.mid, self.out = nn.Embedding(11, 8), nn.Linear(8, 8), nn.Linear(8, 11, bias=False)
-        self.out.weight = self.embed.weight if one else nn.Parameter(self.embed.weight.detach())
+        self.embed, self.mid, self.head = nn.Embedding(11, 8), nn.Linear(8, 8), nn.Linear(8, 11, bias=False)
+        self.head.weight = self.embed.weight if one else nn.Parameter(self.embed.weight.detach())
 
     def forward(self, x):
-        return self.out(torch.tanh(self.mid(self.embed(x))))
+        return self.head(torch.tanh(self.mid(self.embed(x))))
 
 
 TOKENS = torch.arange(11)
@@ -273,24 +279,24 @@ TOKENS = torch.arange(11)
 
 @pytest.mark.parametrize("one", [True, False])
 @pytest.mark.parametrize("merged", [True, False])
-@pytest.mark.parametrize("whole", ["embed", "out"])
+@pytest.mark.parametrize("whole", ["embed", "head"])
 def test_a_trained_module_tied_to_another_is_refused(tmp_path, one, merged, whole):
     model = trained(apply_dash(Tied(one), config(trainable_modules=[whole])))
     if merged:
         loradash.merge(model)
-    other = "out" if whole == "embed" else "embed"
+    other = "head" if whole == "embed" else "embed"
     with pytest.raises(ValueError, match=f"{whole}.weight was trained and is tied to {other}.weight"):
         export_lora(model, tmp_path)
     assert not list(tmp_path.iterdir())
 
 
 def test_modules_tied_and_trained_together(tmp_path):
-    served_like(Tied(), trained(apply_dash(Tied(), config(trainable_modules=["embed", "out"]))), tmp_path, TOKENS)
+    served_like(Tied(), trained(apply_dash(Tied(), config(trainable_modules=["embed", "head"]))), tmp_path, TOKENS)
 
 
 def test_an_adapted_layer_over_a_tied_weight(tmp_path):
     model = trained(apply_dash(Tied(), config()))
-    with pytest.warns(UserWarning, match="weight of out is tied.*merge_and_unload"):
+    with pytest.warns(UserWarning, match="weight of head is tied.*merge_and_unload"):
         served_like(Tied(), model, tmp_path, TOKENS)
 
 

@@ -125,9 +125,14 @@ def test_a_head_that_cannot_be_kept_whole_has_no_task(tmp_path):
 
 
 def test_layers_that_peft_takes_for_experts_are_refused(tmp_path):
-    sizes = {**MOE, "num_experts": 4, "moe_intermediate_size": 16, "shared_expert_intermediate_size": 32}
-    base = build("Qwen2MoeForCausalLM", "Qwen2MoeConfig", **sizes)
-    with pytest.raises(ValueError, match=r"model\.layers\.0\.mlp\.shared_expert\.gate_proj: PEFT takes a layer"):
+    """PEFT turns the names of dense and shared layers into those of the fused experts, and loses their adapters."""
+    sizes = {
+        **MOE, "n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "n_shared_experts": 1,
+        "first_k_dense_replace": 1, "n_group": 1, "topk_group": 1, "kv_lora_rank": 8, "q_lora_rank": 8,
+        "qk_rope_head_dim": 4, "qk_nope_head_dim": 4, "v_head_dim": 8,
+    }  # fmt: skip
+    base = build("DeepseekV3ForCausalLM", "DeepseekV3Config", **sizes)
+    with pytest.raises(ValueError, match=r"model\.layers\.0\.mlp\.gate_proj: PEFT takes a layer of this name"):
         export_lora(trained(apply_dash(copy.deepcopy(base), config())), tmp_path)
     without = config(exclude_modules=["gate_proj", "up_proj", "down_proj"])
     served_like(base, trained(apply_dash(copy.deepcopy(base), without)), tmp_path, {"input_ids": IDS}, 1e-4)

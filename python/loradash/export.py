@@ -127,7 +127,6 @@ class _Layout:
     adapted: dict[str, DashLinear]
     whole: dict[str, nn.Module]
     targets: list[str] | str
-    saved: list[str]
 
 
 def _contents(model: nn.Module, root: nn.Module) -> tuple[_Layout, dict[str, Tensor]]:
@@ -249,14 +248,15 @@ def _layout(view: _View, task: str | None) -> _Layout:
     if not adapted:
         raise _Unfaithful("PEFT needs an adapted layer outside of the modules that are kept whole")
     _refuse_second_names(view, (*adapted.values(), *whole.values()))
-    saved = [_saved_name(view, name, module) for name, module in whole.items()]
+    for name, module in whole.items():
+        _refuse_mistaken(view, name, module)
     reached = {name for name in _peft_keys(view) if name.endswith(heads)} if heads else set()
     lost = reached - {PREFIX + name for module in whole.values() for name in view.names_of(module)}
     if lost:
         raise _Unfaithful(
             f"PEFT keeps {', '.join(heads)} whole for {task}, which also matches {', '.join(sorted(lost))}"
         )
-    return _Layout(task, adapted, whole, _target_names(first, adapted, [*saved, *heads]), saved)
+    return _Layout(task, adapted, whole, _target_names(first, adapted, [*whole, *heads]))
 
 
 def _within(name: str, module: str) -> bool:
@@ -277,17 +277,15 @@ def _peft_keys(view: _View) -> list[str]:
     return ["", "base_model", *((PREFIX + name).rstrip(".") for name in (*view.modules, *inner))]
 
 
-def _saved_name(view: _View, name: str, module: nn.Module) -> str:
-    """A name for modules_to_save under which PEFT, which matches the ends of names, finds this module alone."""
+def _refuse_mistaken(view: _View, name: str, module: nn.Module) -> None:
+    """PEFT matches modules_to_save with the ends of names: is this module the only one?"""
     wanted = {PREFIX + n for n in view.names_of(module)}
-    for candidate in (name, PREFIX + name):
-        if {key for key in _peft_keys(view) if key.endswith(candidate)} <= wanted and candidate:
-            return candidate
     others = sorted(key.removeprefix(PREFIX) for key in _peft_keys(view) if key.endswith(name) and key not in wanted)
-    raise _Unfaithful(f"{name} trained as a whole, and PEFT cannot tell it from {', '.join(others[:4])}")
+    if others:
+        raise _Unfaithful(f"{name} trained as a whole, and PEFT cannot tell it from {', '.join(others[:4])}: rename it")
 
 
-def _target_names(names: Sequence[str], adapted: Iterable[str], saved: Sequence[str]) -> list[str] | str:
+def _target_names(names: Sequence[str], adapted: Iterable[str], saved: Iterable[str]) -> list[str] | str:
     """target_modules: a list where PEFT, which takes its members for suffixes too, finds these layers alone; else one regular
     expression."""
     wanted = sorted(adapted)
@@ -378,7 +376,7 @@ def _settings(root: nn.Module, layout: _Layout, dropout: float) -> dict[str, Any
         "rank_pattern": {},
         "alpha_pattern": {},
         "target_modules": layout.targets,
-        "modules_to_save": sorted(layout.saved) or None,
+        "modules_to_save": sorted(layout.whole) or None,
         "lora_dropout": dropout,
         "bias": "none",
         "use_rslora": False,
