@@ -106,15 +106,15 @@ class _View:
 
 def _view(model: nn.Module, root: nn.Module) -> _View:
     modules: dict[str, nn.Module] = {}
-    inside: tuple[str, ...] = ()
+    layer: str | None = None
     for wrapped, module in root.named_modules(remove_duplicate=False):
         name = plain_name(wrapped)
-        if name.startswith(inside):
+        if layer is not None and name.startswith(f"{layer}."):  # a layer's own parts follow it
             continue
         modules[name] = module  # of a wrapper and what it wraps, the latter
         if isinstance(module, DashLinear):
-            inside = (*inside, f"{name}.")
-    adapted = {plain_name(n): layer for n, layer in dash_layers(model).items()}
+            layer = name
+    adapted = {plain_name(n): m for n, m in dash_layers(model).items()}
     whole = {n: modules[n] for n in map(plain_name, trainable_modules(model, dash_state(model).config))}
     return _View(modules, adapted, whole)
 
