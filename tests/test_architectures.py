@@ -30,6 +30,7 @@ class Trial:
     targets: tuple[str, ...] | None = None
     exclude: tuple[str, ...] | None = None
     stays: str | None = None  # what apply_dash says of the model as a whole, where it refuses
+    unserved: str | None = None  # what export_lora says, where PEFT would give other outputs
 
 
 def text(
@@ -89,7 +90,7 @@ TRIALS = {
     ),
     "vit": Trial("ViTForImageClassification", {**VISION, "num_labels": 3}, IMAGES),
     "dinov2": Trial("Dinov2Model", VISION, IMAGES),
-    "siglip": Trial("SiglipVisionModel", VISION, IMAGES),
+    "siglip": Trial("SiglipVisionModel", VISION, IMAGES, unserved="MultiheadAttention reads the weight of this layer"),
     "wav2vec2": Trial("Wav2Vec2Model", WAVES, AUDIO),
     "wavlm": Trial(
         "WavLMModel", WAVES, AUDIO, stays="WavLMAttention", exclude=("q_proj", "k_proj", "v_proj", "out_proj", "projection")
@@ -138,7 +139,7 @@ def test_whole_models(name, tmp_path, record_property):
         optimizer.step()
         schedule.step()
     layers = dash_layers(model)
-    assert all(bool(layer.launched) and layer.dash_sigma.any() for layer in layers.values())
+    assert schedule.launched and all(bool(layer.launched) and layer.dash_sigma.any() for layer in layers.values())
     trained = output(model.eval(), trial).detach()
     assert largest(trained, expected) > 1e-3
 
@@ -146,8 +147,13 @@ def test_whole_models(name, tmp_path, record_property):
     gaps["loaded"] = largest(output(again, trial), trained)
     with loradash.disable(model):
         gaps["disabled"] = largest(output(model, trial), expected)
-    served = peft.PeftModel.from_pretrained(build(trial), str(loradash.export_lora(model, tmp_path / "peft"))).eval()
-    gaps["exported"] = largest(output(served, trial), trained)
+    if trial.unserved:
+        with pytest.raises(ValueError, match=trial.unserved):
+            loradash.export_lora(model, tmp_path / "peft")
+    else:
+        folder = loradash.export_lora(model, tmp_path / "peft")
+        served = peft.PeftModel.from_pretrained(build(trial), str(folder)).eval()
+        gaps["exported"] = largest(output(served, trial), trained)
     loradash.merge(model)
     gaps["merged"] = largest(output(model, trial), trained)
     loradash.unmerge(model)

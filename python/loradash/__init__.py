@@ -9,8 +9,9 @@ save_adapter(model, "adapter")
 
 from loradash_kernels import __version__
 
-from .checkpoint import AdapterError, export_lora, load_adapter, save_adapter
+from .checkpoint import AdapterError, load_adapter, save_adapter
 from .config import DashConfig
+from .export import export_lora
 from .inject import apply_dash, dash_layers, dash_only, dash_state, disable, merge, summary, unmerge
 from .linear import DashLinear
 from .prelaunch import LayerReport, prelaunch

@@ -8,6 +8,7 @@ import inspect
 import re
 import textwrap
 from collections.abc import Iterator
+from typing import Any
 
 from torch import nn
 
@@ -37,6 +38,12 @@ def bypassed_children(parent: nn.Module) -> dict[str, str]:
     return {child: place for child, place in found.items() if child_at(parent, child) is not None}
 
 
+def mended_children(parent: nn.Module) -> set[str]:
+    """Children by dotted path whose weight torch.nn's own code uses: `attention` makes it call our layers, nobody else's."""
+    mended: Any = are_made_to_call(parent)
+    return {child for child in _uses(mended) if child_at(parent, child) is not None} if mended else set()
+
+
 def child_at(parent: nn.Module, path: str) -> nn.Module | None:
     """The submodule at a dotted path, or None."""
     module: object = parent
@@ -46,7 +53,7 @@ def child_at(parent: nn.Module, path: str) -> nn.Module | None:
 
 
 @functools.cache
-def _uses(cls: type) -> dict[str, str]:
+def _uses(cls: Any) -> dict[str, str]:
     """The paths `child` of every use of `self.child.weight` in a class, with the method."""
     try:
         tree = ast.parse(textwrap.dedent(inspect.getsource(cls)))

@@ -1,22 +1,35 @@
-"""Adapters on disk: our own file, and PEFT's."""
+"""Adapters on disk, in our own file format."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
-import tempfile
+import secrets
+import stat
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from .base import features, is_sharded, whole
 from .config import DashConfig
-from .inject import STATE as _STATE
-from .inject import DashState, apply_dash, dash_layers, dash_state, trainable_modules, unwrap
+from .inject import (
+    STATE,
+    apply_dash,
+    dash_layers,
+    dash_state,
+    is_target,
+    plain_name,
+    target_layers,
+    trainable_modules,
+    unwrap,
+)
+from .linear import DashLinear
 
 FORMAT = "loradash-1"
 FILE_NAME = "loradash_adapter.safetensors"
@@ -27,24 +40,63 @@ class AdapterError(ValueError):
     """A file that is no adapter, or not one for this model. The model is unchanged."""
 
 
+class Adapter(NamedTuple):
+    """What a file holds."""
+
+    tensors: dict[str, Tensor]
+    config: DashConfig
+    step: int
+    dash_only: bool
+
+
+# --- files -----------------------------------------------------------------------------------------------------------
+
+
 def _file(path: str | os.PathLike) -> Path:
     path = Path(path)
     return path if path.suffix == ".safetensors" else path / FILE_NAME
 
 
 def replace_file(path: Path, write: Callable[[str], None]) -> None:
-    """Writes beside `path` and renames: readers see the old file or the new one, never half of one."""
+    """Writes beside `path` and renames: readers see the old file or the new one, never half of one.
+
+    The file gets the permissions that the umask leaves to a new one.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".partial")
-    os.close(handle)
+    temporary = f"{path}{secrets.token_hex(8)}.partial"
+    descriptor = os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666)
+    mode = stat.S_IMODE(os.fstat(descriptor).st_mode)
+    os.close(descriptor)
     try:
         write(temporary)
+        os.chmod(temporary, mode)  # a writer may have put a file of its own in the place of this one
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except BaseException:
-        os.unlink(temporary)
+        with contextlib.suppress(OSError):
+            os.unlink(temporary)
         raise
+
+
+# --- tensors of a model ----------------------------------------------------------------------------------------------
+
+
+def reshard(model: nn.Module) -> None:
+    """Sends parameters that FSDP2 left gathered after a forward pass back to their shards, which are the ones that last."""
+    for module in model.modules():
+        if hasattr(module, "reshard") and hasattr(module, "unshard"):
+            module.reshard()  # type: ignore[operator]
+
+
+def module_tensors(name: str, module: nn.Module) -> dict[str, Tensor]:
+    """The state of a module that trains as a whole, under its name. Raises ValueError for state that is no tensor."""
+    tensors: dict[str, Tensor] = {}
+    for key, value in module.state_dict().items():
+        if not isinstance(value, Tensor):
+            raise ValueError(f"{name}.{key} is a {type(value).__name__}; only tensors can be saved")
+        tensors[f"{name}.{plain_name(key)}"] = value
+    return tensors
 
 
 def _adapter_tensors(model: nn.Module, config: DashConfig) -> dict[str, Tensor]:
@@ -55,13 +107,17 @@ def _adapter_tensors(model: nn.Module, config: DashConfig) -> dict[str, Tensor]:
         if config.train_bias and layer.bias is not None:
             tensors[f"{name}.bias"] = layer.bias
     for name, module in trainable_modules(model, config).items():
-        for key, tensor in module.state_dict().items():
-            tensors[f"{name}.{key}"] = tensor
+        tensors |= module_tensors(name, module)
     return tensors
+
+
+# --- saving ----------------------------------------------------------------------------------------------------------
 
 
 def save_adapter(model: nn.Module, path: str | os.PathLike) -> Path:
     """Writes everything that training changed, the phase and the step to one safetensors file, replaced atomically.
+
+    Sharded parameters (FSDP2, DTensor) are gathered: every process must call this, with a path of its own or the same.
 
     Args:
         path: a file ending in .safetensors, or a folder, which then gets `loradash_adapter.safetensors`.
@@ -69,41 +125,31 @@ def save_adapter(model: nn.Module, path: str | os.PathLike) -> Path:
     Returns the file. The settings are JSON in its header, under "loradash".
     """
     state = dash_state(model)
-    tensors = {k: t.detach().cpu().contiguous().clone() for k, t in _adapter_tensors(model, state.config).items()}
-    header = {"format": FORMAT, "loradash": json.dumps({"config": state.config.to_dict(), "step": state.step})}
+    reshard(model)
+    tensors = {k: whole(t).cpu().contiguous().clone() for k, t in _adapter_tensors(model, state.config).items()}
+    _check_whole(model, tensors)
+    about = {"config": state.config.to_dict(), "step": state.step, "dash_only": state.dash_only}
+    header = {"format": FORMAT, "loradash": json.dumps(about)}
     file = _file(path)
     replace_file(file, lambda temporary: save_file(tensors, temporary, metadata=header))
     return file
 
 
-def load_adapter(model: nn.Module, path: str | os.PathLike) -> nn.Module:
-    """Puts an adapter of `save_adapter` into a model, adapted already or not; training can go on at its step and phase.
-
-    Everything is checked before anything is written. Raises AdapterError, with the file's name, for a file that is
-    missing, truncated or foreign, and for tensors that are missing, left over or of another shape.
-    """
-    file = _file(path)
-    tensors, config, step = _read(file)
-    fresh = getattr(unwrap(model), _STATE, None) is None
-    wanted = _wanted_shapes(model, config) if fresh else {k: t.shape for k, t in _own_tensors(model).items()}
-    _compare(file, {k: t.shape for k, t in tensors.items()}, wanted)
-    if fresh:
-        apply_dash(unwrap(model), config)
-    own = _own_tensors(model)
-    with torch.no_grad():
-        for key, tensor in tensors.items():
-            own[key].copy_(tensor)
-    setattr(unwrap(model), _STATE, DashState(config, step))
+def _check_whole(model: nn.Module, tensors: dict[str, Tensor]) -> None:
     for name, layer in dash_layers(model).items():
-        layer.config = config.for_module(name)
-    return model
+        for key, shape in adapter_shapes(layer.out_features, layer.in_features, layer.config).items():
+            found = tuple(tensors[f"{name}.{key}"].shape)
+            if found != shape:
+                raise ValueError(
+                    f"{name}.{key} has shape {found}, wanted {shape}: not the whole parameter. Under FSDP1 or ZeRO-3 save "
+                    "inside FullyShardedDataParallel.summon_full_params or deepspeed.zero.GatheredParameters"
+                )
 
 
-def _own_tensors(model: nn.Module) -> dict[str, Tensor]:
-    return _adapter_tensors(model, dash_state(model).config)
+# --- reading ---------------------------------------------------------------------------------------------------------
 
 
-def _read(file: Path) -> tuple[dict[str, Tensor], DashConfig, int]:
+def _read(file: Path) -> Adapter:
     try:
         with safe_open(str(file), framework="pt") as opened:
             header = opened.metadata() or {}
@@ -111,90 +157,197 @@ def _read(file: Path) -> tuple[dict[str, Tensor], DashConfig, int]:
                 raise AdapterError(f"{file}: no LoRA-Dash adapter (format {header.get('format')!r}, wanted {FORMAT!r})")
             tensors = {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118
         about = json.loads(header["loradash"])
-        return tensors, DashConfig.from_dict(about["config"]), int(about["step"])
+        config = DashConfig.from_dict(about["config"])
+        return Adapter(tensors, config, _step(about["step"]), _flag(about.get("dash_only", False)))
     except AdapterError:
         raise
-    except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
-        raise AdapterError(f"{file}: cannot be read as a LoRA-Dash adapter: {error}") from error
+    except Exception as error:  # whatever the readers of a format or of JSON raise: the file is at fault
+        reason = f"no {error}" if isinstance(error, KeyError) else error
+        raise AdapterError(f"{file}: cannot be read as a LoRA-Dash adapter: {reason}") from error
 
 
-def _wanted_shapes(model: nn.Module, config: DashConfig) -> dict[str, torch.Size]:
-    """Shapes of the adapter that this config would give the model, found on a copy without memory."""
-    import copy
-
-    memo = {id(t): t.to("meta") if not isinstance(t, nn.Parameter) else nn.Parameter(t.to("meta"), False)
-            for t in (*model.parameters(), *model.buffers())}  # fmt: skip
-    shadow = copy.deepcopy(unwrap(model), memo)
-    try:
-        return {k: t.shape for k, t in _adapter_tensors(apply_dash(shadow, config), config).items()}
-    except ValueError as error:
-        raise AdapterError(f"the adapter does not fit the model: {error}") from error
+def _step(value: Any) -> int:
+    if type(value) is not int or value < 0:
+        raise ValueError(f"step must be an integer of at least 0, got {value!r}")
+    return value
 
 
-def _compare(file: Path, found: dict[str, torch.Size], wanted: dict[str, torch.Size]) -> None:
+def _flag(value: Any) -> bool:
+    if type(value) is not bool:
+        raise ValueError(f"dash_only must be true or false, got {value!r}")
+    return value
+
+
+# --- what a model wants ----------------------------------------------------------------------------------------------
+
+
+def adapter_shapes(n: int, k: int, config: DashConfig) -> dict[str, tuple[int, ...]]:
+    """Shapes of the adapter tensors of a layer (N, K)."""
+    r, s = config.r, min(config.directions, n, k)
+    return {
+        "lora_a": (r, k), "lora_b": (n, r), "dash_sigma": (s,), "dash_u": (n, s), "dash_vt": (s, k), "launched": (),
+    }  # fmt: skip
+
+
+def _wanted(file: Path, model: nn.Module, config: DashConfig) -> dict[str, Tensor]:
+    """The tensors that these settings would give to a model without adapters; of the new ones, shape and dtype only."""
+    wanted: dict[str, Tensor] = {}
+    for name, linear in target_layers(model, config).items():
+        k, n = features(linear)
+        for key, shape in adapter_shapes(n, k, config.for_module(name)).items():
+            dtype = torch.bool if key == "launched" else torch.float32
+            wanted[f"{name}.{key}"] = torch.empty(shape, dtype=dtype, device="meta")
+        if config.train_bias and linear.bias is not None:
+            wanted[f"{name}.bias"] = linear.bias  # type: ignore[assignment]
+        _check_real(file, {f"{name}.{key}": t for key, t in linear.state_dict().items() if isinstance(t, Tensor)})
+    for name, module in trainable_modules(model, config).items():
+        kept = module_tensors(name, module)
+        _check_real(file, kept)
+        wanted |= kept
+    return wanted
+
+
+def _check_settings(file: Path, model: nn.Module, config: DashConfig, own: dict[str, Tensor]) -> None:
+    """Do the settings of a file describe these adapters? Their tensors may have the right shapes all the same."""
+    problems = [f"{key} is kept by one alone" for key in own.keys() ^ _adapter_tensors(model, config).keys()]
+    for name, layer in dash_layers(model).items():
+        problems += [] if is_target(name, config) else [f"{name} is no target"]
+        for key, shape in adapter_shapes(layer.out_features, layer.in_features, config.for_module(name)).items():
+            found = tuple(own[f"{name}.{key}"].shape)
+            problems += [] if found == shape else [f"{name}.{key} would have shape {shape}, the model's has {found}"]
+    if problems:
+        raise AdapterError(f"{file}: its settings do not fit the model: {'; '.join(sorted(problems)[:5])}")
+
+
+def _check_real(file: Path, tensors: dict[str, Tensor]) -> None:
+    empty = [name for name, tensor in tensors.items() if tensor.is_meta]
+    if empty:
+        raise AdapterError(
+            f"{file}: the model is on the meta device, which keeps no values ({', '.join(empty[:4])}): load its weights, or "
+            "materialise it with to_empty(device=...), before load_adapter"
+        )
+
+
+# --- fitting and writing ---------------------------------------------------------------------------------------------
+
+
+def _fit(file: Path, found: dict[str, Tensor], wanted: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The file's tensors in the dtypes of the model. Raises AdapterError for whatever does not fit."""
     problems = [f"{k} is missing" for k in wanted.keys() - found.keys()]
     problems += [f"{k} has no place in the model" for k in found.keys() - wanted.keys()]
-    problems += [
-        f"{k} has shape {tuple(found[k])}, the model wants {tuple(wanted[k])}"
-        for k in wanted.keys() & found.keys()
-        if found[k] != wanted[k]
-    ]
+    values: dict[str, Tensor] = {}
+    for key in wanted.keys() & found.keys():
+        theirs, ours = found[key], wanted[key]
+        if theirs.shape != ours.shape:
+            problems.append(f"{key} has shape {tuple(theirs.shape)}, the model wants {tuple(ours.shape)}")
+            continue
+        values[key] = theirs.to(ours.dtype)
+        problem = _spoiled(key, theirs, values[key])
+        problems += [f"{key} {problem}"] if problem else []
     if problems:
         more = f" (and {len(problems) - 5} more)" if len(problems) > 5 else ""
         raise AdapterError(f"{file}: does not fit the model: {'; '.join(sorted(problems)[:5])}{more}")
+    return values
 
 
-def _write_text(path: str, text: str) -> None:
-    Path(path).write_text(text)
+def _spoiled(key: str, theirs: Tensor, ours: Tensor) -> str | None:
+    """What a change of dtype made of a tensor's values, where that is more than rounding."""
+    there_and_back = f"is {theirs.dtype}, the model wants {ours.dtype}"
+    if not (theirs.is_floating_point() and ours.is_floating_point()):
+        same_kind = theirs.is_floating_point() == ours.is_floating_point()
+        return None if same_kind and torch.equal(ours.to(theirs.dtype), theirs) else there_and_back
+    finite = _finite(theirs)
+    if key.rpartition(".")[2] in _TENSORS and not bool(finite.all()):
+        return "is not finite"
+    return None if bool((_finite(ours) == finite).all()) else f"{there_and_back}, which overflows"
 
 
-# --- export ----------------------------------------------------------------------------------------------------------
+def _finite(tensor: Tensor) -> Tensor:
+    return (tensor.float() if torch.finfo(tensor.dtype).bits < 16 else tensor).isfinite()
 
 
-def export_lora(model: nn.Module, path: str | os.PathLike) -> Path:
-    """Folds the dash term into a LoRA of rank r + s, in PEFT's file format: served by whatever serves LoRA.
+def _placed(value: Tensor, like: Tensor) -> Tensor:
+    """A whole tensor as `like` holds it: each process takes its own shard, without a word to the others."""
+    if not is_sharded(like) or is_sharded(value):
+        return value
+    from torch.distributed.tensor import distribute_tensor
 
-    scaling · B A + U diag(Δσ) Vᵀ = [scaling · B | U diag(Δσ)] [A; Vᵀ], with PEFT's own scaling set to 1. Modules that train
-    as a whole go along as `modules_to_save`.
+    return distribute_tensor(value.to(like.device), like.device_mesh, like.placements, src_data_rank=None)  # type: ignore[attr-defined]
 
-    Args:
-        path: a folder; gets adapter_config.json and adapter_model.safetensors.
 
-    Raises ValueError where biases were trained: PEFT has no place for a bias of its own on an adapted layer.
+@torch.no_grad()
+def _write(own: dict[str, Tensor], values: dict[str, Tensor]) -> None:
+    for key, tensor in own.items():
+        tensor.copy_(_placed(values[key], tensor))
+
+
+def _exchange(file: Path, model: nn.Module, values: dict[str, Tensor], config: DashConfig) -> None:
+    """Writes values and settings of all layers, merged ones too. If the new adapter cannot be merged, the old one stays."""
+    layers = dash_layers(model)
+    merged = [layer for layer in layers.values() if layer.merged]
+    own = _adapter_tensors(model, dash_state(model).config)
+    before = {key: tensor.detach().clone() for key, tensor in own.items()} if merged else {}
+    settings = {name: layer.config for name, layer in layers.items()}
+    _switch(layers, merged, own, values, {name: config.for_module(name) for name in layers})
+    try:
+        for layer in merged:
+            layer.merge()
+    except (ArithmeticError, RuntimeError, ValueError) as error:
+        _switch(layers, merged, own, before, settings)
+        for layer in merged:
+            layer.merge()
+        raise AdapterError(f"{file}: cannot be merged into this model: {error}") from error
+
+
+def _switch(
+    layers: dict[str, DashLinear],
+    merged: list[DashLinear],
+    own: dict[str, Tensor],
+    values: dict[str, Tensor],
+    settings: dict[str, DashConfig],
+) -> None:
+    for layer in merged:
+        layer.unmerge()
+    _write(own, values)
+    for name, layer in layers.items():
+        layer.config = settings[name]
+
+
+# --- loading ---------------------------------------------------------------------------------------------------------
+
+
+def load_adapter(model: nn.Module, path: str | os.PathLike) -> nn.Module:
+    """Puts an adapter of `save_adapter` into a model, adapted already or not; training can go on at its step and phase.
+
+    Everything is checked before anything is written. A merged model is merged again, with the new adapter. Of sharded
+    parameters each process writes its own shard: every process must call this, on the same file.
+
+    Raises AdapterError, with the file's name, for a file that is missing, truncated or foreign, for tensors that are
+    missing, left over, of another shape, not finite or too large for the model's dtype, and for a model on the meta device.
     """
-    config = dash_state(model).config
-    if config.train_bias:
-        raise ValueError("export_lora cannot carry trained biases (train_bias=True); merge(model) and save the weights")
-    folder = Path(path)
-    tensors: dict[str, Tensor] = {}
-    ranks: dict[str, int] = {}
-    for name, layer in dash_layers(model).items():
-        a = torch.cat((layer.lora_a.detach(), layer.dash_vt))
-        b = torch.cat((layer.scaling * layer.lora_b.detach(), layer.dash_u * layer.dash_sigma.detach()), 1)
-        ranks[name] = a.shape[0]
-        prefix = f"base_model.model.{name}"
-        tensors[f"{prefix}.lora_A.weight"], tensors[f"{prefix}.lora_B.weight"] = a, b
-    whole = trainable_modules(model, config)
-    for name, module in whole.items():
-        for key, tensor in module.state_dict().items():
-            tensors[f"base_model.model.{name}.{key}"] = tensor
-    about: dict[str, Any] = {
-        "peft_type": "LORA",
-        "task_type": None,
-        "base_model_name_or_path": getattr(getattr(unwrap(model), "config", None), "_name_or_path", None),
-        "r": max(ranks.values()),
-        "lora_alpha": max(ranks.values()),
-        "rank_pattern": {f"^{name}$".replace(".", r"\."): rank for name, rank in ranks.items()},
-        "alpha_pattern": {f"^{name}$".replace(".", r"\."): rank for name, rank in ranks.items()},
-        "target_modules": sorted(ranks),
-        "modules_to_save": sorted(whole) or None,
-        "lora_dropout": config.dropout,
-        "bias": "none",
-        "use_rslora": False,
-        "fan_in_fan_out": any(layer.transposed for layer in dash_layers(model).values()),
-        "inference_mode": True,
-    }
-    contiguous = {k: t.detach().cpu().contiguous().clone() for k, t in tensors.items()}
-    replace_file(folder / "adapter_model.safetensors", lambda f: save_file(contiguous, f, metadata={"format": "pt"}))
-    replace_file(folder / "adapter_config.json", lambda f: _write_text(f, json.dumps(about, indent=2)))
-    return folder
+    file = _file(path)
+    adapter = _read(file)
+    reshard(model)
+    if getattr(unwrap(model), STATE, None) is None:
+        values = _fit(file, adapter.tensors, _wanted(file, unwrap(model), adapter.config))
+        try:
+            apply_dash(unwrap(model), adapter.config)
+        except (ValueError, TypeError, RuntimeError) as error:
+            raise AdapterError(f"{file}: the adapter does not fit the model: {error}") from error
+    else:
+        own = _adapter_tensors(model, dash_state(model).config)
+        _check_real(file, own)
+        values = _fit(file, adapter.tensors, own)
+        _check_settings(file, model, adapter.config, own)
+    _exchange(file, model, values, adapter.config)
+    _resume(model, adapter)
+    return model
+
+
+def _resume(model: nn.Module, adapter: Adapter) -> None:
+    state = dash_state(model)  # schedules hold this object
+    if adapter.dash_only or state.dash_only:
+        for layer in dash_layers(model).values():
+            layer.lora_a.requires_grad_(not adapter.dash_only)
+            layer.lora_b.requires_grad_(not adapter.dash_only)
+    state.config, state.step, state.dash_only = adapter.config, adapter.step, adapter.dash_only

@@ -24,8 +24,9 @@ from tqdm.auto import tqdm
 from loradash_kernels import change_rates, explain_backend
 
 from . import baselines, plots
-from .checkpoint import export_lora, load_adapter, save_adapter
+from .checkpoint import load_adapter, save_adapter
 from .config import DashConfig
+from .export import export_lora
 from .inject import apply_dash, dash_layers, disable, merge, summary, unmerge
 from .schedule import DashSchedule
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ from torch import nn
 from .attention import call_adapted_layers
 from .base import is_linear
 from .bypass import bypassed_children, child_at
-from .config import DashConfig, matches
+from .config import DashConfig, matches, unmatched
 from .linear import DashLinear
 
 STATE = "_loradash_state"
@@ -55,9 +56,17 @@ def dash_state(model: nn.Module) -> DashState:
     return state
 
 
+_WRAPPERS = re.compile(r"(^|\.)(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)(?=\.|$)")
+
+
+def plain_name(name: str) -> str:
+    """A module's name without the names that torch.compile, FSDP and activation checkpointing put into it."""
+    return _WRAPPERS.sub("", name).lstrip(".")
+
+
 def dash_layers(model: nn.Module) -> dict[str, DashLinear]:
-    """All adapted layers by name; a layer that occurs twice, under its first name."""
-    return {name: m for name, m in unwrap(model).named_modules() if isinstance(m, DashLinear)}
+    """All adapted layers by plain name; a layer that occurs twice, under its first name."""
+    return {plain_name(name): m for name, m in unwrap(model).named_modules() if isinstance(m, DashLinear)}
 
 
 # --- adapting --------------------------------------------------------------------------------------------------------
@@ -76,7 +85,8 @@ def apply_dash(model: nn.Module, config: DashConfig | None = None) -> nn.Module:
     config = config or DashConfig()
     model = getattr(model, "_orig_mod", model)  # torch.compile traces the changed module anew
     _check_model(model)
-    chosen = _chosen(model, config)
+    _check_patterns(model, config)
+    chosen = target_layers(model, config)
     _check_parents(model, chosen, config)
     adapted = {module: _around(name, module, config) for name, module in chosen.items()}
     trained = _trained_parameters(model, config)
@@ -120,16 +130,25 @@ def _wrappers() -> tuple[type[nn.Module], ...]:
     return tuple(found)
 
 
-def _chosen(model: nn.Module, config: DashConfig) -> dict[str, nn.Module]:
-    """The layers to adapt, by name."""
-    linears = {name: module for name, module in model.named_modules() if is_linear(module)}
-    chosen = {name: module for name, module in linears.items() if _is_target(name, config)}
-    if not chosen:
+def _linear_layers(model: nn.Module) -> dict[str, nn.Module]:
+    return {plain_name(name): module for name, module in model.named_modules() if is_linear(module)}
+
+
+def _check_patterns(model: nn.Module, config: DashConfig) -> None:
+    linears = _linear_layers(model)
+    if not target_layers(model, config):
         raise ValueError(
             f"target_modules={config.target_modules!r} matches none of the {len(linears)} linear layers: "
             f"{', '.join(list(linears)[:8])}{', ...' if len(linears) > 8 else ''}"
         )
-    return chosen
+    problems = unmatched(config, list(linears), [plain_name(name) for name, _ in model.named_modules()])
+    if problems:
+        raise ValueError("; ".join(problems))
+
+
+def target_layers(model: nn.Module, config: DashConfig) -> dict[str, nn.Module]:
+    """The layers that these settings adapt in a model without adapters, by plain name."""
+    return {name: module for name, module in _linear_layers(model).items() if is_target(name, config)}
 
 
 def _check_parents(model: nn.Module, chosen: dict[str, nn.Module], config: DashConfig) -> None:
@@ -173,7 +192,8 @@ def _trained_parameters(model: nn.Module, config: DashConfig) -> list[nn.Paramet
     return found
 
 
-def _is_target(name: str, config: DashConfig) -> bool:
+def is_target(name: str, config: DashConfig) -> bool:
+    """Do these settings adapt a linear layer of this name?"""
     wanted = config.target_modules is None or matches(name, config.target_modules)
     return wanted and not matches(name, config.exclude_modules) and not _trains_whole(name, config)
 
@@ -184,10 +204,15 @@ def _trains_whole(name: str, config: DashConfig) -> bool:
 
 
 def trainable_modules(model: nn.Module, config: DashConfig) -> dict[str, nn.Module]:
-    """The modules that train as a whole, outermost only."""
+    """The modules that train as a whole, outermost only, by plain name."""
     found: dict[str, nn.Module] = {}
-    for name, module in unwrap(model).named_modules():
-        if matches(name, config.trainable_modules) and not any(name.startswith(f + ".") for f in found):
+    for wrapped, module in unwrap(model).named_modules():
+        name = plain_name(wrapped)
+        if (
+            name not in found
+            and matches(name, config.trainable_modules)
+            and not any(name.startswith(f + ".") for f in found)
+        ):
             found[name] = module
     return found
 

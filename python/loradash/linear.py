@@ -298,26 +298,34 @@ class DashLinear(nn.Module):
         return holder
 
     @torch.no_grad()
-    def merge(self) -> None:
-        """Adds ΔW to the weight, as a new tensor: weights tied to this one stay as they are. Again: no effect.
+    def merged_weight(self) -> Tensor:
+        """W + ΔW in the stored weight's shape and dtype, rounded once. Of sharded parameters the whole.
 
-        A sharded weight is written in place, beside a copy of this process's part. Raises ValueError, with the layer
-        unchanged, where the weight has no room for ΔW: quantised layers, subclasses with a forward of their own,
-        weights on meta, values that overflow the weight's dtype.
+        Raises ValueError where the weight has no room for ΔW: quantised layers, layers whose products are others than
+        those with their weight, weights on meta, values that overflow the weight's dtype.
         """
-        if self._unmerged is not None:
-            return
-        holder = self._holder()
-        weight: Tensor = holder.weight  # type: ignore[assignment]
+        weight = whole(self._holder().weight)  # type: ignore[arg-type]
         delta = self.delta()
-        if is_transposed(holder) or (holder is self and self.transposed):
-            delta = delta.t()
-        wide = whole(weight).to(torch.promote_types(weight.dtype, torch.float32)) + delta
+        delta = delta.t() if self.transposed or (self.base is not None and is_transposed(self.base)) else delta
+        wide = weight.to(torch.promote_types(weight.dtype, torch.float32)) + delta
         merged = wide.to(weight.dtype)
-        if not bool(merged.isfinite().all()) and bool(whole(weight).isfinite().all()):
+        if not bool(merged.isfinite().all()) and bool(weight.isfinite().all()):
             raise ValueError(
                 f"{self._label()}: the merged weight reaches {wide.abs().max():.3g}, which is not finite in {weight.dtype}"
             )
+        return merged
+
+    @torch.no_grad()
+    def merge(self) -> None:
+        """Adds ΔW to the weight, as a new tensor: weights tied to this one stay as they are. Again: no effect.
+
+        A sharded weight is written in place, beside a copy of this process's part. Raises ValueError as `merged_weight`,
+        with the layer unchanged.
+        """
+        if self._unmerged is not None:
+            return
+        merged, holder = self.merged_weight(), self._holder()
+        weight: Tensor = holder.weight  # type: ignore[assignment]
         if is_sharded(weight):
             self._keep(weight.detach().clone())
             _write_shard(weight, merged)
