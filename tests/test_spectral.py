@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import subprocess
 import sys
@@ -16,7 +17,7 @@ from torch import nn
 
 from loradash_kernels import change_rates, task_specific_directions
 from loradash_kernels.routes import residuals
-from loradash_kernels.spectrum import choose_directions, decompose
+from loradash_kernels.spectrum import Spectrum, choose_directions, decompose
 
 
 def gaussian(n, k, seed=0):
@@ -57,6 +58,73 @@ def test_half_precision_is_half_the_memory():
     (spectrum,) = decompose(w)
     assert spectrum.bytes == 96 * 96 * 2 + 96 * 4
     assert spectrum.u.dtype == torch.float16 and spectrum.vt is None
+
+
+def rectangular(n, k, condition, shape, seed=0):
+    """A weight (n, k) of this condition number whose spectrum falls evenly, in one last step, or off a cliff."""
+    short, g = min(n, k), torch.Generator().manual_seed(seed)
+    few = short // 4
+    sigma = {
+        "graded": torch.logspace(0, -math.log10(condition), short, dtype=torch.float64),
+        "one small": torch.cat((torch.linspace(2, 1, short - 1), torch.tensor([2 / condition]))).double(),
+        "cliff": torch.cat((torch.linspace(2, 1, short - few), torch.linspace(3, 2, few) / condition)).double(),
+    }[shape]
+    u, v = (torch.linalg.qr(torch.randn(size, short, generator=g, dtype=torch.float64))[0] for size in (n, k))
+    return ((u * sigma) @ v.mT).float()
+
+
+@pytest.mark.parametrize("shape", ["graded", "one small", "cliff"])
+@pytest.mark.parametrize(("n", "k"), [(64, 96), (96, 64), (128, 512)])
+def test_every_condition_is_served_from_what_is_kept(n, k, shape):
+    """Half a basis in half precision where W allows it, all triplets in float32 where not: the directions of W itself."""
+    _, a, b = gaussian(n, k)
+    for condition in (3, 30, 49, 51, 100, 300, 1e3, 1e4, 1e5, 1e6):
+        w = rectangular(n, k, condition, shape)
+        (spectrum,) = decompose(w)
+        halved = spectrum.u is None or spectrum.vt is None
+        assert halved == (condition < 50)
+        assert spectrum.bytes == (2 * min(n, k) ** 2 if halved else 4 * min(n, k) * (n + k)) + 4 * min(n, k)
+        found, plain = choose_directions(spectrum, w, a, b, 8), task_specific_directions(w, a, b, 8)
+        assert found is not None, condition
+        assert found.index.sort().values.tolist() == plain.index.sort().values.tolist(), condition
+        order = [plain.index.tolist().index(i) for i in found.index.tolist()]
+        for ours, theirs in ((found.u.mT, plain.u.mT), (found.vt, plain.vt)):
+            assert ((ours * theirs[order]).sum(-1).abs() > 0.999).all(), condition
+            torch.testing.assert_close(ours @ ours.mT, torch.eye(8), atol=5e-4, rtol=0)
+
+
+@pytest.mark.parametrize(("n", "k"), [(48, 48), (32, 80), (80, 32)])
+@pytest.mark.parametrize("rank", [0, 1, 20, 31])
+def test_deficient_weights_are_kept_orthonormal(n, k, rank):
+    """Null spaces have no directions of their own, but what is chosen from them is orthonormal on both sides."""
+    g = torch.Generator().manual_seed(0)
+    w = torch.randn(n, rank, generator=g) @ torch.randn(rank, k, generator=g) / 10
+    _, a, b = gaussian(n, k)
+    for method in ("auto", "exact"):
+        (spectrum,) = decompose(w, method)
+        found = choose_directions(spectrum, w, a, b, 6)
+        if found is None and spectrum.route == "tail":
+            continue  # too short for this null space: the full spectrum's turn
+        assert found is not None and torch.isfinite(found.rate).all()
+        for basis in (found.u.mT, found.vt):
+            torch.testing.assert_close(basis @ basis.mT, torch.eye(6), atol=1e-4, rtol=0)
+        assert (w @ found.vt.mT - found.u * found.sigma).abs().max() < 1e-5
+
+
+def test_a_spectrum_without_directions_is_refused():
+    """Zero vectors have no residual where σ is zero; they are no directions."""
+    _, a, b = gaussian(6, 8)
+    spectrum = Spectrum("svd float32", torch.zeros(6), torch.zeros(6, 6), torch.eye(6, 8))
+    assert choose_directions(spectrum, torch.zeros(6, 8), a, b, 3) is None
+
+
+def test_float64_is_kept_in_float64():
+    w = rectangular(64, 96, 1e5, "graded").double()
+    _, a, b = gaussian(64, 96)
+    (spectrum,) = decompose(w)
+    assert spectrum.u.dtype == torch.float64
+    found, plain = (choose_directions(spectrum, w, a.double(), b.double(), 8), task_specific_directions(w, a, b, 8))
+    torch.testing.assert_close(found.rate, plain.rate, rtol=1e-9, atol=0)
 
 
 def test_clustered_spectrum():
