@@ -51,6 +51,25 @@ class Spectrum:
     def bytes(self) -> int:
         return sum(t.numel() * t.element_size() for t in (self.sigma, self.u, self.vt) if t is not None)
 
+    def transposed(self) -> Spectrum:
+        """Of Wᵀ."""
+        u, vt = self.u, self.vt
+        return Spectrum(self.route, self.sigma, None if vt is None else vt.mT, None if u is None else u.mT)
+
+    def fits(self, weight: Tensor) -> bool:
+        """Are these shapes of floating tensors those of a spectrum of this weight (N, K)?"""
+        n, k = weight.shape
+        count = self.sigma.shape[0] if self.sigma.dim() == 1 else 0
+        shapes = {"sigma": (count,), "u": (n, count), "vt": (count, k)}
+        whole = self.route == "tail" or count == min(n, k)
+        sides = (self.u is not None) + (self.vt is not None)
+        return (
+            1 <= count <= min(n, k)
+            and whole
+            and (sides == 2 or (sides == 1 and self.route != "tail"))
+            and all(t.shape == shapes[name] and t.is_floating_point() for name, t in self.tensors().items())
+        )
+
     def tensors(self) -> dict[str, Tensor]:
         named = {"sigma": self.sigma, "u": self.u, "vt": self.vt}
         return {name: t for name, t in named.items() if t is not None}

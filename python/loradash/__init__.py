@@ -9,13 +9,14 @@ save_adapter(model, "adapter")
 
 from loradash_kernels import __version__
 
+from .background import BackgroundDecomposition
 from .checkpoint import AdapterError, export_lora, load_adapter, save_adapter
 from .config import DashConfig
 from .inject import apply_dash, dash_layers, dash_only, dash_state, disable, merge, summary, unmerge
 from .linear import DashLinear
 from .prelaunch import LayerReport, prelaunch
 from .schedule import DashSchedule
-from .spectral import BackgroundDecomposition, SpectralCache
+from .spectral import SpectralCache
 
 __all__ = [
     "AdapterError",
