@@ -116,7 +116,7 @@ class SpectralCache:
                 f"launch decomposes them: {', '.join(sharded[:4])}",
                 stacklevel=2,
             )
-        return BackgroundDecomposition(self, [layers[name].weight_nk for name in layers.keys() - set(sharded)])
+        return BackgroundDecomposition(self, [layers[name].weight_nk for name in layers if name not in sharded])
 
     def _spectrum(self, weight: Tensor, method: str, write: Callable[[Path, Spectrum], None]) -> Spectrum:
         paths = []
