@@ -263,8 +263,12 @@ def weight_hash(matrix: Tensor) -> str:
     digest = hashlib.blake2b(digest_size=20)
     digest.update(json.dumps([FORMAT, list(matrix.shape), str(wide)]).encode())
     for rows in matrix.detach().split(max(1, HASHED_ELEMENTS // max(1, matrix.shape[1]))):
-        digest.update(rows.cpu().to(wide).contiguous().view(torch.uint8).numpy().data)
+        digest.update(_bytes(rows.cpu().to(wide)))
     return digest.hexdigest()
+
+
+def _bytes(t: Tensor) -> memoryview:
+    return t.contiguous().flatten().view(torch.uint8).numpy().data
 
 
 def _write_bytes(path: str, data: bytes) -> None:
@@ -275,5 +279,5 @@ def _checksum(tensors: dict[str, Tensor]) -> str:
     digest = hashlib.blake2b(digest_size=20)
     for name in sorted(tensors):
         digest.update(name.encode())
-        digest.update(tensors[name].contiguous().view(torch.uint8).numpy().data)
+        digest.update(_bytes(tensors[name]))
     return digest.hexdigest()
