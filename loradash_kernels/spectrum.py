@@ -28,9 +28,7 @@ from .routes import (
 )  # fmt: skip
 from .svd import Triplets, full_precision, select
 
-MAX_HALF_CONDITION = (
-    50.0  # of a W whose basis is kept in half precision; from 100 on, refined triplets fail their check
-)
+MAX_HALF_CONDITION = 50.0  # of a W whose basis is kept in half precision; refined triplets fail their check from 100 on
 REFINED = 4  # times s: so many candidates are refined before the s best are taken
 
 

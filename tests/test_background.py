@@ -7,7 +7,6 @@ import os
 import signal
 import subprocess
 import sys
-import textwrap
 import threading
 import time
 
@@ -15,6 +14,8 @@ import loradash
 import pytest
 import torch
 from loradash import BackgroundDecomposition, DashConfig, SpectralCache, apply_dash, prelaunch
+from loradash.background import LENGTH_BYTES
+from safetensors.torch import save
 from torch import nn
 
 
@@ -43,6 +44,12 @@ def alive(pid):
             return file.read().rsplit(")", 1)[1].split()[0] != "Z"
     except FileNotFoundError:
         return False
+
+
+def ignores(pid, number):
+    with open(f"/proc/{pid}/status") as file:
+        mask = next(line for line in file if line.startswith("SigIgn"))
+    return bool(int(mask.split()[1], 16) >> (number - 1) & 1)
 
 
 linux = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
@@ -200,6 +207,21 @@ def test_programs_run_once(tmp_path, how):
     assert (tmp_path / "runs").read_text() == "x"
 
 
+ENDLESS = """
+import sys, threading
+import loradash.worker as worker
+worker.SpectralCache = lambda *_: type("Cache", (), {"keep": lambda self, weight: threading.Event().wait()})()
+worker.serve("folder", 0, sys.stdout)
+"""
+
+
+def test_the_process_ends_with_its_input_in_the_middle_of_a_decomposition():
+    data = save({"weight": torch.zeros(2, 3)})
+    message = len(data).to_bytes(LENGTH_BYTES, "little") + data
+    done = subprocess.run([sys.executable, "-c", ENDLESS], input=message, capture_output=True, timeout=120)
+    assert (done.returncode, done.stdout, done.stderr) == (0, b"", b"")
+
+
 LONG = """
 import sys, time, torch
 from loradash import BackgroundDecomposition, SpectralCache
@@ -222,14 +244,14 @@ def test_ends_with_the_program(tmp_path, end):
     """In the middle of a decomposition. Ctrl-C reaches the program alone, which may go on."""
     code = LONG.split("try:")[0] + "time.sleep(2)" if end == "exit" else LONG
     program = subprocess.Popen(
-        [sys.executable, "-c", textwrap.dedent(code)],
+        [sys.executable, "-c", code],
         cwd=tmp_path, stdout=subprocess.PIPE, text=True, start_new_session=True,
     )  # fmt: skip
     try:
         pid = int(program.stdout.readline())
         assert alive(pid)
         if end != "exit":
-            time.sleep(0.5)  # the interpreter has started
+            until(lambda: ignores(pid, signal.SIGINT))
             os.killpg(program.pid, signal.SIGINT)  # as a terminal sends it
             assert program.stdout.readline() == "interrupted\n" and alive(pid)
             program.send_signal(getattr(signal, end))

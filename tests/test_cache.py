@@ -76,8 +76,8 @@ LAYOUTS = {
 @pytest.mark.parametrize(("n", "k"), [(48, 48), (20, 60), (60, 20), (1, 7)])
 def test_found_in_any_layout(cache, n, k, made_as, found_as, from_disk):
     w, a, b = gaussian(n, k)
-    cache.spectrum(LAYOUTS[made_as](w))
     wanted = task_specific_directions(w, a, b, min(n, 4), scaling=2.0)
+    assert_same(cache.directions(LAYOUTS[made_as](w), a, b, min(n, 4), 2.0), wanted)
     from_disk()
     assert cache.has(LAYOUTS[found_as](w))
     assert_same(cache.directions(LAYOUTS[found_as](w), a, b, min(n, 4), 2.0), wanted)
