@@ -107,6 +107,15 @@ def test_cancelled_before_it_starts(cache):
     assert work._worker is None and work.remaining == 1 and cache.size() == 0
 
 
+def test_cancelled_while_it_looks_for_files(cache, monkeypatch):
+    gate, asked = threading.Event(), []
+    monkeypatch.setattr(cache, "has", lambda _: gate.wait())
+    work = BackgroundDecomposition(cache, [lambda: asked.append(1) or torch.zeros(2, 2)] * 50)
+    threading.Timer(0.2, gate.set).start()
+    work.cancel()
+    assert len(asked) == 1 and work.remaining == 49
+
+
 def no_weight():
     raise KeyError("the weight is gone")
 

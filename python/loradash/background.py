@@ -98,6 +98,8 @@ class BackgroundDecomposition:
         _lower_priority()
         try:
             for weight_of in self._weights:
+                if self._cancelled:
+                    return
                 weight = weight_of().detach()
                 if not self._cache.has(weight) and not self._decompose(weight):
                     return
