@@ -18,6 +18,7 @@ from torch import Tensor
 from .routes import (
     Half,
     Route,
+    are_orthonormal,
     are_resolved,
     are_triplets,
     follow,
@@ -30,6 +31,7 @@ from .routes import (
 from .svd import Triplets, all_finite, full_precision, select, triton_kernels
 
 METHODS = ("auto", "exact", "randomized")
+ENDS = 8  # triplets of the small end, where a route that fails fails first
 
 
 class ChangeRates(NamedTuple):
@@ -84,8 +86,8 @@ def change_rates(
     spectrum, route = None, "svd"
     if method == "randomized" or (method == "auto" and _square(w)):
         spectrum, route = tail_triplets(w, rank, generator), "tail"
-        if method == "auto" and not bool(is_graded(norm_estimate(w), spectrum).all()):
-            spectrum = None
+        kept = is_graded(norm_estimate(w), spectrum) & are_orthonormal(spectrum.u, spectrum.vt)
+        spectrum = spectrum if method == "randomized" or bool(kept.all()) else None
     if spectrum is None:
         spectrum, route = _all_triplets(w, method)
     delta = scaling * _overlap(spectrum, a, b)
@@ -246,7 +248,7 @@ def _all_triplets(w: Tensor, method: str) -> tuple[Triplets, str]:
         found, allowed = follow(route, w)
         if all(allowed):
             full = Triplets(*(t.to(w.dtype) for t in (found.full() if isinstance(found, Half) else found)))
-            ends = Triplets(full.u[..., -1:], full.sigma[..., -1:], full.vt[..., -1:, :])
+            ends = Triplets(full.u[..., -ENDS:], full.sigma[..., -ENDS:], full.vt[..., -ENDS:, :])
             if route == routes[-1] or all(are_triplets(w, full.sigma[..., 0], ends.u, ends.vt, ends.sigma)):
                 break
     return full, str(route)

@@ -4,7 +4,7 @@
   (condition number above a thousand) n / 12 triplets, and never more than 64, hold the top 8 directions.
 - gram: all triplets from the eigenvectors of the Gram matrix of the short side, in the precision that its condition
   number asks for. Exact on rectangular layers, whose spectrum is flat at the small end and where the tail misleads.
-- svd: the library's, where neither will do; in float64 where the residuals of the float32 one fail.
+- svd: the library's, where neither will do; in float64 where float32 does not resolve the smallest σ.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .svd import Triplets, batched_randomized_svd, select
+from .svd import Triplets, batched_randomized_svd, orthogonality_loss, select
 
 TAIL_FRACTION = (
     12  # the tail route takes the last n / 12 triplets, within these bounds: the number that holds the top 8
@@ -26,7 +26,9 @@ TAIL_POWER_ITERS = 3  # 3 steps of subspace iteration and 8 columns of oversampl
 SMALL, SMALL_POWER_ITERS = 1024, 6  # below, steps cost less than sending a layer to the full route
 MIN_TAIL_CONDITION = 300.0  # below, the small end is too flat to be told apart by the tail route
 MAX_RELATIVE_ERROR = 2e-4  # of the smallest σ² from a Gram matrix: eps · condition²
+MAX_SVD_ERROR = 0.03  # of the smallest σ from an SVD: eps · condition
 MAX_RESIDUAL_PER_GAP = 0.3  # of a chosen triplet; 0.03 at most where the tail route is right, above 5 where it is wrong
+MAX_ORTHOGONALITY_LOSS = 1e-3  # largest element of |UᵀU - I| of chosen vectors; up to 4e-4 from a float32 Gram matrix
 MAX_RESIDUAL = 1e-2  # of a triplet from a full spectrum, relative to its σ; about 1e-6 where it is this weight's (measured at condition 3)
 
 
@@ -64,6 +66,15 @@ def residuals(w: Tensor, u: Tensor, vt: Tensor, sigma: Tensor) -> Tensor:
     return torch.maximum(left, right)
 
 
+def are_orthonormal(u: Tensor, vt: Tensor) -> Tensor:
+    """(L,) bool: are the columns of u (L, N, s) and the rows of vt (L, s, K) orthonormal?
+
+    Residuals do not tell: those of a vanishing σ allow any vector, the zero vector too.
+    """
+    loss = torch.maximum(orthogonality_loss(u.mT @ u), orthogonality_loss(vt @ vt.mT))
+    return loss <= MAX_ORTHOGONALITY_LOSS
+
+
 def are_resolved(
     w: Tensor,
     norms: Tensor,  # (L,) of W, estimated
@@ -74,7 +85,7 @@ def are_resolved(
     rate: Tensor,
     index: Tensor,
 ) -> list[bool]:
-    """For each matrix: are the residuals of all chosen triplets small against the gaps to their neighbours?
+    """For each matrix: are the chosen vectors orthonormal and their residuals small against the gaps to their neighbours?
 
     A residual larger than the gap means a mixture of neighbours. Singular values that are equal up to rounding have no
     directions of their own, so rounding is allowed for.
@@ -84,13 +95,15 @@ def are_resolved(
     gaps = torch.minimum(torch.cat((edge, spacing), -1), torch.cat((spacing, edge), -1))
     local = index - (min(w.shape[-2:]) - sigma.shape[-1])
     allowed = torch.maximum(MAX_RESIDUAL_PER_GAP * gaps.gather(-1, local), rounding(w, norms)[..., None])
-    return (residuals(w, u, vt, chosen_sigma) <= allowed).all(-1).tolist()
+    good = (residuals(w, u, vt, chosen_sigma) <= allowed).all(-1)
+    return (good & are_orthonormal(u, vt)).tolist()
 
 
 def are_triplets(w: Tensor, largest: Tensor, u: Tensor, vt: Tensor, sigma: Tensor) -> list[bool]:
-    """For each matrix: are these singular triplets of it, taken from all of them? largest (L,): its largest σ."""
+    """For each matrix: are these singular triplets of it, orthonormal, taken from all? largest (L,): its largest σ."""
     allowed = torch.maximum(MAX_RESIDUAL * sigma, rounding(w, largest)[..., None])  # a σ of 0 has no other mark
-    return (residuals(w, u, vt, sigma) <= allowed).all(-1).tolist()
+    good = (residuals(w, u, vt, sigma) <= allowed).all(-1)
+    return (good & are_orthonormal(u, vt)).tolist()
 
 
 def rounding(w: Tensor, norms: Tensor) -> Tensor:
@@ -161,13 +174,15 @@ def full_routes(n: int, k: int, dtype: torch.dtype, method: str, fast_float64: b
     a GPU of fast float64, where the SVD takes many times as long as eigenvectors, a Gram matrix in float64. A slow one is
     spared float64 but for the last resort.
     """
-    svd = Route("svd", dtype)
+    near_square = method == "exact" and max(n, k) < 2 * min(n, k)
+    low, high = Route("gram", torch.float32), Route("gram", torch.float64)
+    svd, last = Route("svd", torch.float32), Route("svd", torch.float64)
     if dtype == torch.float64:
-        return (svd,) if method == "exact" and max(n, k) < 2 * min(n, k) else (Route("gram", dtype), svd)
-    low, high, last = Route("gram", torch.float32), Route("gram", torch.float64), Route("svd", torch.float64)
-    if method == "exact" and max(n, k) < 2 * min(n, k):
-        return (high, svd, last) if fast_float64 else (svd, last)
-    return (low, svd, last) if fast_float64 is False else (low, high, svd, last)
+        return (last,) if near_square else (high, last)
+    if near_square:
+        return (high, last) if fast_float64 else (svd, last)
+    # A float32 SVD resolves less than the Gram matrix in float64.
+    return (low, svd, last) if fast_float64 is False else (low, high, last)
 
 
 def routes_of(w: Tensor, method: str) -> tuple[Route, ...]:
@@ -188,10 +203,16 @@ def follow(route: Route, w: Tensor) -> tuple[Triplets | Half, list[bool]]:
     if route.kind == "gram":
         half = gram_half(w, route.precision)
         return half, is_accurate(half.sigma, route.precision)
-    return Triplets(*torch.linalg.svd(w.to(route.precision), full_matrices=False)), [True] * w.shape[0]
+    full = Triplets(*torch.linalg.svd(w.to(route.precision), full_matrices=False))
+    resolved = torch.finfo(route.precision).eps * full.sigma[..., 0] <= MAX_SVD_ERROR * full.sigma[..., -1]
+    return full, [True] * w.shape[0] if route.precision == torch.float64 else resolved.tolist()
 
 
 def is_accurate(sigma: Tensor, precision: torch.dtype) -> list[bool]:
-    """For each matrix: is the smallest σ² of its Gram matrix above the rounding error of the largest?"""
+    """For each matrix: is the smallest σ² of its Gram matrix above the rounding error of the largest, and above zero?
+
+    W's products with the basis are the other side's vectors times σ: where σ is zero, they are nothing.
+    """
     squares = sigma.double().square()
-    return (torch.finfo(precision).eps * squares[..., 0] <= MAX_RELATIVE_ERROR * squares[..., -1]).tolist()
+    accurate = torch.finfo(precision).eps * squares[..., 0] <= MAX_RELATIVE_ERROR * squares[..., -1]
+    return (accurate & (squares[..., -1] > 0)).tolist()

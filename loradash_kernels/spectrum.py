@@ -2,8 +2,9 @@
 
 W never changes, so its singular triplets belong to no task: `decompose` computes those that change rates are measured
 at, `choose_directions` then takes the highest rates, which costs O((N + K) n r). A `Spectrum` is small enough to keep:
-the last n / 12 triplets, at most 128, of a graded square W in float32, or one orthogonal basis of the short side in half precision,
-from which the triplets that are chosen are refined against W to full precision.
+the last n / 12 triplets, at most 128, of a graded square W in float32, or one orthogonal basis of the short side in half
+precision, from which the triplets that are chosen are refined against W to full precision. Where W is too ill-conditioned
+for that, all triplets in float32.
 """
 
 from __future__ import annotations
@@ -14,18 +15,29 @@ import torch
 from torch import Tensor
 
 from .directions import Directions, checked_batch, choose_best
-from .routes import Half, are_resolved, are_triplets, follow, is_graded, norm_estimate, routes_of, tail_triplets
+from .routes import (
+    Half,
+    are_orthonormal,
+    are_resolved,
+    are_triplets,
+    follow,
+    is_graded,
+    norm_estimate,
+    routes_of,
+    tail_triplets,
+)  # fmt: skip
 from .svd import Triplets, full_precision, select
 
+MAX_HALF_CONDITION = 50.0  # of a W whose basis is kept in half precision; refined triplets fail their check from 100 on
 REFINED = 4  # times s: so many candidates are refined before the s best are taken
 
 
 @dataclass(frozen=True)
 class Spectrum:
-    """Singular triplets of a W (N, K), descending: sigma (n,) float32 and u (N, n), vt (n, K), or one of the two.
+    """Singular triplets of a W (N, K), descending: sigma (n,) and u (N, n), vt (n, K), or one of the two.
 
-    "tail": the n smallest. "gram ...": all, the short side's basis alone, float16 (the other side is W's product with
-    it). "svd": all, both sides.
+    Route "tail": the n smallest. Others: all; both sides, or, float16, the short side's basis alone (the other side is W's
+    product with it). Everything else is float32, float64 for a float64 W.
     """
 
     route: str
@@ -36,6 +48,25 @@ class Spectrum:
     @property
     def bytes(self) -> int:
         return sum(t.numel() * t.element_size() for t in (self.sigma, self.u, self.vt) if t is not None)
+
+    def transposed(self) -> Spectrum:
+        """Of Wᵀ."""
+        u, vt = self.u, self.vt
+        return Spectrum(self.route, self.sigma, None if vt is None else vt.mT, None if u is None else u.mT)
+
+    def fits(self, weight: Tensor) -> bool:
+        """Are these shapes of floating tensors those of a spectrum of this weight (N, K)?"""
+        n, k = weight.shape
+        count = self.sigma.shape[0] if self.sigma.dim() == 1 else 0
+        shapes = {"sigma": (count,), "u": (n, count), "vt": (count, k)}
+        whole = self.route == "tail" or count == min(n, k)
+        sides = (self.u is not None) + (self.vt is not None)
+        return (
+            1 <= count <= min(n, k)
+            and whole
+            and (sides == 2 or (sides == 1 and self.route != "tail"))
+            and all(t.shape == shapes[name] and t.is_floating_point() for name, t in self.tensors().items())
+        )
 
     def tensors(self) -> dict[str, Tensor]:
         named = {"sigma": self.sigma, "u": self.u, "vt": self.vt}
@@ -60,31 +91,34 @@ def decompose(
     todo = list(range(w.shape[0]))
     if method != "exact" and w.shape[-2] == w.shape[-1] and todo:
         triplets = tail_triplets(w, None, generator)
-        keep = [True] * len(todo) if method == "randomized" else is_graded(norm_estimate(w), triplets).tolist()
+        sound = is_graded(norm_estimate(w), triplets) & are_orthonormal(triplets.u, triplets.vt)
+        keep = [True] * len(todo) if method == "randomized" else sound.tolist()
         for i in [i for i in todo if keep[i]]:
-            found[i] = _both("tail", Triplets(*(t[i] for t in triplets)))
+            found[i] = _both("tail", triplets.take([i]), w.dtype)
         todo = [i for i in todo if not keep[i]]
     for route in routes_of(w, method) if todo else ():
         full, allowed = follow(route, select(w, todo))
         for position in [p for p, ok in enumerate(allowed) if ok]:
-            found[todo[position]] = _kept(str(route), full.take([position]))
+            found[todo[position]] = _kept(str(route), full.take([position]), w.dtype)
         todo = [i for i in todo if i not in found]
         if not todo:
             break
     return [found[i] for i in range(w.shape[0])]
 
 
-def _kept(route: str, full: Triplets | Half) -> Spectrum:
-    """What is kept of all triplets of one matrix."""
+def _kept(route: str, full: Triplets | Half, dtype: torch.dtype) -> Spectrum:
+    """What is kept of all triplets of one matrix, a batch of one."""
     if isinstance(full, Triplets):
-        return _both(route, Triplets(*(t[0] for t in full)))
+        return _both(route, full, dtype)
+    if not bool(full.sigma[0, 0] <= MAX_HALF_CONDITION * full.sigma[0, -1]):
+        return _both(route, full.full(), dtype)
     basis = full.basis[0].half()
     sides = (basis.contiguous(), None) if full.left else (None, basis.mT.contiguous())
-    return Spectrum(route, full.sigma[0].float(), *sides)
+    return Spectrum(route, full.sigma[0].to(dtype), *sides)
 
 
-def _both(route: str, triplets: Triplets) -> Spectrum:
-    u, sigma, vt = (t.float().contiguous() for t in triplets)
+def _both(route: str, triplets: Triplets, dtype: torch.dtype) -> Spectrum:
+    u, sigma, vt = (t[0].to(dtype).contiguous() for t in triplets)
     return Spectrum(route, sigma, u, vt)
 
 

@@ -141,9 +141,11 @@ def _tail(inverse: Inverse, sketch: Tensor, rank: int, power_iters: int) -> tupl
     # W⁻ᵀ Z = U Σ⁻¹ (Z V)ᵀ: its largest singular values are the smallest of W, to full relative accuracy.
     c = inverse.apply_transposed(z)
     norms, v = _right_singular(c, rank)
-    v = v.flip(-1)  # largest of the inverse first: descending σ is the other way round
-    norms = norms.flip(-1)
-    return inverse.left(c @ v / norms[..., None, :]), 1 / norms, (z @ v).mT
+    # Where W is singular, the null space's vectors, first here and exact, stand in all the others by rounding.
+    image = c @ v / norms[..., None, :]
+    u = aligned(orthonormal(image), image)
+    # Largest of the inverse first: descending σ is the other way round.
+    return inverse.left(u.flip(-1)), 1 / norms.flip(-1), (z @ v).flip(-1).mT
 
 
 def _right_singular(c: Tensor, rank: int) -> tuple[Tensor, Tensor]:
@@ -205,6 +207,11 @@ def orthonormal(x: Tensor) -> Tensor:
     if x.device.type not in KERNEL_DEVICES:
         return torch.linalg.qr(x)[0]
     return cholesky_qr(x)[0].to(x.dtype)
+
+
+def aligned(q: Tensor, x: Tensor) -> Tensor:
+    """Columns of q, turned round where they point against those of x."""
+    return torch.where((q * x).sum(-2, keepdim=True) < 0, -q, q)
 
 
 def cholesky_qr(x: Tensor) -> tuple[Tensor, Tensor]:

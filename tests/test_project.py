@@ -33,7 +33,7 @@ TRITON = (
     "__init__",
 )
 LORADASH = (
-    "config", "base", "linear", "attention", "bypass", "inject", "checkpoint", "export", "spectral", "prelaunch", "schedule", "plots", "insight", "baselines", "finetune", "cli", "__init__",
+    "config", "base", "linear", "attention", "bypass", "inject", "checkpoint", "export", "background", "spectral", "worker", "prelaunch", "schedule", "plots", "insight", "baselines", "finetune", "cli", "__init__",
 )  # fmt: skip
 
 

@@ -1,22 +1,21 @@
-"""Decompositions ahead of time: spectra, their cache, and pre-launch over processes."""
+"""Decompositions ahead of time: spectra, what is chosen from them, and pre-launch over processes."""
 
 from __future__ import annotations
 
+import math
 import os
 import subprocess
 import sys
-import threading
 
 import loradash
 import pytest
 import torch
-from loradash import DashConfig, DashSchedule, SpectralCache, apply_dash, prelaunch
-from loradash.spectral import weight_hash
+from loradash import DashConfig, DashSchedule, apply_dash
 from torch import nn
 
 from loradash_kernels import change_rates, task_specific_directions
 from loradash_kernels.routes import residuals
-from loradash_kernels.spectrum import choose_directions, decompose
+from loradash_kernels.spectrum import Spectrum, choose_directions, decompose
 
 
 def gaussian(n, k, seed=0):
@@ -57,6 +56,73 @@ def test_half_precision_is_half_the_memory():
     (spectrum,) = decompose(w)
     assert spectrum.bytes == 96 * 96 * 2 + 96 * 4
     assert spectrum.u.dtype == torch.float16 and spectrum.vt is None
+
+
+def rectangular(n, k, condition, shape, seed=0):
+    """A weight (n, k) of this condition number whose spectrum falls evenly, in one last step, or off a cliff."""
+    short, g = min(n, k), torch.Generator().manual_seed(seed)
+    few = short // 4
+    sigma = {
+        "graded": torch.logspace(0, -math.log10(condition), short, dtype=torch.float64),
+        "one small": torch.cat((torch.linspace(2, 1, short - 1), torch.tensor([2 / condition]))).double(),
+        "cliff": torch.cat((torch.linspace(2, 1, short - few), torch.linspace(3, 2, few) / condition)).double(),
+    }[shape]
+    u, v = (torch.linalg.qr(torch.randn(size, short, generator=g, dtype=torch.float64))[0] for size in (n, k))
+    return ((u * sigma) @ v.mT).float()
+
+
+@pytest.mark.parametrize("shape", ["graded", "one small", "cliff"])
+@pytest.mark.parametrize(("n", "k"), [(64, 96), (96, 64), (128, 512)])
+def test_every_condition_is_served_from_what_is_kept(n, k, shape):
+    """Half a basis in half precision where W allows it, all triplets in float32 where not: the directions of W itself."""
+    _, a, b = gaussian(n, k)
+    for condition in (3, 30, 49, 51, 100, 300, 1e3, 1e4, 1e5, 1e6):
+        w = rectangular(n, k, condition, shape)
+        (spectrum,) = decompose(w)
+        halved = spectrum.u is None or spectrum.vt is None
+        assert halved == (condition < 50)
+        assert spectrum.bytes == (2 * min(n, k) ** 2 if halved else 4 * min(n, k) * (n + k)) + 4 * min(n, k)
+        found, plain = choose_directions(spectrum, w, a, b, 8), task_specific_directions(w, a, b, 8)
+        assert found is not None, condition
+        assert found.index.sort().values.tolist() == plain.index.sort().values.tolist(), condition
+        order = [plain.index.tolist().index(i) for i in found.index.tolist()]
+        for ours, theirs in ((found.u.mT, plain.u.mT), (found.vt, plain.vt)):
+            assert ((ours * theirs[order]).sum(-1).abs() > 0.999).all(), condition
+            torch.testing.assert_close(ours @ ours.mT, torch.eye(8), atol=5e-4, rtol=0)
+
+
+@pytest.mark.parametrize(("n", "k"), [(48, 48), (32, 80), (80, 32)])
+@pytest.mark.parametrize("rank", [0, 1, 20, 31])
+def test_deficient_weights_are_kept_orthonormal(n, k, rank):
+    """Null spaces have no directions of their own, but what is chosen from them is orthonormal on both sides."""
+    g = torch.Generator().manual_seed(0)
+    w = torch.randn(n, rank, generator=g) @ torch.randn(rank, k, generator=g) / 10
+    _, a, b = gaussian(n, k)
+    for method in ("auto", "exact"):
+        (spectrum,) = decompose(w, method)
+        found = choose_directions(spectrum, w, a, b, 6)
+        if found is None and spectrum.route == "tail":
+            continue  # too short for this null space: the full spectrum's turn
+        assert found is not None and torch.isfinite(found.rate).all()
+        for basis in (found.u.mT, found.vt):
+            torch.testing.assert_close(basis @ basis.mT, torch.eye(6), atol=1e-4, rtol=0)
+        assert (w @ found.vt.mT - found.u * found.sigma).abs().max() < 1e-5
+
+
+def test_a_spectrum_without_directions_is_refused():
+    """Zero vectors have no residual where σ is zero; they are no directions."""
+    _, a, b = gaussian(6, 8)
+    spectrum = Spectrum("svd float32", torch.zeros(6), torch.zeros(6, 6), torch.eye(6, 8))
+    assert choose_directions(spectrum, torch.zeros(6, 8), a, b, 3) is None
+
+
+def test_float64_is_kept_in_float64():
+    w = rectangular(64, 96, 1e5, "graded").double()
+    _, a, b = gaussian(64, 96)
+    (spectrum,) = decompose(w)
+    assert spectrum.u.dtype == torch.float64
+    found, plain = (choose_directions(spectrum, w, a.double(), b.double(), 8), task_specific_directions(w, a, b, 8))
+    torch.testing.assert_close(found.rate, plain.rate, rtol=1e-9, atol=0)
 
 
 def test_clustered_spectrum():
@@ -108,79 +174,6 @@ def test_bad_number_of_directions(s):
         choose_directions(decompose(w)[0], w, a, b, s)
 
 
-# --- the cache -------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def cache(tmp_path):
-    return SpectralCache(tmp_path / "spectra")
-
-
-@pytest.mark.parametrize(("n", "k"), [(384, 384), (96, 400)])
-def test_cache_gives_the_same_directions(cache, n, k, monkeypatch):
-    w, a, b = gaussian(n, k)
-    first = cache.directions(w, a, b, 8, 2.0)
-    monkeypatch.setattr("loradash.spectral.decompose", None)  # from disk, or not at all
-    again = cache.directions(w.t().contiguous().t(), a, b, 8, 2.0)
-    assert torch.equal(first.u, again.u) and torch.equal(first.vt, again.vt)
-    assert cache.has(w) and not cache.has(w + 1)
-    assert 0 < cache.size() < w.numel() * 4
-
-
-def test_hash_tells_weights_apart():
-    w = torch.arange(12.0).view(3, 4)
-    assert weight_hash(w) == weight_hash(w.t().contiguous().t())
-    others = [w.view(4, 3), w.half(), w + 1e-6, w.bfloat16()]
-    assert len({weight_hash(t) for t in [w, *others]}) == 5
-
-
-@pytest.mark.parametrize("damage", ["truncated", "flipped", "foreign", "empty"])
-def test_damaged_files_are_made_anew(cache, damage):
-    w, a, b = gaussian(96, 400)
-    before = cache.directions(w, a, b, 8, 2.0)
-    (file,) = cache.folder.iterdir()
-    data = bytearray(file.read_bytes())
-    if damage == "flipped":
-        data[-10] ^= 64
-    file.write_bytes({"truncated": data[: len(data) // 2], "foreign": b"not a tensor", "empty": b""}.get(damage, data))
-    with pytest.warns(UserWarning, match="damaged"):
-        after = cache.directions(w, a, b, 8, 2.0)
-    assert torch.equal(before.u, after.u)
-    assert torch.equal(cache.directions(w, a, b, 8, 2.0).u, before.u)  # and the new file is whole
-
-
-def test_size_is_bounded(tmp_path):
-    weights = [gaussian(96, 400, seed=s)[0] for s in range(5)]
-    one = SpectralCache(tmp_path / "one")
-    one.spectrum(weights[0])
-    cache = SpectralCache(tmp_path / "many", max_bytes=int(2.5 * one.size()))
-    for i, w in enumerate(weights):
-        cache.spectrum(w)
-        os.utime(cache._path(w), (i, i))
-        assert cache.size() <= cache.max_bytes
-    assert [cache.has(w) for w in weights] == [False, False, False, True, True]
-
-
-def test_short_tail_is_replaced_for_good(cache):
-    """More directions than the tail has triplets: the full spectrum takes its place on disk."""
-    w, a, b = gaussian(384, 384)
-    assert cache.spectrum(w).route == "tail"
-    found = cache.directions(w, a, b, 40, 2.0)  # more than the 32 triplets of the tail
-    assert found.u.shape == (384, 40)
-    assert cache.spectrum(w).route != "tail"
-
-
-def test_threads_share_a_cache(cache):
-    w, a, b = gaussian(96, 400)
-    found = []
-    threads = [threading.Thread(target=lambda: found.append(cache.directions(w, a, b, 8, 2.0))) for _ in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert len(found) == 4 and all(torch.equal(found[0].u, f.u) for f in found)
-
-
 # --- pre-launch ------------------------------------------------------------------------------------------------------
 
 
@@ -200,38 +193,6 @@ def step(model, schedule, steps):
         optimizer.step()
         optimizer.zero_grad()
         schedule.step()
-
-
-def test_prelaunch_through_a_cache(cache):
-    (plain, _), (cached, schedule) = trained(), trained()
-    reports = prelaunch(plain, progress=False)
-    schedule.cache = cache
-    step(cached, schedule, 1)
-    assert schedule.launched and len(list(cache.folder.iterdir())) == 3
-    assert [r.name for r in schedule.reports] == [r.name for r in reports]
-    assert all(layer.dash_u.abs().sum() > 0 for layer in loradash.dash_layers(cached).values())
-
-
-@pytest.mark.slow
-def test_background(cache):
-    model, _ = trained(svd="exact")
-    work = cache.start(model)
-    assert work.wait(120) and work.remaining == 0
-    assert all(cache.has(layer.weight) for layer in loradash.dash_layers(model).values())
-    again = cache.start(model)
-    assert again.wait() and again._process is None  # everything was there
-
-
-@pytest.mark.slow
-def test_background_cancelled_and_failed(cache):
-    model, _ = trained()
-    work = cache.start(model)
-    work.cancel()
-    assert not work._thread.is_alive() and work.remaining >= 0
-    with torch.no_grad():
-        next(iter(loradash.dash_layers(model).values())).weight[0, 0] = float("nan")
-    with pytest.raises(RuntimeError, match="not finite"):
-        SpectralCache(cache.folder / "other").start(model).wait(120)
 
 
 def test_interrupt_leaves_pre_launch(monkeypatch):

@@ -9,6 +9,7 @@ save_adapter(model, "adapter")
 
 from loradash_kernels import __version__
 
+from .background import BackgroundDecomposition
 from .checkpoint import AdapterError, load_adapter, save_adapter
 from .config import DashConfig
 from .export import export_lora
@@ -16,7 +17,7 @@ from .inject import apply_dash, dash_layers, dash_only, dash_state, disable, mer
 from .linear import DashLinear
 from .prelaunch import LayerReport, prelaunch
 from .schedule import DashSchedule
-from .spectral import BackgroundDecomposition, SpectralCache
+from .spectral import SpectralCache
 
 __all__ = [
     "AdapterError",

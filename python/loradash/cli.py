@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 from collections import Counter
+from collections.abc import Iterator
+from enum import Enum
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import torch
 import typer
@@ -15,8 +18,34 @@ from tqdm.auto import tqdm
 
 from loradash_kernels import __version__, available_backends, explain_backend
 
+if TYPE_CHECKING:
+    from .insight import LayerRates
+
 app = typer.Typer(help="LoRA-Dash fine-tuning with fused kernels.", no_args_is_help=True)
-console = Console()
+# Names, paths and messages have brackets and colons of their own: nothing that is printed is markup.
+console = Console(markup=False, emoji=False)
+
+
+class Method(str, Enum):
+    auto = "auto"
+    exact = "exact"
+
+
+class Precision(str, Enum):
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+    float32 = "float32"
+    float64 = "float64"
+
+
+@contextlib.contextmanager
+def reported() -> Iterator[None]:
+    """A user's mistake, or a missing package, ends the command with its message and exit code 1."""
+    try:
+        yield
+    except (ImportError, OSError, ValueError) as error:
+        console.print(str(error), style="red", soft_wrap=True)
+        raise typer.Exit(1) from error
 
 
 @app.command()
@@ -30,12 +59,9 @@ def finetune(
     """Fine-tune a pretrained sentence encoder on human sentiment ratings, with LoRA and with LoRA-Dash."""
     from . import finetune as demo
 
-    try:
+    with reported():
         report = demo.finetune(out, steps, seeds, rate, blocks)
-    except ImportError as error:
-        console.print(f"[red]{error}")
-        raise typer.Exit(1) from error
-    console.print(f"\nBackend: [bold]{report.backend}")
+    console.print(f"\nBackend: {report.backend}")
     for name, count in report.parameters.items():
         console.print(f"{name}: {count}")
     scores = Table(
@@ -52,7 +78,7 @@ def finetune(
         gaps.add_row(name, f"{gap:.1e}")
     for table in (scores, times, gaps):
         console.print(table)
-    console.print(f"Written to [bold]{out}[/]: {', '.join(sorted(p.name for p in out.iterdir()))}")
+    console.print(f"Written to {out}: {', '.join(sorted(p.name for p in out.iterdir()))}")
 
 
 @app.command()
@@ -61,26 +87,45 @@ def decompose(
     target: Annotated[str, typer.Option(help="Regular expression that a weight's name must contain.")] = r"\.weight$",
     exclude: Annotated[str, typer.Option(help="Regular expression of names to leave out.")] = "embed|lm_head",
     cache: Annotated[Path | None, typer.Option(help="Folder of the cache.")] = None,
-    method: Annotated[str, typer.Option(help="auto or exact.")] = "auto",
+    method: Annotated[Method, typer.Option(help="exact keeps all triplets of every weight.")] = Method.auto,
+    dtype: Annotated[
+        Precision | None,
+        typer.Option(
+            help="Of the model that launches, where it is loaded in less precision than the file's, or float64."
+        ),
+    ] = None,
 ) -> None:
-    """Decompose a base model's weights once: every later launch from them costs milliseconds."""
+    """Decompose a base model's weights once: every later launch from them costs milliseconds.
+
+    A weight is found again by its values: those of the file, or, with --dtype, these rounded.
+    """
     from .insight import Weights
     from .spectral import SpectralCache
 
-    store = SpectralCache(cache)
-    try:
+    with reported():
+        store = SpectralCache(cache)
         weights = Weights(model)
-        names = [n for n in weights.names() if re.search(target, n) and not re.search(exclude, n)]
+        wanted, unwanted = _pattern("target", target), _pattern("exclude", exclude)
+        names = [n for n in weights.names() if wanted.search(n) and not unwanted.search(n)]
         if not names:
             raise ValueError(f"no matrix of {model} matches {target!r}: {', '.join(weights.names()[:6])}")
         routes: Counter[str] = Counter()
         for name in tqdm(names, desc="decompose", unit="weight"):
-            routes[store.spectrum(weights.load(name), method).route] += 1
-    except ValueError as error:
-        console.print(f"[red]{error}")
-        raise typer.Exit(1) from error
+            weight = weights.load(name)
+            try:
+                kept = store.keep(weight.to(getattr(torch, dtype.value)) if dtype else weight, method.value)
+            except ValueError as error:
+                raise ValueError(f"{name}: {error}") from error
+            routes[kept.route] += 1
     console.print(f"{len(names)} weights: {', '.join(f'{route} {count}' for route, count in routes.items())}")
     console.print(f"{store.folder}: {store.size() / 2**20:.1f} MB")
+
+
+def _pattern(option: str, text: str) -> re.Pattern[str]:
+    try:
+        return re.compile(text)
+    except re.error as error:
+        raise ValueError(f"--{option} {text!r} is no regular expression: {error}") from error
 
 
 @app.command()
@@ -93,37 +138,40 @@ def directions(
     """Show the change rates of trained adapters, and how far their directions agree."""
     from . import insight, plots
 
-    try:
+    with reported():
         weights = insight.Weights(model)
         found = [insight.layer_rates(weights, insight.load_factors(path)) for path in adapters]
         names = [path.name if path.suffix != ".safetensors" else path.stem for path in adapters]
-        table = Table("layer", f"top {s} by change rate (index of σ, 0 = largest)", "highest rate", "median rate")
-        for layer, rates in found[-1].items():
-            top = ", ".join(map(str, rates.top(s).tolist()))
-            table.add_row(
-                layer, f"{top} of {rates.rate.numel()}", f"{rates.rate.max():.3g}", f"{rates.rate.median():.3g}"
-            )
-        console.print(table)
         overlaps = torch.tensor([[insight.overlap(a, b, s) for b in found] for a in found])
         scores = insight.agreement(found, found[-1])
-    except ValueError as error:
-        console.print(f"[red]{error}")
-        raise typer.Exit(1) from error
-    if len(found) > 1:
-        pairs = Table(
-            "adapter", *names, "accuracy", "recall", title=f"common directions among the top {s}; against the last"
-        )
-        for name, row, (accuracy, recall) in zip(names, overlaps, scores, strict=True):
-            pairs.add_row(name, *(f"{v:.2f}" for v in row), f"{accuracy:.2f}", f"{recall:.2f}")
-        console.print(pairs)
-    if out is not None:
-        shown = dict(list(found[-1].items())[:4])
-        plots.change_rates({n: (r.rate, r.top(s)) for n, r in shown.items()}, out / "change_rates.png")
-        plots.sorted_rates({n: r.rate for n, r in found[-1].items()}, out / "sorted_rates.png")
+        console.print(_rates_table(found[-1], s))
         if len(found) > 1:
-            plots.overlap_map(names, overlaps, s, out / "overlap.png")
-            plots.agreement_lines(names, scores, out / "agreement.png")
-        console.print(f"Written to [bold]{out}[/]: {', '.join(sorted(p.name for p in out.iterdir()))}")
+            console.print(_pairs_table(names, overlaps, scores, s))
+        if out is not None:
+            shown = dict(list(found[-1].items())[:4])
+            plots.change_rates({n: (r.rate, r.top(s)) for n, r in shown.items()}, out / "change_rates.png")
+            plots.sorted_rates({n: r.rate for n, r in found[-1].items()}, out / "sorted_rates.png")
+            if len(found) > 1:
+                plots.overlap_map(names, overlaps, s, out / "overlap.png")
+                plots.agreement_lines(names, scores, out / "agreement.png")
+            console.print(f"Written to {out}: {', '.join(sorted(p.name for p in out.iterdir()))}")
+
+
+def _rates_table(layers: dict[str, LayerRates], s: int) -> Table:
+    table = Table("layer", f"top {s} by change rate (index of σ, 0 = largest)", "highest rate", "median rate")
+    for layer, rates in layers.items():
+        top = ", ".join(map(str, rates.top(s).tolist()))
+        highest, median = f"{rates.rate.max():.3g}", f"{rates.rate.median():.3g}"
+        table.add_row(layer, f"{top} of {rates.rate.numel()}", highest, median)
+    return table
+
+
+def _pairs_table(names: list[str], overlaps: torch.Tensor, scores: list[tuple[float, float]], s: int) -> Table:
+    title = f"common directions among the top {s}; against the last"
+    table = Table("adapter", *names, "accuracy", "recall", title=title)
+    for name, row, (accuracy, recall) in zip(names, overlaps, scores, strict=True):
+        table.add_row(name, *(f"{v:.2f}" for v in row), f"{accuracy:.2f}", f"{recall:.2f}")
+    return table
 
 
 @app.command()

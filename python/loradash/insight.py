@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -26,12 +28,14 @@ class Weights:
     def __init__(self, path: Path) -> None:
         files = [path] if path.is_file() else sorted(path.glob("*.safetensors"))
         self._file: dict[str, Path] = {}
+        self._shape: dict[str, list[int]] = {}
         for file in files:
             try:
                 with safe_open(str(file), framework="pt") as opened:
                     for name in opened.keys():  # noqa: SIM118
-                        if len(opened.get_slice(name).get_shape()) == 2:
-                            self._file[name] = file
+                        shape = opened.get_slice(name).get_shape()
+                        if len(shape) == 2:
+                            self._file[name], self._shape[name] = file, shape
             except (SafetensorError, OSError) as error:
                 raise ValueError(f"{file}: cannot be read as safetensors: {error}") from error
         if not self._file:
@@ -41,17 +45,24 @@ class Weights:
         return list(self._file)
 
     def load(self, name: str) -> Tensor:
-        """A matrix (N, K) by its name in the file."""
-        with safe_open(str(self._file[name]), framework="pt") as opened:
-            return opened.get_tensor(name)
+        """A matrix by its name in the file."""
+        try:
+            with safe_open(str(self._file[name]), framework="pt") as opened:
+                return opened.get_tensor(name)
+        except (SafetensorError, OSError) as error:
+            raise ValueError(f"{self._file[name]}: {name} cannot be read: {error}") from error
 
-    def of_layer(self, layer: str) -> Tensor:
-        """The weight of a layer, whose name in the file may begin with more. Raises ValueError where it is not clear."""
+    def shape(self, name: str) -> tuple[int, int]:
+        rows, columns = self._shape[name]
+        return rows, columns
+
+    def of_layer(self, layer: str) -> str:
+        """The name of a layer's weight, which may begin with more than the layer's. ValueError where it is not clear."""
         wanted = f"{layer}.weight"
         found = [n for n in self._file if n == wanted or n.endswith("." + wanted) or wanted.endswith("." + n)]
         if len(found) != 1:
             raise ValueError(f"the model has {len(found)} weights for layer {layer}: {', '.join(found[:4]) or 'none'}")
-        return self.load(found[0])
+        return found[0]
 
 
 def load_factors(path: Path) -> Factors:
@@ -64,20 +75,44 @@ def load_factors(path: Path) -> Factors:
             header = opened.metadata() or {}
             tensors = {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118
         if "loradash" in header:
-            config = DashConfig.from_dict(json.loads(header["loradash"])["config"])
-            names = [key.removesuffix(".lora_a") for key in tensors if key.endswith(".lora_a")]
-            return {n: (tensors[f"{n}.lora_a"], tensors[f"{n}.lora_b"], config.for_module(n).scaling) for n in names}
-        settings = json.loads((file.parent / "adapter_config.json").read_text())
-        root = settings["r"] ** 0.5 if settings.get("use_rslora") else settings["r"]
-        names = [key.removesuffix(".lora_A.weight") for key in tensors if key.endswith(".lora_A.weight")]
-        return {
-            n.removeprefix("base_model.model."): (
-                tensors[f"{n}.lora_A.weight"], tensors[f"{n}.lora_B.weight"], settings["lora_alpha"] / root
-            )
-            for n in names
-        }  # fmt: skip
-    except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
+            factors = _our_factors(tensors, json.loads(header["loradash"])["config"])
+        else:
+            factors = _peft_factors(tensors, json.loads((file.parent / "adapter_config.json").read_text()))
+        if not factors:
+            raise ValueError("it has no LoRA layers")
+        return factors
+    except (
+        SafetensorError, OSError, LookupError, TypeError, ValueError, AttributeError, ArithmeticError, re.error
+    ) as error:  # fmt: skip
         raise AdapterError(f"{path}: cannot be read as a LoRA-Dash or PEFT LoRA adapter: {error}") from error
+
+
+def _our_factors(tensors: dict[str, Tensor], settings: dict[str, Any]) -> Factors:
+    config = DashConfig.from_dict(settings)
+    names = [key.removesuffix(".lora_a") for key in tensors if key.endswith(".lora_a")]
+    return {n: (tensors[f"{n}.lora_a"], tensors[f"{n}.lora_b"], config.for_module(n).scaling) for n in names}
+
+
+def _peft_factors(tensors: dict[str, Tensor], settings: dict[str, Any]) -> Factors:
+    """Rank and alpha of a layer are those of the first pattern that matches the end of its name, as PEFT reads them."""
+    factors = {}
+    for key in tensors:
+        if not key.endswith(".lora_A.weight"):
+            continue
+        stem = key.removesuffix(".lora_A.weight")
+        name = stem.removeprefix("base_model.model.")
+        a, b = tensors[key], tensors[f"{stem}.lora_B.weight"]
+        r = _by_pattern(settings.get("rank_pattern"), name, settings["r"])
+        alpha = _by_pattern(settings.get("alpha_pattern"), name, settings["lora_alpha"])
+        if a.shape[0] != r:
+            raise ValueError(f"{name} has rank {a.shape[0]}, its settings say {r}")
+        factors[name] = a, b, alpha / (r**0.5 if settings.get("use_rslora") else r)
+    return factors
+
+
+def _by_pattern(patterns: dict[str, Any] | None, name: str, default: Any) -> Any:
+    found = (value for pattern, value in (patterns or {}).items() if re.match(rf"(.*\.)?({pattern})$", name))
+    return next(found, default)
 
 
 @dataclass(frozen=True)
@@ -93,16 +128,26 @@ class LayerRates:
 
 
 def layer_rates(weights: Weights, factors: Factors, progress: bool = True) -> dict[str, LayerRates]:
-    """All change rates of every layer that was trained (B is not zero), by the exact route."""
+    """All change rates of every layer that was trained (B is not zero), by the exact route.
+
+    transformers' Conv1D stores weights as (K, N). A square one tells nothing: it counts as the rectangular ones do where
+    these are all stored so. Raises ValueError, with the layer's name, for weights that are missing or do not fit.
+    """
     trained = {n: f for n, f in factors.items() if bool(f[1].any())}
     if not trained:
         raise ValueError("no layer of the adapter has been trained: every B is zero")
+    stored = {name: weights.of_layer(name) for name in trained}
+    shapes = {name: (b.shape[0], a.shape[1]) for name, (a, b, _) in trained.items()}
+    turned = {n: weights.shape(stored[n]) == shape[::-1] for n, shape in shapes.items() if shape[0] != shape[1]}
+    squares_turned = bool(turned) and all(turned.values())
     found = {}
     for name, (a, b, scaling) in tqdm(trained.items(), desc="change rates", unit="layer", disable=not progress):
-        weight = weights.of_layer(name).float()
-        if weight.shape != (b.shape[0], a.shape[1]):
-            weight = weight.t()  # transformers' Conv1D keeps (K, N)
-        rates = change_rates(weight, a.float(), b.float(), scaling=scaling, method="exact")
+        weight = weights.load(stored[name]).float()
+        weight = weight.t() if turned.get(name, squares_turned) else weight
+        try:
+            rates = change_rates(weight, a.float(), b.float(), scaling=scaling, method="exact")
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from error
         found[name] = LayerRates(rates.rate, rates.sigma)
     return found
 
