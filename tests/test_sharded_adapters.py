@@ -60,6 +60,15 @@ for layers in (True, False):  # of the root's own parameters, a forward leaves g
     assert type(again[0].lora_a).__name__ == "DTensor"
     with torch.no_grad():
         torch.testing.assert_close(again(x), y, rtol=1e-5, atol=1e-5)
+    loradash.merge(again)
+    with torch.no_grad():
+        torch.testing.assert_close(again(x), y, rtol=1e-5, atol=1e-5)
+    assert not again[0].weight.requires_grad
+    loradash.unmerge(again)
+    with loradash.disable(again), torch.no_grad():
+        off = again(x)
+    with loradash.disable(plain), torch.no_grad():
+        torch.testing.assert_close(off, plain(x), rtol=1e-5, atol=1e-5)
     loradash.dash_state(again).config = loradash.dash_state(plain).config = DashConfig(
         **{**config.to_dict(), "train_bias": False}
     )
@@ -75,7 +84,7 @@ dist.destroy_process_group()
 
 
 @pytest.mark.slow
-def test_sharded_models_save_load_and_export(tmp_path):
+def test_sharded_models_save_load_merge_and_export(tmp_path):
     """FSDP2 in two processes: files have whole tensors, each process takes its shards back."""
     pytest.importorskip("torch.distributed.fsdp")
     (tmp_path / "script.py").write_text(SHARDED)

@@ -25,6 +25,7 @@ from .inject import (
     dash_state,
     is_target,
     plain_name,
+    reshard,
     target_layers,
     trainable_modules,
     unwrap,
@@ -80,13 +81,6 @@ def replace_file(path: Path, write: Callable[[str], None]) -> None:
 
 
 # --- tensors of a model ----------------------------------------------------------------------------------------------
-
-
-def reshard(model: nn.Module) -> None:
-    """Sends parameters that FSDP2 left gathered after a forward pass back to their shards, which are the ones that last."""
-    for module in model.modules():
-        if hasattr(module, "reshard") and hasattr(module, "unshard"):
-            module.reshard()  # type: ignore[operator]
 
 
 def module_tensors(name: str, module: nn.Module) -> dict[str, Tensor]:

@@ -19,8 +19,8 @@ from torch import Tensor, nn
 
 from .base import whole as gathered
 from .bypass import child_at, mended_children
-from .checkpoint import module_tensors, replace_file, reshard
-from .inject import dash_layers, dash_state, disable, plain_name, trainable_modules, unwrap
+from .checkpoint import module_tensors, replace_file
+from .inject import dash_layers, dash_state, disable, plain_name, reshard, trainable_modules, unwrap
 from .linear import DashLinear
 
 PREFIX = "base_model.model."  # PeftModel puts it before every name

@@ -69,6 +69,13 @@ def dash_layers(model: nn.Module) -> dict[str, DashLinear]:
     return {plain_name(name): m for name, m in unwrap(model).named_modules() if isinstance(m, DashLinear)}
 
 
+def reshard(model: nn.Module) -> None:
+    """Sends parameters that FSDP2 left gathered after a forward pass back to their shards, which are the ones that last."""
+    for module in model.modules():
+        if hasattr(module, "reshard") and hasattr(module, "unshard"):
+            module.reshard()  # type: ignore[operator]
+
+
 # --- adapting --------------------------------------------------------------------------------------------------------
 
 
@@ -223,8 +230,9 @@ def trainable_modules(model: nn.Module, config: DashConfig) -> dict[str, nn.Modu
 def merge(model: nn.Module) -> None:
     """Adds every layer's ΔW to its weight, for inference without adapters. All layers or, where one cannot, none.
 
-    Raises ValueError, naming the layer (`DashLinear.merge`).
+    Of a model sharded by FSDP2 every process must call this. Raises ValueError, naming the layer (`DashLinear.merge`).
     """
+    reshard(model)
     done: list[DashLinear] = []
     try:
         for layer in dash_layers(model).values():
@@ -239,6 +247,7 @@ def merge(model: nn.Module) -> None:
 
 def unmerge(model: nn.Module) -> None:
     """Undoes `merge`, bit for bit."""
+    reshard(model)
     for layer in dash_layers(model).values():
         layer.unmerge()
 

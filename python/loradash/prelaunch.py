@@ -13,7 +13,7 @@ from tqdm.auto import tqdm
 from loradash_kernels import Directions, task_specific_directions
 
 from .base import is_sharded, whole
-from .inject import dash_layers, dash_state
+from .inject import dash_layers, dash_state, reshard
 from .linear import DashLinear
 from .spectral import SpectralCache
 
@@ -55,6 +55,7 @@ def prelaunch(
     """
     method = dash_state(model).config.svd
     layers = dash_layers(model)
+    reshard(model)
     _check_phase(layers)
     adapters = {name: (whole(layer.lora_a), whole(layer.lora_b)) for name, layer in layers.items()}
     idle = [name for name, (a, b) in adapters.items() if not bool(a.any()) or not bool(b.any())]
