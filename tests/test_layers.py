@@ -298,6 +298,11 @@ def wavlm():
     return transformers.WavLMModel(settings)
 
 
+def peft_model():
+    peft = pytest.importorskip("peft")
+    return peft.get_peft_model(nn.Sequential(linear()), peft.LoraConfig(target_modules=["0"], r=2))
+
+
 PARENTS = {
     "`nn.MultiheadAttention` (`out_proj`)": (lambda: nn.Sequential(attention()), "adapted"),
     "`nn.TransformerEncoderLayer`, `nn.TransformerEncoder`": (
@@ -313,6 +318,7 @@ PARENTS = {
         lambda: nn.DataParallel(nn.Sequential(linear())),
         "refused",
     ),
+    "model with adapters of PEFT": (peft_model, "refused"),
     "model sharded by `fully_shard` or `parallelize_module`": (None, "refused"),
     "model that is itself one layer": (linear, "refused"),
     "model with adapters": (lambda: apply_dash(nn.Sequential(linear()), config()), "refused"),
