@@ -3,6 +3,7 @@
 LoRA-Dash: Si et al., "Unleashing the Power of Task-Specific Directions in Parameter Efficient Fine-tuning", ICLR 2025.
 """
 
+from . import flops as _flops
 from ._version import __version__
 from .directions import (
     ChangeRates,

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from . import _cuda, _extension, _triton, reference
 from .config import accumulator
+from .notices import warn_once
 
 LIBRARY = torch.library.Library("loradash", "DEF")
 
@@ -41,16 +42,16 @@ class Backend:
     refuses: Callable[[Tensor, int], str | None]
     forward: Callable[..., None]
     backward: Callable[..., None]
-    yields: Callable[[Tensor], str | None] = lambda x: (
-        None
-    )  # why another one is better for this x, where none was asked for
+    # Why another one, which takes this x and R, is the better one where none was asked for.
+    yields: Callable[[Tensor, int], str | None] = lambda x, width: None
 
 
 _CPU_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_CPU = torch.device("cpu")
 
 
 def _cpu_refuses(x: Tensor, width: int) -> str | None:
-    if x.device.type != "cpu":
+    if x.device != _CPU:
         return f"x is on {x.device}"
     if x.dtype not in _CPU_DTYPES:
         return f"x is {x.dtype}, the compiled kernels take float32, bfloat16 and float16"
@@ -95,13 +96,11 @@ def _reason_against(backend: Backend, x: Tensor, width: int) -> str | None:
     return backend.missing() or backend.refuses(x, width)
 
 
-def pick_backend(x: Tensor, width: int = 0, requested: str | None = None) -> Backend:
-    """The backend for x and R = `width`: the requested one, or the first that takes it.
-
-    Raises ValueError for an unknown name and RuntimeError when the requested backend cannot run.
-    """
+def _choose(x: Tensor, width: int, requested: str | None) -> Backend:
     if requested is None:
-        return next(b for b in BACKENDS if _reason_against(b, x, width) is None and b.yields(x) is None)
+        for backend in BACKENDS:
+            if not (backend.missing() or backend.refuses(x, width) or backend.yields(x, width)):
+                return backend
     for backend in BACKENDS:
         if backend.name == requested:
             reason = _reason_against(backend, x, width)
@@ -111,15 +110,39 @@ def pick_backend(x: Tensor, width: int = 0, requested: str | None = None) -> Bac
     raise ValueError(f"backend must be one of {[b.name for b in BACKENDS]}, got {requested!r}")
 
 
+def pick_backend(x: Tensor, width: int = 0, requested: str | None = None) -> Backend:
+    """The backend for x and R = `width`: the requested one, or the first that takes it and yields to none.
+
+    Warns, once for each reason, where plain PyTorch must do what kernels are there for: x of 16 or 32 bits on a CPU or a
+    GPU. Raises ValueError for an unknown name and RuntimeError when the requested backend cannot run.
+    """
+    chosen = _choose(x, width, requested)
+    if requested is None and chosen.name == "reference" and x.dtype in _CPU_DTYPES:
+        _warn_of_reference(x, width)
+    return chosen
+
+
+_KERNELS = {"cpu": ("cpu",), "cuda": ("cuda", "triton")}  # the backends that are there for a type of device
+
+
+def _warn_of_reference(x: Tensor, width: int) -> None:
+    device = x.device.type
+    reasons = [
+        f"{b.name}: {_reason_against(b, x, width)}" for b in BACKENDS if b.name in _KERNELS.get(device, ())
+    ]  # fmt: skip
+    if reasons:
+        warn_once(f"plain PyTorch computes LoRA-Dash layers on this {device} device, slowly. " + "; ".join(reasons))
+
+
 def explain_backend(x: Tensor, backend: str | None = None, *, width: int = 0) -> BackendChoice:
     """Which backend a call with this x and R = r + s = `width` takes, and why not the others.
 
     Of x device and dtype matter, not the shape.
     """
-    chosen = pick_backend(x, width, backend)
+    chosen = _choose(x, width, backend)
     reasons = {
         b.name: _reason_against(b, x, width)
-        or (None if backend else b.yields(x))
+        or (None if backend else b.yields(x, width))
         or (f"{chosen.name} was asked for" if backend else f"{chosen.name} comes first")
         for b in BACKENDS
         if b is not chosen
@@ -166,6 +189,15 @@ def directions_of(dash_sigma: Tensor | None) -> int:
 # --- implementations -------------------------------------------------------------------------------------------------
 
 
+def _run(kernel: Callable[..., None], *args: object) -> None:
+    """Products inside a backend are of its own choosing: autocast, which has cast what it may, casts no sums of theirs."""
+    if torch._C._is_any_autocast_enabled():
+        with torch._C._DisableAutocast():
+            kernel(*args)
+    else:
+        kernel(*args)
+
+
 def dash_linear(
     x: Tensor,
     weight: Tensor,
@@ -182,8 +214,8 @@ def dash_linear(
 ) -> tuple[Tensor, Tensor]:
     width = lora_a.shape[0] + directions_of(dash_sigma)
     y, p = allocate_forward(x, weight.shape[0], width)
-    run = pick_backend(x, width, backend).forward
-    run(x, weight, bias, lora_a, lora_b, dash_u, dash_vt, dash_sigma, seed, scaling, threshold, None, y, p)
+    kernel = pick_backend(x, width, backend).forward
+    _run(kernel, x, weight, bias, lora_a, lora_b, dash_u, dash_vt, dash_sigma, seed, scaling, threshold, None, y, p)
     return y, p
 
 
@@ -202,8 +234,8 @@ def low_rank_update(
 ) -> tuple[Tensor, Tensor]:
     width = lora_a.shape[0] + directions_of(dash_sigma)
     out, p = allocate_forward(x, lora_b.shape[0], width)
-    run = pick_backend(x, width, backend).forward
-    run(x, None, None, lora_a, lora_b, dash_u, dash_vt, dash_sigma, seed, scaling, threshold, y, out, p)
+    kernel = pick_backend(x, width, backend).forward
+    _run(kernel, x, None, None, lora_a, lora_b, dash_u, dash_vt, dash_sigma, seed, scaling, threshold, y, out, p)
     return out, p
 
 
@@ -225,8 +257,8 @@ def dash_linear_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     grads = allocate_backward(x, lora_a, lora_b, directions_of(dash_sigma), needs)
     out = [g if n else None for g, n in zip(grads, needs, strict=True)]
-    run = pick_backend(x, p.shape[1], backend).backward
-    run(dy, x, weight, lora_a, lora_b, dash_u, dash_vt, dash_sigma, p, seed, scaling, threshold, *out)
+    kernel = pick_backend(x, p.shape[1], backend).backward
+    _run(kernel, dy, x, weight, lora_a, lora_b, dash_u, dash_vt, dash_sigma, p, seed, scaling, threshold, *out)
     return grads
 
 
@@ -259,3 +291,10 @@ for _name, _real, _fake in (
 ):
     LIBRARY.impl(_name, _real, "CompositeExplicitAutograd")
     torch.library.register_fake(f"loradash::{_name}", _fake, lib=LIBRARY)
+
+if _extension.is_compiled():
+    # The compiled operators have no gradients of their own. Past autograd's key the dispatcher meets those of negated and of
+    # zero tensors, which it makes ordinary ones.
+    COMPILED = torch.library.Library("loradash_cpu", "IMPL")
+    for _name in ("forward", "backward"):
+        COMPILED.impl(_name, torch.library.fallthrough_kernel, "AutogradCPU")

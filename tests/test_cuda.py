@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -23,19 +25,24 @@ class OnCard:
 def card(monkeypatch):
     """Pretends that there is a card of a given capability, and that both GPU backends can run."""
 
-    def pretend(*capability):
+    def pretend(*capability, shared_limit=None):
+        properties = SimpleNamespace(shared_memory_per_block_optin=shared_limit)
+        _triton.architecture_of.cache_clear()
+        _triton._shared_limit.cache_clear()
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device=None: properties)
         monkeypatch.setattr(_cuda, "missing", lambda: None)
         monkeypatch.setattr(_cuda, "_has_code", lambda device: True)
         monkeypatch.setattr(_triton, "missing", lambda: None)
-        monkeypatch.setattr(_triton, "refuses", lambda x, width=0: None)
         backends = [
             ops.Backend("cuda", lambda: None, _cuda.refuses, _cuda.forward, _cuda.backward, _cuda.yields),
-            ops.Backend("triton", lambda: None, lambda x, width: None, _triton.forward, _triton.backward),
+            ops.Backend("triton", lambda: None, _triton.refuses, _triton.forward, _triton.backward),
         ]
-        monkeypatch.setattr(ops, "BACKENDS", tuple(backends))
+        monkeypatch.setattr(ops, "BACKENDS", (*backends, ops.BACKENDS[-1]))
 
-    return pretend
+    yield pretend
+    _triton.architecture_of.cache_clear()
+    _triton._shared_limit.cache_clear()
 
 
 @needs_extension

@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[1]
 
 # A file may import those above it in its list; loradash may import loradash_kernels, never the other way.
 KERNELS = (
-    "_version", "_extension", "config", "measurements", "weights", "reference", "_triton", "_cuda", "ops", "autograd", "functional", "svd", "routes", "directions", "spectrum",
+    "_version", "_extension", "config", "notices", "measurements", "weights", "reference", "composite", "_triton", "_cuda", "ops", "flops", "autograd", "arguments", "functional", "svd", "routes", "directions", "spectrum",
     "testing", "__init__",
 )  # fmt: skip
 TRITON = (
