@@ -30,6 +30,7 @@ def _gradients(direct: bool, *args: Any) -> tuple[Tensor, ...]:
         or torch.is_grad_enabled()
         or torch._C._len_torch_dispatch_stack()
         or torch._C._are_functorch_transforms_active()
+        or torch._C._functorch.is_legacy_batchedtensor(dy)
     ):
         return torch.ops.loradash.dash_linear_backward(*args)
     return ops.dash_linear_backward(*args)

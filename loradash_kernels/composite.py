@@ -7,6 +7,8 @@ at the price of separate products. Letters as in `reference`.
 
 from __future__ import annotations
 
+import contextlib
+
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
@@ -30,6 +32,13 @@ def refuse(threshold: int, backend: str | None) -> None:
         raise RuntimeError(f"loradash: backend={backend!r} is not supported {where}; pass backend=None")
 
 
+def _without_autocast(device: str) -> contextlib.AbstractContextManager:
+    """Sums keep their precision: what autocast may cast has been cast."""
+    if torch._C._is_any_autocast_enabled() and torch.amp.is_autocast_available(device):
+        return torch.autocast(device, enabled=False)
+    return contextlib.nullcontext()
+
+
 def dash_linear(
     x: Tensor,  # (..., K)
     weight: Tensor,  # (N, K)
@@ -42,7 +51,7 @@ def dash_linear(
     scaling: float,
 ) -> Tensor:  # (..., N)
     """x W^T + b + ((x D^T) * c) Q^T."""
-    with torch.autocast(x.device.type, enabled=False):
+    with _without_autocast(x.device.type):
         base = F.linear(x, weight, bias)
     return low_rank_update(base, x, lora_a, lora_b, dash_u, dash_vt, dash_sigma, scaling)
 
@@ -59,6 +68,6 @@ def low_rank_update(
 ) -> Tensor:  # (..., N)
     """y + ((x D^T) * c) Q^T, in the dtype of y; the low-rank sums in float32 (float64 for float64), as in the kernels."""
     dtype = accumulator(x.dtype)
-    with torch.autocast(x.device.type, enabled=False):
+    with _without_autocast(x.device.type):
         d, q, c = stacked(lora_a, lora_b, dash_u, dash_vt, dash_sigma, scaling, dtype)
         return (y.to(dtype) + ((x.to(dtype) @ d.t()) * c) @ q.t()).to(y.dtype)

@@ -23,7 +23,9 @@ def _rank_columns(lora_a: Shape, dash_sigma: Shape | None) -> tuple[int, int]:
     return lora_a[0], 0 if dash_sigma is None else dash_sigma[0]
 
 
-def low_rank_flops(y: Shape, x: Shape, lora_a: Shape, lora_b: Shape, u: Any, vt: Any, sigma: Any, *_: Any, **__: Any) -> int:
+def low_rank_flops(
+    y: Shape, x: Shape, lora_a: Shape, lora_b: Shape, u: Any, vt: Any, sigma: Any, *_: Any, **__: Any
+) -> int:
     """x D^T and P Q^T."""
     (m, k), n = x, lora_b[0]
     return 2 * m * (k + n) * sum(_rank_columns(lora_a, sigma))
@@ -75,7 +77,9 @@ class _OnImport(MetaPathFinder):
         return spec
 
 
-if COUNTER in sys.modules:
-    _register(sys.modules[COUNTER])
-else:
-    sys.meta_path.insert(0, _OnImport())
+def register() -> None:
+    """Now, or when the flop counter is imported."""
+    if COUNTER in sys.modules:
+        _register(sys.modules[COUNTER])
+    else:
+        sys.meta_path.insert(0, _OnImport())

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
@@ -57,12 +60,25 @@ def dash_linear(
         bias = None if bias is None else arguments.autocast(bias, dtype, device)
     arguments.check_adapters(x, weight.shape, lora_a, lora_b, dash_u, dash_vt, dash_sigma)
     arguments.check_base(x, weight, bias)
-    threshold, seed = _dropout(x, dropout_p, training)
+    threshold = _threshold(dropout_p, training)
     if composite.is_wanted():
         composite.refuse(threshold, backend)
         return composite.dash_linear(x, weight, bias, lora_a, lora_b, dash_u, dash_vt, dash_sigma, scaling)
-    flat = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
-    args = (flat, weight, bias, lora_a, lora_b, dash_u, dash_vt, dash_sigma, seed, float(scaling), threshold, backend)
+    seed = draw_seed(x.device) if threshold else None
+    args = (
+        _rows(x),
+        weight,
+        bias,
+        lora_a,
+        lora_b,
+        dash_u,
+        dash_vt,
+        dash_sigma,
+        seed,
+        float(scaling),
+        threshold,
+        backend,
+    )
     leaves = (x, lora_a, lora_b, dash_sigma, bias)
     y = _call(torch.ops.loradash.dash_linear, DashLinearFunction, ops.dash_linear, args, leaves)
     return y if x.dim() == 2 else y.view(*x.shape[:-1], weight.shape[0])
@@ -87,63 +103,70 @@ def low_rank_update(
     Arguments and errors are those of `dash_linear`; y (..., N) is in the dtype of x and is not written to. Under autocast x
     takes the dtype of y, which the base layer chose: the result is what that layer alone would give, in dtype too.
     """
-    if arguments.autocast_dtype(x) is not None and x.is_floating_point():
+    if arguments.autocast_dtype(x) is not None and x.is_floating_point() and y.is_floating_point():
         x = x.to(y.dtype)
     shape = (y.shape[-1] if y.dim() else 0, x.shape[-1] if x.dim() else 0)
     arguments.check_adapters(x, shape, lora_a, lora_b, dash_u, dash_vt, dash_sigma)
     arguments.check_sum(y, x)
-    threshold, seed = _dropout(x, dropout_p, training)
+    threshold = _threshold(dropout_p, training)
     if composite.is_wanted():
         composite.refuse(threshold, backend)
         return composite.low_rank_update(y, x, lora_a, lora_b, dash_u, dash_vt, dash_sigma, scaling)
-    flat_x, flat_y = x.reshape(-1, x.shape[-1]), y.reshape(-1, y.shape[-1])
-    args = (flat_y, flat_x, lora_a, lora_b, dash_u, dash_vt, dash_sigma, seed, float(scaling), threshold, backend)
+    seed = draw_seed(x.device) if threshold else None
+    args = (_rows(y), _rows(x), lora_a, lora_b, dash_u, dash_vt, dash_sigma, seed, float(scaling), threshold, backend)
     leaves = (x, y, lora_a, lora_b, dash_sigma)
-    return _call(torch.ops.loradash.low_rank_update, LowRankUpdateFunction, ops.low_rank_update, args, leaves).view(
-        y.shape
-    )
+    out = _call(torch.ops.loradash.low_rank_update, LowRankUpdateFunction, ops.low_rank_update, args, leaves)
+    return out if y.dim() == 2 else out.view(y.shape)
+
+
+def _rows(t: Tensor) -> Tensor:
+    """(..., K) as (M, K), K = 0 included."""
+    return t if t.dim() == 2 else t.reshape(math.prod(t.shape[:-1]), t.shape[-1])
+
+
+def _threshold(p: float, training: bool) -> int:
+    """Of 16 bits; 0 where nothing is dropped. p is checked in any case."""
+    threshold = dropout_threshold(p) if p else 0
+    return threshold if training else 0
 
 
 # What the arguments of an operator are where kernels may be called without the dispatcher.
 _PLAIN = frozenset({Tensor, torch.nn.Parameter, torch.nn.parameter.Buffer, type(None), float, int, str})
 
 
-def _call(op: object, function: object, plain: object, args: tuple, leaves: tuple[Tensor | None, ...]) -> Tensor:
+def _call(
+    op: torch._ops.OpOverloadPacket, function: Any, plain: Any, args: tuple, leaves: tuple[Tensor | None, ...]
+) -> Tensor:
     """Whatever looks at operations (compile, export, tracing, dispatch modes, tensor subclasses) sees the operator; eager
     training takes the Function, everything else neither.
 
     leaves: the arguments that a gradient may be wanted for, x first.
     """
     if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() or torch._C._is_tracing():
-        return op(*args)[0]  # type: ignore[operator]
+        return op(*args)[0]
     if not _PLAIN.issuperset(map(type, args)):
         return _call_with_subclasses(op, args)
     if args[0].is_meta:
-        return op(*args)[0]  # type: ignore[operator]
+        return op(*args)[0]
     if torch.is_grad_enabled():
         for leaf in leaves:
             if leaf is not None and leaf.requires_grad:
-                return function.apply(*args)[0]  # type: ignore[attr-defined]
-    return plain(*args)[0]  # type: ignore[operator]
+                return function.apply(*args)[0]
+    return plain(*args)[0]
 
 
-def _call_with_subclasses(op: object, args: tuple) -> Tensor:
+def _call_with_subclasses(op: torch._ops.OpOverloadPacket, args: tuple) -> Tensor:
     """By the dispatcher, where a subclass of Tensor says how it takes an operator, or that it does not."""
     try:
-        return op(*args)[0]  # type: ignore[operator]
+        return op(*args)[0]
     except (NotImplementedError, TypeError, RuntimeError) as error:
-        wrappers = {type(t).__name__ for t in args if is_traceable_wrapper_subclass(t)}
+        names = (argument.name for argument in op.default._schema.arguments)
+        wrappers = [
+            f"{n} is a {type(t).__name__}" for n, t in zip(names, args, strict=True) if is_traceable_wrapper_subclass(t)
+        ]
         if not wrappers:
             raise
         raise ValueError(
-            f"{' and '.join(sorted(wrappers))} does not take {op}: pass plain tensors, or the base layer's output to "
+            f"{', '.join(wrappers)}, which does not take {op}; wanted plain tensors, or the output of the base layer for "
             f"low_rank_update ({error})"
         ) from error
-
-
-def _dropout(x: Tensor, p: float, training: bool) -> tuple[int, Tensor | None]:
-    """The 16-bit threshold, and the seed where anything may be dropped."""
-    threshold = dropout_threshold(p) if p else 0
-    if threshold == 0 or not training:
-        return 0, None
-    return threshold, draw_seed(x.device)

@@ -292,9 +292,10 @@ for _name, _real, _fake in (
     LIBRARY.impl(_name, _real, "CompositeExplicitAutograd")
     torch.library.register_fake(f"loradash::{_name}", _fake, lib=LIBRARY)
 
+# The compiled operators have no gradients of their own. Past autograd's key the dispatcher meets the keys of negated and of
+# zero tensors, which it makes ordinary ones before it calls the kernel.
+COMPILED = [torch.library.Library(f"loradash_{device}", "IMPL") for device in ("cpu", "cuda")]
 if _extension.is_compiled():
-    # The compiled operators have no gradients of their own. Past autograd's key the dispatcher meets those of negated and of
-    # zero tensors, which it makes ordinary ones.
-    COMPILED = torch.library.Library("loradash_cpu", "IMPL")
-    for _name in ("forward", "backward"):
-        COMPILED.impl(_name, torch.library.fallthrough_kernel, "AutogradCPU")
+    for _library, _key in zip(COMPILED, ("AutogradCPU", "AutogradCUDA"), strict=True):
+        for _name in ("forward", "backward"):
+            _library.impl(_name, torch.library.fallthrough_kernel, _key)

@@ -9,7 +9,7 @@ import functools
 import importlib.util
 import os
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -135,6 +135,8 @@ def forward(
     from . import tuner
     from .plan import plan_forward
 
+    x, weight, bias, lora_a, lora_b, base = map(_stored, (x, weight, bias, lora_a, lora_b, base))
+    dash_u, dash_vt, dash_sigma = map(_stored, (dash_u, dash_vt, dash_sigma))
     problem = _problem(x, weight, lora_a, lora_b, dash_u, dash_vt, dash_sigma, seed, scaling, threshold)
     with _on(x.device):
         strategy = tuner.choose("forward", problem, (x, weight))
@@ -164,11 +166,20 @@ def backward(
     from . import tuner
     from .plan import plan_backward
 
+    dy, x, weight, lora_a, lora_b = map(_stored, (dy, x, weight, lora_a, lora_b))
+    dash_u, dash_vt, dash_sigma = map(_stored, (dash_u, dash_vt, dash_sigma))
     problem = _problem(x, weight, lora_a, lora_b, dash_u, dash_vt, dash_sigma, seed, scaling, threshold)
     with _on(x.device):
         strategy = tuner.choose("backward", problem, (dy, weight))
         for launch in plan_backward(problem, dy, p, dx, da, db_lora, dsigma, dbias, strategy):
             launch.run()
+
+
+def _stored(t: Any) -> Any:
+    """A tensor whose memory holds its values: what the dispatcher gives compiled operators, and these kernels lack."""
+    if t is None or not (t.is_neg() or t._is_zerotensor()):
+        return t
+    return t.resolve_neg().clone()
 
 
 def _on(device: torch.device) -> torch.cuda.device:

@@ -33,7 +33,6 @@ TARGETS = {
 }
 
 
-
 def _generation(architecture: str) -> tuple[str, int] | None:
     """Family and number within it: cards of one family run what was made for its smaller numbers. None: no such family."""
     nvidia, cdna = re.fullmatch(r"sm_(\d+)", architecture), re.fullmatch(r"gfx9([0-9a-f]{2})", architecture)
@@ -48,14 +47,11 @@ def nearest(architecture: str, shared_limit: int | None) -> Target | None:
     shared_limit: bytes that a block may take; None where unknown: as little as any card of the family has.
     """
     wanted = _generation(architecture)
-    older = []
-    for target in TARGETS.values():
-        found = _generation(target.name)
-        if wanted and found and found[0] == wanted[0]:
-            older.append((found[1], target))
-    limit = min((t.shared_limit for _, t in older), default=0) if shared_limit is None else shared_limit
-    fitting = [(number, t) for number, t in older if wanted and number < wanted[1] and t.shared_limit <= limit]
-    return max(fitting, key=lambda pair: pair[0])[1] if fitting else None
+    family = {g: t for t in TARGETS.values() if wanted and (g := _generation(t.name)) and g[0] == wanted[0]}
+    if shared_limit is None:
+        shared_limit = min((t.shared_limit for t in family.values()), default=0)
+    fitting = [g for g, t in family.items() if wanted and g < wanted and t.shared_limit <= shared_limit]
+    return family[max(fitting)] if fitting else None
 
 
 # block_m, block_n, block_k, num_warps, num_stages. block_k 32 keeps R = 24 at 32 rank columns; Hopper's instructions
@@ -84,6 +80,8 @@ GEMM: dict[str, tuple[TileConfig, ...]] = {
 }
 # Without tensor cores for full fp32 products: accumulators and both operands live in registers.
 GEMM_FP32 = (TileConfig(64, 64, 16, 4, 3, tight=True), TileConfig(32, 64, 16, 4, 3))
+# For consumer Blackwell the assembler wants more registers than four warps have.
+_GEMM_FP32_BLACKWELL = (TileConfig(64, 64, 16, 8, 3, tight=True), GEMM_FP32[1])
 
 # The one-launch forward holds the accumulator of P beside the tile's, and draws the mask inside its K loop. Not on AMD,
 # where a barrier does not wait for other waves' stores: T would be released before it is written.
@@ -110,7 +108,9 @@ def _fills(config: TileConfig, rows: int, columns: int, target: Target) -> bool:
 
 def gemm_table(target: Target, itemsize: int, depth: int = 0, rank_block: int = 16) -> tuple[TileConfig, ...]:
     """The tiles that a product of this depth (K forward, N backward) and rank may take, largest first."""
-    table = GEMM_FP32 if itemsize == 4 else GEMM[target.name]
+    table = GEMM[target.name]
+    if itemsize == 4:
+        table = _GEMM_FP32_BLACKWELL if target.name in ("sm_120", "sm_121") else GEMM_FP32
     return tuple(c for c in table if not c.tight or (depth % c.block_k == 0 and rank_block <= 64))
 
 
