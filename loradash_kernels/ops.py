@@ -66,6 +66,23 @@ def _cpu_backward(*args: object) -> None:
     torch.ops.loradash_cpu.backward(*args)
 
 
+def _below_autocast(run: Callable[..., None]) -> Callable[..., None]:
+    """For a backend of PyTorch's own products: autocast, which has cast what it may, casts none of their operands."""
+
+    def uncast(*args: object) -> None:
+        with torch._C._DisableAutocast():
+            run(*args)
+
+    return uncast
+
+
+_REFERENCE = Backend(
+    "reference",
+    lambda: None,
+    lambda x, width: None,
+    _below_autocast(reference.forward),
+    _below_autocast(reference.backward),
+)
 BACKENDS = (
     Backend(
         "cpu",
@@ -76,7 +93,7 @@ BACKENDS = (
     ),
     Backend("cuda", _cuda.missing, _cuda.refuses, _cuda.forward, _cuda.backward, _cuda.yields),
     Backend("triton", _triton.missing, _triton.refuses, _triton.forward, _triton.backward),
-    Backend("reference", lambda: None, lambda x, width: None, reference.forward, reference.backward),
+    _REFERENCE,
 )
 """In order of preference."""
 
@@ -117,7 +134,7 @@ def pick_backend(x: Tensor, width: int = 0, requested: str | None = None) -> Bac
     GPU. Raises ValueError for an unknown name and RuntimeError when the requested backend cannot run.
     """
     chosen = _choose(x, width, requested)
-    if requested is None and chosen.name == "reference" and x.dtype in _CPU_DTYPES:
+    if chosen is _REFERENCE and requested is None and x.dtype in _CPU_DTYPES:
         _warn_of_reference(x, width)
     return chosen
 
@@ -127,9 +144,8 @@ _KERNELS = {"cpu": ("cpu",), "cuda": ("cuda", "triton")}  # the backends that ar
 
 def _warn_of_reference(x: Tensor, width: int) -> None:
     device = x.device.type
-    reasons = [
-        f"{b.name}: {_reason_against(b, x, width)}" for b in BACKENDS if b.name in _KERNELS.get(device, ())
-    ]  # fmt: skip
+    names = _KERNELS.get(device, ())
+    reasons = [f"{b.name}: {_reason_against(b, x, width)}" for b in BACKENDS if b.name in names]
     if reasons:
         warn_once(f"plain PyTorch computes LoRA-Dash layers on this {device} device, slowly. " + "; ".join(reasons))
 
@@ -189,15 +205,6 @@ def directions_of(dash_sigma: Tensor | None) -> int:
 # --- implementations -------------------------------------------------------------------------------------------------
 
 
-def _run(kernel: Callable[..., None], *args: object) -> None:
-    """Products inside a backend are of its own choosing: autocast, which has cast what it may, casts no sums of theirs."""
-    if torch._C._is_any_autocast_enabled():
-        with torch._C._DisableAutocast():
-            kernel(*args)
-    else:
-        kernel(*args)
-
-
 def dash_linear(
     x: Tensor,
     weight: Tensor,
@@ -214,8 +221,8 @@ def dash_linear(
 ) -> tuple[Tensor, Tensor]:
     width = lora_a.shape[0] + directions_of(dash_sigma)
     y, p = allocate_forward(x, weight.shape[0], width)
-    kernel = pick_backend(x, width, backend).forward
-    _run(kernel, x, weight, bias, lora_a, lora_b, dash_u, dash_vt, dash_sigma, seed, scaling, threshold, None, y, p)
+    run = pick_backend(x, width, backend).forward
+    run(x, weight, bias, lora_a, lora_b, dash_u, dash_vt, dash_sigma, seed, scaling, threshold, None, y, p)
     return y, p
 
 
@@ -234,8 +241,8 @@ def low_rank_update(
 ) -> tuple[Tensor, Tensor]:
     width = lora_a.shape[0] + directions_of(dash_sigma)
     out, p = allocate_forward(x, lora_b.shape[0], width)
-    kernel = pick_backend(x, width, backend).forward
-    _run(kernel, x, None, None, lora_a, lora_b, dash_u, dash_vt, dash_sigma, seed, scaling, threshold, y, out, p)
+    run = pick_backend(x, width, backend).forward
+    run(x, None, None, lora_a, lora_b, dash_u, dash_vt, dash_sigma, seed, scaling, threshold, y, out, p)
     return out, p
 
 
@@ -257,8 +264,8 @@ def dash_linear_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     grads = allocate_backward(x, lora_a, lora_b, directions_of(dash_sigma), needs)
     out = [g if n else None for g, n in zip(grads, needs, strict=True)]
-    kernel = pick_backend(x, p.shape[1], backend).backward
-    _run(kernel, dy, x, weight, lora_a, lora_b, dash_u, dash_vt, dash_sigma, p, seed, scaling, threshold, *out)
+    run = pick_backend(x, p.shape[1], backend).backward
+    run(dy, x, weight, lora_a, lora_b, dash_u, dash_vt, dash_sigma, p, seed, scaling, threshold, *out)
     return grads
 
 
