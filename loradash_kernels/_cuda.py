@@ -67,11 +67,9 @@ def _has_code(device: torch.device) -> bool:
 
 def yields(x: Tensor, width: int = 0) -> str | None:
     """Why the Triton backend, which takes this x and R = `width`, is the better one, or None."""
-    if _triton.missing() or _triton.refuses(x, width):
-        return None
-    target = _triton.target_of(x.device)
-    if target is None or not target.asynchronous:
-        return None  # both use mma.sync
+    target = None if _triton.missing() else _triton.target_of(x.device)
+    if target is None or not target.asynchronous or _triton.refuses(x, width):
+        return None  # without matrix instructions that run beside the program, both use mma.sync
     own = "wgmma" if target.matrix_instruction == "HGMMA" else "tcgen05"
     card = _triton.architecture_of(x.device)
     return f"on {card} Triton uses {own}, these kernels mma.sync; ask for backend='cuda' to have them"

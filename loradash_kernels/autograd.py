@@ -21,13 +21,15 @@ _TWICE = "loradash: second derivatives are not implemented; the gradients of das
 def _gradients(direct: bool, *args: Any) -> tuple[Tensor, ...]:
     """The backward operator: called directly where forward was and dy is plain, through the dispatcher where something must
     see it."""
-    dy = args[0]
+    dy, x = args[0], args[1]
     if forward_ad._current_level >= 0 and forward_ad.unpack_dual(dy).tangent is not None:
         raise RuntimeError("loradash: the gradients of dash_linear have no forward-mode derivatives")
     if (
         not direct
         or type(dy) is not Tensor
+        or type(x) is not Tensor  # a hook on saved tensors may give back what it likes
         or torch.is_grad_enabled()
+        or torch.compiler.is_compiling()
         or torch._C._len_torch_dispatch_stack()
         or torch._C._are_functorch_transforms_active()
         or torch._C._functorch.is_legacy_batchedtensor(dy)

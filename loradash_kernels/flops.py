@@ -19,34 +19,40 @@ COUNTER = "torch.utils.flop_counter"
 Shape = Sequence[int]
 
 
-def _rank_columns(lora_a: Shape, dash_sigma: Shape | None) -> tuple[int, int]:
-    return lora_a[0], 0 if dash_sigma is None else dash_sigma[0]
-
-
 def low_rank_flops(
-    y: Shape, x: Shape, lora_a: Shape, lora_b: Shape, u: Any, vt: Any, sigma: Any, *_: Any, **__: Any
-) -> int:
+    y: Shape, x: Shape, lora_a: Shape, lora_b: Shape, dash_u: Any, dash_vt: Any, dash_sigma: Shape | None, *_: Any,
+    **__: Any,
+) -> int:  # fmt: skip
     """x D^T and P Q^T."""
     (m, k), n = x, lora_b[0]
-    return 2 * m * (k + n) * sum(_rank_columns(lora_a, sigma))
+    return 2 * m * (k + n) * (lora_a[0] + _directions(dash_sigma))
 
 
-def dash_linear_flops(x: Shape, weight: Shape, bias: Any, lora_a: Shape, lora_b: Shape, *rest: Any, **__: Any) -> int:
+def dash_linear_flops(
+    x: Shape, weight: Shape, bias: Any, lora_a: Shape, lora_b: Shape, dash_u: Any, dash_vt: Any,
+    dash_sigma: Shape | None, *_: Any, **__: Any,
+) -> int:  # fmt: skip
     """x W^T and the low-rank terms."""
-    return 2 * x[0] * x[1] * weight[0] + low_rank_flops((), x, lora_a, lora_b, *rest)
+    low = low_rank_flops((), x, lora_a, lora_b, dash_u, dash_vt, dash_sigma)
+    return 2 * x[0] * x[1] * weight[0] + low
 
 
 def backward_flops(
-    dy: Shape, x: Shape, weight: Shape | None, lora_a: Shape, lora_b: Shape, u: Any, vt: Any, sigma: Any, p: Shape,
-    seed: Any, scaling: float, threshold: int, needs: Sequence[bool], *_: Any, **__: Any,
+    dy: Shape, x: Shape, weight: Shape | None, lora_a: Shape, lora_b: Shape, dash_u: Any, dash_vt: Any,
+    dash_sigma: Shape | None, p: Shape, seed: Any, scaling: float, threshold: int, needs: Sequence[bool], *_: Any,
+    **__: Any,
 ) -> int:  # fmt: skip
     """G = dy Q as far as it is wanted, then dx = dy W + (G * c) D, dA = G^T x and dB = dy^T P."""
     (m, k), n = x, dy[1]
-    r, s = _rank_columns(lora_a, sigma)
+    r, s = lora_a[0], _directions(dash_sigma)
     dx, da, db_lora, dsigma, _dbias = needs
     columns_of_g = r + s if dx else r * da + s * dsigma
     base = n * k if dx and weight is not None else 0
     return 2 * m * (columns_of_g * n + base + (r + s) * k * dx + r * k * da + r * n * db_lora)
+
+
+def _directions(dash_sigma: Shape | None) -> int:
+    return 0 if dash_sigma is None else dash_sigma[0]
 
 
 def _register(counter: ModuleType) -> None:

@@ -65,20 +65,8 @@ def dash_linear(
         composite.refuse(threshold, backend)
         return composite.dash_linear(x, weight, bias, lora_a, lora_b, dash_u, dash_vt, dash_sigma, scaling)
     seed = draw_seed(x.device) if threshold else None
-    args = (
-        _rows(x),
-        weight,
-        bias,
-        lora_a,
-        lora_b,
-        dash_u,
-        dash_vt,
-        dash_sigma,
-        seed,
-        float(scaling),
-        threshold,
-        backend,
-    )
+    rows = _rows(x)
+    args = (rows, weight, bias, lora_a, lora_b, dash_u, dash_vt, dash_sigma, seed, float(scaling), threshold, backend)
     leaves = (x, lora_a, lora_b, dash_sigma, bias)
     y = _call(torch.ops.loradash.dash_linear, DashLinearFunction, ops.dash_linear, args, leaves)
     return y if x.dim() == 2 else y.view(*x.shape[:-1], weight.shape[0])
