@@ -3,6 +3,7 @@
 LoRA-Dash: Si et al., "Unleashing the Power of Task-Specific Directions in Parameter Efficient Fine-tuning", ICLR 2025.
 """
 
+from . import flops
 from ._version import __version__
 from .directions import (
     ChangeRates,
@@ -35,3 +36,5 @@ __all__ = [
     "packed_weight_bytes",
     "task_specific_directions",
 ]
+
+flops.register()

@@ -65,12 +65,14 @@ def _has_code(device: torch.device) -> bool:
     return bool(_extension.compiled().gpu_runs_on(device.index or 0))
 
 
-def yields(x: Tensor) -> str | None:
-    """Why the Triton backend is the better one for this x, or None."""
-    major, minor = torch.cuda.get_device_capability(x.device)
-    if major >= 9 and _triton.missing() is None:
-        return f"on sm_{major}{minor} Triton uses wgmma, these kernels mma.sync; ask for backend='cuda' to have them"
-    return None
+def yields(x: Tensor, width: int = 0) -> str | None:
+    """Why the Triton backend, which takes this x and R = `width`, is the better one, or None."""
+    target = None if _triton.missing() else _triton.target_of(x.device)
+    if target is None or not target.asynchronous or _triton.refuses(x, width):
+        return None  # without matrix instructions that run beside the program, both use mma.sync
+    own = "wgmma" if target.matrix_instruction == "HGMMA" else "tcgen05"
+    card = _triton.architecture_of(x.device)
+    return f"on {card} Triton uses {own}, these kernels mma.sync; ask for backend='cuda' to have them"
 
 
 def forward(

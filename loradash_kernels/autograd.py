@@ -11,18 +11,38 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from . import ops
 
 _TWICE = "loradash: second derivatives are not implemented; the gradients of dash_linear cannot be differentiated again"
 
 
-def _gradients(*args: Any) -> tuple[Tensor, ...]:
-    """The backward operator: called directly on plain tensors, through the dispatcher where something must see it."""
+def _gradients(direct: bool, *args: Any) -> tuple[Tensor, ...]:
+    """The backward operator: called directly where forward was and dy is plain, through the dispatcher where something must
+    see it."""
     dy, x = args[0], args[1]
-    if torch.is_grad_enabled() or type(dy) is not Tensor or type(x) is not Tensor:
+    if forward_ad._current_level >= 0 and forward_ad.unpack_dual(dy).tangent is not None:
+        raise RuntimeError("loradash: the gradients of dash_linear have no forward-mode derivatives")
+    if (
+        not direct
+        or type(dy) is not Tensor
+        or type(x) is not Tensor  # a hook on saved tensors may give back what it likes
+        or torch.is_grad_enabled()
+        or torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack()
+        or torch._C._are_functorch_transforms_active()
+        or torch._C._functorch.is_legacy_batchedtensor(dy)
+    ):
         return torch.ops.loradash.dash_linear_backward(*args)
     return ops.dash_linear_backward(*args)
+
+
+def _refuse_frozen(ctx: Any, **indices: int) -> None:
+    """Raises ValueError where a gradient is wanted that no kernel computes."""
+    for name, index in indices.items():
+        if ctx.needs_input_grad[index]:
+            raise ValueError(f"{name} requires grad, and is frozen in a LoRA-Dash layer: {name}.requires_grad_(False)")
 
 
 def _save(
@@ -38,8 +58,9 @@ def _backward(ctx: Any, dy: Tensor, needs: list[bool]) -> tuple[Tensor | None, .
     """Gradients of x, A, B, sigma and bias, in the dtypes of those tensors (bias apart), None where not needed."""
     x, weight, lora_a, lora_b, dash_u, dash_vt, dash_sigma, p, seed = ctx.saved_tensors
     scaling, threshold, backend = ctx.options
+    direct = getattr(ctx, "direct", False)
     grads = _gradients(
-        dy, x, weight, lora_a, lora_b, dash_u, dash_vt, dash_sigma, p, seed, scaling, threshold, needs, backend
+        direct, dy, x, weight, lora_a, lora_b, dash_u, dash_vt, dash_sigma, p, seed, scaling, threshold, needs, backend
     )
     like = (x, lora_a, lora_b, dash_sigma, None)
     return tuple(
@@ -52,6 +73,7 @@ def _backward(ctx: Any, dy: Tensor, needs: list[bool]) -> tuple[Tensor | None, .
 
 
 def _dash_linear_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
+    _refuse_frozen(ctx, weight=1, dash_u=5, dash_vt=6)
     x, weight, bias, lora_a, lora_b, dash_u, dash_vt, dash_sigma, seed, *options = inputs
     ctx.bias_dtype = None if bias is None else bias.dtype
     _save(ctx, x, weight, (lora_a, lora_b, dash_u, dash_vt, dash_sigma), output[1], seed, tuple(options))
@@ -71,6 +93,7 @@ def _dash_linear_backward(ctx: Any, dy: Tensor | None, dp: Tensor | None) -> tup
 
 
 def _low_rank_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
+    _refuse_frozen(ctx, dash_u=4, dash_vt=5)
     _, x, lora_a, lora_b, dash_u, dash_vt, dash_sigma, seed, *options = inputs
     _save(ctx, x, None, (lora_a, lora_b, dash_u, dash_vt, dash_sigma), output[1], seed, tuple(options))
 
@@ -92,6 +115,7 @@ def _function(name: str, plain: Any, context: Any, backward: Any) -> Any:
         # Not the separate setup_context of torch.autograd.Function: it binds the signature in every call, 40 us.
         output = plain(*args)
         context(ctx, args, output)
+        ctx.direct = True
         return output
 
     return type(

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import math
+from typing import Any
+
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from . import ops
+from . import arguments, composite, ops
 from .autograd import DashLinearFunction, LowRankUpdateFunction
 from .config import draw_seed, dropout_threshold
-
-_FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def dash_linear(
@@ -42,39 +44,32 @@ def dash_linear(
         dropout_p: probability in [0, 1), rounded to 1/65536; one mask, drawn from torch's generator, for both terms.
         backend: a name of `available_backends()`; None takes the first that can run (`explain_backend` tells which).
 
-    Under autocast x, weight and bias are cast to its dtype, as `nn.functional.linear` does.
+    Under autocast x, weight and bias are cast to its dtype as `nn.functional.linear` casts them: not from float64. Under
+    torch.func transforms and forward-mode differentiation the plain formula is computed in their place, without dropout.
 
     Raises:
-        ValueError: a shape, dtype or device that does not fit, named; a weight that requires grad.
-        RuntimeError: a requested backend that cannot run; differentiating the gradients again.
+        ValueError: a shape, dtype, layout or device that does not fit, named; a weight, u or vt that requires grad; a
+            tensor subclass (DTensor, quantised) that does not take the operator.
+        RuntimeError: a requested backend that cannot run; dropout or a requested backend under a transform;
+            differentiating the gradients again.
     """
-    if torch.is_autocast_enabled(x.device.type):
-        dtype = torch.get_autocast_dtype(x.device.type)
-        x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
-    _check(x, weight.shape, lora_a, lora_b, dash_u, dash_vt, dash_sigma)
-    if weight.requires_grad:
-        raise ValueError(
-            "weight requires grad; the base weight of a LoRA-Dash layer is frozen: weight.requires_grad_(False)"
-        )
-    if weight.dtype != x.dtype:
-        raise ValueError(f"weight is {weight.dtype}, x is {x.dtype}; they must be of one dtype")
-    _check_device(x, weight=weight, bias=bias)
-    if bias is not None and (bias.shape != weight.shape[:1] or bias.dtype != x.dtype):
-        raise ValueError(
-            f"bias has shape {tuple(bias.shape)} and dtype {bias.dtype}; wanted ({weight.shape[0]},) and {x.dtype}"
-        )
-    threshold, seed = _dropout(x, dropout_p, training)
-    flat = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
-    args = (flat, weight, bias, lora_a, lora_b, dash_u, dash_vt, dash_sigma, seed, float(scaling), threshold, backend)
+    dtype = arguments.autocast_dtype(x)
+    if dtype is not None:
+        device = x.device
+        x, weight = arguments.autocast(x, dtype, device), arguments.autocast(weight, dtype, device)
+        bias = None if bias is None else arguments.autocast(bias, dtype, device)
+    arguments.check_adapters(x, weight.shape, lora_a, lora_b, dash_u, dash_vt, dash_sigma)
+    arguments.check_base(x, weight, bias)
+    threshold = _threshold(dropout_p, training)
+    if composite.is_wanted():
+        composite.refuse(threshold, backend)
+        return composite.dash_linear(x, weight, bias, lora_a, lora_b, dash_u, dash_vt, dash_sigma, scaling)
+    seed = draw_seed(x.device) if threshold else None
+    rows = _rows(x)
+    args = (rows, weight, bias, lora_a, lora_b, dash_u, dash_vt, dash_sigma, seed, float(scaling), threshold, backend)
     leaves = (x, lora_a, lora_b, dash_sigma, bias)
     y = _call(torch.ops.loradash.dash_linear, DashLinearFunction, ops.dash_linear, args, leaves)
     return y if x.dim() == 2 else y.view(*x.shape[:-1], weight.shape[0])
-
-
-def _check_device(x: Tensor, **others: Tensor | None) -> None:
-    for name, t in others.items():
-        if t is not None and t.device != x.device:
-            raise ValueError(f"{name} is on {t.device}, x is on {x.device}; they must be on one device")
 
 
 def low_rank_update(
@@ -93,82 +88,73 @@ def low_rank_update(
 ) -> Tensor:  # (..., N)
     """y plus the low-rank terms of `dash_linear`, for a base layer of any kind (quantised, sharded, another library's).
 
-    Arguments and errors are those of `dash_linear`; y (..., N) is in the dtype of x and is not written to.
+    Arguments and errors are those of `dash_linear`; y (..., N) is in the dtype of x and is not written to. Under autocast x
+    takes the dtype of y, which the base layer chose: the result is what that layer alone would give, in dtype too.
     """
-    if torch.is_autocast_enabled(x.device.type):
-        x = x.to(torch.get_autocast_dtype(x.device.type))
-    if y.dtype != x.dtype:
-        raise ValueError(f"y is {y.dtype}, x is {x.dtype}; they must be of one dtype")
-    _check_device(x, y=y)
-    _check(
-        x, (y.shape[-1] if y.dim() else 0, x.shape[-1] if x.dim() else 0), lora_a, lora_b, dash_u, dash_vt, dash_sigma
-    )
-    if y.shape[:-1] != x.shape[:-1]:
-        raise ValueError(
-            f"y has shape {tuple(y.shape)}, x {tuple(x.shape)}; they must agree but for the last dimension"
-        )
-    threshold, seed = _dropout(x, dropout_p, training)
-    flat_x, flat_y = x.reshape(-1, x.shape[-1]), y.reshape(-1, y.shape[-1])
-    args = (flat_y, flat_x, lora_a, lora_b, dash_u, dash_vt, dash_sigma, seed, float(scaling), threshold, backend)
+    if arguments.autocast_dtype(x) is not None and x.is_floating_point() and y.is_floating_point():
+        x = x.to(y.dtype)
+    shape = (y.shape[-1] if y.dim() else 0, x.shape[-1] if x.dim() else 0)
+    arguments.check_adapters(x, shape, lora_a, lora_b, dash_u, dash_vt, dash_sigma)
+    arguments.check_sum(y, x)
+    threshold = _threshold(dropout_p, training)
+    if composite.is_wanted():
+        composite.refuse(threshold, backend)
+        return composite.low_rank_update(y, x, lora_a, lora_b, dash_u, dash_vt, dash_sigma, scaling)
+    seed = draw_seed(x.device) if threshold else None
+    args = (_rows(y), _rows(x), lora_a, lora_b, dash_u, dash_vt, dash_sigma, seed, float(scaling), threshold, backend)
     leaves = (x, y, lora_a, lora_b, dash_sigma)
-    return _call(torch.ops.loradash.low_rank_update, LowRankUpdateFunction, ops.low_rank_update, args, leaves).view(
-        y.shape
-    )
+    out = _call(torch.ops.loradash.low_rank_update, LowRankUpdateFunction, ops.low_rank_update, args, leaves)
+    return out if y.dim() == 2 else out.view(y.shape)
 
 
-def _call(op: object, function: object, plain: object, args: tuple, leaves: tuple[Tensor | None, ...]) -> Tensor:
-    """Compiled graphs and tensor subclasses see the operator, eager training the Function, the rest neither.
+def _rows(t: Tensor) -> Tensor:
+    """(..., K) as (M, K), K = 0 included."""
+    return t if t.dim() == 2 else t.reshape(math.prod(t.shape[:-1]), t.shape[-1])
+
+
+def _threshold(p: float, training: bool) -> int:
+    """Of 16 bits; 0 where nothing is dropped. p is checked in any case."""
+    threshold = dropout_threshold(p) if p else 0
+    return threshold if training else 0
+
+
+# What the arguments of an operator are where kernels may be called without the dispatcher.
+_PLAIN = frozenset({Tensor, torch.nn.Parameter, torch.nn.parameter.Buffer, type(None), float, int, str})
+
+
+def _call(
+    op: torch._ops.OpOverloadPacket, function: Any, plain: Any, args: tuple, leaves: tuple[Tensor | None, ...]
+) -> Tensor:
+    """Whatever looks at operations (compile, export, tracing, dispatch modes, tensor subclasses) sees the operator; eager
+    training takes the Function, everything else neither.
 
     leaves: the arguments that a gradient may be wanted for, x first.
     """
-    x = leaves[0]
-    if torch.compiler.is_compiling() or not (type(x) is Tensor or type(x) is torch.nn.Parameter):
-        return op(*args)[0]  # type: ignore[operator]
+    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() or torch._C._is_tracing():
+        return op(*args)[0]
+    if not _PLAIN.issuperset(map(type, args)):
+        return _call_with_subclasses(op, args)
+    if args[0].is_meta:
+        return op(*args)[0]
     if torch.is_grad_enabled():
         for leaf in leaves:
             if leaf is not None and leaf.requires_grad:
-                return function.apply(*args)[0]  # type: ignore[attr-defined]
-    return plain(*args)[0]  # type: ignore[operator]
+                return function.apply(*args)[0]
+    return plain(*args)[0]
 
 
-def _dropout(x: Tensor, p: float, training: bool) -> tuple[int, Tensor | None]:
-    """The 16-bit threshold, and the seed where anything may be dropped."""
-    threshold = dropout_threshold(p) if p else 0
-    if threshold == 0 or not training:
-        return 0, None
-    return threshold, draw_seed(x.device)
-
-
-def _check(
-    x: Tensor,
-    weight_shape: torch.Size | tuple[int, int],
-    lora_a: Tensor,
-    lora_b: Tensor,
-    dash_u: Tensor | None,
-    dash_vt: Tensor | None,
-    dash_sigma: Tensor | None,
-) -> None:
-    if x.dim() == 0 or x.dtype not in _FLOATS:
-        raise ValueError(f"x has shape {tuple(x.shape)} and dtype {x.dtype}; wanted (..., K) of a floating dtype")
-    if len(weight_shape) != 2 or weight_shape[1] != x.shape[-1]:
-        raise ValueError(f"weight has shape {tuple(weight_shape)}; wanted (N, {x.shape[-1]}) for x {tuple(x.shape)}")
-    n, k = weight_shape
-    device = x.device
-    if lora_a.dim() != 2 or lora_a.shape[1] != k:
-        raise ValueError(f"lora_a has shape {tuple(lora_a.shape)}; wanted (r, {k})")
-    if lora_b.shape != (n, lora_a.shape[0]):
-        raise ValueError(f"lora_b has shape {tuple(lora_b.shape)}; wanted ({n}, {lora_a.shape[0]})")
-    adapters = [("lora_a", lora_a), ("lora_b", lora_b)]
-    if dash_u is not None and dash_vt is not None and dash_sigma is not None:
-        s = dash_sigma.numel()
-        if dash_u.shape != (n, s) or dash_vt.shape != (s, k) or dash_sigma.dim() != 1:
-            shapes = tuple(dash_u.shape), tuple(dash_vt.shape), tuple(dash_sigma.shape)
-            raise ValueError(
-                f"dash_u, dash_vt and dash_sigma have shapes {shapes}; wanted ({n}, s), (s, {k}) and (s,) of one s"
-            )
-        adapters += [("dash_u", dash_u), ("dash_vt", dash_vt), ("dash_sigma", dash_sigma)]
-    elif dash_u is not None or dash_vt is not None or dash_sigma is not None:
-        raise ValueError("dash_u, dash_vt and dash_sigma go together: pass all three or none")
-    for name, tensor in adapters:
-        if tensor.device != device or not tensor.dtype.is_floating_point:
-            raise ValueError(f"{name} is {tensor.dtype} on {tensor.device}; wanted a floating dtype on {device}")
+def _call_with_subclasses(op: torch._ops.OpOverloadPacket, args: tuple) -> Tensor:
+    """By the dispatcher, where a subclass of Tensor says how it takes an operator, or that it does not."""
+    try:
+        return op(*args)[0]
+    except (NotImplementedError, TypeError, RuntimeError) as error:
+        names = (argument.name for argument in op.default._schema.arguments)
+        wrappers = [
+            f"{n} is a {type(t).__name__}" for n, t in zip(names, args, strict=True) if is_traceable_wrapper_subclass(t)
+        ]
+        if not wrappers:
+            raise
+        raise ValueError(
+            f"{', '.join(wrappers)}, which does not take {op}; wanted plain tensors, or the output of the base layer for "
+            f"low_rank_update ({error})"
+        ) from error

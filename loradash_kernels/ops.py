@@ -14,6 +14,7 @@ from torch import Tensor
 
 from . import _cuda, _extension, _triton, reference
 from .config import accumulator
+from .notices import warn_once
 
 LIBRARY = torch.library.Library("loradash", "DEF")
 
@@ -41,16 +42,16 @@ class Backend:
     refuses: Callable[[Tensor, int], str | None]
     forward: Callable[..., None]
     backward: Callable[..., None]
-    yields: Callable[[Tensor], str | None] = lambda x: (
-        None
-    )  # why another one is better for this x, where none was asked for
+    # Why another one, which takes this x and R, is the better one where none was asked for.
+    yields: Callable[[Tensor, int], str | None] = lambda x, width: None
 
 
 _CPU_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_CPU = torch.device("cpu")
 
 
 def _cpu_refuses(x: Tensor, width: int) -> str | None:
-    if x.device.type != "cpu":
+    if x.device != _CPU:
         return f"x is on {x.device}"
     if x.dtype not in _CPU_DTYPES:
         return f"x is {x.dtype}, the compiled kernels take float32, bfloat16 and float16"
@@ -65,6 +66,23 @@ def _cpu_backward(*args: object) -> None:
     torch.ops.loradash_cpu.backward(*args)
 
 
+def _below_autocast(run: Callable[..., None]) -> Callable[..., None]:
+    """For a backend of PyTorch's own products: autocast, which has cast what it may, casts none of their operands."""
+
+    def uncast(*args: object) -> None:
+        with torch._C._DisableAutocast():
+            run(*args)
+
+    return uncast
+
+
+_REFERENCE = Backend(
+    "reference",
+    lambda: None,
+    lambda x, width: None,
+    _below_autocast(reference.forward),
+    _below_autocast(reference.backward),
+)
 BACKENDS = (
     Backend(
         "cpu",
@@ -75,7 +93,7 @@ BACKENDS = (
     ),
     Backend("cuda", _cuda.missing, _cuda.refuses, _cuda.forward, _cuda.backward, _cuda.yields),
     Backend("triton", _triton.missing, _triton.refuses, _triton.forward, _triton.backward),
-    Backend("reference", lambda: None, lambda x, width: None, reference.forward, reference.backward),
+    _REFERENCE,
 )
 """In order of preference."""
 
@@ -95,13 +113,11 @@ def _reason_against(backend: Backend, x: Tensor, width: int) -> str | None:
     return backend.missing() or backend.refuses(x, width)
 
 
-def pick_backend(x: Tensor, width: int = 0, requested: str | None = None) -> Backend:
-    """The backend for x and R = `width`: the requested one, or the first that takes it.
-
-    Raises ValueError for an unknown name and RuntimeError when the requested backend cannot run.
-    """
+def _choose(x: Tensor, width: int, requested: str | None) -> Backend:
     if requested is None:
-        return next(b for b in BACKENDS if _reason_against(b, x, width) is None and b.yields(x) is None)
+        for backend in BACKENDS:
+            if not (backend.missing() or backend.refuses(x, width) or backend.yields(x, width)):
+                return backend
     for backend in BACKENDS:
         if backend.name == requested:
             reason = _reason_against(backend, x, width)
@@ -111,15 +127,38 @@ def pick_backend(x: Tensor, width: int = 0, requested: str | None = None) -> Bac
     raise ValueError(f"backend must be one of {[b.name for b in BACKENDS]}, got {requested!r}")
 
 
+def pick_backend(x: Tensor, width: int = 0, requested: str | None = None) -> Backend:
+    """The backend for x and R = `width`: the requested one, or the first that takes it and yields to none.
+
+    Warns, once for each reason, where plain PyTorch must do what kernels are there for: x of 16 or 32 bits on a CPU or a
+    GPU. Raises ValueError for an unknown name and RuntimeError when the requested backend cannot run.
+    """
+    chosen = _choose(x, width, requested)
+    if chosen is _REFERENCE and requested is None and x.dtype in _CPU_DTYPES:
+        _warn_of_reference(x, width)
+    return chosen
+
+
+_KERNELS = {"cpu": ("cpu",), "cuda": ("cuda", "triton")}  # the backends that are there for a type of device
+
+
+def _warn_of_reference(x: Tensor, width: int) -> None:
+    device = x.device.type
+    names = _KERNELS.get(device, ())
+    reasons = [f"{b.name}: {_reason_against(b, x, width)}" for b in BACKENDS if b.name in names]
+    if reasons:
+        warn_once(f"plain PyTorch computes LoRA-Dash layers on this {device} device, slowly. " + "; ".join(reasons))
+
+
 def explain_backend(x: Tensor, backend: str | None = None, *, width: int = 0) -> BackendChoice:
     """Which backend a call with this x and R = r + s = `width` takes, and why not the others.
 
     Of x device and dtype matter, not the shape.
     """
-    chosen = pick_backend(x, width, backend)
+    chosen = _choose(x, width, backend)
     reasons = {
         b.name: _reason_against(b, x, width)
-        or (None if backend else b.yields(x))
+        or (None if backend else b.yields(x, width))
         or (f"{chosen.name} was asked for" if backend else f"{chosen.name} comes first")
         for b in BACKENDS
         if b is not chosen
@@ -259,3 +298,11 @@ for _name, _real, _fake in (
 ):
     LIBRARY.impl(_name, _real, "CompositeExplicitAutograd")
     torch.library.register_fake(f"loradash::{_name}", _fake, lib=LIBRARY)
+
+# The compiled operators have no gradients of their own. Past autograd's key the dispatcher meets the keys of negated and of
+# zero tensors, which it makes ordinary ones before it calls the kernel.
+COMPILED = [torch.library.Library(f"loradash_{device}", "IMPL") for device in ("cpu", "cuda")]
+if _extension.is_compiled():
+    for _library, _key in zip(COMPILED, ("AutogradCPU", "AutogradCUDA"), strict=True):
+        for _name in ("forward", "backward"):
+            _library.impl(_name, torch.library.fallthrough_kernel, _key)

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import warnings
+from types import SimpleNamespace
+
 import pytest
 import torch
 
-from loradash_kernels import _cuda, _extension, _triton, explain_backend, ops
+from loradash_kernels import _cuda, _extension, _triton, dash_linear, explain_backend, notices, ops
+from loradash_kernels._triton import tiles
 
 needs_extension = pytest.mark.skipif(_extension.missing_reason is not None, reason=str(_extension.missing_reason))
 
@@ -23,19 +27,24 @@ class OnCard:
 def card(monkeypatch):
     """Pretends that there is a card of a given capability, and that both GPU backends can run."""
 
-    def pretend(*capability):
+    def pretend(*capability, shared_limit=None):
+        properties = SimpleNamespace(shared_memory_per_block_optin=shared_limit)
+        _triton.architecture_of.cache_clear()
+        _triton._shared_limit.cache_clear()
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device=None: properties)
         monkeypatch.setattr(_cuda, "missing", lambda: None)
         monkeypatch.setattr(_cuda, "_has_code", lambda device: True)
         monkeypatch.setattr(_triton, "missing", lambda: None)
-        monkeypatch.setattr(_triton, "refuses", lambda x, width=0: None)
         backends = [
             ops.Backend("cuda", lambda: None, _cuda.refuses, _cuda.forward, _cuda.backward, _cuda.yields),
-            ops.Backend("triton", lambda: None, lambda x, width: None, _triton.forward, _triton.backward),
+            ops.Backend("triton", lambda: None, _triton.refuses, _triton.forward, _triton.backward),
         ]
-        monkeypatch.setattr(ops, "BACKENDS", tuple(backends))
+        monkeypatch.setattr(ops, "BACKENDS", (*backends, ops.BACKENDS[-1]))
 
-    return pretend
+    yield pretend
+    _triton.architecture_of.cache_clear()
+    _triton._shared_limit.cache_clear()
 
 
 @needs_extension
@@ -68,6 +77,91 @@ def test_first_up_to_ada_then_triton(card):
     assert choice.backend == "triton" and "wgmma" in choice.reasons["cuda"]
     assert explain_backend(OnCard(), "cuda").backend == "cuda"
     assert explain_backend(OnCard(torch.float32)).backend == "triton"
+
+
+@needs_extension
+def test_newer_cards(card, monkeypatch):
+    """A kernel of ours runs on every listed card, and on one that is not listed yet."""
+    for capability in ((12, 0), (12, 1), (13, 0)):  # mma.sync on both sides
+        card(*capability, shared_limit=99 * 1024)
+        assert explain_backend(OnCard()).backend == "cuda"
+        assert explain_backend(OnCard(torch.float32)).backend == "triton"
+        monkeypatch.setattr(_cuda, "_has_code", lambda device: False)
+        assert explain_backend(OnCard()).backend == "triton"
+    for capability in ((10, 0), (10, 3), (11, 0)):
+        card(*capability)
+        choice = explain_backend(OnCard())
+        assert choice.backend == "triton" and "tcgen05" in choice.reasons["cuda"]
+
+
+@needs_extension
+def test_yields_only_to_one_that_takes_the_call(card, monkeypatch):
+    monkeypatch.setattr(_triton, "refuses", lambda x, width=0: "no table" if width > 24 else None)
+    card(9, 0)
+    assert [explain_backend(OnCard(), width=width).backend for width in (24, 25, 257)] == [
+        "triton",
+        "cuda",
+        "reference",
+    ]
+
+
+@pytest.fixture
+def unwarned(monkeypatch):
+    monkeypatch.setattr(notices, "_given", set())
+
+
+@needs_extension
+def test_reference_on_a_card_is_said_once_for_each_reason(card, unwarned):
+    card(7, 5)
+    with pytest.warns(UserWarning, match="loradash_kernels: plain PyTorch computes .* on this cuda device") as said:
+        assert [ops.pick_backend(OnCard(), 24).name for _ in range(2)] == ["reference"] * 2
+    (message,) = (str(w.message) for w in said)
+    assert "cuda: the card is sm_75" in message and "triton: sm_75 has no tile table" in message
+    with pytest.warns(UserWarning, match="r \\+ s is 300"):
+        ops.pick_backend(OnCard(), 300)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        ops.pick_backend(OnCard(torch.float64), 24)
+        ops.pick_backend(OnCard(), 24, "reference")
+        explain_backend(OnCard(), width=299)
+
+
+def test_broken_compiled_part_is_said_once(monkeypatch, unwarned):
+    broken = ops.Backend("cpu", lambda: "undefined symbol", ops._cpu_refuses, ops._cpu_forward, ops._cpu_backward)
+    monkeypatch.setattr(ops, "BACKENDS", (broken, ops.BACKENDS[-1]))
+    x, a = torch.zeros(2, 4), torch.zeros(1, 4, requires_grad=True)
+
+    def step():
+        dash_linear(x, torch.zeros(3, 4), lora_a=a, lora_b=torch.zeros(3, 1)).sum().backward()
+
+    with pytest.warns(UserWarning, match="loradash_kernels: .* on this cpu device.*undefined symbol") as said:
+        [step() for _ in range(2)]
+    assert len(said) == 1
+
+
+@needs_extension
+def test_guessed_tiles_are_said_once(card, unwarned):
+    card(13, 0, shared_limit=99 * 1024)
+    with pytest.warns(UserWarning, match="tiles for sm_130 are a guess, those of sm_121") as said:
+        assert {_triton._target_in_use(OnCard.device).name for _ in range(2)} == {"sm_121"}
+    assert len(said) == 1
+    card(12, 0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        _triton._target_in_use(OnCard.device)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "shared_kb", "expected"),
+    [
+        ("sm_75", 64, None), ("sm_87", 163, "sm_86"), ("sm_91", 227, "sm_90"), ("sm_101", 227, "sm_100"),
+        ("sm_101", 99, "sm_89"), ("sm_101", None, "sm_89"), ("sm_130", 227, "sm_121"), ("sm_130", 64, None),
+        ("gfx950", 160, "gfx942"), ("gfx908", 64, None), ("gfx1100", 64, None), ("xe", None, None),
+    ],
+)  # fmt: skip
+def test_unlisted_cards_take_the_nearest_older_table(architecture, shared_kb, expected):
+    found = tiles.nearest(architecture, shared_kb and shared_kb * 1024)
+    assert (found and found.name) == expected
 
 
 @pytest.fixture

@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[1]
 
 # A file may import those above it in its list; loradash may import loradash_kernels, never the other way.
 KERNELS = (
-    "_version", "_extension", "config", "measurements", "weights", "reference", "_triton", "_cuda", "ops", "autograd", "functional", "svd", "routes", "directions", "spectrum",
+    "_version", "_extension", "config", "notices", "measurements", "weights", "reference", "composite", "_triton", "_cuda", "ops", "flops", "autograd", "arguments", "functional", "svd", "routes", "directions", "spectrum",
     "testing", "__init__",
 )  # fmt: skip
 TRITON = (
@@ -87,14 +87,21 @@ def test_only_bindings_know_torch():
 
 
 PURE = """
-import sys
+import sys, warnings
 sys.modules["loradash_kernels._C"] = None  # as where nothing was compiled
 import torch, loradash, loradash_kernels as lk
 assert "compiled part is missing" in lk.available_backends()["cpu"]
 choice = lk.explain_backend(torch.zeros(1, 1))
 assert choice.backend == "reference" and "pip install" in choice.reasons["cpu"]
 layer = loradash.DashLinear(8, 8, config=loradash.DashConfig(dropout=0.1))
-layer(torch.randn(3, 8, requires_grad=True)).sum().backward()
+with warnings.catch_warnings(record=True) as said:
+    warnings.simplefilter("always")
+    loradash.DashLinear(8, 8).double()(torch.randn(3, 8).double())  # documented: no kernel takes float64
+    assert not said, said
+    for _ in range(2):
+        layer(torch.randn(3, 8, requires_grad=True)).sum().backward()
+    message, = (str(w.message) for w in said)
+    assert message.startswith("loradash_kernels: plain PyTorch") and "cpu: the compiled part is missing" in message
 try:
     lk.dash_linear(torch.zeros(1, 8), layer.weight, lora_a=layer.lora_a, lora_b=layer.lora_b, backend="cpu")
 except RuntimeError as error:

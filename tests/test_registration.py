@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 import torch._dynamo.testing
+from torch._dynamo.compiled_autograd import _enable
 
 from loradash_kernels import dash_linear
 from loradash_kernels.testing import make_case
@@ -122,3 +125,19 @@ def test_compile_with_dropout_and_inductor():
     expected = base + 2 * ((x * kept) @ a.t()) @ t["lora_b"].t()
     torch.testing.assert_close(y, expected, rtol=1e-4, atol=1e-4)
     assert 0.3 < kept.double().mean() < 0.7
+
+
+@pytest.mark.slow
+def test_compiled_backward_of_an_eager_call():
+    """Compiled autograd sees the operator in the backward pass, whatever the forward pass ran."""
+    torch._dynamo.reset()
+    case = make_case(6, 8, 10, 2, 2)
+    names = ("lora_a", "lora_b", "dash_u", "dash_vt", "dash_sigma")
+    results = []
+    for compiled in (False, True):
+        x, weight, bias, *adapters = arguments(case, True)[:8]
+        y = dash_linear(x, weight, bias, **dict(zip(names, adapters, strict=True)))
+        with _enable(torch.compile(backend="aot_eager")) if compiled else nullcontext():
+            y.backward(case.dy)
+        results.append([t.grad for t in (x, bias, adapters[0], adapters[1], adapters[4])])
+    torch.testing.assert_close(*results)

@@ -37,6 +37,7 @@ def test_operator_in_the_interpreter():
     files = [
         "test_error_rule.py",
         "test_layouts.py",
+        "test_odd_inputs.py",
         "test_dropout.py",
         "test_bad_input.py",
         "test_triton.py",

@@ -9,12 +9,15 @@ import functools
 import importlib.util
 import os
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from ..notices import warn_once
+
 if TYPE_CHECKING:
+    from ..config import Target
     from .problem import Problem
 
 MINIMUM = (3, 6)
@@ -55,9 +58,8 @@ def refuses(x: Tensor, width: int = 0) -> str | None:
         return f"x is {x.dtype}, the Triton kernels take float32, bfloat16 and float16"
     if width > MAX_WIDTH:
         return f"r + s is {width}, the Triton kernels take at most {MAX_WIDTH}"
-    architecture = architecture_of(x.device)
-    if architecture not in TARGETS:
-        return f"{architecture} has no tile table; known are {', '.join(TARGETS)}"
+    if target_of(x.device) is None:
+        return f"{architecture_of(x.device)} has no tile table; known are {', '.join(TARGETS)}"
     return None
 
 
@@ -72,11 +74,36 @@ def architecture_of(device: torch.device) -> str:
     return f"sm_{major}{minor}"
 
 
+def target_of(device: torch.device) -> Target | None:
+    """The target whose tiles a device takes: its own, or for an unlisted one the nearest older that is safe; or None."""
+    from .tiles import TARGETS, nearest
+
+    architecture = architecture_of(device)
+    return TARGETS.get(architecture) or nearest(architecture, _shared_limit(device))
+
+
+@functools.cache
+def _shared_limit(device: torch.device) -> int | None:
+    """The bytes of shared memory that a block may take, where this PyTorch tells."""
+    found = torch.cuda.get_device_properties(device) if device.type == "cuda" else None
+    return getattr(found, "shared_memory_per_block_optin", None)
+
+
+def _target_in_use(device: torch.device) -> Target:
+    target, architecture = target_of(device), architecture_of(device)
+    assert target is not None, "a device that `refuses` lets through has a target"
+    if target.name != architecture:
+        warn_once(
+            f"Triton's tiles for {architecture} are a guess, those of {target.name}: they may be slow or fail to compile. "
+            "LORADASH_TUNE=1 measures them; backend= asks for another backend"
+        )
+    return target
+
+
 def _problem(x: Tensor, *args: object) -> Problem:
     from .problem import Problem
-    from .tiles import TARGETS
 
-    target, tf32 = TARGETS[architecture_of(x.device)], False
+    target, tf32 = _target_in_use(x.device), False
     if x.device.type == "cuda":
         target = replace(target, processors=torch.cuda.get_device_properties(x.device).multi_processor_count)
         tf32 = x.dtype == torch.float32 and _tf32_allowed()
@@ -108,6 +135,8 @@ def forward(
     from . import tuner
     from .plan import plan_forward
 
+    x, weight, bias, lora_a, lora_b, base = map(_stored, (x, weight, bias, lora_a, lora_b, base))
+    dash_u, dash_vt, dash_sigma = map(_stored, (dash_u, dash_vt, dash_sigma))
     problem = _problem(x, weight, lora_a, lora_b, dash_u, dash_vt, dash_sigma, seed, scaling, threshold)
     with _on(x.device):
         strategy = tuner.choose("forward", problem, (x, weight))
@@ -137,11 +166,20 @@ def backward(
     from . import tuner
     from .plan import plan_backward
 
+    dy, x, weight, lora_a, lora_b = map(_stored, (dy, x, weight, lora_a, lora_b))
+    dash_u, dash_vt, dash_sigma = map(_stored, (dash_u, dash_vt, dash_sigma))
     problem = _problem(x, weight, lora_a, lora_b, dash_u, dash_vt, dash_sigma, seed, scaling, threshold)
     with _on(x.device):
         strategy = tuner.choose("backward", problem, (dy, weight))
         for launch in plan_backward(problem, dy, p, dx, da, db_lora, dsigma, dbias, strategy):
             launch.run()
+
+
+def _stored(t: Any) -> Any:
+    """A tensor whose memory holds its values: what the dispatcher gives compiled operators, and these kernels lack."""
+    if t is None or not (t.is_neg() or t._is_zerotensor()):
+        return t
+    return t.resolve_neg().clone()
 
 
 def _on(device: torch.device) -> torch.cuda.device:

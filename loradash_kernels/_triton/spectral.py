@@ -67,7 +67,8 @@ def plan_rates(
         args |= {f"stride_{name}": stride for name, stride in zip(names.split(), tensor.stride(), strict=True)}
     constants = {"HALF": half, "RANK": power_of_two(b.shape[-1]), "BLOCK_I": 32, "BLOCK_K": 16}
     constants["BLOCK_ALL"] = power_of_two(n)
-    return Launch(highest_rates, (tile_count(n, 32), count), args, constants, 4, 2)
+    warps = 8 if constants["RANK"] >= 256 else 4  # more than registers of four, on consumer Blackwell
+    return Launch(highest_rates, (tile_count(n, 32), count), args, constants, warps, 2)
 
 
 def sketch(w: Tensor, seed: Tensor, width: int) -> Tensor:

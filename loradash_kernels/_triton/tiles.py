@@ -6,6 +6,7 @@ order within a table is by size: the first tile that still fills the processors 
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 
 from ..config import Target, TileConfig
@@ -22,10 +23,36 @@ TARGETS = {
         Target("sm_89", 99 * KB, 128),
         Target("sm_90", 227 * KB, 132, matrix_instruction="HGMMA"),
         Target("sm_100", 227 * KB, 148, matrix_instruction="UTCHMMA"),
+        Target("sm_103", 227 * KB, 148, matrix_instruction="UTCHMMA"),
+        Target("sm_110", 227 * KB, 20, matrix_instruction="UTCHMMA"),
+        Target("sm_120", 99 * KB, 170),
+        Target("sm_121", 99 * KB, 48),
         Target("gfx90a", 64 * KB, 104, warp_size=64, matrix_instruction="v_mfma", tf32=False),
         Target("gfx942", 64 * KB, 304, warp_size=64, matrix_instruction="v_mfma"),
     )
 }
+
+
+def _generation(architecture: str) -> tuple[str, int] | None:
+    """Family and number within it: cards of one family run what was made for its smaller numbers. None: no such family."""
+    nvidia, cdna = re.fullmatch(r"sm_(\d+)", architecture), re.fullmatch(r"gfx9([0-9a-f]{2})", architecture)
+    if nvidia:
+        return "sm", int(nvidia[1])
+    return ("gfx9", int(cdna[1], 16)) if cdna else None
+
+
+def nearest(architecture: str, shared_limit: int | None) -> Target | None:
+    """The newest listed target that is older than an unlisted card and no greedier than its shared memory; None without one.
+
+    shared_limit: bytes that a block may take; None where unknown: as little as any card of the family has.
+    """
+    wanted = _generation(architecture)
+    family = {g: t for t in TARGETS.values() if wanted and (g := _generation(t.name)) and g[0] == wanted[0]}
+    if shared_limit is None:
+        shared_limit = min((t.shared_limit for t in family.values()), default=0)
+    fitting = [g for g, t in family.items() if wanted and g < wanted and t.shared_limit <= shared_limit]
+    return family[max(fitting)] if fitting else None
+
 
 # block_m, block_n, block_k, num_warps, num_stages. block_k 32 keeps R = 24 at 32 rank columns; Hopper's instructions
 # and descriptors want rows of 128 bytes.
@@ -46,24 +73,24 @@ _CDNA = (TileConfig(128, 128, 32, 4, 2), TileConfig(64, 128, 32, 4, 2), TileConf
 
 GEMM: dict[str, tuple[TileConfig, ...]] = {
     "sm_80": (TileConfig(128, 256, 32, 8, 4, tight=True), *_AMPERE),
-    "sm_86": _AMPERE,
-    "sm_89": _AMPERE,
+    **dict.fromkeys(("sm_86", "sm_89", "sm_120", "sm_121"), _AMPERE),
     "sm_90": _HOPPER,
-    "sm_100": _HOPPER[1:],
-    "gfx90a": _CDNA,
-    "gfx942": _CDNA,
+    **dict.fromkeys(("sm_100", "sm_103", "sm_110"), _HOPPER[1:]),
+    **dict.fromkeys(("gfx90a", "gfx942"), _CDNA),
 }
 # Without tensor cores for full fp32 products: accumulators and both operands live in registers.
 GEMM_FP32 = (TileConfig(64, 64, 16, 4, 3, tight=True), TileConfig(32, 64, 16, 4, 3))
+# For consumer Blackwell the assembler wants more registers than four warps have.
+_GEMM_FP32_BLACKWELL = (TileConfig(64, 64, 16, 8, 3, tight=True), GEMM_FP32[1])
 
 # The one-launch forward holds the accumulator of P beside the tile's, and draws the mask inside its K loop. Not on AMD,
 # where a barrier does not wait for other waves' stores: T would be released before it is written.
+_ONE_LAUNCH_SMALL = (TileConfig(128, 64, 32, 8, 3), TileConfig(64, 64, 32, 4, 3))  # within 99 KB
+_ONE_LAUNCH_HOPPER = (TileConfig(128, 128, 32, 8, 4), TileConfig(64, 64, 32, 4, 4))
 ONE_LAUNCH = {
     "sm_80": (TileConfig(128, 64, 32, 8, 4), TileConfig(64, 64, 32, 4, 4)),
-    "sm_86": (TileConfig(128, 64, 32, 8, 3), TileConfig(64, 64, 32, 4, 3)),
-    "sm_89": (TileConfig(128, 64, 32, 8, 3), TileConfig(64, 64, 32, 4, 3)),
-    "sm_90": (TileConfig(128, 128, 32, 8, 4), TileConfig(64, 64, 32, 4, 4)),
-    "sm_100": (TileConfig(128, 128, 32, 8, 4), TileConfig(64, 64, 32, 4, 4)),
+    **dict.fromkeys(("sm_86", "sm_89", "sm_120", "sm_121"), _ONE_LAUNCH_SMALL),
+    **dict.fromkeys(("sm_90", "sm_100", "sm_103", "sm_110"), _ONE_LAUNCH_HOPPER),
 }
 ONE_LAUNCH_FP32 = (TileConfig(32, 32, 16, 4, 2),)
 
@@ -81,7 +108,9 @@ def _fills(config: TileConfig, rows: int, columns: int, target: Target) -> bool:
 
 def gemm_table(target: Target, itemsize: int, depth: int = 0, rank_block: int = 16) -> tuple[TileConfig, ...]:
     """The tiles that a product of this depth (K forward, N backward) and rank may take, largest first."""
-    table = GEMM_FP32 if itemsize == 4 else GEMM[target.name]
+    table = GEMM[target.name]
+    if itemsize == 4:
+        table = _GEMM_FP32_BLACKWELL if target.name in ("sm_120", "sm_121") else GEMM_FP32
     return tuple(c for c in table if not c.tight or (depth % c.block_k == 0 and rank_block <= 64))
 
 

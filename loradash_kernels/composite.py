@@ -1,0 +1,73 @@
+"""The formula in differentiable PyTorch operations, for transforms that look inside a function.
+
+torch.func (grad, vmap, jvp, hessian, ...) and forward-mode automatic differentiation differentiate and batch what they
+see. The fused operator shows them nothing, so its calls take this formula there: every transform, any order of derivatives,
+at the price of separate products. Letters as in `reference`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+from torch.nn import functional as F
+
+from .config import accumulator
+from .reference import stacked
+
+
+def is_wanted() -> bool:
+    """Is a transform of torch.func active, or a level of forward-mode differentiation?"""
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+
+
+def refuse(threshold: int, backend: str | None) -> None:
+    """Raises RuntimeError for what the formula cannot do: dropout (threshold > 0), and obey a requested backend."""
+    where = "under torch.func transforms and forward-mode differentiation"
+    if threshold:
+        raise RuntimeError(f"loradash: dropout is not supported {where}; call model.eval() or pass training=False")
+    if backend is not None:
+        raise RuntimeError(f"loradash: backend={backend!r} is not supported {where}; pass backend=None")
+
+
+def _without_autocast(device: str) -> contextlib.AbstractContextManager:
+    """Sums keep their precision: what autocast may cast has been cast."""
+    if torch._C._is_any_autocast_enabled() and torch.amp.is_autocast_available(device):
+        return torch.autocast(device, enabled=False)
+    return contextlib.nullcontext()
+
+
+def dash_linear(
+    x: Tensor,  # (..., K)
+    weight: Tensor,  # (N, K)
+    bias: Tensor | None,  # (N,)
+    lora_a: Tensor,
+    lora_b: Tensor,
+    dash_u: Tensor | None,
+    dash_vt: Tensor | None,
+    dash_sigma: Tensor | None,
+    scaling: float,
+) -> Tensor:  # (..., N)
+    """x W^T + b + ((x D^T) * c) Q^T."""
+    with _without_autocast(x.device.type):
+        base = F.linear(x, weight, bias)
+    return low_rank_update(base, x, lora_a, lora_b, dash_u, dash_vt, dash_sigma, scaling)
+
+
+def low_rank_update(
+    y: Tensor,  # (..., N)
+    x: Tensor,  # (..., K)
+    lora_a: Tensor,
+    lora_b: Tensor,
+    dash_u: Tensor | None,
+    dash_vt: Tensor | None,
+    dash_sigma: Tensor | None,
+    scaling: float,
+) -> Tensor:  # (..., N)
+    """y + ((x D^T) * c) Q^T, in the dtype of y; the low-rank sums in float32 (float64 for float64), as in the kernels."""
+    dtype = accumulator(x.dtype)
+    with _without_autocast(x.device.type):
+        d, q, c = stacked(lora_a, lora_b, dash_u, dash_vt, dash_sigma, scaling, dtype)
+        return (y.to(dtype) + ((x.to(dtype) @ d.t()) * c) @ q.t()).to(y.dtype)
