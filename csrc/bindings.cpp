@@ -1,15 +1,12 @@
-// Torch's side of the CPU kernels: tensors to pointers, the library's base product where ours is not the faster one,
-// and the cache of packed weights. Schemas of the public operators are in Python; these are their CPU backend.
+// Torch's side of the CPU kernels: tensors to pointers, and the library's base product where ours is not the faster
+// one. Schemas of the public operators are in Python; these are their CPU backend.
+#include "bindings.h"
+
 #include <ATen/Functions.h>
-#include <ATen/Parallel.h>
 #include <torch/csrc/utils/pybind.h>
 #include <torch/library.h>
 
-#include <mutex>
 #include <optional>
-#include <unordered_map>
-
-#include "dash_linear.h"
 
 namespace loradash {
 namespace gpu {
@@ -22,31 +19,13 @@ using OptionalTensor = std::optional<Tensor>;
 
 // --- conversions -----------------------------------------------------------------------------------------------------
 
-DType dtype_of(const Tensor& t) {
-  switch (t.scalar_type()) {
-    case at::kFloat:
-      return DType::kFloat32;
-    case at::kBFloat16:
-      return DType::kBFloat16;
-    case at::kHalf:
-      return DType::kFloat16;
-    default:
-      TORCH_CHECK(false, "loradash CPU kernels take float32, bfloat16 or float16, got ", t.scalar_type());
-  }
-}
-
-ThreadPool thread_pool() {
-  return {at::get_num_threads(), [](int64_t count, void (*body)(void*, int64_t), void* context) {
-            at::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) {
-              for (int64_t i = begin; i < end; ++i) body(context, i);
-            });
-          }};
-}
+// Memory that holds what the tensor says: a view with the negative bit is written out.
+Tensor plain(const Tensor& t) { return t.is_neg() ? t.resolve_neg() : t; }
 
 // Rows of unit stride; the distance between rows is free.
-Tensor unit_rows(const Tensor& t) { return t.size(1) <= 1 || t.stride(1) == 1 ? t : t.contiguous(); }
+Tensor unit_rows(const Tensor& t) { return t.size(1) <= 1 || t.stride(1) == 1 ? plain(t) : plain(t).contiguous(); }
 
-Tensor fp32(const OptionalTensor& t) { return t ? t->to(at::kFloat).contiguous() : Tensor(); }
+Tensor fp32(const OptionalTensor& t) { return t ? plain(*t).to(at::kFloat).contiguous() : Tensor(); }
 
 const float* float_data(const Tensor& t) { return t.defined() ? t.const_data_ptr<float>() : nullptr; }
 float* float_out(const OptionalTensor& t) { return t ? t->mutable_data_ptr<float>() : nullptr; }
@@ -76,112 +55,13 @@ Dropout dropout_of(const OptionalTensor& seed, int64_t threshold) {
   return {static_cast<uint64_t>(words[0]), static_cast<uint64_t>(words[1]), static_cast<uint32_t>(threshold)};
 }
 
-// --- packed weights --------------------------------------------------------------------------------------------------
-
-// A frozen weight is packed once per direction and kept as long as the weight lives. The entry is dropped when the
-// tensor dies, moves, is written to (version counter), or when a sample of its elements has changed: writes through
-// `.data` do not bump the version.
-class PackedWeights {
- public:
-  // A packed copy, from the cache where the weight may be kept there, else made for this call.
-  Tensor get(const Tensor& weight, Direction direction) {
-    if (!cacheable(weight)) return pack(weight, direction);
-    std::lock_guard<std::mutex> lock(mutex_);
-    auto [it, fresh] = entries_.try_emplace(weight.unsafeGetTensorImpl(), weight);
-    if (fresh) {
-      drop_dead();
-    } else if (!it->second.matches(weight)) {
-      it->second = Entry(weight);
-    }
-    Tensor& packed = it->second.packed[static_cast<int>(direction)];
-    if (!packed.defined()) packed = pack(weight, direction);
-    return packed;
-  }
-
-  bool cacheable(const Tensor& weight) const {
-    return enabled_ && !weight.requires_grad() && !weight.is_inference() && weight.numel() > 0;
-  }
-  void enable(bool on) {
-    std::lock_guard<std::mutex> lock(mutex_);
-    enabled_ = on;
-    if (!on) entries_.clear();
-  }
-  int64_t bytes() {
-    std::lock_guard<std::mutex> lock(mutex_);
-    drop_dead();
-    int64_t total = 0;
-    for (const auto& [key, entry] : entries_)
-      for (const Tensor& t : entry.packed) total += t.defined() ? static_cast<int64_t>(t.nbytes()) : 0;
-    return total;
-  }
-
- private:
-  struct Entry {
-    c10::weak_intrusive_ptr<c10::TensorImpl> owner;
-    const void* data;
-    int64_t version;
-    uint64_t sample;
-    Tensor packed[2];
-
-    explicit Entry(const Tensor& weight)
-        : owner(weight.getIntrusivePtr()),
-          data(weight.const_data_ptr()),
-          version(weight._version()),
-          sample(hash(weight)) {}
-
-    bool matches(const Tensor& weight) const {
-      return !owner.expired() && data == weight.const_data_ptr() &&
-             version == static_cast<int64_t>(weight._version()) && sample == hash(weight);
-    }
-
-    // FNV-1a over 32 elements spread over the storage.
-    static uint64_t hash(const Tensor& weight) {
-      constexpr int64_t kSamples = 32;
-      const char* data = static_cast<const char*>(weight.const_data_ptr());
-      const int64_t size = weight.element_size(), count = weight.numel();
-      uint64_t h = 14695981039346656037ull;
-      for (int64_t i = 0; i < kSamples; ++i) {
-        uint32_t element = 0;
-        std::memcpy(&element, data + (count - 1) * i / (kSamples - 1) * size, size);
-        h = (h ^ element) * 1099511628211ull;
-      }
-      return h;
-    }
-  };
-
-  static Tensor pack(const Tensor& weight, Direction direction) {
-    const DType dtype = dtype_of(weight);
-    const int64_t n = weight.size(0), k = weight.size(1);
-    Tensor packed = at::empty({cpu::packed_bytes(dtype, direction, n, k)}, weight.options().dtype(at::kByte));
-    cpu::pack_weight(dtype, direction, weight.const_data_ptr(), weight.stride(0), weight.stride(1), n, k,
-                     packed.mutable_data_ptr(), thread_pool());
-    return packed;
-  }
-
-  void drop_dead() {
-    for (auto it = entries_.begin(); it != entries_.end();)
-      it = it->second.owner.expired() ? entries_.erase(it) : std::next(it);
-  }
-
-  std::mutex mutex_;
-  std::unordered_map<const c10::TensorImpl*, Entry> entries_;
-  bool enabled_ = true;
-};
-
-PackedWeights& packed_weights() {
-  static PackedWeights* weights = new PackedWeights;  // never destroyed: tensors may outlive static destructors
-  return *weights;
-}
-
-// Packing moves N K elements: not worth it for one call on few rows.
-constexpr int64_t kMinRowsToPack = 64;
-
 // The weight as the kernels want it, or undefined: then the library computes the base product.
 Tensor packed_or_undefined(const OptionalTensor& weight, int64_t rows, Direction direction) {
-  if (!weight || !cpu::fuses_base(dtype_of(*weight))) return {};
-  if (rows < kMinRowsToPack && !packed_weights().cacheable(*weight)) return {};
-  const bool dense = weight->is_non_overlapping_and_dense() && (weight->stride(0) == 1 || weight->stride(1) == 1);
-  return packed_weights().get(dense ? *weight : weight->contiguous(), direction);
+  if (!weight) return {};
+  const int64_t min_rows = cpu::min_base_rows(dtype_of(*weight));
+  if (min_rows == 0 || rows < min_rows) return {};
+  const Tensor w = plain(*weight);
+  return packed_weights().get(w.stride(0) == 1 || w.stride(1) == 1 ? w : w.contiguous(), direction, rows);
 }
 
 // --- operators -------------------------------------------------------------------------------------------------------
@@ -194,7 +74,7 @@ void forward(const Tensor& x_in, const OptionalTensor& weight, const OptionalTen
   const AdapterTensors adapters(lora_a, lora_b, dash_u, dash_vt, dash_sigma, scaling);
   const Tensor packed = packed_or_undefined(weight, x.size(0), Direction::kForward);
   const Tensor bias32 = packed.defined() ? fp32(bias) : Tensor();
-  Tensor addend = base ? base->contiguous() : Tensor();
+  Tensor addend = base ? plain(*base).contiguous() : Tensor();
   if (weight && !packed.defined()) {
     Tensor out = y;
     at::linear_out(out, x, *weight, bias);
@@ -216,10 +96,10 @@ void forward(const Tensor& x_in, const OptionalTensor& weight, const OptionalTen
 
 void backward(const Tensor& dy_in, const Tensor& x_in, const OptionalTensor& weight, const Tensor& lora_a,
               const Tensor& lora_b, const OptionalTensor& dash_u, const OptionalTensor& dash_vt,
-              const OptionalTensor& dash_sigma, const Tensor& p, const OptionalTensor& seed, double scaling,
+              const OptionalTensor& dash_sigma, const Tensor& p_in, const OptionalTensor& seed, double scaling,
               int64_t threshold, const OptionalTensor& dx, const OptionalTensor& da, const OptionalTensor& db_lora,
               const OptionalTensor& dsigma, const OptionalTensor& dbias) {
-  const Tensor x = unit_rows(x_in), dy = unit_rows(dy_in);
+  const Tensor x = unit_rows(x_in), dy = unit_rows(dy_in), p = plain(p_in).contiguous();
   const AdapterTensors adapters(lora_a, lora_b, dash_u, dash_vt, dash_sigma, scaling);
   const Tensor packed = dx ? packed_or_undefined(weight, x.size(0), Direction::kBackward) : Tensor();
   Tensor addend;
@@ -272,8 +152,11 @@ PYBIND11_MODULE(_C, m) {
   m.def(
       "isa", [](int dtype) { return cpu::isa_name(static_cast<DType>(dtype)); },
       "Instruction set that serves a dtype.");
-  m.def("fuses_base", [](int dtype) { return cpu::fuses_base(static_cast<DType>(dtype)); });
+  m.def("fuses_base", [](int dtype) { return cpu::min_base_rows(static_cast<DType>(dtype)) != 0; });
+  m.def("fingerprint", &fingerprint_of, "The fingerprint of a matrix of which one stride is 1.");
   m.def("enable_packed_weights", [](bool on) { packed_weights().enable(on); });
+  m.def("invalidate_packed_weights",
+        [](const OptionalTensor& weight) { weight ? packed_weights().invalidate(*weight) : packed_weights().clear(); });
   m.def("packed_weight_bytes", [] { return packed_weights().bytes(); });
   m.def("compiler", [] { return __VERSION__; });
   gpu::define_gpu(m);

@@ -84,8 +84,9 @@ enum class Direction { kForward, kBackward };
 
 namespace cpu {
 
-// Does this CPU run the base product of `dtype` inside our kernels? If not, the caller computes it with a library.
-bool fuses_base(DType dtype);
+// From how many rows on this CPU runs the base product of `dtype` inside our kernels; 0: never. Where it does not, the
+// caller computes it with a library.
+int64_t min_base_rows(DType dtype);
 // The instruction set in use: "amx", "avx512_bf16", "avx512", "avx2" or "portable". LORADASH_CPU_ISA lowers it.
 const char* isa_name(DType dtype);
 
@@ -93,6 +94,18 @@ const char* isa_name(DType dtype);
 int64_t packed_bytes(DType dtype, Direction direction, int64_t n, int64_t k);
 void pack_weight(DType dtype, Direction direction, const void* w, int64_t stride_n, int64_t stride_k, int64_t n,
                  int64_t k, void* packed, const ThreadPool& pool);
+
+// A matrix as it lies in memory: runs of `bytes` without gaps, `pitch` bytes apart.
+struct Runs {
+  const void* data;
+  int64_t count, bytes, pitch;
+};
+
+// The fingerprint of a matrix: 16 bytes for every 8 KB of a run. Of two matrices of the same runs that differ anywhere,
+// every block that differs has the same fingerprint with a probability of at most 2^-64, over keys that are drawn once
+// per process: whatever was changed, moved or cancels out in a sum.
+int64_t fingerprint_words(const Runs& runs);
+void fingerprint(const Runs& runs, uint64_t* out, const ThreadPool& pool);
 
 void forward(const ForwardParams& params, const ThreadPool& pool);
 void backward(const BackwardParams& params, const ThreadPool& pool);

@@ -11,8 +11,9 @@
 
 namespace loradash::cpu {
 
-constexpr int kPanel = 32;    // columns of a packed panel
-constexpr int kMaxTile = 32;  // rows of the highest tile
+constexpr int kPanel = 32;            // columns of a packed panel
+constexpr int kMaxTile = 32;          // rows of the highest tile
+constexpr int kFingerprintLine = 64;  // bytes that are fingerprinted together, whatever the vectors
 
 struct bf16 {
   uint16_t bits;
@@ -64,9 +65,9 @@ struct Term {
 template <typename T, typename E>
 struct Kernels {
   const char* name;
-  bool fuses_base;  // is the base product at least as fast here as in the library?
-  int tile_rows;    // rows of a tile, at most kMaxTile
-  bool even_tiles;  // may a block of rows be cut into tiles of equal height, or are full tiles cheaper?
+  int64_t min_base_rows;  // from so many rows on, the base product is at least as fast here as in the library; 0: never
+  int tile_rows;          // rows of a tile, at most kMaxTile
+  bool even_tiles;        // may a block of rows be cut into tiles of equal height, or are full tiles cheaper?
 
   // Once per task, before and after any `multiply` (AMX configures and releases its tiles).
   void (*enter)();
@@ -103,6 +104,9 @@ struct Kernels {
   // k_begin is a multiple of 32; bits beyond k_end in the last word are arbitrary.
   void (*dropout_bits)(const Dropout& dropout, int64_t row, int64_t rows, int64_t k_begin, int64_t k_end,
                        uint32_t* bits, int64_t bits_stride);
+
+  // The fingerprint of a block of memory; `keys` are random, as many bytes rounded up to lines, and one line more.
+  void (*fingerprint_block)(const char* block, int64_t bytes, const char* keys, uint64_t out[2]);
 };
 
 // The best table this CPU runs, chosen once; LORADASH_CPU_ISA may ask for a lower one. Operands of type T in memory

@@ -108,7 +108,7 @@ template <typename T, typename E>
 const Kernels<T, E>* table() {
   if constexpr (sizeof(E) == 2) {
     static constexpr Kernels<T, E> instance =
-        make_table<T, E>("amx", true, 2 * kTile, false, multiply_tiles, configure_tiles, release_tiles);
+        make_table<T, E>("amx", 64, 2 * kTile, false, multiply_tiles, configure_tiles, release_tiles);
     return &instance;
   } else {
     return nullptr;

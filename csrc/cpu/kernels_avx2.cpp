@@ -12,7 +12,7 @@ namespace loradash::cpu::avx2 {
 template <typename T, typename E>
 const Kernels<T, E>* table() {
   if constexpr (sizeof(E) == 4) {
-    static constexpr Kernels<T, E> instance = make_table<T, E>("avx2", false, kTileRows, true, multiply_fp32<>);
+    static constexpr Kernels<T, E> instance = make_table<T, E>("avx2", 0, kTileRows, true, multiply_fp32<>);
     return &instance;
   } else {
     return nullptr;

@@ -12,7 +12,7 @@ template <typename T, typename E>
 const Kernels<T, E>* table() {
   if constexpr (sizeof(E) == 4) {
     static constexpr Kernels<T, E> instance =
-        make_table<T, E>("avx512", sizeof(T) == sizeof(E), kTileRows, true, multiply_fp32<>);
+        make_table<T, E>("avx512", sizeof(T) == sizeof(E) ? 8 : 0, kTileRows, true, multiply_fp32<>);
     return &instance;
   } else {
     return nullptr;

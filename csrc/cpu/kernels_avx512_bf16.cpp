@@ -50,7 +50,7 @@ void multiply_pairs(const Term<bf16>* terms, int count, int rows, float* c, bool
 template <typename T, typename E>
 const Kernels<T, E>* table() {
   if constexpr (sizeof(E) == 2) {
-    static constexpr Kernels<T, E> instance = make_table<T, E>("avx512_bf16", true, kTileRows, true, multiply_pairs<>);
+    static constexpr Kernels<T, E> instance = make_table<T, E>("avx512_bf16", 8, kTileRows, true, multiply_pairs<>);
     return &instance;
   } else {
     return nullptr;

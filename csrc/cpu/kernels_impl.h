@@ -4,6 +4,7 @@
 // includes this file and returns its table. Everything here has internal linkage: a function compiled for AVX-512 must
 // never be the copy that the linker keeps for other CPUs, which is also why no std:: template is called.
 #include "dropout_impl.h"
+#include "fingerprint_impl.h"
 #include "kernels.h"
 #include "vectors.h"
 
@@ -176,35 +177,41 @@ inline void transpose_32(const T* src, int64_t ld, int rows, const uint32_t* bit
     for (int i = 0; i < rows; ++i) dst[j * rows + i] = block[i][j];
 }
 #if LORADASH_VECTOR_BYTES == 64
+// 16x16 words: within 128-bit lanes by pairs and quadruples of rows, then whole lanes.
+inline void transpose_words(__m512 r[16]) {
+  __m512 t[16];
+  for (int i = 0; i < 16; i += 2) {
+    t[i] = _mm512_unpacklo_ps(r[i], r[i + 1]);
+    t[i + 1] = _mm512_unpackhi_ps(r[i], r[i + 1]);
+  }
+  for (int i = 0; i < 16; i += 4)
+    for (int h = 0; h < 2; ++h) {
+      r[i + 2 * h] = _mm512_shuffle_ps(t[i + h], t[i + 2 + h], 0x44);
+      r[i + 2 * h + 1] = _mm512_shuffle_ps(t[i + h], t[i + 2 + h], 0xee);
+    }
+  for (int c = 0; c < 4; ++c) {
+    const __m512 a = _mm512_shuffle_f32x4(r[c], r[c + 4], 0x44), b = _mm512_shuffle_f32x4(r[c], r[c + 4], 0xee);
+    const __m512 d = _mm512_shuffle_f32x4(r[c + 8], r[c + 12], 0x44),
+                 e = _mm512_shuffle_f32x4(r[c + 8], r[c + 12], 0xee);
+    t[c] = _mm512_shuffle_f32x4(a, d, 0x88), t[c + 4] = _mm512_shuffle_f32x4(a, d, 0xdd);
+    t[c + 8] = _mm512_shuffle_f32x4(b, e, 0x88), t[c + 12] = _mm512_shuffle_f32x4(b, e, 0xdd);
+  }
+  for (int i = 0; i < 16; ++i) r[i] = t[i];
+}
+
 template <>
 inline void transpose_32(const float* src, int64_t ld, int rows, const uint32_t* bits, int64_t bits_stride,
                          float* dst) {
   const __mmask16 lanes = static_cast<__mmask16>((1u << rows) - 1);
   for (int half = 0; half < 2; ++half) {
-    __m512 r[16], t[16];
+    __m512 r[16];
     for (int i = 0; i < 16; ++i) {
       const uint32_t word = i >= rows ? 0 : bits ? bits[i * bits_stride] : ~0u;
       r[i] =
           _mm512_maskz_loadu_ps(static_cast<__mmask16>(word >> 16 * half), src + (i < rows ? i : 0) * ld + 16 * half);
     }
-    // 16x16: within 128-bit lanes by pairs and quadruples of rows, then whole lanes.
-    for (int i = 0; i < 16; i += 2) {
-      t[i] = _mm512_unpacklo_ps(r[i], r[i + 1]);
-      t[i + 1] = _mm512_unpackhi_ps(r[i], r[i + 1]);
-    }
-    for (int i = 0; i < 16; i += 4)
-      for (int h = 0; h < 2; ++h) {
-        r[i + 2 * h] = _mm512_shuffle_ps(t[i + h], t[i + 2 + h], 0x44);
-        r[i + 2 * h + 1] = _mm512_shuffle_ps(t[i + h], t[i + 2 + h], 0xee);
-      }
-    for (int c = 0; c < 4; ++c) {
-      const __m512 a = _mm512_shuffle_f32x4(r[c], r[c + 4], 0x44), b = _mm512_shuffle_f32x4(r[c], r[c + 4], 0xee);
-      const __m512 d = _mm512_shuffle_f32x4(r[c + 8], r[c + 12], 0x44),
-                   e = _mm512_shuffle_f32x4(r[c + 8], r[c + 12], 0xee);
-      t[c] = _mm512_shuffle_f32x4(a, d, 0x88), t[c + 4] = _mm512_shuffle_f32x4(a, d, 0xdd);
-      t[c + 8] = _mm512_shuffle_f32x4(b, e, 0x88), t[c + 12] = _mm512_shuffle_f32x4(b, e, 0xdd);
-    }
-    for (int j = 0; j < 16; ++j) _mm512_mask_storeu_ps(dst + (16 * half + j) * rows, lanes, t[j]);
+    transpose_words(r);
+    for (int j = 0; j < 16; ++j) _mm512_mask_storeu_ps(dst + (16 * half + j) * rows, lanes, r[j]);
   }
 }
 #endif
@@ -261,8 +268,42 @@ void stage_panel(const T* src, int64_t ld, int64_t rows, int columns, const uint
   }
 }
 
+#if LORADASH_VECTOR_BYTES == 64
+// The first `count` elements of a line, the rest zero.
+inline __m512 load_line(const float* src, int64_t count) {
+  return _mm512_maskz_loadu_ps(count >= 16 ? 0xffff : static_cast<__mmask16>((1u << count) - 1), src);
+}
+inline __m512 load_line(const bf16* src, int64_t count) {
+  return (__m512)_mm512_maskz_loadu_epi16(count >= 32 ? ~0u : (1u << count) - 1, src);
+}
+
+// Where elements are stored as they are, a panel is a transposition of 32-bit words: of numbers, or of pairs of bf16.
+template <typename E>
+void stage_transposed_words(const E* src, int64_t ld, int64_t depth, int columns, E* dst) {
+  constexpr int64_t kElements = 64 / sizeof(E);  // of a line
+  constexpr int64_t kFetch = 8 * kElements;      // columns are apart: the hardware does not follow 32 of them
+  for (int64_t d = 0; d < depth; d += kElements, dst += kElements * kPanel) {
+    const int64_t steps = smaller(16, (padded_depth<E>(depth) - d) * static_cast<int64_t>(sizeof(E)) / 4);
+    for (int half = 0; half < 2; ++half) {
+      __m512 r[16];
+      for (int i = 0; i < 16; ++i) {
+        const int column = 16 * half + i;
+        __builtin_prefetch(src + column * ld + d + kFetch);
+        r[i] = column < columns ? load_line(src + column * ld + d, depth - d) : _mm512_setzero_ps();
+      }
+      transpose_words(r);
+      for (int64_t j = 0; j < steps; ++j)
+        _mm512_storeu_ps(reinterpret_cast<float*>(dst) + j * kPanel + 16 * half, r[j]);
+    }
+  }
+}
+#endif
+
 template <typename T, typename E>
 void stage_transposed(const T* src, int64_t ld, int64_t depth, int columns, E* dst) {
+#if LORADASH_VECTOR_BYTES == 64
+  if constexpr (sizeof(T) == sizeof(E)) return stage_transposed_words(src, ld, depth, columns, dst);
+#endif
   constexpr int kPair = sizeof(E) == 2 ? 2 : 1;
   constexpr int kBlock = 32;  // depth per block: its reads and its writes both stay in L1
   const int64_t padded = padded_depth<E>(depth);
@@ -364,13 +405,13 @@ void pack_block(const float* src, int64_t stride_d, int64_t stride_c, int64_t de
 [[maybe_unused]] void no_setup() {}
 
 template <typename T, typename E>
-constexpr Kernels<T, E> make_table(const char* name, bool fuses_base, int tile_rows, bool even_tiles,
+constexpr Kernels<T, E> make_table(const char* name, int64_t min_base_rows, int tile_rows, bool even_tiles,
                                    void (*multiply)(const Term<E>*, int, int, float*, bool), void (*enter)() = no_setup,
                                    void (*leave)() = no_setup) {
-  return {name,           fuses_base,  tile_rows,        even_tiles,        enter,
-          leave,          multiply,    stage_tile<T, E>, stage_panel<T, E>, stage_transposed<T, E>,
-          column_sums<T>, add_masked,  store_tile<T>,    scale_tile<E>,     transpose_tile<E>,
-          pack_block<E>,  dropout_bits};
+  return {name,           min_base_rows, tile_rows,        even_tiles,        enter,
+          leave,          multiply,      stage_tile<T, E>, stage_panel<T, E>, stage_transposed<T, E>,
+          column_sums<T>, add_masked,    store_tile<T>,    scale_tile<E>,     transpose_tile<E>,
+          pack_block<E>,  dropout_bits,  fingerprint_block};
 }
 
 }  // namespace

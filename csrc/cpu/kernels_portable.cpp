@@ -11,7 +11,7 @@ namespace loradash::cpu::portable {
 template <typename T, typename E>
 const Kernels<T, E>* table() {
   if constexpr (sizeof(E) == 4) {
-    static constexpr Kernels<T, E> instance = make_table<T, E>("portable", false, kTileRows, true, multiply_fp32<>);
+    static constexpr Kernels<T, E> instance = make_table<T, E>("portable", 0, kTileRows, true, multiply_fp32<>);
     return &instance;
   } else {
     return nullptr;

@@ -26,8 +26,8 @@ Extent extent(Direction direction, int64_t n, int64_t k, int64_t stride_n = 0, i
 
 }  // namespace
 
-bool fuses_base(DType dtype) {
-  return with_types(dtype, [](auto t, auto e) { return kernels<decltype(t), decltype(e)>()->fuses_base; });
+int64_t min_base_rows(DType dtype) {
+  return with_types(dtype, [](auto t, auto e) { return kernels<decltype(t), decltype(e)>()->min_base_rows; });
 }
 
 const char* isa_name(DType dtype) {
