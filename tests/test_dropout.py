@@ -37,7 +37,7 @@ def test_known_answers(counter, key, expected):
 
 
 @compiled
-@pytest.mark.parametrize(("m", "k"), [(1, 1), (3, 31), (40, 64), (7, 1000), (2, 5000)])
+@pytest.mark.parametrize(("m", "k"), [(1, 1), (3, 31), (40, 64), (7, 1000), (2, 5000), (0, 5), (5, 0), (0, 0)])
 @pytest.mark.parametrize("p", [1e-4, 0.05, 0.5, 0.999])
 def test_same_bits_as_the_reference(m, k, p):
     seed = torch.randint(-(2**63), 2**63 - 1, (2,), dtype=torch.int64)
