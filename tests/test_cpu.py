@@ -53,7 +53,10 @@ def test_unknown_instruction_set():
 
 
 THREADS = """
+import sys
+sys.path.insert(0, {tests!r})
 import torch
+from promises import check_same
 from loradash_kernels.testing import make_case, run
 for dtype in (torch.float32, torch.bfloat16, torch.float16):
     for shape in ((40, 64, 96), (600, 96, 64), (1100, 72, 40)):
@@ -61,9 +64,9 @@ for dtype in (torch.float32, torch.bfloat16, torch.float16):
         results = []
         for count in (1, 2, 3, 7):
             torch.set_num_threads(count)
-            results.append(run(case))
-        assert all(torch.equal(r[n], results[0][n]) for r in results for n in results[0]), (dtype, shape)
-"""
+            results.append(run(case, "cpu"))
+        check_same(case, "cpu", *results)
+""".format(tests=os.path.dirname(__file__))
 
 
 def test_thread_count_changes_no_bit():
