@@ -52,9 +52,9 @@ def test_unknown_instruction_set():
     assert "LORADASH_CPU_ISA is 'mmx'" in result.stderr
 
 
-THREADS = """
+THREADS = f"""
 import sys
-sys.path.insert(0, {tests!r})
+sys.path.insert(0, {os.path.dirname(__file__)!r})
 import torch
 from promises import check_same
 from loradash_kernels.testing import make_case, run
@@ -66,7 +66,7 @@ for dtype in (torch.float32, torch.bfloat16, torch.float16):
             torch.set_num_threads(count)
             results.append(run(case, "cpu"))
         check_same(case, "cpu", *results)
-""".format(tests=os.path.dirname(__file__))
+"""
 
 
 def test_thread_count_changes_no_bit():
