@@ -144,7 +144,8 @@ def formula(case: Case, dtype: torch.dtype, mask: Tensor | None = None) -> dict[
 # theorem 3.1: where rounding errors are independent and of mean zero, a sum of n products errs by more than
 # lambda sqrt(n) u |a| |b| with a probability of at most 2 n exp(-lambda^2 / 2), and by more than n u |a| |b| never.
 # All sums that the tests compare have fewer than 10^11 terms together: with lambda = 9 the probability that a right one
-# among them errs by more is below 10^-6. u is that of the accumulator: hardware multiplies 16-bit operands exactly.
+# among them errs by more is below 10^-6. u is that of the accumulator, in which hardware multiplies 16-bit operands exactly
+# (numbers near 10^-38 apart: the bf16 instructions of CPUs take them for zero).
 LAMBDA = 9.0
 
 
@@ -152,7 +153,7 @@ LAMBDA = 9.0
 class Bounded:
     """A tensor in float64 and, element by element, how far from it a value may be whose sums are taken in `sums`.
 
-    cast: what a backend may take in its place, as a whole.
+    cast: the tensor that a backend may take in its place, as a whole.
     """
 
     value: Tensor
@@ -206,8 +207,11 @@ class Bounded:
         return Bounded(self.value + other.value, error, self.sums)
 
     def of(self, view: Callable[[Tensor], Tensor]) -> Bounded:
-        """A view of it: a part, or the transpose."""
+        """A part of it, or another view."""
         return Bounded(view(self.value), view(self.error), self.sums, None if self.cast is None else view(self.cast))
+
+    def t(self) -> Bounded:
+        return self.of(torch.t)
 
 
 def allowances(case: Case) -> dict[str, Tensor]:
@@ -219,45 +223,46 @@ def allowances(case: Case) -> dict[str, Tensor]:
     dash_sigma's gradient may not: few numbers, each a sum over all tokens, are not worth 16 bits.
     """
     dtype, t, (m, k), n = case.x.dtype, case.tensors, case.x.shape, case.dy.shape[1]
-    sums, scale = accumulator(dtype), keep_scale(dropout_threshold(case.dropout_p))
-    mask = drawn_mask(case)
+    sums, scale, mask = accumulator(dtype), keep_scale(dropout_threshold(case.dropout_p)), drawn_mask(case)
 
     def exactly(value: Tensor | None, cast: torch.dtype | None = None) -> Bounded:
         assert value is not None
         return Bounded.exactly(value, sums, cast)
 
-    def transposed(b: Bounded) -> Bounded:
-        return b.of(torch.t)
-
     adapters = (t[name] for name in ("lora_a", "lora_b", "dash_u", "dash_vt", "dash_sigma"))
     d, q, c = (exactly(v, dtype) for v in stacked(*adapters, case.scaling, torch.float64))  # type: ignore[call-arg, arg-type]
-    x, weight, dy, keep = exactly(t["x"]), exactly(t["weight"]), exactly(case.dy), exactly(mask.double() * scale)
-    rank, width = exactly(t["lora_a"]).value.shape[0], c.value.shape[0]
+    x, weight, dy, keep = (exactly(v) for v in (case.x, t["weight"], case.dy, mask.double() * scale))
+    c, keep = c.rounded(dtype), keep.rounded(sums)
+    width = c.value.shape[0]
+    rank = width - (0 if t["dash_sigma"] is None else t["dash_sigma"].shape[0])
     lora, dash = (lambda v: v[:, :rank]), (lambda v: v[:, rank:])
 
-    dropped = replace(x.times(keep.rounded(sums)), cast=(case.x.detach() * mask * scale).double())
-    p, g = dropped.product(transposed(d)), dy.product(q)
-    scaled_p, scaled_g = (v.rounded(dtype).times(c.rounded(dtype)).rounded(dtype) for v in (p, g))
-    y = x.product(transposed(weight), k + width)
+    # The keep scale may multiply x, which is then rounded, or the sums; in dx the sums, or c before G * c is rounded.
+    dropped = replace(x.times(keep), cast=(case.x.detach() * mask * scale).double())
+    p, g = dropped.product(d.t()), dy.product(q)
+    scaled_p, scaled_g = (v.rounded(dtype).times(c).rounded(dtype) for v in (p, g))
+    y = x.product(weight.t(), k + width)
     y = (y if t["bias"] is None else y.plus(exactly(t["bias"]))).rounded(dtype)
     low = exactly(torch.zeros(m, k))
     for part in (lora, dash):
-        term = scaled_p.of(part).product(transposed(q.of(part)), k + width)
+        term = scaled_p.of(part).product(q.of(part).t(), k + width)
         y = y.plus(term.rounded(dtype)).rounded(dtype)
-        term = scaled_g.rounded(dtype, scale).of(part).product(transposed(transposed(d).of(part)), n + width)
+        term = scaled_g.rounded(dtype, scale).of(part).product(d.t().of(part).t(), n + width)
         low = low.plus(term.rounded(dtype)).rounded(dtype)
-    low = low.times(keep.rounded(sums)).rounded(dtype)
+    dx = dy.product(weight, n + width).rounded(dtype).plus(low.times(keep).rounded(dtype))
 
     ones = exactly(torch.ones(1, m))
-    found = {
-        "x": dy.product(weight, n + width).rounded(dtype).plus(low),
-        "lora_a": transposed(scaled_g.of(lora)).product(dropped),
-        "lora_b": transposed(dy).product(scaled_p.of(lora)),
+    gradients = {
+        "x": dx,
+        "lora_a": scaled_g.of(lora).t().product(dropped),
+        "lora_b": dy.t().product(scaled_p.of(lora)),
         "bias": ones.product(dy),
         "dash_sigma": ones.product(g.times(p).of(dash)),
     }
-    gradients = {n: b.rounded(v.dtype).error.view(v.shape) for n, b in found.items() if (v := t[n]) is not None}
-    return {"y": y.error, **gradients}
+    found = {
+        name: b.rounded(v.dtype).error.view(v.shape) for name, b in gradients.items() if (v := t[name]) is not None
+    }
+    return {"y": y.error, **found}
 
 
 def error_ratios(case: Case, ours: dict[str, Tensor]) -> dict[str, Tensor]:
