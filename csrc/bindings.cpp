@@ -152,7 +152,9 @@ PYBIND11_MODULE(_C, m) {
   m.def(
       "isa", [](int dtype) { return cpu::isa_name(static_cast<DType>(dtype)); },
       "Instruction set that serves a dtype.");
-  m.def("fuses_base", [](int dtype) { return cpu::min_base_rows(static_cast<DType>(dtype)) != 0; });
+  m.def(
+      "min_base_rows", [](int dtype) { return cpu::min_base_rows(static_cast<DType>(dtype)); },
+      "Rows of x from which on the base product of a dtype is ours, not the library's; 0: never.");
   m.def("fingerprint", &fingerprint_of, "The fingerprint of a matrix of which one stride is 1.");
   m.def("enable_packed_weights", [](bool on) { packed_weights().enable(on); });
   m.def("invalidate_packed_weights",

@@ -49,7 +49,7 @@ def dropout_mask(seed: Tensor, threshold: int, m: int, k: int) -> Tensor:
     blocks = torch.arange((k + 7) // 8, device=seed.device)[None, :]
     words = torch.stack(philox_words(seed, rows, blocks), dim=-1)  # (m, blocks, 4)
     halves = torch.stack((words & 0xFFFF, words >> 16), dim=-1)  # (m, blocks, 4, 2)
-    return (halves.reshape(m, -1)[:, :k] >= threshold).contiguous()
+    return (halves.flatten(1)[:, :k] >= threshold).contiguous()
 
 
 def stacked(

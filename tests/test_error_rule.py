@@ -71,8 +71,9 @@ def test_large(shape, dtype):
 @pytest.mark.parametrize("m", [0, 4])
 @pytest.mark.parametrize("k", [0, 8])
 @pytest.mark.parametrize("n", [0, 8])
-def test_empty(backend, m, k, n):
-    case = make_case(m, k, n, 2, 2)
+@pytest.mark.parametrize("dropout_p", [0.0, 0.2])
+def test_empty(backend, m, k, n, dropout_p):
+    case = make_case(m, k, n, 2, 2, dropout_p=dropout_p)
     check_error_rule(case, run(case, backend))
 
 

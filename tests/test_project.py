@@ -170,7 +170,7 @@ def test_ddp_before_and_after_launch(tmp_path, gradients):
         for rank in range(2)
     ]
     for worker in workers:
-        _, errors = worker.communicate(timeout=120)
+        _, errors = worker.communicate(timeout=600)
         assert worker.returncode == 0, errors
 
 
