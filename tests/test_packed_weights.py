@@ -217,7 +217,7 @@ def fingerprint(weight):
     return _extension.compiled().fingerprint(weight)
 
 
-@pytest.mark.parametrize("n, k", [(1, 1), (3, 5), (64, 64), (65, 129), (130, 2048)])
+@pytest.mark.parametrize(("n", "k"), [(1, 1), (3, 5), (64, 64), (65, 129), (130, 2048)])
 def test_fingerprint_of_every_place(n, k):
     """Equal for equal bytes; different after a change of any one element (of every 7th, where there are many)."""
     weight = torch.randn(n, k)
