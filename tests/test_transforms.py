@@ -223,6 +223,7 @@ def test_flops_without_gradients(tensors):
         assert counted(fused, tensors, ())[0] == 2 * M * (K * N + 5 * (K + N))
 
 
+@pytest.mark.slow
 def test_flop_counter_imported_before_or_after():
     code = (
         "import sys, torch, loradash_kernels as lk\n"
