@@ -146,9 +146,7 @@ class DashLinear(nn.Module):
         """Whoever ties or replaces `weight` or `bias`, or sets what only the base layer has, means the base layer's."""
         base = self.__dict__.get("_modules", {}).get("base")
         if name == "weight" and value is not None and value is self.__dict__.get("_unmerged"):
-            raise ValueError(
-                f"{self._label()} is merged, and would lose its update; unmerge(model) before tying weights"
-            )
+            raise ValueError(f"{self._label()} is merged, and would lose its update; unmerge(model) before tying")
         if base is not None and (name in _OF_BASE or self._is_of_base(name, base)):
             setattr(base, name, value)
         else:
