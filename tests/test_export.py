@@ -281,7 +281,8 @@ TOKENS = torch.arange(11)
 @pytest.mark.parametrize("merged", [True, False])
 @pytest.mark.parametrize("whole", ["embed", "head"])
 def test_a_trained_module_tied_to_another_is_refused(tmp_path, one, merged, whole):
-    model = trained(apply_dash(Tied(one), config(trainable_modules=[whole])))
+    targets = ["mid"] if one and whole == "embed" else None  # the head's own weight cannot be frozen then
+    model = trained(apply_dash(Tied(one), config(trainable_modules=[whole], target_modules=targets)))
     if merged:
         loradash.merge(model)
     other = "head" if whole == "embed" else "embed"

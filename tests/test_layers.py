@@ -33,6 +33,22 @@ class Scaled(nn.Linear):
         return 3 * super().forward(x)
 
 
+class Richer(nn.Linear):
+    """Computes as nn.Linear does, and has more for code outside to use."""
+
+    def __init__(self, *args):
+        super().__init__(*args)
+        self.gain = nn.Parameter(torch.full((WIDTH,), 2.0))
+
+    def doubled(self, x):
+        return 2 * self(x)
+
+
+class Called(nn.Linear):
+    def __call__(self, x):
+        return 2 * super().__call__(x)
+
+
 class Tuple(nn.Linear):
     """Megatron's layers return their bias beside the output."""
 
@@ -47,6 +63,12 @@ def linear():
 def hooked():
     layer = linear()
     layer.register_forward_hook(lambda module, args, output: None)
+    return layer
+
+
+def renaming():
+    layer = linear()
+    layer.register_state_dict_post_hook(lambda module, state, prefix, _: state.update({f"{prefix}tag": torch.ones(1)}))
     return layer
 
 
@@ -101,10 +123,13 @@ LAYERS = {
     "subclass of `nn.Linear` that inherits its forward": (lambda: Renamed(WIDTH, WIDTH), "adopted"),
     "transformers' `Conv1D`": (conv1d, "adopted"),
     "subclass with a forward of its own (FP8, QAT, routers, ...)": (lambda: Scaled(WIDTH, WIDTH), "kept whole"),
+    "subclass with methods, parameters or buffers of its own": (lambda: Richer(WIDTH, WIDTH), "kept whole"),
+    "subclass with a `__call__` of its own": (lambda: Called(WIDTH, WIDTH), "kept whole"),
     "transformers' `AutoBitLinear` (BitNet)": (bitnet, "kept whole"),
     "torchao int8 weight": (int8, "kept whole"),
     "bitsandbytes `Linear4bit`": (four_bit, "kept whole"),
     "layer with forward or backward hooks": (hooked, "kept whole"),
+    "layer with hooks on its state dict": (renaming, "kept whole"),
     "layer whose `forward` was patched": (patched, "kept whole"),
     "layer that accelerate offloads": (offloaded, "kept whole"),
     "parametrized layer (`weight_norm`, ...)": (parametrized, "kept whole"),
@@ -218,6 +243,82 @@ def test_a_layer_kept_whole_answers_for_its_weight():
     with pytest.raises(AttributeError, match="nothing_of_that_name"):
         dash.nothing_of_that_name  # noqa: B018
     assert not hasattr(dash, "_hf_hook")
+
+
+def test_what_only_the_base_layer_has_is_set_there():
+    model = apply_dash(nn.Sequential(Richer(WIDTH, WIDTH)), config())
+    dash, base = model[0], model[0].base
+    dash.gain = nn.Parameter(torch.zeros(WIDTH))
+    assert base.gain is dash.gain and not base.gain.any()
+    assert "gain" not in dash._parameters
+    dash.enabled, dash.name = False, "other"
+    assert not hasattr(base, "enabled")
+    assert not hasattr(base, "name")
+    assert torch.equal(dash.doubled(torch.ones(1, WIDTH)), 2 * base(torch.ones(1, WIDTH)))
+
+
+def test_marks_on_a_layer_stay_on_it():
+    layer = linear()
+    layer.role, layer._is_hf_initialized = "expert", True
+    dash = apply_dash(nn.Sequential(layer), config())[0]
+    assert dash.base is None
+    assert dash.role == "expert"
+    assert dash._is_hf_initialized
+
+
+class Nested(nn.Linear):
+    def __init__(self):
+        super().__init__(WIDTH, WIDTH)
+        self.low = linear()
+
+    def forward(self, x):
+        return super().forward(x) + self.low(x)
+
+
+def test_a_layer_inside_another_is_a_part_of_it(tmp_path):
+    model, x = apply_dash(nn.Sequential(Nested()), config()), torch.randn(2, WIDTH)
+    assert list(dash_layers(model)) == ["0"]
+    nn.init.normal_(model[0].lora_b)
+    fresh = nn.Sequential(copy.deepcopy(model[0].base))
+    loradash.save_adapter(model, tmp_path)
+    assert torch.equal(loradash.load_adapter(fresh, tmp_path)(x), model(x))
+    assert list(dash_layers(apply_dash(nn.Sequential(Nested()), config(target_modules=["low"])))) == ["0.low"]
+
+
+def test_a_weight_that_trains_elsewhere_is_refused():
+    embedding, head = nn.Embedding(9, WIDTH), nn.Linear(WIDTH, 9, bias=False)
+    head.weight = embedding.weight
+    model = nn.Sequential(embedding, head)
+    with pytest.raises(ValueError, match="the weight of 1 is tied to one of theirs"):
+        apply_dash(model, config(trainable_modules=["0"]))
+    assert type(model[1]) is nn.Linear
+    assert head.weight.requires_grad
+
+
+class Delegating(nn.Module):
+    """Answers with what a child has."""
+
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+    def __getattr__(self, name):
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(self.inner, name)
+
+    def forward(self, x):
+        return self.inner(x)
+
+
+def test_the_model_that_was_given_is_returned():
+    for compiled in (False, True):
+        inner = nn.Sequential(linear())
+        inner = torch.compile(inner, backend="eager") if compiled else inner
+        for model in (inner, Delegating(copy.deepcopy(inner))):
+            assert apply_dash(model, config()) is model
+            assert len(dash_layers(model)) == 1
 
 
 def test_an_output_that_is_no_tensor_is_refused():

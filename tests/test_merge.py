@@ -9,6 +9,7 @@ import pytest
 import torch
 from loradash import DashConfig, DashLinear, apply_dash, dash_layers, merge, unmerge
 from torch import nn
+from torch.nn.utils import prune
 
 WIDTH = 48
 
@@ -84,6 +85,64 @@ def test_a_merged_layer_refuses_what_would_be_lost():
         model.load_state_dict(state)
     unmerge(model)
     model.load_state_dict(state)
+
+
+def test_an_adapter_alone_is_refused_by_a_merged_layer():
+    """Its update is in the weight: nothing would change."""
+    for base in (nn.Linear(WIDTH, WIDTH), hooked()):
+        model = trained(base)
+        state = {key: value.clone() for key, value in model.state_dict().items()}
+        merge(model)
+        for part in (
+            {k: v for k, v in state.items() if "lora" in k},
+            {k: v for k, v in state.items() if "weight" in k},
+        ):
+            with pytest.raises(ValueError, match="0 is merged"):
+                model.load_state_dict(part, strict=False)
+
+
+def test_the_state_of_a_merged_model_is_refused_by_adapters(tmp_path):
+    """W + ΔW, and ΔW again."""
+    model = trained()
+    merge(model)
+    torch.save(model.state_dict(), tmp_path / "merged.pt")
+    state = torch.load(tmp_path / "merged.pt")
+    with pytest.raises(ValueError, match="0: the state dict is that of a merged model"):
+        trained().load_state_dict(state)
+    plain = nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH))
+    plain.load_state_dict(state, strict=False)
+    x = torch.randn(3, WIDTH)
+    torch.testing.assert_close(plain(x), model(x))
+    unmerge(model)
+    trained().load_state_dict(model.state_dict())
+
+
+def test_tying_anew_while_merged_is_refused():
+    """The embedding has the weight before the merge: with it the update would be lost."""
+    embedding, head = nn.Embedding(9, WIDTH), nn.Linear(WIDTH, 9, bias=False)
+    head.weight = embedding.weight
+    model = trained(embedding, head)
+    merge(model)
+    with pytest.raises(ValueError, match="1 is merged, and would lose its update"):
+        model[1].weight = embedding.weight
+    unmerge(model)
+    model[1].weight = embedding.weight
+
+
+@pytest.mark.parametrize(
+    "change",
+    [nn.utils.parametrizations.weight_norm, lambda layer, name: prune.l1_unstructured(layer, name, 0.5)],
+    ids=["parametrized", "pruned"],
+)
+def test_a_weight_that_is_computed_cannot_be_merged(change):
+    """Parametrized or pruned after it was adapted: refused, and the update stays."""
+    model, x = trained(), torch.randn(3, WIDTH)
+    change(model[0], "weight")
+    expected = model(x)
+    with pytest.raises(ValueError, match=r"0: .* cannot take the update"):
+        merge(model)
+    assert not model[0].merged
+    assert torch.equal(model(x), expected)
 
 
 class Product(nn.Linear):

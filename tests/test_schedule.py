@@ -113,6 +113,92 @@ def test_steps_that_grad_scaler_skips_do_not_count(skipped):
     assert all(bool(layer.launched) for layer in loradash.dash_layers(model).values())
 
 
+def test_steps_that_a_fused_optimizer_skips_do_not_count():
+    """GradScaler lets a fused optimizer see for itself that there was an overflow."""
+    model = adapted(steps=100)
+    schedule, optimizer = DashSchedule(model, progress=False), OPTIMIZERS["fused"](trainable(model))
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0)
+    for overflows in (True, False, True, False, False):
+        optimizer.zero_grad()
+        scaler.scale(model(torch.randn(8, WIDTH)).square().mean() * (float("inf") if overflows else 1.0)).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        schedule.step()
+    assert loradash.dash_state(model).step == 3
+
+
+@pytest.mark.parametrize("by_name", [False, True])
+def test_sigma_starts_fresh_where_a_closure_makes_the_gradients(by_name):
+    model = adapted(steps=5)
+    schedule, optimizer = DashSchedule(model, progress=False), OPTIMIZERS["adamw"](trainable(model))
+
+    def closure():
+        optimizer.zero_grad()
+        backward(model)
+        return 7.0
+
+    while not schedule.launched:
+        assert (optimizer.step(closure=closure) if by_name else optimizer.step(closure)) == 7.0
+        assert not optimizer.state[model[0].dash_sigma]
+        schedule.step()
+    optimizer.step(closure)
+    assert optimizer.state[model[0].dash_sigma]["step"] == 1
+
+
+@pytest.mark.parametrize("how", ["prelaunch", "state dict", "adapter"])
+def test_sigma_trains_however_it_was_launched(how, tmp_path):
+    """Behind the schedule's back, and long before its step."""
+    other = adapted()
+    for layer in loradash.dash_layers(other).values():
+        nn.init.normal_(layer.lora_b)
+    loradash.prelaunch(other, progress=False)
+    model = adapted(steps=100)
+    schedule, optimizer = DashSchedule(model, progress=False), OPTIMIZERS["adamw"](trainable(model))
+    backward(model)
+    optimizer.step()
+    schedule.step()
+    if how == "prelaunch":
+        loradash.prelaunch(model, progress=False)
+    elif how == "state dict":
+        model.load_state_dict(other.state_dict())
+    else:
+        load_adapter(model, save_adapter(other, tmp_path))
+    backward(model)
+    optimizer.step()
+    schedule.step()
+    assert model[0].dash_sigma.any()
+
+
+def test_a_launched_model_that_gets_an_older_adapter_launches_again(tmp_path):
+    model = adapted(steps=2)
+    schedule, optimizer = DashSchedule(model, progress=False), OPTIMIZERS["adamw"](trainable(model))
+    launched = []
+    save_adapter(model, tmp_path)
+    for step in range(6):
+        if step == 3:
+            load_adapter(model, tmp_path)
+        optimizer.zero_grad()
+        backward(model)
+        optimizer.step()
+        launched.append(schedule.step())
+    assert launched == [False, True, False, False, True, False]
+
+
+def test_launch_waits_for_the_first_update():
+    """A warm-up that starts at a learning rate of 0 takes a step that changes nothing."""
+    model = adapted(steps=1)
+    schedule, optimizer = DashSchedule(model, progress=False), OPTIMIZERS["adamw"](trainable(model))
+    rate = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, step / 4))
+    launched = []
+    for _ in range(4):
+        backward(model)
+        optimizer.step()
+        rate.step()
+        launched.append(schedule.step())
+    assert launched == [False, True, False, False]
+    assert all(bool(layer.launched) for layer in loradash.dash_layers(model).values())
+
+
 def test_calls_without_an_optimizer_step_do_not_count():
     """Accumulation of gradients: the schedule may be stepped with every batch."""
     model = adapted(steps=100)
@@ -168,6 +254,22 @@ def test_a_model_with_a_schedule_can_be_copied_and_pickled(tmp_path):
     assert loradash.dash_state(torch.load(tmp_path / "model.pt", weights_only=False)).schedules == 1
 
 
+def test_a_schedule_is_copied_with_its_model(tmp_path):
+    model = adapted(steps=2)
+    model.schedule = DashSchedule(model, progress=False)
+    torch.save(model, tmp_path / "model.pt")
+    for twin in (copy.deepcopy(model), torch.load(tmp_path / "model.pt", weights_only=False)):
+        optimizer = OPTIMIZERS["adamw"](trainable(twin))
+        launched = []
+        for _ in range(3):
+            backward(twin)
+            optimizer.step()
+            launched.append(twin.schedule.step())
+        assert launched == [False, True, False]
+        assert bool(twin[0].launched)
+        assert not bool(model[0].launched)
+
+
 # --- layers that do not learn ----------------------------------------------------------------------------------------
 
 
@@ -197,6 +299,22 @@ def test_layers_without_a_gradient_are_named_once():
         assert len(texts) == (step == 0), texts
         if texts:
             assert "no gradient for 2 of 3 adapted layers in the first step: passed, unused." in texts[0]
+
+
+def test_frozen_adapters_are_told():
+    model = adapted(steps=50)
+    model.requires_grad_(False)  # as get_peft_model and prepare_model_for_kbit_training do
+    schedule = DashSchedule(model, progress=False)
+    with pytest.warns(UserWarning, match="no adapter trains"):
+        schedule.step()
+
+
+def test_layers_may_get_other_names():
+    """Wrapped in place, as DistributedDataParallel around a part of the model does."""
+    model = nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.Sequential(nn.Linear(WIDTH, WIDTH)))
+    schedule = DashSchedule(apply_dash(model, DashConfig(r=2, directions=2)), progress=False)
+    model[1] = nn.Sequential(model[1])
+    schedule.step()
 
 
 def test_layers_that_were_replaced_are_named():
@@ -248,6 +366,16 @@ def test_prelaunch_keeps_what_was_trained():
     model[0].merge()
     with pytest.raises(ValueError, match="0 is merged; unmerge it before launch"):
         model[0].launch(directions)
+
+
+def test_errors_of_prelaunch_name_the_layer():
+    model = adapted()
+    for layer in loradash.dash_layers(model).values():
+        nn.init.normal_(layer.lora_b)
+    nn.init.constant_(model[1].lora_b, float("nan"))
+    with pytest.raises(ValueError, match="1: lora_b has values that are not finite"):
+        loradash.prelaunch(model, progress=False)
+    assert not any(bool(layer.launched) for layer in loradash.dash_layers(model).values())
 
 
 def test_prelaunch_needs_the_weights():

@@ -10,7 +10,12 @@ from torch.nn.parameter import is_lazy
 
 ROWS = 1024  # of the identity at a time
 _PLAIN = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_HOOKS = (
+    "_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks", "_state_dict_hooks",
+    "_state_dict_pre_hooks", "_load_state_dict_pre_hooks", "_load_state_dict_post_hooks",
+)  # fmt: skip
+# What a subclass may define and still be what its parent class is; any other name is something that code outside may use.
+_TRIFLES = ("__init__", "__module__", "__qualname__", "__doc__", "__annotations__", "extra_repr", "reset_parameters")
 
 Treatment = Literal["adopted", "kept whole"]
 
@@ -54,7 +59,17 @@ def treatment(module: nn.Module) -> Treatment:
 
 def is_plain(module: nn.Module) -> bool:
     """Does the layer compute x Wᵀ + b with a floating weight of its own, and nothing else?"""
-    return computes_plainly(module) and not any(getattr(module, name, None) for name in _HOOKS)
+    return (
+        computes_plainly(module) and not any(getattr(module, name, None) for name in _HOOKS) and not _has_more(module)
+    )
+
+
+def _has_more(module: nn.Module) -> bool:
+    """Is there state, or code in a subclass, beside those of nn.Linear (or Conv1D), that would go with the module?"""
+    own = nn.Linear if isinstance(module, nn.Linear) else _conv1d(module)
+    between = [c for c in type(module).__mro__ if own is not None and issubclass(c, own) and c is not own]
+    code = {name for c in between for name in vars(c)} - set(_TRIFLES)
+    return bool(code or module._buffers or module._modules or set(module._parameters) - {"weight", "bias"})
 
 
 def computes_plainly(module: nn.Module) -> bool:
@@ -64,6 +79,7 @@ def computes_plainly(module: nn.Module) -> bool:
     return (
         own is not None
         and type(module).forward is own.forward  # type: ignore[attr-defined]
+        and type(module).__call__ is nn.Module.__call__
         and "forward" not in module.__dict__
         and not hasattr(module, "parametrizations")
         and type(weight) is nn.Parameter
@@ -110,17 +126,18 @@ def weight_of(module: nn.Module) -> Tensor:
     """The W (N, K) that a linear layer multiplies with; of one that computes in its own way, a new tensor every time.
 
     There it is the layer's products with the identity, less that with zero: whatever the format is, this is the W of
-    its own outputs. Its hooks do not see these calls.
+    its own outputs. Its hooks do not see these calls, unless the layer is called in a way of its own.
     """
     weight = cast(Tensor, module.weight)
     if computes_plainly(module) and not weight.is_meta:
         return weight.t() if is_transposed(module) else weight
     k, _ = features(module)
     device, dtype = compute_device(module), _input_dtype(module)
+    call = module.forward if type(module).__call__ is nn.Module.__call__ else module
     with torch.autocast(device.type, enabled=False):
-        offset = module.forward(torch.zeros(1, k, dtype=dtype, device=device))
+        offset = call(torch.zeros(1, k, dtype=dtype, device=device))
         columns = [
-            module.forward(torch.eye(min(ROWS, k - k0), k, dtype=dtype, device=device).roll(k0, -1)) - offset
+            call(torch.eye(min(ROWS, k - k0), k, dtype=dtype, device=device).roll(k0, -1)) - offset
             for k0 in range(0, k, ROWS)
         ]
     return torch.cat(columns).t()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -90,13 +90,15 @@ def apply_dash(model: nn.Module, config: DashConfig | None = None) -> nn.Module:
     wrapped (DistributedDataParallel, FSDP) already; a layer that cannot be adapted, or that its parent passes by.
     """
     config = config or DashConfig()
-    model = getattr(model, "_orig_mod", model)  # torch.compile traces the changed module anew
+    given = model
+    model = model._modules.get("_orig_mod") or model  # torch.compile traces the changed module anew
     _check_model(model)
     _check_patterns(model, config)
     chosen = target_layers(model, config)
     _check_parents(model, chosen, config)
     adapted = {module: _around(name, module, config) for name, module in chosen.items()}
     trained = _trained_parameters(model, config)
+    _check_ties(adapted.values(), trained)
 
     for parameter in model.parameters():
         parameter.requires_grad_(False)
@@ -112,7 +114,7 @@ def apply_dash(model: nn.Module, config: DashConfig | None = None) -> nn.Module:
     for parameter in trained:
         parameter.requires_grad_(True)
     setattr(model, STATE, DashState(config))
-    return model
+    return given
 
 
 def _check_model(model: nn.Module) -> None:
@@ -156,8 +158,14 @@ def _check_patterns(model: nn.Module, config: DashConfig) -> None:
 
 
 def target_layers(model: nn.Module, config: DashConfig) -> dict[str, nn.Module]:
-    """The layers that these settings adapt in a model without adapters, by plain name."""
-    return {name: module for name, module in _linear_layers(model).items() if is_target(name, config)}
+    """The layers that these settings adapt in a model without adapters, by plain name. Not what is part of another one."""
+    found: dict[str, nn.Module] = {}
+    inside: set[nn.Module] = set()
+    for name, module in _linear_layers(model).items():  # the outer ones come first
+        if is_target(name, config) and module not in inside:
+            found[name] = module
+            inside.update(module.modules())
+    return found
 
 
 def _check_parents(model: nn.Module, chosen: dict[str, nn.Module], config: DashConfig) -> None:
@@ -199,6 +207,17 @@ def _trained_parameters(model: nn.Module, config: DashConfig) -> list[nn.Paramet
                 raise ValueError(f"trainable_modules: {name}.{key} is {parameter.dtype} and cannot train")
             found.append(parameter)
     return found
+
+
+def _check_ties(adapted: Iterable[DashLinear], trained: list[nn.Parameter]) -> None:
+    """An adapted layer's own weight is frozen: it cannot be one that trains elsewhere."""
+    training = {id(p) for p in trained}
+    tied = [layer.name for layer in adapted if layer.base is None and id(layer.weight) in training]
+    if tied:
+        raise ValueError(
+            f"trainable_modules: the weight of {', '.join(tied[:4])} is tied to one of theirs and would have to train; leave "
+            "out either"
+        )
 
 
 def is_target(name: str, config: DashConfig) -> bool:

@@ -94,9 +94,9 @@ class DashLinear(nn.Module):
 
     def _wrap(self, linear: nn.Module, config: DashConfig) -> None:
         kept = treatment(linear) == "kept whole"
+        self.base = None
         if kept and config.train_bias and getattr(linear, "bias", None) is not None:
             raise ValueError(f"train_bias=True: the bias of {type(linear).__name__} belongs to the layer kept whole")
-        self.base = linear if kept else None
         self.transposed = is_transposed(linear) and not kept
         self.in_features, self.out_features = features(linear)
         self.config, self.name, self.enabled = config, "", True
@@ -105,6 +105,10 @@ class DashLinear(nn.Module):
             self.register_parameter("weight", cast(nn.Parameter, linear.weight))
             self.register_parameter("bias", cast("nn.Parameter | None", linear.bias))
         self._add_adapters(compute_device(linear))
+        if kept:
+            self.base = linear  # at the end: from here on it answers for names that are not ours
+        else:
+            self.__dict__.update({key: value for key, value in vars(linear).items() if key not in self.__dict__})
 
     def _add_adapters(self, device: torch.device) -> None:
         n, k, r = self.out_features, self.in_features, self.config.r
@@ -139,12 +143,19 @@ class DashLinear(nn.Module):
             return getattr(base, name)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        """Whoever ties or replaces `weight` or `bias` means the base layer's."""
-        base = self.__dict__.get("_modules", {}).get("base") if name in _OF_BASE else None
-        if base is None:
-            super().__setattr__(name, value)
-        else:
+        """Whoever ties or replaces `weight` or `bias`, or sets what only the base layer has, means the base layer's."""
+        base = self.__dict__.get("_modules", {}).get("base")
+        if name == "weight" and value is not None and value is self.__dict__.get("_unmerged"):
+            raise ValueError(f"{self._label()} is merged, and would lose its update; unmerge(model) before tying")
+        if base is not None and (name in _OF_BASE or self._is_of_base(name, base)):
             setattr(base, name, value)
+        else:
+            super().__setattr__(name, value)
+
+    def _is_of_base(self, name: str, base: nn.Module) -> bool:
+        if name.startswith("_") or hasattr(type(self), name) or not hasattr(base, name):
+            return False
+        return not any(name in own for own in (self.__dict__, self._parameters, self._buffers, self._modules))
 
     @property
     def scaling(self) -> float:
@@ -289,7 +300,8 @@ class DashLinear(nn.Module):
             raise ValueError(
                 f"{self._label()}: its weight is on meta (offloaded, or not loaded yet) and cannot be merged"
             )
-        if is_quantised(weight) or (self.base is not None and not can_take_update(self.base)):
+        computed = "weight" not in holder._parameters  # parametrized or pruned since it was adapted
+        if computed or is_quantised(weight) or (self.base is not None and not can_take_update(self.base)):
             kind = "is quantised" if is_quantised(weight) else "computes in a way of its own"
             raise ValueError(
                 f"{self._label()}: {type(holder).__name__} {kind} and cannot take the update; serve it beside the model: "
@@ -330,20 +342,20 @@ class DashLinear(nn.Module):
             self._keep(weight.detach().clone())
             _write_shard(weight, merged)
         else:
-            self._keep(weight)
             holder.weight = nn.Parameter(merged, requires_grad=False)
+            self._keep(weight)
 
     @torch.no_grad()
     def unmerge(self) -> None:
         """Puts the original weight back, bit for bit. Without `merge`: no effect."""
         if self._unmerged is None:
             return
-        holder = self._holder()
-        if is_sharded(self._unmerged):
-            holder.weight.copy_(self._unmerged)  # type: ignore[operator]
-        else:
-            holder.weight = cast(nn.Parameter, self._unmerged)
+        original, holder = self._unmerged, self if self.base is None else self.base
         self._keep(None)
+        if is_sharded(original):
+            holder.weight.copy_(original)  # type: ignore[operator]
+        else:
+            holder.weight = cast(nn.Parameter, original)
 
     def _keep(self, weight: Tensor | None) -> None:
         """Outside the module's parameters: the weight before `merge` is no part of its state dict."""
@@ -356,10 +368,20 @@ class DashLinear(nn.Module):
             self._unmerged.data = fn(self._unmerged.data)
         return self
 
-    def _load_from_state_dict(self, state_dict: dict, prefix: str, *args: Any) -> None:
-        if self.merged and f"{prefix}weight" in state_dict:
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.merged and hasattr(destination, "_metadata"):
+            destination._metadata[prefix[:-1]]["merged"] = True
+
+    def _load_from_state_dict(self, state_dict: dict, prefix: str, local_metadata: dict, *args: Any) -> None:
+        if self.merged and any(key.startswith(prefix) for key in state_dict):
             raise ValueError(f"{self._label()} is merged; unmerge(model) before load_state_dict")
-        super()._load_from_state_dict(state_dict, prefix, *args)
+        if local_metadata.get("merged") and f"{prefix}lora_b" in state_dict:
+            raise ValueError(
+                f"{self._label()}: the state dict is that of a merged model, whose adapters would count twice here; "
+                "unmerge(model) before state_dict"
+            )
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
 
     def extra_repr(self) -> str:
         phase = "on meta" if self.launched.is_meta else "dash" if bool(self.launched) else "pre-launch"

@@ -117,6 +117,13 @@ class _Finder:
             batches += [members[i : i + size] for i in range(0, len(members), size)]
         return batches
 
+    def named(self, names: Sequence[str], weight_of: Callable[[str], Tensor]) -> dict[str, Directions]:
+        """`find`, whose errors about values name the layers."""
+        try:
+            return self.find(names, weight_of)
+        except ValueError as error:
+            raise ValueError(f"{', '.join(names[:4])}{', ...' if len(names) > 4 else ''}: {error}") from error
+
     @torch.no_grad()
     def find(self, names: Sequence[str], weight_of: Callable[[str], Tensor]) -> dict[str, Directions]:
         """Directions of the layers of a batch; weight_of gives a whole weight (N, K), asked for one layer at a time."""
@@ -172,7 +179,7 @@ def _find(finder: _Finder, shares: list[list[str]], rank: int, bar: tqdm) -> dic
             _find_sharded(finder, shares, rank, found, bar)
         else:
             for batch in finder.batches(shares[rank]):
-                found |= finder.find(batch, lambda name: finder.layers[name].weight_nk())
+                found |= finder.named(batch, lambda name: finder.layers[name].weight_nk())
                 bar.update(len(batch))
     except BaseException as caught:  # Ctrl-C too
         error = caught
@@ -200,7 +207,7 @@ def _find_sharded(finder: _Finder, shares: list[list[str]], rank: int, found: di
                 del gathered
         if mine is not None and error is None:
             try:
-                found |= finder.find([shares[rank][turn]], lambda _, weight=mine: weight)  # type: ignore[misc]
+                found |= finder.named([shares[rank][turn]], lambda _, weight=mine: weight)  # type: ignore[misc]
             except BaseException as caught:  # the others still gather with us
                 error = caught
             bar.update(1)

@@ -45,8 +45,20 @@ class DashSchedule:
         self._number = self.state.claim()
         self._layers = dash_layers(model)
         self._settled = self.launched
+        self._flags: list[tuple[int, int]] = []
+        self._watch_training(gradients=not self._settled)
+
+    def _watch_training(self, gradients: bool) -> None:
         self._watch = _OptimizerWatch(self._layers, self._before_optimizer)
-        self._gradients = _GradientWatch(self._layers) if not self._settled else None
+        self._gradients = _GradientWatch(self._layers) if gradients else None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy, made with its model's, watches for itself."""
+        return {**vars(self), "_watch": None, "_gradients": self._gradients is not None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._watch_training(gradients=state["_gradients"])
 
     @property
     def launched(self) -> bool:
@@ -66,13 +78,10 @@ class DashSchedule:
         if not stepped:
             return False
         self._look_after_layers()
-        if self.state.step < self.state.config.prelaunch_steps or self._settled:
+        if self.state.step < self.state.config.prelaunch_steps or self._is_settled():
             return False
-        if self.launched:
-            self._settled = True
-            return False
-        if not self._watch.seen and not self._has_update():
-            return False  # every step so far was assumed, and none was taken
+        if not self._has_update():
+            return False  # no step was taken so far, or all with a learning rate of 0
         self.reports = prelaunch(self.model, self.progress, self.cache)
         self._settled = True
         return True
@@ -80,16 +89,26 @@ class DashSchedule:
     def _has_update(self) -> bool:
         return any(bool(whole(layer.lora_b).any()) for layer in self._layers.values())
 
+    def _is_settled(self) -> bool:
+        """`launched`, but read from the device only after somebody wrote it: this is asked before every optimizer step.
+
+        Prelaunch, load_adapter and load_state_dict write it at any time; one that found nothing to launch is not repeated.
+        """
+        flags = [(id(layer.launched), layer.launched._version) for layer in self._layers.values()]
+        if flags != self._flags:
+            self._flags, self._settled = flags, self.launched
+        return self._settled
+
     def _before_optimizer(self) -> None:
         """Δσ gets zero gradients before launch: they would only spend the bias correction of its first steps."""
-        if self._settled or (self.state.step >= self.state.config.prelaunch_steps and self.launched):
+        if self._is_settled():
             return
         for layer in self._layers.values():
             layer.dash_sigma.grad = None
 
     def _look_after_layers(self) -> None:
-        present = dash_layers(self.model)
-        lost = [name for name, layer in self._layers.items() if present.get(name) is not layer]
+        present = set(dash_layers(self.model).values())
+        lost = [name for name, layer in self._layers.items() if layer not in present]
         if lost:
             raise RuntimeError(
                 f"adapted layers were replaced since DashSchedule was made: {', '.join(lost[:4])}; change the model (resize "
@@ -129,25 +148,41 @@ class _OptimizerWatch:
         self._taken = self._assumed = 0
         return stepped, correction
 
-    def _about_to_step(self, optimizer: torch.optim.Optimizer) -> None:
+    def _about_to_step(self, optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict[str, Any]) -> Any:
+        """What happens before the step, and again after every call of its closure, which makes new gradients."""
         before = self._before()
-        if before is not None and self._is_ours(optimizer):
-            before()
+        if before is None or not self._is_ours(optimizer):
+            return None
+        before()
+        # args holds the optimizer itself first, and then what its step was called with
+        closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
+        if not callable(closure):
+            return None
 
-    def _stepped(self, optimizer: torch.optim.Optimizer) -> None:
+        def followed() -> Any:
+            loss = closure()
+            before()
+            return loss
+
+        if "closure" in kwargs:
+            return args, {**kwargs, "closure": followed}
+        return (args[0], followed, *args[2:]), kwargs
+
+    def _stepped(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
         if self._is_ours(optimizer):
             self.seen = True
-            self._taken += 1
+            # Fused optimizers skip steps themselves, by what GradScaler tells them.
+            overflow = getattr(optimizer, "found_inf", None)
+            self._taken += overflow is None or not bool(overflow)
 
     def _is_ours(self, optimizer: torch.optim.Optimizer) -> bool:
         ours = {id(p) for layer in self._layers.values() for p in (layer.lora_a, layer.lora_b, layer.dash_sigma)}
         return any(id(p) in ours for group in optimizer.param_groups for p in group["params"])
 
 
-def _forward(watch: weakref.ref, method: str, optimizer: torch.optim.Optimizer, *_: Any) -> None:
+def _forward(watch: weakref.ref, method: str, optimizer: torch.optim.Optimizer, *arguments: Any) -> Any:
     found = watch()
-    if found is not None:
-        getattr(found, method)(optimizer)
+    return None if found is None else getattr(found, method)(optimizer, *arguments)
 
 
 def _remove(handles: tuple) -> None:
@@ -172,6 +207,8 @@ class _GradientWatch:
         """Warns, and ends the watch. trained: did an optimizer step for certain, whoever got gradients?"""
         for handle in self._handles:
             handle.remove()
+        if not self._layers:
+            warnings.warn("loradash: no adapter trains, every lora_b is frozen (requires_grad=False)", stacklevel=4)
         missing = [
             name
             for name, layer in self._layers.items()
