@@ -321,6 +321,23 @@ def test_the_model_that_was_given_is_returned():
             assert len(dash_layers(model)) == 1
 
 
+class Gained(nn.Linear):
+    """Takes more than x, as layers of diffusers do."""
+
+    def forward(self, x, gain=1.0):
+        return gain * super().forward(x)
+
+
+def test_arguments_beside_the_input():
+    x = torch.randn(3, WIDTH)
+    dash = DashLinear.from_linear(Gained(WIDTH, 8), config())
+    torch.testing.assert_close(dash(x, gain=3.0), 3 * dash(x))
+    plain = DashLinear(WIDTH, 8, config=config())
+    assert torch.equal(plain(input=x), plain(x))
+    with pytest.raises(TypeError, match=r"DashLinear takes one tensor, got further arguments \['gain'\]"):
+        plain(x, gain=3.0)
+
+
 def test_an_output_that_is_no_tensor_is_refused():
     model = apply_dash(nn.ModuleDict({"megatron": Tuple(8, 8)}), config())
     with pytest.raises(TypeError, match="megatron: Tuple returned tuple"):
@@ -368,7 +385,7 @@ class Fused(nn.Module):
 
     def forward(self, x):
         if isinstance(self.asked.weight, torch.Tensor) and x.dtype != self.asked.weight.dtype:
-            x = x.to(self.asked.weight.dtype)
+            x = x.to(self.asked.weight.dtype).to(self.asked.weight) + self.asked.weight.new_zeros(1)
         return self.asked(F.linear(x, self.fused.weight, self.fused.bias)) + x @ self.inner.deep.weight
 
     def tie_weights(self):

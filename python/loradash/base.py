@@ -105,6 +105,14 @@ def whole(t: Tensor) -> Tensor:
     return t.full_tensor().detach() if is_sharded(t) else t.detach()  # type: ignore[attr-defined]
 
 
+def write_shard(weight: Tensor, values: Tensor) -> None:
+    """Writes a whole tensor into a sharded one: every process its own part."""
+    from torch.distributed.tensor import distribute_tensor
+
+    shard: Any = weight
+    shard.copy_(distribute_tensor(values, shard.device_mesh, shard.placements))
+
+
 def features(module: nn.Module) -> tuple[int, int]:
     """(K, N) of a linear layer. Raises ValueError for one that does not tell."""
     names = ("nx", "nf") if is_transposed(module) else ("in_features", "out_features")

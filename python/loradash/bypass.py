@@ -15,7 +15,10 @@ from torch import nn
 from .attention import are_made_to_call
 
 # Reads of these tell about the weight and do not use it.
-_FACTS = ("dtype", "device", "shape", "size", "dim", "ndim", "numel", "is_meta", "requires_grad", "grad", "is_cuda")
+_FACTS = (
+    "dtype", "device", "shape", "size", "dim", "ndim", "numel", "is_meta", "requires_grad", "grad", "is_cuda",
+    "new_empty", "new_zeros", "new_ones", "new_full", "new_tensor",
+)  # fmt: skip
 # Methods that run once, or write weights.
 _SETUP = re.compile(r"^(__init__|extra_repr)$|init|reset|tie|load|save|prune|resize")
 _QUESTIONS = ("isinstance", "hasattr", "getattr", "setattr", "id", "type")
@@ -92,6 +95,8 @@ def _only_asks(node: ast.AST, owner: dict[ast.AST, ast.AST]) -> bool:
         return above.attr in _FACTS or above.attr.startswith("_")
     if isinstance(above, ast.Call) and isinstance(above.func, ast.Name):
         return above.func.id in _QUESTIONS
+    if isinstance(above, ast.Call) and isinstance(above.func, ast.Attribute):  # x.to(weight): for its dtype and device
+        return above.func.attr in ("to", "type_as", "is_tensor")
     # Handing the tensor itself over: `weight is None`, `return self.head.weight`.
     return isinstance(above, ast.Return) or (
         isinstance(above, ast.Compare) and all(isinstance(op, (ast.Is, ast.IsNot)) for op in above.ops)

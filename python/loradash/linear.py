@@ -22,6 +22,7 @@ from .base import (
     treatment,
     weight_of,
     whole,
+    write_shard,
 )
 from .config import DashConfig
 
@@ -177,11 +178,13 @@ class DashLinear(nn.Module):
 
     # --- forward -----------------------------------------------------------------------------------------------------
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x (..., K) to (..., N)."""
-        base = self.base
+    def forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """input (..., K) to (..., N). Further arguments are for a layer kept whole; TypeError where there is none."""
+        x, base = input, self.base
         if base is not None:
-            return self._add_to(self._called(base, x), x)
+            return self._add_to(self._called(base, x, args, kwargs), x)
+        if args or kwargs:
+            raise TypeError(f"{self._label()} takes one tensor, got further arguments {[*args, *kwargs]}")
         weight, bias, *adapters = self._tensors()
         weight = weight.t() if self.transposed else weight
         if not self.enabled or self._unmerged is not None:
@@ -221,8 +224,8 @@ class DashLinear(nn.Module):
         except KeyError:
             return self.weight, self.bias, self.lora_a, self.lora_b, self.dash_u, self.dash_vt, self.dash_sigma
 
-    def _called(self, base: nn.Module, x: Tensor) -> Tensor:
-        y = base(x)
+    def _called(self, base: nn.Module, x: Tensor, args: tuple, kwargs: dict[str, Any]) -> Tensor:
+        y = base(x, *args, **kwargs)
         if not isinstance(y, Tensor) or y.shape != (*x.shape[:-1], self.out_features):
             found = tuple(y.shape) if isinstance(y, Tensor) else type(y).__name__
             raise TypeError(
@@ -340,7 +343,7 @@ class DashLinear(nn.Module):
         weight: Tensor = holder.weight  # type: ignore[assignment]
         if is_sharded(weight):
             self._keep(weight.detach().clone())
-            _write_shard(weight, merged)
+            write_shard(weight, merged)
         else:
             holder.weight = nn.Parameter(merged, requires_grad=False)
             self._keep(weight)
@@ -390,11 +393,3 @@ class DashLinear(nn.Module):
             f"in_features={self.in_features}, out_features={self.out_features}, bias={bias}, "
             f"r={self.config.r}, directions={self.dash_sigma.numel()}, phase={phase}"
         )
-
-
-def _write_shard(weight: Tensor, values: Tensor) -> None:
-    """Writes a whole tensor into a sharded one: every process its own part."""
-    from torch.distributed.tensor import distribute_tensor
-
-    shard: Any = weight
-    shard.copy_(distribute_tensor(values, shard.device_mesh, shard.placements))
