@@ -17,7 +17,11 @@ import loradash_kernels
 
 
 def interleaved(
-    steps: Mapping[str, Callable[[], object]], rounds: int, per_block: int, warm: int = 2
+    steps: Mapping[str, Callable[[], object]],
+    rounds: int,
+    per_block: int,
+    warm: int = 2,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, float]:
     """Median seconds of every step: `rounds` rounds of one block each, whose first `warm` calls do not count."""
     times: dict[str, list[float]] = {name: [] for name in steps}
@@ -26,10 +30,10 @@ def interleaved(
             for _ in range(warm):
                 step()
             for _ in range(per_block):
-                start = time.perf_counter()
+                start = clock()
                 step()
                 if round_:
-                    times[name].append(time.perf_counter() - start)
+                    times[name].append(clock() - start)
     return {name: statistics.median(values) for name, values in times.items()}
 
 

@@ -16,7 +16,7 @@ from .directions import (
 from .functional import dash_linear, low_rank_update
 from .ops import BackendChoice, available_backends, explain_backend
 from .svd import Triplets, batched_randomized_svd
-from .weights import enable_packed_weights, invalidate_packed_weights, packed_weight_bytes
+from .weights import enable_packed_weights, packed_weight_bytes
 
 __all__ = [
     "BackendChoice",
@@ -32,7 +32,6 @@ __all__ = [
     "direction_recall",
     "enable_packed_weights",
     "explain_backend",
-    "invalidate_packed_weights",
     "low_rank_update",
     "packed_weight_bytes",
     "task_specific_directions",

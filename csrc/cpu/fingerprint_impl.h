@@ -3,7 +3,7 @@
 // NH of UMAC (Black, Halevi, Krawczyk, Krovetz, Rogaway, CRYPTO 1999): sum over pairs of 32-bit words of
 // (a + key_a mod 2^32) (b + key_b mod 2^32), mod 2^64. Two different blocks of one size have the same sum for at most
 // one in 2^32 choices of the keys; a second sum with the keys one line further on (their Toeplitz construction) makes
-// that one in 2^64. 9 vector operations per 2 * kVectorBytes of memory and keys: memory is what it waits for.
+// that one in 2^64. A load and 8 vector operations per vector: it waits for memory.
 #pragma once
 
 #include "kernels.h"
