@@ -59,12 +59,12 @@ linux = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_fills_the_cache(cache, monkeypatch):
     model = adapted(48, 64, 64, 8)
     work = cache.start(model)
-    assert work.wait(120) and work.remaining == 0
+    assert work.wait(600) and work.remaining == 0
     layers = loradash.dash_layers(model).values()
     assert all(cache.has(layer.weight_nk()) for layer in layers)
     assert not alive(work._worker.pid)
     again = cache.start(model)
-    assert again.wait(60) and again._worker is None  # everything was there
+    assert again.wait(600) and again._worker is None  # everything was there
     for name in ("decompose", "task_specific_directions"):
         monkeypatch.setattr(f"loradash.spectral.{name}", None)
     for layer in layers:
@@ -135,7 +135,7 @@ def test_failures_are_told_by_wait(cache, kind, recwarn):
     weights, message = FAILURES[kind]
     work = BackgroundDecomposition(cache, [*weights, lambda: torch.zeros(2, 2)])
     with pytest.raises(RuntimeError, match=message):
-        work.wait(120)
+        work.wait(600)
     assert work.remaining == 2 and not recwarn.list  # and nothing else is heard of them
     work.cancel()
 
@@ -143,7 +143,7 @@ def test_failures_are_told_by_wait(cache, kind, recwarn):
 def test_a_cache_that_cannot_be_written(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(RuntimeError, match=r"(Not a directory|File exists|NotADirectory|FileExists)"):
-        SpectralCache(tmp_path / "file" / "cache").start(adapted(8, 8)).wait(120)
+        SpectralCache(tmp_path / "file" / "cache").start(adapted(8, 8)).wait(600)
 
 
 @linux
@@ -152,7 +152,7 @@ def test_a_process_that_is_killed(cache):
     until(lambda: work._worker is not None)
     os.kill(work._worker.pid, signal.SIGKILL)
     with pytest.raises(RuntimeError, match="ended with code -9"):
-        work.wait(60)
+        work.wait(600)
 
 
 @pytest.mark.parametrize("how", ["frozen", "none", "missing"])
@@ -162,7 +162,7 @@ def test_programs_without_an_interpreter(cache, monkeypatch, how):
     else:
         monkeypatch.setattr("loradash.background.get_executable", lambda: None if how == "none" else b"/nowhere/python")
     with pytest.raises(RuntimeError, match="nowhere" if how == "missing" else "no Python interpreter to start"):
-        cache.start(adapted(8, 8)).wait(60)
+        cache.start(adapted(8, 8)).wait(600)
 
 
 @pytest.mark.parametrize("where", ["sharded", "offloaded"])
@@ -178,7 +178,7 @@ def test_layers_that_are_not_there_are_left_out(cache, monkeypatch, where):
         model = apply_dash(torch.nn.Sequential(base[0], torch.nn.Linear(16, 8)), DashConfig(r=2, directions=2))
     with pytest.warns(UserWarning, match=r"loradash: 1 of 2 layers are sharded or offloaded .*: 0$"):
         work = cache.start(model)
-    assert work.wait(120)
+    assert work.wait(600)
     assert cache.has(model[1].weight_nk()) and not cache.has(model[0].weight_nk())
 
 
@@ -199,7 +199,7 @@ torch.manual_seed(0)
 model = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.Linear(64, 64))
 model = loradash.apply_dash(model, loradash.DashConfig(r=4, directions=4))
 cache = loradash.SpectralCache("cache")
-print("filled", cache.start(model).wait(100), len(list(cache.folder.glob("*.safetensors"))))
+print("filled", cache.start(model).wait(600), len(list(cache.folder.glob("*.safetensors"))))
 """
 # Modules that would break every import, where the script lies and where it runs.
 DECOYS = ("random", "json", "base", "config")
@@ -225,7 +225,7 @@ def test_programs_run_once(tmp_path, how):
     elif how == "command":
         command = [sys.executable, "-c", code]
     done = subprocess.run(
-        command, input=source, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120
+        command, input=source, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=600
     )
     assert done.returncode == 0, done.stderr[-800:]
     assert "filled True 2" in done.stdout and done.stderr == ""
@@ -243,7 +243,7 @@ worker.serve("folder", 0, sys.stdout)
 def test_the_process_ends_with_its_input_in_the_middle_of_a_decomposition():
     data = save({"weight": torch.zeros(2, 3)})
     message = len(data).to_bytes(LENGTH_BYTES, "little") + data
-    done = subprocess.run([sys.executable, "-c", ENDLESS], input=message, capture_output=True, timeout=120)
+    done = subprocess.run([sys.executable, "-c", ENDLESS], input=message, capture_output=True, timeout=600)
     assert (done.returncode, done.stdout, done.stderr) == (0, b"", b"")
 
 
@@ -280,7 +280,7 @@ def test_ends_with_the_program(tmp_path, end):
             os.killpg(program.pid, signal.SIGINT)  # as a terminal sends it
             assert program.stdout.readline() == "interrupted\n" and alive(pid)
             program.send_signal(getattr(signal, end))
-        program.wait(60)
+        program.wait(600)
         until(lambda: not alive(pid))
     finally:
         program.kill()

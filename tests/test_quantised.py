@@ -112,7 +112,7 @@ def test_with_a_cache(quantised, tmp_path):
         model[0].lora_b.normal_()
     cache = loradash.SpectralCache(tmp_path)
     background = cache.start(model)
-    assert background.wait(120)
+    assert background.wait(600)
     assert cache.has(model[0].weight_nk())
     loradash.prelaunch(model, progress=False, cache=cache)
     assert bool(model[0].launched)

@@ -96,7 +96,7 @@ def test_sharded_models_save_load_merge_and_export(tmp_path):
         for rank in range(2)
     ]  # fmt: skip
     try:
-        outputs = [p.communicate(timeout=120)[0] for p in processes]
+        outputs = [p.communicate(timeout=600)[0] for p in processes]
     finally:
         for p in processes:
             p.kill()
