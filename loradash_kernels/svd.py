@@ -169,12 +169,12 @@ class Inverse:
 
     def __init__(self, w: Tensor) -> None:
         self._q: Tensor | None = None
+        self._pivots: Tensor | None = None
         if w.shape[-2] == w.shape[-1]:
             # Of Wᵀ: the rows of W are the columns that LAPACK wants, and transposing takes half as long as factoring.
-            self._lu, self._pivots, _ = torch.linalg.lu_factor_ex(w.mT)
+            self._lu, self._pivots = _lu_factors(w.mT)
         else:
             self._q, self._lu = torch.linalg.qr(w)
-            self._pivots = None
         # A zero pivot would turn the null space into inf; raised to the rounding error, it still dominates everything.
         diagonal = self._lu.diagonal(dim1=-2, dim2=-1)
         largest = diagonal.abs().amax(-1, keepdim=True)
@@ -196,6 +196,26 @@ class Inverse:
     def left(self, u: Tensor) -> Tensor:
         """Left singular vectors of W from those of the factor that is inverted."""
         return u if self._q is None else self._q @ u
+
+
+def _lu_factors(w: Tensor) -> tuple[Tensor, Tensor]:
+    """LU (..., n, n) and pivots (..., n).
+
+    On the CPU one matrix at a time: after torch.set_num_threads, MKL's factors of a batch, which PyTorch makes in parallel,
+    are garbage (seen with PyTorch 2.13: pivots outside of 1..n). Stored by columns, which is what solving wants.
+    """
+    if w.device.type != "cpu":
+        factors, order, _ = torch.linalg.lu_factor_ex(w)
+        return factors, order
+    lu, pivots = (
+        torch.empty_like(w.mT, memory_format=torch.contiguous_format).mT,
+        w.new_empty(w.shape[:-1], dtype=torch.int32),
+    )
+    info = torch.empty(0, dtype=torch.int32)
+    flat = (t.view(-1, *t.shape[w.dim() - 2 :]) for t in (w.mT.contiguous(), lu.mT, pivots))
+    for matrix, factors, order in zip(*flat, strict=True):
+        torch.linalg.lu_factor_ex(matrix.mT, out=(factors.mT, order, info))
+    return lu, pivots
 
 
 def orthonormal(x: Tensor) -> Tensor:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 import torch
 from safetensors import safe_open
@@ -366,3 +369,21 @@ def test_cholesky_qr(dtype):
     scale = torch.linalg.vector_norm(x.double(), dim=-2, keepdim=True) + 1e-300
     assert float(((q @ r - x.double()) / scale).abs().max()) < 1e-12
     assert torch.equal(r, r.triu())
+
+
+AFTER_SET_NUM_THREADS = """
+import torch
+from loradash_kernels import batched_randomized_svd
+w = torch.randn(24, 384, 384, generator=torch.Generator().manual_seed(0))
+last = torch.linalg.svdvals(w)[:, -8:]
+for threads in (2, 1, 2):
+    torch.set_num_threads(threads)
+    found = batched_randomized_svd(w, 16, power_iters=6).sigma[:, -8:]
+    assert torch.allclose(found, last, rtol=1e-2, atol=1e-4), (threads, (found - last).abs().max())
+"""
+
+
+def test_the_tail_after_the_number_of_threads_was_set():
+    """MKL's LU of a batch is garbage then, pivots and all. In a process of its own: the setting stays."""
+    done = subprocess.run([sys.executable, "-c", AFTER_SET_NUM_THREADS], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
