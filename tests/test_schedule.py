@@ -41,7 +41,7 @@ OPTIMIZERS = {
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_sigma_starts_with_a_fresh_optimizer(name):
-    """After launch Δσ moves as under an optimizer that sees it for the first time, bit for bit."""
+    """After launch Δσ moves, to rounding, as under an optimizer that sees it for the first time."""
     model = adapted(steps=20)
     schedule, optimizer = DashSchedule(model, progress=False), OPTIMIZERS[name](trainable(model))
     while not schedule.launched:
