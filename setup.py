@@ -59,7 +59,7 @@ def extension() -> dict:
     if cuda and torch.version.cuda is None:
         raise SystemExit("loradash-kernels: LORADASH_CUDA is set, but this PyTorch is built without CUDA")
     compile_args = {"cxx": ["-O3", "-std=c++20", "-ffp-contract=fast", "-Wno-psabi", *openmp_flags()]}
-    files, macros = [f for f in sources("*.cpp") if cuda or Path(f).name != "gpu_launch.cpp"], []
+    files, macros = [f for f in sources("*.cpp") if cuda or f != "csrc/cuda/launch.cpp"], []
     if cuda:
         os.environ.setdefault("TORCH_CUDA_ARCH_LIST", CUDA_ARCHITECTURES)
         compile_args["nvcc"] = ["-O3", "-std=c++17", "--threads", os.environ.get("NVCC_THREADS", "2")]

@@ -175,7 +175,7 @@ class Model:
         return self.bound(line(*small, (512, 1024), depth, ctas, moved))
 
     def best_product(self, direction: str, m: int, k: int, n: int, rank: int = RANK) -> tuple[float, str]:
-        tiles = [t for t in ("128x256", "128x128") if t in emulation._extension.compiled().gpu_tiles(self.card)]
+        tiles = [t for t in ("128x256", "128x128") if t in emulation._extension.compiled().cuda_tiles(self.card)]
         return min((self.product(direction, m, k, n, tile, rank), tile) for tile in tiles)
 
     def grids(self, m: int, k: int, n: int) -> dict[str, tuple[int, ...]]:
@@ -193,9 +193,9 @@ class Model:
                 torch.empty(RANK, k),
                 torch.empty(n, RANK),
             )
-            found = extension.gpu_plan_forward(*tensors, None, *adapters, *options, None, y, p, self.card, "")[0]
+            found = extension.cuda_plan_forward(*tensors, None, *adapters, *options, None, y, p, self.card, "")[0]
             grads = (dx, da, db, torch.empty(DIRECTIONS), None)
-            found += extension.gpu_plan_backward(y, *tensors, *adapters, p, *options, *grads, self.card, "")[0]
+            found += extension.cuda_plan_backward(y, *tensors, *adapters, p, *options, *grads, self.card, "")[0]
             self._grids[m, k, n] = {name.split("_")[0]: tuple(grid) for name, grid, *_ in found}
         return self._grids[m, k, n]
 

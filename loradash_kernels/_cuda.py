@@ -45,7 +45,7 @@ def refuses(x: Tensor, width: int = 0) -> str | None:
         return f"x is on {x.device}"
     if x.dtype not in (torch.bfloat16, torch.float16):
         return f"x is {x.dtype}, the CUDA kernels take bfloat16 and float16"
-    limit = _extension.compiled().gpu_max_width
+    limit = _extension.compiled().cuda_max_width
     if width > limit:
         return f"r + s is {width}, the CUDA kernels take at most {limit}"
     capability = torch.cuda.get_device_capability(x.device)
@@ -62,7 +62,7 @@ def refuses(x: Tensor, width: int = 0) -> str | None:
 @functools.cache
 def _has_code(device: torch.device) -> bool:
     """Was the compiled part built for this card?"""
-    return bool(_extension.compiled().gpu_runs_on(device.index or 0))
+    return bool(_extension.compiled().cuda_runs_on(device.index or 0))
 
 
 def yields(x: Tensor, width: int = 0) -> str | None:
@@ -144,7 +144,7 @@ def _choose(direction: str, x: Tensor, weight: Tensor | None, arguments: tuple) 
     name = key(direction, torch.cuda.get_device_name(x.device), x, weight, arguments, wanted)
     found = MEASURED.known().get(name)
     if found is None and tuning and x.shape[0] > 0 and not torch.cuda.is_current_stream_capturing():
-        strategies = candidates(*_extension.compiled().gpu_card(x.get_device()))
+        strategies = candidates(*_extension.compiled().cuda_card(x.get_device()))
         found = tune(direction, name, strategies, arguments)
     return TABLE if found is None else found
 
@@ -160,7 +160,7 @@ def key(direction: str, card: str, x: Tensor, weight: Tensor | None, arguments: 
 
 def candidates(processors: int, shared_limit: int) -> list[str]:
     """Every strategy that could be fastest on a card."""
-    tiles = _extension.compiled().gpu_tiles((processors, shared_limit))
+    tiles = _extension.compiled().cuda_tiles((processors, shared_limit))
     return [*tiles, TRITON] if _triton.missing() is None else tiles
 
 

@@ -16,7 +16,7 @@ from loradash_kernels.testing import Case
 
 sys.path.insert(0, str(Path(__file__).parent / "ptxsim"))
 CSRC = Path(__file__).parents[1] / "csrc"
-SOURCES = ("dash_linear_fwd.cu", "dash_linear_bwd.cu")
+SOURCES = ("cuda/forward.cu", "cuda/backward.cu")
 CARDS = {"sm_80": (108, 163 * 1024), "sm_86": (82, 99 * 1024)}  # processors, bytes of shared memory of a block
 
 
@@ -33,7 +33,7 @@ def missing_tools() -> str | None:
 def ptx(source: str, architecture: str) -> str:
     import ptxsim
 
-    return ptxsim.compile_cuda(str(CSRC / source), arch=architecture)
+    return ptxsim.compile_cuda(str(CSRC / source), arch=architecture, includes=[str(CSRC)])
 
 
 @functools.cache
@@ -58,9 +58,9 @@ def plan(case: Case, out: dict[str, torch.Tensor | None], direction: str, seed: 
     options = (seed, case.scaling, dropout_threshold(case.dropout_p))
     if direction == "forward":
         bias = t["bias"] if base is None else None
-        return C.gpu_plan_forward(case.x, weight, bias, *adapters, *options, base, out["y"], out["p"], card, tile)
+        return C.cuda_plan_forward(case.x, weight, bias, *adapters, *options, base, out["y"], out["p"], card, tile)
     grads = [out[name] for name in ("x", "lora_a", "lora_b", "dash_sigma", "bias")]
-    return C.gpu_plan_backward(case.dy, case.x, weight, *adapters, out["p"], *options, *grads, card, tile)
+    return C.cuda_plan_backward(case.dy, case.x, weight, *adapters, out["p"], *options, *grads, card, tile)
 
 
 def emulate(launches: list[tuple], buffers: list[torch.Tensor], architecture: str, **options: Any) -> list[Any]:

@@ -73,6 +73,6 @@ def test_occupancy(assembled, architecture, processor, programs):
 
 @pytest.mark.parametrize(("architecture", "card"), emulation.CARDS.items())
 def test_tiles_fit_the_card(architecture, card):
-    names = _extension.compiled().gpu_tiles(card)
+    names = _extension.compiled().cuda_tiles(card)
     assert "128x128" in names and "64x64" in names and names == sorted(set(names), key=names.index)
-    assert "128x256" not in _extension.compiled().gpu_tiles((card[0], 64 * 1024))
+    assert "128x256" not in _extension.compiled().cuda_tiles((card[0], 64 * 1024))

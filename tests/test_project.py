@@ -83,7 +83,7 @@ def test_only_bindings_know_torch():
         for f in (ROOT / "csrc").rglob("*")
         if f.is_file() and ("torch/" in f.read_text() or "ATen/" in f.read_text())
     ]
-    assert sorted(users) == ["bindings.cpp", "bindings.h", "bindings_gpu.cpp", "bindings_packed.cpp"]
+    assert sorted(users) == ["cpu.cpp", "cuda.cpp", "packed_weights.cpp", "packed_weights.h"]
 
 
 PURE = """

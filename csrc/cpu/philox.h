@@ -3,7 +3,7 @@
 
 #include <cstdint>
 
-#include "../dash_linear.h"
+#include "problem.h"
 
 namespace loradash::cpu {
 

@@ -6,7 +6,7 @@
 
 #include <cstdint>
 
-namespace loradash::gpu {
+namespace loradash::cuda {
 
 template <typename T>
 struct Element;
@@ -55,4 +55,4 @@ union Chunk {
   __device__ Chunk() : words(make_uint4(0, 0, 0, 0)) {}
 };
 
-}  // namespace loradash::gpu
+}  // namespace loradash::cuda

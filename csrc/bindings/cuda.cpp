@@ -10,15 +10,15 @@
 #include <tuple>
 #include <vector>
 
-#include "gpu_plan.h"
+#include "cuda/plan/plan.h"
 #ifdef LORADASH_WITH_CUDA
 #include <c10/cuda/CUDAGuard.h>
 #include <c10/cuda/CUDAStream.h>
 
-#include "gpu_launch.h"
+#include "cuda/launch.h"
 #endif
 
-namespace loradash::gpu {
+namespace loradash::cuda {
 namespace {
 
 using at::Tensor;
@@ -228,27 +228,27 @@ TORCH_LIBRARY(loradash_cuda, m) {
 
 }  // namespace
 
-void define_gpu(pybind11::module_& m) {
+void define_cuda(pybind11::module_& m) {
 #ifdef LORADASH_WITH_CUDA
   m.attr("cuda_architectures") = architectures();
-  m.def("gpu_runs_on", [](int device) {  // has this build code for the card?
+  m.def("cuda_runs_on", [](int device) {  // has this build code for the card?
     const c10::cuda::CUDAGuard guard(static_cast<c10::DeviceIndex>(device));
     cudaFuncAttributes attributes;
     const bool runs = cudaFuncGetAttributes(&attributes, find_forward_kernel("pack_bf16")) == cudaSuccess;
     if (!runs) (void)cudaGetLastError();
     return runs;
   });
-  m.def("gpu_card", [](int device) {
+  m.def("cuda_card", [](int device) {
     const Card card = card_of(device);
     return CardNumbers{card.processors, card.shared_limit};
   });
 #else
   m.attr("cuda_architectures") = pybind11::none();
 #endif
-  m.attr("gpu_max_width") = kMaxWidth;
-  m.def("gpu_tiles", [](CardNumbers card) { return gemm_tiles({card.first, card.second}); });
-  m.def("gpu_plan_forward", &planned_forward, "The launches of a forward call as data; runs nothing.");
-  m.def("gpu_plan_backward", &planned_backward, "The launches of a backward call as data; runs nothing.");
+  m.attr("cuda_max_width") = kMaxWidth;
+  m.def("cuda_tiles", [](CardNumbers card) { return gemm_tiles({card.first, card.second}); });
+  m.def("cuda_plan_forward", &planned_forward, "The launches of a forward call as data; runs nothing.");
+  m.def("cuda_plan_backward", &planned_backward, "The launches of a backward call as data; runs nothing.");
 }
 
-}  // namespace loradash::gpu
+}  // namespace loradash::cuda

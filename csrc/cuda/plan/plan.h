@@ -5,10 +5,10 @@
 #include <cstdint>
 #include <vector>
 
-#include "dash_linear.h"
-#include "gpu_params.h"
+#include "cuda/params.h"
+#include "problem.h"
 
-namespace loradash::gpu {
+namespace loradash::cuda {
 
 constexpr int64_t kMaxWidth = 256;  // of r + s
 
@@ -67,4 +67,4 @@ Plan plan_backward(const Problem& problem, const BackwardOut& out, void* workspa
 // Names of the tiles that fit a card, largest first.
 std::vector<std::string> gemm_tiles(const Card& card);
 
-}  // namespace loradash::gpu
+}  // namespace loradash::cuda

@@ -4,7 +4,7 @@
 
 #include <cstdint>
 
-namespace loradash::gpu {
+namespace loradash::cuda {
 
 // High and low half of a product, in one instruction.
 __device__ __forceinline__ void multiply_wide(uint32_t a, uint32_t b, uint32_t& high, uint32_t& low) {
@@ -89,4 +89,4 @@ struct Dropout16 {
   }
 };
 
-}  // namespace loradash::gpu
+}  // namespace loradash::cuda

@@ -1,10 +1,10 @@
-// The cache of packed weights: when a copy is made, kept, checked and dropped (see bindings.h).
+// The cache of packed weights: when a copy is made, kept, checked and dropped (see packed_weights.h).
+#include "bindings/packed_weights.h"
+
 #include <ATen/Functions.h>
 
 #include <cstring>
 #include <utility>
-
-#include "bindings.h"
 
 namespace loradash {
 namespace {

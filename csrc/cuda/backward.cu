@@ -1,7 +1,7 @@
 // The backward kernels: the pass over dy (G, dB, db), the product over columns of W (dx), the pass over x (dA), the
 // second stage of the sums over M.
-#include "common/instances.cuh"
-#include "gpu_launch.h"
+#include "cuda/kernels/instances.cuh"
+#include "cuda/launch.h"
 
 #define COLUMNS_BF16(...) LORADASH_GEMM_ENTRY(bf16, __nv_bfloat16, columns, true, __VA_ARGS__)
 #define COLUMNS_F16(...) LORADASH_GEMM_ENTRY(f16, __half, columns, true, __VA_ARGS__)
@@ -30,7 +30,7 @@ LORADASH_ONE_LAUNCH_TILES(DX_COLUMNS_F16)
 
 LORADASH_SMALL_ENTRY(finish_sums, FinishParams, finish)
 
-namespace loradash::gpu {
+namespace loradash::cuda {
 
 const void* find_backward_kernel(const std::string& name) {
 #define FIND(entry) \
@@ -46,4 +46,4 @@ const void* find_backward_kernel(const std::string& name) {
   return nullptr;
 }
 
-}  // namespace loradash::gpu
+}  // namespace loradash::cuda

@@ -1,16 +1,16 @@
 // Torch's side of the CPU kernels: tensors to pointers, and the library's base product where ours is not the faster
 // one. Schemas of the public operators are in Python; these are their CPU backend.
-#include "bindings.h"
-
 #include <ATen/Functions.h>
 #include <torch/csrc/utils/pybind.h>
 #include <torch/library.h>
 
 #include <optional>
 
+#include "bindings/packed_weights.h"
+
 namespace loradash {
-namespace gpu {
-void define_gpu(pybind11::module_& m);  // bindings_gpu.cpp
+namespace cuda {
+void define_cuda(pybind11::module_& m);  // cuda.cpp
 }
 namespace {
 
@@ -161,7 +161,7 @@ PYBIND11_MODULE(_C, m) {
         [](const OptionalTensor& weight) { weight ? packed_weights().invalidate(*weight) : packed_weights().clear(); });
   m.def("packed_weight_bytes", [] { return packed_weights().bytes(); });
   m.def("compiler", [] { return __VERSION__; });
-  gpu::define_gpu(m);
+  cuda::define_cuda(m);
 #ifdef _OPENMP
   m.attr("parallel") = true;
 #else

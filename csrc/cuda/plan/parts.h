@@ -1,5 +1,5 @@
 // What plans are put together from: workspace, tiles and their choice, the parameters that calls share. Only
-// gpu_plan.cpp includes this.
+// plan.cpp includes this.
 #pragma once
 
 #include <algorithm>
@@ -7,12 +7,12 @@
 #include <initializer_list>
 #include <string>
 
-#include "gpu_plan.h"
-#include "gpu_tiles.h"
+#include "cuda/plan/plan.h"
+#include "cuda/tiles.h"
 
-namespace loradash::gpu {
+namespace loradash::cuda {
 
-constexpr int64_t kPassRows = 64, kPassColumns = 128, kPassStages = 3, kPassThreads = 128;  // as in common/pass.cuh
+constexpr int64_t kPassRows = 64, kPassColumns = 128, kPassStages = 3, kPassThreads = 128;  // as in kernels/pass.cuh
 constexpr int64_t kMostSplits = 65535;  // of a grid's second dimension
 constexpr int64_t kChunkBytes = 16, kChunkElements = 8, kGroup = 64;
 constexpr int64_t kMinRows = 256;  // of a split of M: below, partial sums outweigh what they are sums of
@@ -237,4 +237,4 @@ inline int64_t projection_chunks(const Card& card, int64_t m, int64_t k, int64_t
 
 inline float keep_scale(const Problem& q) { return q.seed ? 65536.0f / static_cast<float>(65536 - q.threshold) : 1.0f; }
 
-}  // namespace loradash::gpu
+}  // namespace loradash::cuda

@@ -1,11 +1,11 @@
-#include "gpu_plan.h"
+#include "cuda/plan/plan.h"
 
 #include <algorithm>
 #include <utility>
 
-#include "gpu_plan_parts.h"
+#include "cuda/plan/parts.h"
 
-namespace loradash::gpu {
+namespace loradash::cuda {
 namespace {
 
 // The launches of a backward call: pack, the pass over dy and dx (two launches or one), the pass over x, the second
@@ -238,4 +238,4 @@ Plan plan_backward(const Problem& q, const BackwardOut& out, void* memory, const
   return BackwardPlanner(q, out, memory, tile).run();
 }
 
-}  // namespace loradash::gpu
+}  // namespace loradash::cuda

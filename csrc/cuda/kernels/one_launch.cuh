@@ -10,7 +10,7 @@
 #include "gemm.cuh"
 #include "pass.cuh"
 
-namespace loradash::gpu {
+namespace loradash::cuda {
 
 // Not inlined: its addresses would be worked out before the loop over tiles, and held through the product.
 template <typename Over>
@@ -55,4 +55,4 @@ __device__ __forceinline__ void one_launch(const OneLaunchParams& p) {
   }
 }
 
-}  // namespace loradash::gpu
+}  // namespace loradash::cuda

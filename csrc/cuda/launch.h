@@ -6,9 +6,9 @@
 #include <string>
 #include <vector>
 
-#include "gpu_params.h"
+#include "cuda/params.h"
 
-namespace loradash::gpu {
+namespace loradash::cuda {
 
 const void* find_forward_kernel(const std::string& name);
 const void* find_backward_kernel(const std::string& name);
@@ -17,4 +17,4 @@ std::vector<int> architectures();  // compiled for: 800, 860, ...
 // Runs them in order. Returns an empty string, or what failed: kernel, grid, configuration and CUDA's own message.
 std::string run(const std::vector<Launch>& launches, cudaStream_t stream);
 
-}  // namespace loradash::gpu
+}  // namespace loradash::cuda

@@ -8,11 +8,11 @@
 // cp.async, fragments of the next 16 columns loaded while the tensor cores multiply these.
 #pragma once
 
-#include "../gpu_params.h"
+#include "cuda/params.h"
 #include "philox.cuh"
 #include "shared.cuh"
 
-namespace loradash::gpu {
+namespace loradash::cuda {
 
 // kColumns: B is stored (depth, n), rows along n; else (n, depth), rows along the depth.
 template <typename T, int kM_, int kN_, int kDepth_, int kWarpsM_, int kWarpsN_, int kStages_, bool kColumns_,
@@ -385,4 +385,4 @@ __device__ __forceinline__ void gemm(const GemmParams& p) {
   multiply<Tile, Second::kGoesOn>(p, shared, tile_m * Tile::kM, tile_n * Tile::kN, [] {});
 }
 
-}  // namespace loradash::gpu
+}  // namespace loradash::cuda

@@ -1,7 +1,7 @@
 // The forward kernels: packing of the low-rank operands, down-projection with dropout, and the product over rows of W
 // (N, K).
-#include "common/instances.cuh"
-#include "gpu_launch.h"
+#include "cuda/kernels/instances.cuh"
+#include "cuda/launch.h"
 
 #define ROWS_BF16(...) LORADASH_GEMM_ENTRY(bf16, __nv_bfloat16, rows, false, __VA_ARGS__)
 #define ROWS_F16(...) LORADASH_GEMM_ENTRY(f16, __half, rows, false, __VA_ARGS__)
@@ -31,7 +31,7 @@ LORADASH_ONE_LAUNCH_TILES(ONE_COLUMNS_F16)
 LORADASH_SMALL_ENTRY(pack_bf16, PackParams, pack<__nv_bfloat16>)
 LORADASH_SMALL_ENTRY(pack_f16, PackParams, pack<__half>)
 
-namespace loradash::gpu {
+namespace loradash::cuda {
 
 const void* find_forward_kernel(const std::string& name) {
 #define FIND(entry) \
@@ -50,4 +50,4 @@ const void* find_forward_kernel(const std::string& name) {
 
 std::vector<int> architectures() { return {__CUDA_ARCH_LIST__}; }
 
-}  // namespace loradash::gpu
+}  // namespace loradash::cuda

@@ -10,7 +10,7 @@
 #include <memory>
 #include <mutex>
 
-#include "dash_linear.h"
+#include "problem.h"
 
 namespace loradash {
 

@@ -8,7 +8,7 @@
 
 #include "element.cuh"
 
-namespace loradash::gpu {
+namespace loradash::cuda {
 
 __device__ __forceinline__ uint32_t shared_address(const void* pointer) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
@@ -146,4 +146,4 @@ struct TileCopy {
   }
 };
 
-}  // namespace loradash::gpu
+}  // namespace loradash::cuda

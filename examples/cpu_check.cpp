@@ -4,7 +4,7 @@
 #include <random>
 #include <vector>
 
-#include "dash_linear.h"
+#include "problem.h"
 
 int main() {
   using namespace loradash;

@@ -9,11 +9,11 @@
 // copied itself.
 #pragma once
 
-#include "../gpu_params.h"
+#include "cuda/params.h"
 #include "philox.cuh"
 #include "shared.cuh"
 
-namespace loradash::gpu {
+namespace loradash::cuda {
 
 // kProject, kReduce: ranks in eights, 0 for none. kBlocks: of 128 columns a program reduces; a projection alone takes
 // any number.
@@ -335,4 +335,4 @@ __device__ __forceinline__ void pass(const PassParams& p) {
   Pass<Tile>(p, memory, blockIdx.x, gridDim.x, blockIdx.y, blockIdx.z).run();
 }
 
-}  // namespace loradash::gpu
+}  // namespace loradash::cuda

@@ -1,8 +1,8 @@
-#include "gpu_launch.h"
+#include "cuda/launch.h"
 
 #include <sstream>
 
-namespace loradash::gpu {
+namespace loradash::cuda {
 
 std::string run(const std::vector<Launch>& launches, cudaStream_t stream) {
   for (const Launch& launch : launches) {
@@ -33,4 +33,4 @@ std::string run(const std::vector<Launch>& launches, cudaStream_t stream) {
   return "";
 }
 
-}  // namespace loradash::gpu
+}  // namespace loradash::cuda

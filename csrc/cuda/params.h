@@ -8,7 +8,7 @@
 #include <string>
 #include <vector>
 
-namespace loradash::gpu {
+namespace loradash::cuda {
 
 constexpr int kRankStep = 32;  // rank columns are steps of the K loop
 
@@ -111,4 +111,4 @@ struct Launch {
   std::vector<unsigned char> params;
 };
 
-}  // namespace loradash::gpu
+}  // namespace loradash::cuda

@@ -9,8 +9,8 @@
 #include <random>
 #include <vector>
 
-#include "gpu_launch.h"
-#include "gpu_plan.h"
+#include "cuda/launch.h"
+#include "cuda/plan/plan.h"
 
 namespace {
 
@@ -41,7 +41,7 @@ T* on_card(const std::vector<T>& values) {
 int main() {
   using namespace loradash;
   const int64_t m = 300, k = 136, n = 200, r = 8, s = 4;
-  gpu::Problem q{};
+  cuda::Problem q{};
   q.shape = {m, k, n};
   q.dtype = DType::kBFloat16;
   q.ldx = k, q.weight_n = k, q.weight_k = 1;
@@ -53,7 +53,7 @@ int main() {
   if (cudaGetDeviceCount(&cards) != cudaSuccess || cards == 0) {
     alignas(16) static char weight[16];
     q.weight = q.x = weight;
-    for (const gpu::Launch& l : gpu::plan_forward(q, {}, nullptr).launches) {
+    for (const cuda::Launch& l : cuda::plan_forward(q, {}, nullptr).launches) {
       std::printf("no card; would launch %s: %u x %u x %u programs of %u threads\n", l.kernel.c_str(), l.grid[0],
                   l.grid[1], l.grid[2], l.threads);
     }
@@ -80,10 +80,10 @@ int main() {
   q.x = on_card(halves(x)), q.weight = on_card(halves(w));
   q.adapters[0] = on_card(a), q.adapters[1] = on_card(b), q.adapters[2] = on_card(u), q.adapters[3] = on_card(vt);
   q.dash_sigma = on_card(sigma);
-  gpu::ForwardOut out{};
+  cuda::ForwardOut out{};
   out.y = on_card(std::vector<uint16_t>(m * n)), out.p = on_card(std::vector<float>(m * (r + s)));
-  void* workspace = on_card(std::vector<char>(gpu::plan_forward(q, out, nullptr).workspace_bytes));
-  const std::string failure = gpu::run(gpu::plan_forward(q, out, workspace).launches, nullptr);
+  void* workspace = on_card(std::vector<char>(cuda::plan_forward(q, out, nullptr).workspace_bytes));
+  const std::string failure = cuda::run(cuda::plan_forward(q, out, workspace).launches, nullptr);
   if (!failure.empty() || cudaDeviceSynchronize() != cudaSuccess) {
     std::printf("failed: %s\n", failure.c_str());
     return 1;

@@ -1,11 +1,11 @@
 // What is small beside the large operands: packing the low-rank ones, and the second stage of the sums over M.
 #pragma once
 
-#include "../dash_linear.h"
-#include "../gpu_params.h"
+#include "cuda/params.h"
 #include "element.cuh"
+#include "problem.h"
 
-namespace loradash::gpu {
+namespace loradash::cuda {
 
 __device__ __forceinline__ float adapter_value(const void* data, int32_t dtype, int64_t index) {
   switch (static_cast<DType>(dtype)) {
@@ -96,4 +96,4 @@ __device__ __forceinline__ void finish(const FinishParams& p) {
   }
 }
 
-}  // namespace loradash::gpu
+}  // namespace loradash::cuda
