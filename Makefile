@@ -32,24 +32,24 @@ cuda-check:
 # The emulator's own tests; run them when it changes. CUTLASS's headers serve as their yardstick.
 test-ptxsim: $(STAMP)
 	$(PIP) install --quiet --no-deps "nvidia-cutlass==4.2.0.0"
-	cd tests/ptxsim && ../../$(BIN)/python -m pytest -q -c /dev/null --rootdir . tests
-	$(BIN)/python tests/ptxsim_hash.py
+	cd tools/ptxsim && ../../$(BIN)/python -m pytest -q tests
+	$(BIN)/python tools/ptxsim/source_hash.py
 
 # What the GPU kernels request, counted by the emulator: needs no GPU.
 counters: $(STAMP)
-	$(BIN)/python benchmarks/gpu_counters.py --architecture sm_80 --out benchmarks/results
-	$(BIN)/python benchmarks/gpu_counters.py --architecture sm_90 --out benchmarks/results
+	$(BIN)/python -m benchmarks.counters.triton_counters --architecture sm_80 --out benchmarks/results
+	$(BIN)/python -m benchmarks.counters.triton_counters --architecture sm_90 --out benchmarks/results
 
 cuda-counters: $(STAMP)
 	$(PIP) install --quiet --no-deps "nvidia-cutlass==4.2.0.0"
-	$(BIN)/python benchmarks/cuda_counters.py --out benchmarks/results
+	$(BIN)/python -m benchmarks.counters.cuda_counters --out benchmarks/results
 
 bench: $(STAMP)
-	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/ratios.py --out benchmarks/results
-	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/prelaunch.py --out benchmarks/results $(if $(FACTORS),--factors $(FACTORS))
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.layers.ratios --out benchmarks/results
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.prelaunch.speed --out benchmarks/results $(if $(FACTORS),--factors $(FACTORS))
 
 bench-all: bench
-	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/ratios.py --compiled
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.layers.ratios --compiled
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest benchmarks --benchmark-enable --benchmark-group-by=group --benchmark-json=benchmarks/results/pytest.json
 
 lint: $(STAMP)
@@ -70,10 +70,10 @@ clean:
 	rm -rf build dist *.egg-info loradash_kernels/*.so runs
 
 # Kernels compile once, against the PyTorch of this environment: no build isolation.
-$(STAMP): pyproject.toml setup.py $(shell find csrc -type f)
+$(STAMP): pyproject.toml setup.py tools/ptxsim/pyproject.toml $(shell find csrc -type f)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(PIP) install --quiet --upgrade pip "setuptools>=77" wheel ninja
 	$(BIN)/python -c "import torch" 2>/dev/null || { command -v nvidia-smi >/dev/null && $(PIP) install "$(TORCH)"; } \
 		|| $(PIP) install --retries 0 --timeout 5 --index-url $(CPU_INDEX) "$(TORCH)" || $(PIP) install "$(TORCH)"
-	$(PIP) install --quiet --no-build-isolation -e ".[dev]"
+	$(PIP) install --quiet --no-build-isolation -e ".[dev]" -e tools/ptxsim
 	touch $@

@@ -5,7 +5,8 @@ LoRA-Dash: Si et al., "Unleashing the Power of Task-Specific Directions in Param
 
 from . import flops
 from ._version import __version__
-from .directions import (
+from .directions.linalg import Triplets, batched_randomized_svd
+from .directions.rates import (
     ChangeRates,
     Directions,
     change_rates,
@@ -15,8 +16,7 @@ from .directions import (
 )
 from .functional import dash_linear, low_rank_update
 from .ops import BackendChoice, available_backends, explain_backend
-from .svd import Triplets, batched_randomized_svd
-from .weights import enable_packed_weights, packed_weight_bytes
+from .packed_weights import enable_packed_weights, packed_weight_bytes
 
 __all__ = [
     "BackendChoice",

@@ -14,8 +14,8 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.nn import functional as F
 
-from .config import accumulator
-from .reference import stacked
+from .backends.reference import stacked
+from .calls import accumulator
 
 
 def is_wanted() -> bool:

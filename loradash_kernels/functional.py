@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from . import arguments, composite, ops
 from .autograd import DashLinearFunction, LowRankUpdateFunction
-from .config import draw_seed, dropout_threshold
+from .random import draw_seed, dropout_threshold
 
 
 def dash_linear(

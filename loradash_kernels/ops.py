@@ -12,8 +12,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from . import _cuda, _extension, _triton, reference
-from .config import accumulator
+from .backends import cuda as cuda_backend
+from .backends import extension, reference
+from .backends.triton import backend as triton_backend
+from .calls import accumulator
 from .notices import warn_once
 
 LIBRARY = torch.library.Library("loradash", "DEF")
@@ -86,13 +88,20 @@ _REFERENCE = Backend(
 BACKENDS = (
     Backend(
         "cpu",
-        lambda: _extension.missing_reason,
+        lambda: extension.missing_reason,
         _cpu_refuses,
-        torch.ops.loradash_cpu.forward.default if _extension.is_compiled() else _cpu_forward,
-        torch.ops.loradash_cpu.backward.default if _extension.is_compiled() else _cpu_backward,
+        torch.ops.loradash_cpu.forward.default if extension.is_compiled() else _cpu_forward,
+        torch.ops.loradash_cpu.backward.default if extension.is_compiled() else _cpu_backward,
     ),
-    Backend("cuda", _cuda.missing, _cuda.refuses, _cuda.forward, _cuda.backward, _cuda.yields),
-    Backend("triton", _triton.missing, _triton.refuses, _triton.forward, _triton.backward),
+    Backend(
+        "cuda",
+        cuda_backend.missing,
+        cuda_backend.refuses,
+        cuda_backend.forward,
+        cuda_backend.backward,
+        cuda_backend.yields,
+    ),
+    Backend("triton", triton_backend.missing, triton_backend.refuses, triton_backend.forward, triton_backend.backward),
     _REFERENCE,
 )
 """In order of preference."""
@@ -302,7 +311,7 @@ for _name, _real, _fake in (
 # The compiled operators have no gradients of their own. Past autograd's key the dispatcher meets the keys of negated and of
 # zero tensors, which it makes ordinary ones before it calls the kernel.
 COMPILED = [torch.library.Library(f"loradash_{device}", "IMPL") for device in ("cpu", "cuda")]
-if _extension.is_compiled():
+if extension.is_compiled():
     for _library, _key in zip(COMPILED, ("AutogradCPU", "AutogradCUDA"), strict=True):
         for _name in ("forward", "backward"):
             _library.impl(_name, torch.library.fallthrough_kernel, _key)

@@ -19,10 +19,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from . import _triton
-from .config import accumulator, draw_seed, dropout_threshold, keep_scale
+from .backends.reference import stacked
+from .backends.triton import backend as triton_backend
+from .calls import accumulator
 from .functional import dash_linear, low_rank_update
-from .reference import dropout_mask, stacked
+from .random import draw_seed, dropout_mask, dropout_threshold, keep_scale
 
 GRADIENTS = ("x", "bias", "lora_a", "lora_b", "dash_sigma")
 
@@ -81,7 +82,7 @@ def make_case(
 
 def run(case: Case, backend: str | None = None, base: bool = True) -> dict[str, Tensor]:
     """Output and gradients of `dash_linear` (or, without `base`, of `low_rank_update` on the library's base product)."""
-    gpu = backend in ("cuda", "triton") and torch.cuda.is_available() and not _triton.interpreted()
+    gpu = backend in ("cuda", "triton") and torch.cuda.is_available() and not triton_backend.interpreted()
     case.device = "cuda" if gpu else "cpu"
     leaves = {
         name: None if t is None else _moved(t, case.device).requires_grad_(name in GRADIENTS)

@@ -8,10 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from loradash_kernels import _triton, available_backends
+from loradash_kernels import available_backends
+from loradash_kernels.backends.triton import backend as triton_backend
 
-if _triton.interpreted():
-    from interpreter import repair_bf16
+if triton_backend.interpreted():
+    from support.interpreter import repair_bf16
 
     repair_bf16()
 

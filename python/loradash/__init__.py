@@ -10,14 +10,14 @@ save_adapter(model, "adapter")
 from loradash_kernels import __version__
 
 from .background import BackgroundDecomposition
+from .cache import SpectralCache
 from .checkpoint import AdapterError, load_adapter, save_adapter
 from .config import DashConfig
 from .export import export_lora
-from .inject import apply_dash, dash_layers, dash_only, dash_state, disable, merge, summary, unmerge
 from .linear import DashLinear
+from .model import apply_dash, dash_layers, dash_only, dash_state, disable, merge, summary, unmerge
 from .prelaunch import LayerReport, prelaunch
 from .schedule import DashSchedule
-from .spectral import SpectralCache
 
 __all__ = [
     "AdapterError",

@@ -16,9 +16,10 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from .base import features, is_sharded, whole
+from .base_layers import features, is_sharded, whole
 from .config import DashConfig
-from .inject import (
+from .linear import DashLinear
+from .model import (
     STATE,
     apply_dash,
     dash_layers,
@@ -30,7 +31,6 @@ from .inject import (
     trainable_modules,
     unwrap,
 )
-from .linear import DashLinear
 
 FORMAT = "loradash-1"
 FILE_NAME = "loradash_adapter.safetensors"

@@ -19,7 +19,7 @@ from tqdm.auto import tqdm
 from loradash_kernels import __version__, available_backends, explain_backend
 
 if TYPE_CHECKING:
-    from .insight import LayerRates
+    from .analysis import LayerRates
 
 app = typer.Typer(help="LoRA-Dash fine-tuning with fused kernels.", no_args_is_help=True)
 # Names, paths and messages have brackets and colons of their own: nothing that is printed is markup.
@@ -99,8 +99,8 @@ def decompose(
 
     A weight is found again by its values: those of the file, or, with --dtype, these rounded.
     """
-    from .insight import Weights
-    from .spectral import SpectralCache
+    from .analysis import Weights
+    from .cache import SpectralCache
 
     with reported():
         store = SpectralCache(cache)
@@ -136,14 +136,14 @@ def directions(
     s: Annotated[int, typer.Option("--directions", "-s", min=1, help="How many of the highest rates to show.")] = 8,
 ) -> None:
     """Show the change rates of trained adapters, and how far their directions agree."""
-    from . import insight, plots
+    from . import analysis, plots
 
     with reported():
-        weights = insight.Weights(model)
-        found = [insight.layer_rates(weights, insight.load_factors(path)) for path in adapters]
+        weights = analysis.Weights(model)
+        found = [analysis.layer_rates(weights, analysis.load_factors(path)) for path in adapters]
         names = [path.name if path.suffix != ".safetensors" else path.stem for path in adapters]
-        overlaps = torch.tensor([[insight.overlap(a, b, s) for b in found] for a in found])
-        scores = insight.agreement(found, found[-1])
+        overlaps = torch.tensor([[analysis.overlap(a, b, s) for b in found] for a in found])
+        scores = analysis.agreement(found, found[-1])
         console.print(_rates_table(found[-1], s))
         if len(found) > 1:
             console.print(_pairs_table(names, overlaps, scores, s))

@@ -27,7 +27,7 @@ from . import baselines, plots
 from .checkpoint import load_adapter, save_adapter
 from .config import DashConfig
 from .export import export_lora
-from .inject import apply_dash, dash_layers, disable, merge, summary, unmerge
+from .model import apply_dash, dash_layers, disable, merge, summary, unmerge
 from .schedule import DashSchedule
 
 BATCH = 32

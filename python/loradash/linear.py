@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from loradash_kernels import Directions, dash_linear, low_rank_update
 
-from .base import (
+from .base_layers import (
     can_take_update,
     compute_device,
     features,

@@ -12,10 +12,10 @@ from tqdm.auto import tqdm
 
 from loradash_kernels import Directions, task_specific_directions
 
-from .base import is_sharded, whole
-from .inject import dash_layers, dash_state, reshard
+from .base_layers import is_sharded, whole
+from .cache import SpectralCache
 from .linear import DashLinear
-from .spectral import SpectralCache
+from .model import dash_layers, dash_state, reshard
 
 BATCH_ELEMENTS = 2**26
 """Weights decomposed at a time on the CPU: 256 MB in float32."""

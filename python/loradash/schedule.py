@@ -11,11 +11,11 @@ import torch
 from torch import nn
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
-from .base import is_sharded, whole
-from .inject import dash_layers, dash_state
+from .base_layers import is_sharded, whole
+from .cache import SpectralCache
 from .linear import DashLinear
+from .model import dash_layers, dash_state
 from .prelaunch import LayerReport, prelaunch
-from .spectral import SpectralCache
 
 
 class DashSchedule:

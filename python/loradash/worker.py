@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load
 
 from .background import LENGTH_BYTES
-from .spectral import SpectralCache
+from .cache import SpectralCache
 
 
 def serve(folder: str, max_bytes: int, answers: TextIO) -> None:

@@ -1,0 +1,310 @@
+"""What the CUDA kernels execute, counted by the emulator, and the bounds that follow for an A100 and an RTX 3090. No GPU is used.
+
+    python benchmarks/cuda_counters.py [--out benchmarks/results]
+
+1. The product's tiles beside CUTLASS's sm_80 GEMM of the same tile (pip install --no-deps nvidia-cutlass==4.2.0.0), one run.
+2. The passes: bytes over those of their one large operand.
+3. MODELLED: the sum of our launches' bounds over the bound of the frozen product alone, LLaMA-7B shapes. Every launch is
+   emulated at two small depths; its counters are lines in the depth, which are continued to the full size. A bound is the
+   busiest resource of the card at its published rate (tests/ptxsim/ptxsim/model.py): latency, fill and drain cost nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import copy
+import math
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from ptxsim.cutlass import CutlassGemm, include_dir
+from ptxsim.model import A100_SXM_80GB, RTX_3090, estimate
+from rich.console import Console
+from rich.table import Table
+from tqdm import tqdm
+
+from benchmarks.support.measure import write_csv
+from loradash_kernels.testing import make_case
+from tests.support import cuda_emulation as emulation
+
+BF16, F32 = torch.bfloat16, torch.float32
+RANK, DIRECTIONS, DROPOUT = 16, 8, 0.05
+CARDS = {"sm_80": A100_SXM_80GB, "sm_86": RTX_3090}
+SHAPES = [(m, k, n) for m in (4096, 8192) for k, n in ((4096, 4096), (4096, 11008), (11008, 4096))]
+
+
+def launches(
+    m: int, k: int, n: int, card: tuple[int, int], tile: str, directions: str = "forward backward", rank: int = RANK,
+    dash: int = DIRECTIONS, dropout: float = DROPOUT,
+) -> list[tuple[str, list[tuple], list[torch.Tensor]]]:  # fmt: skip
+    """(direction, launches, buffers) of a case without bias."""
+    case = make_case(m, k, n, rank, dash, BF16, adapter_dtype=F32, bias=False, dropout_p=dropout)
+    seed = torch.tensor([1, 2]) if dropout else None
+    out: dict[str, Any] = {
+        "y": torch.zeros(m, n, dtype=BF16), "p": torch.zeros(m, rank + dash), "x": torch.zeros(m, k, dtype=BF16),
+        "lora_a": torch.zeros(rank, k) if rank else None, "lora_b": torch.zeros(n, rank) if rank else None,
+        "dash_sigma": torch.zeros(dash) if dash else None, "bias": None,
+    }  # fmt: skip
+    found = []
+    for direction in directions.split():
+        planned, kept = emulation.plan(case, out, direction, seed, None, card, tile)
+        buffers = [t for t in (*out.values(), seed, case.dy, case.x, *kept) if t is not None]
+        found.append((direction, planned, buffers))
+    return found
+
+
+# --- 1: beside CUTLASS -----------------------------------------------------------------------------------------------
+
+
+def main_loop_conflicts(stats: Any) -> int:
+    """Of copies into shared memory and of ldmatrix."""
+    return sum(stats.smem["by_op"].get(kind, {}).get("conflicts", 0) for kind in ("cp_async", "ldmatrix"))
+
+
+def beside_cutlass(size: int = 512) -> list[dict[str, Any]]:
+    rows: list[dict[str, Any]] = []
+    for shape, stages in (((128, 128, 32), 3), ((128, 256, 32), 3)):
+        name = f"{shape[0]}x{shape[1]}"
+        kind = "cutlass::bfloat16_t"
+        theirs = CutlassGemm(element=kind, output=kind, tile=shape, warp=(64, 64, 32), stages=stages)
+        x, w = (torch.randn(size, size).to(BF16) for _ in range(2))
+        c, d = (torch.zeros(size, size, dtype=BF16) for _ in range(2))
+        counted = [("CUTLASS", theirs(size, size, size, x, w, c, d))]
+        for direction, planned, buffers in launches(size, size, size, emulation.CARDS["sm_80"], name, dropout=0.0):
+            stats = emulation.emulate(planned, buffers, "sm_80")
+            counted += [
+                (f"ours, {direction}", s) for (kernel, *_), s in zip(planned, stats, strict=True) if "gemm" in kernel
+            ]
+        base = counted[0][1].warp_insts / counted[0][1].insts["mma"]
+        for who, s in counted:
+            rows.append({
+                "tile": name, "kernel": who, "tensor / plain": s.insts["mma"] / counted[0][1].insts["mma"],
+                "warp instructions / mma": s.warp_insts / s.insts["mma"],
+                "over CUTLASS": s.warp_insts / s.insts["mma"] / base, "conflicts in the main loop": main_loop_conflicts(s),
+                "conflicts": s.smem["conflicts"], "sectors / plain": (s.gld["sectors"] + s.gst["sectors"])
+                / (counted[0][1].gld["sectors"] + counted[0][1].gst["sectors"]),
+            })  # fmt: skip
+    return rows
+
+
+# --- 2: the passes ---------------------------------------------------------------------------------------------------
+
+
+def passes(m: int = 2048, size: int = 1024) -> list[dict[str, Any]]:
+    rows = []
+    for _, planned, buffers in launches(m, size, size, emulation.CARDS["sm_80"], ""):
+        stats = emulation.emulate(planned, buffers, "sm_80")
+        for (kernel, *_), s in zip(planned, stats, strict=True):
+            if kernel.split("_")[0] in ("down", "dy", "x"):
+                requested, touched = (
+                    32 * (s.gld["sectors"] + s.gst["sectors"]),
+                    s.unique_load_bytes + s.unique_store_bytes,
+                )
+                rows.append({
+                    "kernel": kernel, "requested / operand": requested / (2 * m * size),
+                    "touched / operand": touched / (2 * m * size), "conflicts in the main loop": main_loop_conflicts(s),
+                })  # fmt: skip
+    return rows
+
+
+# --- 3: bounds -------------------------------------------------------------------------------------------------------
+
+
+def line(one: Any, two: Any, steps: tuple[int, int], target: float, ctas: int, moved: float) -> Any:
+    """Counters per program as a line through two measurements, continued to `target` steps and `ctas` programs; `moved` bytes
+    are what DRAM sees."""
+
+    def at(a: float, b: float) -> float:
+        a, b = a / one.ctas, b / two.ctas
+        return ctas * (a + (b - a) * (target - steps[0]) / (steps[1] - steps[0]))
+
+    def each(a: dict, b: dict) -> dict:
+        return {
+            key: at(a.get(key, 0), b.get(key, 0))
+            for key in {*a, *b}
+            if isinstance(a.get(key, b.get(key)), (int, float))
+        }
+
+    found = copy.copy(one)
+    found.insts, found.mma_types = collections.Counter(each(one.insts, two.insts)), each(one.mma_types, two.mma_types)
+    found.gld, found.gst, found.smem = each(one.gld, two.gld), each(one.gst, two.gst), each(one.smem, two.smem)
+    found.warp_insts, found.ctas = at(one.warp_insts, two.warp_insts), ctas
+    found.unique_load_bytes, found.unique_store_bytes = moved, 0
+    return found
+
+
+class Model:
+    """Bounds of single launches on one card, from emulations that are made once."""
+
+    def __init__(self, architecture: str) -> None:
+        self.architecture, self.gpu = architecture, CARDS[architecture]
+        self.card = emulation.CARDS[architecture]
+        self._counted: dict[tuple, Any] = {}
+        self._grids: dict[tuple, dict[str, tuple[int, ...]]] = {}
+
+    def count(self, family: str, direction: str, m: int, k: int, n: int, tile: str, rank: int) -> Any:
+        key = (family, direction, m, k, n, tile, rank)
+        if key not in self._counted:
+            few = (4, self.card[1])  # processors: programs as tall as on the card
+            options = {} if rank else {"rank": 0, "dash": 0, "dropout": 0.0}
+            ((_, planned, buffers),) = launches(m, k, n, few, tile, direction, **options)
+            stats = emulation.emulate(planned, buffers, self.architecture)
+            self._counted[key] = next(
+                s for (name, *_), s in zip(planned, stats, strict=True) if name.startswith(family)
+            )
+        return self._counted[key]
+
+    def bound(self, stats: Any) -> float:
+        return estimate(stats, self.gpu).time_us
+
+    def product(self, direction: str, m: int, k: int, n: int, tile: str, rank: int = RANK) -> float:
+        rows, columns = (int(side) for side in tile.split("x"))
+        depth, wide = (k, n) if direction == "forward" else (n, k)
+        small = [
+            self.count("gemm", direction, rows, *((d, columns) if direction == "forward" else (columns, d)), tile, rank)
+            for d in (512, 1024)
+        ]
+        ctas = math.ceil(m / rows) * math.ceil(wide / columns)
+        moved = 2.0 * (m * depth + depth * wide + m * wide + (m + wide) * 32 * bool(rank))
+        return self.bound(line(*small, (512, 1024), depth, ctas, moved))
+
+    def best_product(self, direction: str, m: int, k: int, n: int, rank: int = RANK) -> tuple[float, str]:
+        tiles = [t for t in ("128x256", "128x128") if t in emulation.extension.compiled().cuda_tiles(self.card)]
+        return min((self.product(direction, m, k, n, tile, rank), tile) for tile in tiles)
+
+    def grids(self, m: int, k: int, n: int) -> dict[str, tuple[int, ...]]:
+        """Grids of the passes as planned for the card, by family. The tensors are reserved, never touched."""
+        if (m, k, n) not in self._grids:
+            half = {"dtype": BF16}
+            tensors = (torch.empty(m, k, **half), torch.empty(n, k, **half))
+            adapters = [torch.empty(s) for s in ((RANK, k), (n, RANK), (n, DIRECTIONS), (DIRECTIONS, k), (DIRECTIONS,))]
+            p, seed = torch.empty(m, RANK + DIRECTIONS), torch.tensor([1, 2])
+            options = (seed, 2.0, 3277)
+            extension = emulation.extension.compiled()
+            y, dx, da, db = (
+                torch.empty(m, n, **half),
+                torch.empty(m, k, **half),
+                torch.empty(RANK, k),
+                torch.empty(n, RANK),
+            )
+            found = extension.cuda_plan_forward(*tensors, None, *adapters, *options, None, y, p, self.card, "")[0]
+            grads = (dx, da, db, torch.empty(DIRECTIONS), None)
+            found += extension.cuda_plan_backward(y, *tensors, *adapters, p, *options, *grads, self.card, "")[0]
+            self._grids[m, k, n] = {name.split("_")[0]: tuple(grid) for name, grid, *_ in found}
+        return self._grids[m, k, n]
+
+    def down(self, m: int, k: int, n: int) -> float:
+        chunks, blocks, _ = self.grids(m, k, n)["down"]
+        small = [self.count("down", "forward", 64, depth, 64, "", RANK) for depth in (256, 384)]
+        # Partial sums are read again at once, by the last program to arrive: counted once.
+        partial = 4.0 * m * (RANK + DIRECTIONS) * chunks if chunks > 1 else 0.0
+        moved = 2.0 * m * k + 2 * 32 * k + 4 * m * (RANK + DIRECTIONS) + 2 * m * 32 + partial
+        return self.bound(line(*small, (256, 384), k / chunks, chunks * blocks, moved))
+
+    def dy(self, m: int, k: int, n: int) -> float:
+        chunks, splits, _ = self.grids(m, k, n)["dy"]
+        small = [self.count("dy", "backward", height, 64, 2048, "", RANK) for height in (128, 256)]
+        partial = 4 * m * (RANK + DIRECTIONS) * chunks + 4 * splits * RANK * n
+        moved = 2.0 * m * n + 2 * 32 * n + 2 * m * 24 + partial + 2 * m * 32
+        return self.bound(line(*small, (128, 256), m / splits, chunks * splits, moved))
+
+    def x(self, m: int, k: int, n: int) -> float:
+        chunks, splits, _ = self.grids(m, k, n)["x"]
+        small = [self.count("x", "backward", height, 512, 64, "", RANK) for height in (128, 256)]
+        moved = 2.0 * m * k + 2 * m * 32 + 4 * splits * RANK * k
+        return self.bound(line(*small, (128, 256), m / splits, chunks * splits, moved))
+
+    def small(self, bytes_moved: float) -> float:
+        return bytes_moved / (self.gpu.dram_gbs * 1e3)
+
+    def pack(self, m: int, k: int, n: int, backward: bool) -> float:
+        return self.small((4 * (RANK + DIRECTIONS) + 2 * 32) * (k + n) + (backward and (4 * 24 + 2 * 24) * m))
+
+    def finish(self, m: int, k: int, n: int) -> float:
+        splits = [self.grids(m, k, n)[family][1] for family in ("x", "dy")]
+        return self.small(4 * RANK * (k * (splits[0] + 1) + n * (splits[1] + 1)))
+
+    def row(self, m: int, k: int, n: int) -> dict[str, Any]:
+        plain_forward, tile = self.best_product("forward", m, k, n, rank=0)
+        plain_backward, _ = self.best_product("backward", m, k, n, rank=0)
+        down, pack, packed = self.down(m, k, n), self.pack(m, k, n, False), self.pack(m, k, n, True)
+        product, _ = self.best_product("forward", m, k, n)
+        dx, _ = self.best_product("backward", m, k, n)
+        dy, x, finish = self.dy(m, k, n), self.x(m, k, n), self.finish(m, k, n)
+        return {
+            "card": self.gpu.name, "M": m, "K": k, "N": n, "plain tile": tile, "plain forward, us": plain_forward,
+            "forward, two launches": (pack + down + product) / plain_forward,
+            "forward, one launch": (pack + self.one_launch(m, k, n)) / min(plain_forward, self.product("forward", m, k, n, "128x128", 0)),
+            "backward, apart": (packed + dy + dx + x + finish) / plain_backward,
+            "backward, dx with dy": self.one_launch_backward(m, k, n) / min(plain_backward, self.product("backward", m, k, n, "128x128", 0)),
+            "of which down": down / plain_forward, "dy pass": dy / plain_backward, "x pass": x / plain_backward, "dx": dx / plain_backward,
+            "small ones": (packed + finish) / plain_backward,
+        }  # fmt: skip
+
+    def together(self, product: Any, over: Any) -> float:
+        """Of a product and a pass in one launch: resources add up, then the busiest counts."""
+        for name in ("insts", "mma_types", "gld", "gst", "smem"):
+            mine, theirs = getattr(product, name), getattr(over, name)
+            setattr(product, name, {key: mine.get(key, 0) + theirs.get(key, 0) for key in {*mine, *theirs}})
+        product.warp_insts += over.warp_insts
+        return self.bound(product)
+
+    def one_launch(self, m: int, k: int, n: int) -> float:
+        gemm = [self.count("gemm", "forward", 128, depth, 128, "128x128", RANK) for depth in (512, 1024)]
+        down = [self.count("down", "forward", 64, depth, 64, "", RANK) for depth in (256, 384)]
+        ctas = math.ceil(m / 128) * math.ceil(n / 128)
+        moved = 2.0 * (m * k + k * n + m * n + (m + n) * 32) + 2 * 32 * k + 4 * m * 24
+        return self.together(
+            line(*gemm, (512, 1024), k, ctas, moved), line(*down, (256, 384), k, math.ceil(m / 64), 0.0)
+        )
+
+    def one_launch_backward(self, m: int, k: int, n: int) -> float:
+        """dx with the pass over dy, the other launches beside it."""
+        gemm = [self.count("gemm", "backward", 128, 128, depth, "128x128", RANK) for depth in (512, 1024)]
+        dy = [self.count("dy", "backward", height, 64, 2048, "", RANK) for height in (128, 256)]
+        blocks, chunks = math.ceil(m / 128), math.ceil(n / 256)
+        partial = 4 * m * (RANK + DIRECTIONS) * chunks + 4 * blocks * RANK * n
+        moved = 2.0 * (m * n + n * k + m * k + (m + k) * 32) + 2 * 32 * n + 2 * m * 24 + partial
+        product = line(*gemm, (512, 1024), n, blocks * math.ceil(k / 128), moved)
+        launch = self.together(product, line(*dy, (128, 256), 128, blocks * math.ceil(n / 512), 0.0))
+        x_splits = self.grids(m, k, n)["x"][1]
+        finish = self.small(4 * RANK * (k * (x_splits + 1) + n * (blocks + 1)))
+        return self.pack(m, k, n, True) + launch + self.x(m, k, n) + finish
+
+
+def show(console: Console, title: str, rows: list[dict[str, Any]]) -> None:
+    table = Table(*rows[0], title=title)
+    for row in rows:
+        table.add_row(*(f"{v:.3f}" if isinstance(v, float) else str(v) for v in row.values()))
+    console.print(table)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path)
+    options = parser.parse_args()
+    reason = emulation.missing_tools()
+    if reason:
+        raise SystemExit(f"nothing can be emulated here: {reason}")
+    console = Console(width=170)
+    tables = {"cuda_passes": ("counted: the passes, M 2048, K = N = 1024, r 16, s 8, dropout 0.05", passes())}
+    if include_dir() is None:
+        console.print(
+            "CUTLASS's headers are not installed (pip install --no-deps nvidia-cutlass==4.2.0.0): no comparison"
+        )
+    else:
+        tables["cuda_beside_cutlass"] = ("counted: 512 x 512 x 512, bf16, r 16, s 8", beside_cutlass())
+    models = [Model(architecture) for architecture in CARDS]
+    bounds = [model.row(*shape) for model in models for shape in tqdm(SHAPES, desc=model.gpu.name, file=sys.stderr)]
+    tables["cuda_modelled"] = ("MODELLED bounds over that of the frozen product; r 16, s 8, dropout 0.05", bounds)
+    for name, (title, rows) in tables.items():
+        show(console, title, rows)
+        if options.out:
+            write_csv(options.out / f"{name}.csv", rows)
+
+
+if __name__ == "__main__":
+    main()

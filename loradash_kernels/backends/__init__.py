@@ -1,0 +1,1 @@
+"""Sets of kernels for the same calls."""

@@ -1,0 +1,187 @@
+"""The Triton backend: fused kernels for every GPU that Triton compiles to. Importing this needs no Triton.
+
+`missing` and `refuses` give the reasons against it in words; `forward` and `backward` fill what they are given.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import os
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from ...notices import warn_once
+
+if TYPE_CHECKING:
+    from .problem import Problem
+    from .target import Target
+
+MINIMUM = (3, 6)
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+@functools.cache
+def missing() -> str | None:
+    """Why Triton cannot be used here at all, or None."""
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed; `pip install triton` (or a CUDA or ROCm build of PyTorch, which brings it)"
+    import triton
+
+    found = tuple(int(part) for part in triton.__version__.split(".")[:2])
+    if found < MINIMUM:
+        return f"Triton {triton.__version__} is too old; {'.'.join(map(str, MINIMUM))} or newer is needed"
+    if interpreted():
+        return None
+    if not torch.cuda.is_available():
+        return "PyTorch sees no GPU"
+    return None
+
+
+def interpreted() -> bool:
+    """Does TRITON_INTERPRET=1 ask for Triton's interpreter, which runs kernels on the CPU?"""
+    return os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+
+def refuses(x: Tensor, width: int = 0) -> str | None:
+    """Why a call with this x and R = `width` cannot run, or None."""
+    from .tiles import MAX_WIDTH, TARGETS
+
+    if x.device.type == "cpu" and not interpreted():
+        return "x is on the CPU (TRITON_INTERPRET=1 would run the kernels there, slowly)"
+    if x.device.type not in ("cpu", "cuda"):
+        return f"x is on {x.device}"
+    if x.dtype not in _DTYPES:
+        return f"x is {x.dtype}, the Triton kernels take float32, bfloat16 and float16"
+    if width > MAX_WIDTH:
+        return f"r + s is {width}, the Triton kernels take at most {MAX_WIDTH}"
+    if target_of(x.device) is None:
+        return f"{architecture_of(x.device)} has no tile table; known are {', '.join(TARGETS)}"
+    return None
+
+
+@functools.cache
+def architecture_of(device: torch.device) -> str:
+    """ "sm_80", "gfx942", ...; the interpreter takes the tiles of sm_80."""
+    if device.type == "cpu":
+        return "sm_80"
+    if torch.version.hip:
+        return torch.cuda.get_device_properties(device).gcnArchName.split(":")[0]
+    major, minor = torch.cuda.get_device_capability(device)
+    return f"sm_{major}{minor}"
+
+
+def target_of(device: torch.device) -> Target | None:
+    """The target whose tiles a device takes: its own, or for an unlisted one the nearest older that is safe; or None."""
+    from .tiles import TARGETS, nearest
+
+    architecture = architecture_of(device)
+    return TARGETS.get(architecture) or nearest(architecture, _shared_limit(device))
+
+
+@functools.cache
+def _shared_limit(device: torch.device) -> int | None:
+    """The bytes of shared memory that a block may take, where this PyTorch tells."""
+    found = torch.cuda.get_device_properties(device) if device.type == "cuda" else None
+    return getattr(found, "shared_memory_per_block_optin", None)
+
+
+def _target_in_use(device: torch.device) -> Target:
+    target, architecture = target_of(device), architecture_of(device)
+    assert target is not None, "a device that `refuses` lets through has a target"
+    if target.name != architecture:
+        warn_once(
+            f"Triton's tiles for {architecture} are a guess, those of {target.name}: they may be slow or fail to compile. "
+            "LORADASH_TUNE=1 measures them; backend= asks for another backend"
+        )
+    return target
+
+
+def _problem(x: Tensor, *args: object) -> Problem:
+    from .problem import Problem
+
+    target, tf32 = _target_in_use(x.device), False
+    if x.device.type == "cuda":
+        target = replace(target, processors=torch.cuda.get_device_properties(x.device).multi_processor_count)
+        tf32 = x.dtype == torch.float32 and _tf32_allowed()
+    return Problem(x, *args, target, tf32)  # type: ignore[arg-type, call-arg]
+
+
+def _tf32_allowed() -> bool:
+    """By the newer of PyTorch's two settings, which does not let the older one be read once it was set."""
+    matmul = torch.backends.cuda.matmul
+    return matmul.fp32_precision == "tf32" if hasattr(matmul, "fp32_precision") else matmul.allow_tf32
+
+
+def forward(
+    x: Tensor,  # (M, K)
+    weight: Tensor | None,  # (N, K); None: the base product is in `base`
+    bias: Tensor | None,  # (N,)
+    lora_a: Tensor,
+    lora_b: Tensor,
+    dash_u: Tensor | None,
+    dash_vt: Tensor | None,
+    dash_sigma: Tensor | None,
+    seed: Tensor | None,
+    scaling: float,
+    threshold: int,
+    base: Tensor | None,  # (M, N)
+    y: Tensor,  # (M, N), written
+    p: Tensor,  # (M, R), written
+) -> None:
+    from . import tuner
+    from .plan import plan_forward
+
+    x, weight, bias, lora_a, lora_b, base = map(_stored, (x, weight, bias, lora_a, lora_b, base))
+    dash_u, dash_vt, dash_sigma = map(_stored, (dash_u, dash_vt, dash_sigma))
+    problem = _problem(x, weight, lora_a, lora_b, dash_u, dash_vt, dash_sigma, seed, scaling, threshold)
+    with _on(x.device):
+        strategy = tuner.choose("forward", problem, (x, weight))
+        for launch in plan_forward(problem, bias, base, y, p, strategy):
+            launch.run()
+
+
+def backward(
+    dy: Tensor,  # (M, N)
+    x: Tensor,
+    weight: Tensor | None,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    dash_u: Tensor | None,
+    dash_vt: Tensor | None,
+    dash_sigma: Tensor | None,
+    p: Tensor,
+    seed: Tensor | None,
+    scaling: float,
+    threshold: int,
+    dx: Tensor | None,  # (M, K), written; None: not wanted
+    da: Tensor | None,  # (r, K)
+    db_lora: Tensor | None,  # (N, r)
+    dsigma: Tensor | None,  # (s,)
+    dbias: Tensor | None,  # (N,)
+) -> None:
+    from . import tuner
+    from .plan import plan_backward
+
+    dy, x, weight, lora_a, lora_b = map(_stored, (dy, x, weight, lora_a, lora_b))
+    dash_u, dash_vt, dash_sigma = map(_stored, (dash_u, dash_vt, dash_sigma))
+    problem = _problem(x, weight, lora_a, lora_b, dash_u, dash_vt, dash_sigma, seed, scaling, threshold)
+    with _on(x.device):
+        strategy = tuner.choose("backward", problem, (dy, weight))
+        for launch in plan_backward(problem, dy, p, dx, da, db_lora, dsigma, dbias, strategy):
+            launch.run()
+
+
+def _stored(t: Any) -> Any:
+    """A tensor whose memory holds its values: what the dispatcher gives compiled operators, and these kernels lack."""
+    if t is None or not (t.is_neg() or t._is_zerotensor()):
+        return t
+    return t.resolve_neg().clone()
+
+
+def _on(device: torch.device) -> torch.cuda.device:
+    """Triton launches on the current device: make it that of x (-1 leaves it alone)."""
+    return torch.cuda.device(device if device.type == "cuda" else -1)

@@ -1,0 +1,111 @@
+"""Launches of the pre-launch kernels, each a pure function of tensors, and what runs them."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .kernels.prelaunch import highest_rates, jacobi_sweeps, sketch_product
+from .problem import Launch, power_of_two, tile_count
+
+SWEEPS = 20  # of Jacobi rotations; five to eight do, more say that something is wrong
+TOLERANCE = 2e-6  # of the cosine between two rows of a float32 matrix that count as orthogonal
+ORTHOGONAL = 1e-5  # a cosine that is left after the last sweep and still passes
+MAX_TRIPLETS = 8192  # whose rates one program compares in its registers
+MAX_RANK = 256
+
+
+def plan_sketch(w: Tensor, seed: Tensor, y: Tensor, precision: str = "ieee") -> Launch:
+    """y (L, N, width) float32 = w (L, N, K) times the Gaussian sketch of this seed (2,)."""
+    count, n, k = w.shape
+    width = y.shape[-1]
+    block_j = min(64, power_of_two(width))
+    args = {"w": w, "seed": seed, "y": y, "N": n, "K": k, "width": width}
+    args |= dict(zip(("stride_wl", "stride_wn", "stride_wk"), w.stride(), strict=True))
+    constants = {"BLOCK_N": 64, "BLOCK_J": block_j, "BLOCK_K": 16, "PRECISION": precision}
+    return Launch(sketch_product, (tile_count(n, 64), tile_count(width, block_j), count), args, constants, 8, 2)
+
+
+def plan_jacobi(x: Tensor, off: Tensor) -> Launch:
+    """Rotates the rows of x (L, rows, length) float32, contiguous, in place; off (L,)."""
+    count, rows, length = x.shape
+    block = power_of_two(length)
+    pairs = max(1, min(2048 // block, power_of_two(rows // 2)))
+    args = {"x": x, "off": off, "rows": rows, "length": length}
+    constants = {"SWEEPS": SWEEPS, "TOLERANCE": TOLERANCE, "BLOCK_P": pairs, "BLOCK": block}
+    return Launch(jacobi_sweeps, (count,), args, constants, max(4, pairs * block // 256))
+
+
+def plan_rates(
+    u: Tensor,  # (L, N, n)
+    v: Tensor,  # (L, K, n)
+    sigma: Tensor,  # (L, n)
+    b: Tensor,  # (L, N, r)
+    at: Tensor,  # (L, K, r)
+    scaling: float,
+    eps: float,
+    half: bool,
+    out: tuple[Tensor, Tensor, Tensor],  # rate (L, n), best (L, s), index (L, s)
+) -> Launch:
+    """As the kernel says; `half` for v = u and at = W Aᵀ."""
+    rate, best, index = out
+    count, rows, n = u.shape
+    args = {
+        "u": u,
+        "v": v,
+        "sigma": sigma,
+        "b": b,
+        "at": at,
+        "scaling": scaling,
+        "eps": eps,
+        "rate": rate,
+        "best": best,
+    }
+    args |= {"index": index, "arrived": torch.zeros(count, dtype=torch.int32, device=u.device)}
+    args |= {"n": n, "N": rows, "K": v.shape[1], "rank": b.shape[-1], "s": best.shape[-1]}
+    for tensor, names in ((u, "ul un ui"), (v, "vl vk vi"), (b, "bl bn br"), (at, "al ak ar")):
+        args |= {f"stride_{name}": stride for name, stride in zip(names.split(), tensor.stride(), strict=True)}
+    constants = {"HALF": half, "RANK": power_of_two(b.shape[-1]), "BLOCK_I": 32, "BLOCK_K": 16}
+    constants["BLOCK_ALL"] = power_of_two(n)
+    warps = 8 if constants["RANK"] >= 256 else 4  # more than registers of four, on consumer Blackwell
+    return Launch(highest_rates, (tile_count(n, 32), count), args, constants, warps, 2)
+
+
+def sketch(w: Tensor, seed: Tensor, width: int) -> Tensor:
+    """(L, N, width) float32: w (L, N, K) times the Gaussian sketch (K, width) of this seed, which is never in memory."""
+    y = w.new_empty(*w.shape[:-1], width, dtype=torch.float32)
+    tensor_cores = w.is_cuda and not torch.version.hip and torch.cuda.get_device_capability(w.device)[0] in (8, 9)
+    plan_sketch(w, seed, y, "tf32x3" if tensor_cores and w.dtype == torch.float32 else "ieee").run()
+    return y
+
+
+def jacobi(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """sigma (L, n) descending, vt (L, n, K) and the largest cosine left (L,), of x (L, n, K) float32, n <= K.
+
+    Rows of vt that belong to a zero sigma are zero.
+    """
+    peak = x.abs().amax((-2, -1), keepdim=True)
+    peak = torch.where(peak > 0, peak, 1.0)  # squares of what is left neither overflow nor vanish
+    rotated = (x / peak).contiguous()
+    off = x.new_empty(x.shape[0])
+    if rotated.numel():
+        plan_jacobi(rotated, off).run()
+    sigma, order = torch.linalg.vector_norm(rotated, dim=-1).sort(-1, descending=True)
+    vt = rotated.gather(-2, order[..., None].expand_as(rotated)) / sigma.clamp_min(1e-38)[..., None]
+    return sigma * peak[..., 0], vt, off
+
+
+def takes(n: int, rank: int) -> bool:
+    """Does the kernel of change rates take so many triplets at this LoRA rank?"""
+    return n <= MAX_TRIPLETS and rank <= MAX_RANK
+
+
+def rates(
+    u: Tensor, v: Tensor, sigma: Tensor, b: Tensor, at: Tensor, s: int, scaling: float, eps: float, half: bool
+) -> tuple[Tensor, Tensor]:
+    """The s highest rates and their indices (L, s); arguments as `plan_rates`."""
+    count, n = sigma.shape
+    rate, best = u.new_empty(count, n), u.new_empty(count, s)
+    index = torch.empty(count, s, dtype=torch.int64, device=u.device)
+    plan_rates(u, v, sigma.contiguous(), b, at, scaling, eps, half, (rate, best, index)).run()
+    return best, index

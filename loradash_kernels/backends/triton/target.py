@@ -1,0 +1,40 @@
+"""What a kernel is planned for: the tile of a product, and the GPU architecture that runs it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class TileConfig:
+    """How a kernel cuts its product: tiles of block_m x block_n, block_k deep; group_m rows of tiles share L2."""
+
+    block_m: int
+    block_n: int
+    block_k: int
+    num_warps: int
+    num_stages: int
+    group_m: int = 8
+    tight: bool = False  # takes every register: for depths that block_k divides and for R <= 64
+
+    def shared_bytes(self, itemsize: int) -> int:
+        """Shared memory of the operands in flight, as a planning figure: num_stages of both."""
+        return self.num_stages * (self.block_m + self.block_n) * self.block_k * itemsize
+
+
+@dataclass(frozen=True)
+class Target:
+    """What a GPU architecture offers: the most shared memory a block may take, and processors to fill (those of the
+    largest common card, until a running device's own count replaces it)."""
+
+    name: str
+    shared_limit: int
+    processors: int
+    warp_size: int = 32
+    matrix_instruction: str = "HMMA"
+    tf32: bool = True  # do matrix instructions take float32 rounded to TF32?
+
+    @property
+    def asynchronous(self) -> bool:
+        """Do matrix instructions run beside the program, which waits for them? Those cards copy by descriptors too."""
+        return self.matrix_instruction in ("HGMMA", "UTCHMMA")

@@ -1,0 +1,68 @@
+"""Dropout: its probability in 16 bits, the seed, and the mask that every backend draws for it."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+PHILOX_STEPS = 65536
+"""Dropout probabilities are multiples of 1 / 65536: 16 random bits an element."""
+
+_M0, _M1 = 0xD2511F53, 0xCD9E8D57
+_W0, _W1 = 0x9E3779B9, 0xBB67AE85
+_WORD = 0xFFFFFFFF
+
+
+def dropout_threshold(p: float) -> int:
+    """The 16-bit threshold below which an element is dropped. `p` is a probability in [0, 1); ValueError otherwise."""
+    if not 0.0 <= p < 1.0:
+        raise ValueError(f"dropout_p must be in [0, 1), got {p}")
+    return min(round(p * PHILOX_STEPS), PHILOX_STEPS - 1)
+
+
+def keep_scale(threshold: int) -> float:
+    """1 / (1 - p) for the p that the threshold stands for."""
+    return PHILOX_STEPS / (PHILOX_STEPS - threshold)
+
+
+def draw_seed(device: torch.device | str = "cpu") -> Tensor:
+    """(2,) int64: the key of Philox and the offset of its counter, 63 random bits each, from torch's generator."""
+    if torch.compiler.is_compiling():  # which knows no in-place draws
+        return torch.randint(0, 2**63 - 1, (2,), dtype=torch.int64, device=device)
+    return torch.empty(2, dtype=torch.int64, device=device).random_()
+
+
+def _product(constant: int, word: Tensor) -> tuple[Tensor, Tensor]:
+    """High and low 32 bits of constant * word; int64 tensors hold 32-bit words, so the factors are split in half."""
+    low = constant * (word & 0xFFFF)
+    high = constant * (word >> 16)
+    total = (high & 0xFFFF_FFFF_FFFF) + (low >> 16)
+    return (total >> 16) & _WORD, ((total & 0xFFFF) << 16) | (low & 0xFFFF)
+
+
+def philox_words(
+    seed: Tensor,  # (2,) int64: key, then counter offset
+    m: Tensor,  # broadcastable int64
+    block: Tensor,  # broadcastable int64, k // 8
+) -> list[Tensor]:
+    """The four 32-bit words of Philox4x32-10 (Salmon et al., SC 2011), counter (block, m, offset), as int64."""
+    key0, key1 = seed[0] & _WORD, (seed[0] >> 32) & _WORD
+    shape = torch.broadcast_shapes(m.shape, block.shape)
+    c = [block.expand(shape), m.expand(shape), (seed[1] & _WORD).expand(shape), ((seed[1] >> 32) & _WORD).expand(shape)]
+    for _ in range(10):
+        high0, low0 = _product(_M0, c[0])
+        high1, low1 = _product(_M1, c[2])
+        c = [high1 ^ c[1] ^ key0, low1, high0 ^ c[3] ^ key1, low0]
+        key0, key1 = (key0 + _W0) & _WORD, (key1 + _W1) & _WORD
+    return c
+
+
+def dropout_mask(seed: Tensor, threshold: int, m: int, k: int) -> Tensor:
+    """Keep mask (m, k), bool: the bits every backend draws for this seed (2,) int64 and 16-bit threshold."""
+    if threshold == 0:
+        return torch.ones(m, k, dtype=torch.bool, device=seed.device)
+    rows = torch.arange(m, device=seed.device)[:, None]
+    blocks = torch.arange((k + 7) // 8, device=seed.device)[None, :]
+    words = torch.stack(philox_words(seed, rows, blocks), dim=-1)  # (m, blocks, 4)
+    halves = torch.stack((words & 0xFFFF, words >> 16), dim=-1)  # (m, blocks, 4, 2)
+    return (halves.flatten(1)[:, :k] >= threshold).contiguous()

@@ -1,0 +1,290 @@
+"""Decompositions of frozen weights, kept on disk: a base model is decomposed once, every task after that launches from it."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import re
+import tempfile
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor, nn
+
+from loradash_kernels import Directions, task_specific_directions
+from loradash_kernels.directions.spectrum import Spectrum, choose_directions, decompose
+
+from .background import BackgroundDecomposition
+from .base_layers import is_sharded
+from .checkpoint import replace_file
+from .model import dash_layers
+
+FORMAT = "loradash-spectrum-2"
+GB = 2**30
+STALE_SECONDS = 86400  # after which a file that is still half written belongs to a process that was killed
+HASHED_ELEMENTS = 2**20  # at a time
+NAME = re.compile(r"[0-9a-f]{40}\.safetensors(?P<partial>.*\.partial)?")
+
+
+class _File(NamedTuple):
+    path: Path
+    used: float
+    bytes: int
+    partial: bool
+
+
+class SpectralCache:
+    """Spectra on disk, one safetensors file a weight, named by a hash of the weight's values.
+
+    A graded square weight takes (n / 12)(2 n + 1) float32 numbers, a sixth of its own in float32, and from n = 1536 on
+    128 (2 n + 1); any other the square of its short side in float16; and where the condition number is above 50, or W
+    deficient, all triplets in float32.
+
+    A weight is found again by its values: on any device, in any layout, stored as (N, K) or transposed, and in float32
+    where it was bfloat16 or float16 before, as long as no value was rounded.
+
+    A cache is a convenience. A folder that cannot be made, read or written, a full disk, a damaged file: each is warned of
+    once, and the decomposition is computed. Files are written whole or not at all, by any number of processes. When the
+    folder exceeds `max_bytes`, those used longest ago are deleted, and so are halves of files that are a day old. Files of
+    another version are never found again, and go in their turn.
+
+    Args:
+        folder: default $LORADASH_CACHE/spectra, or ~/.cache/loradash/spectra.
+        max_bytes: of all files together; 0 for no limit.
+    """
+
+    def __init__(self, folder: str | os.PathLike | None = None, max_bytes: int = 32 * GB) -> None:
+        self.folder = Path(folder) if folder is not None else _default_folder()
+        self.max_bytes = max_bytes
+        self._said: set[str] = set()
+
+    def size(self) -> int:
+        """Bytes on disk, halves of files included."""
+        return sum(file.bytes for file in self._files())
+
+    def has(self, weight: Tensor) -> bool:
+        """Is there a file for this weight (N, K)? It is not read."""
+        return any(self._exists(self._path(matrix)) for matrix, _ in _layouts(weight))
+
+    def spectrum(self, weight: Tensor, method: str = "auto") -> Spectrum:
+        """That of a weight (N, K): from disk, or decomposed now and kept. method "exact" wants all triplets.
+
+        Raises ValueError as `decompose` does, never for the state of the disk.
+        """
+        return self._spectrum(weight, method, self._write_or_warn)
+
+    def keep(self, weight: Tensor, method: str = "auto") -> Spectrum:
+        """As `spectrum`, but raises OSError where the decomposition cannot be kept."""
+        return self._spectrum(weight, method, self._write)
+
+    def directions(
+        self, weight: Tensor, lora_a: Tensor, lora_b: Tensor, s: int, scaling: float, method: str = "auto"
+    ) -> Directions:
+        """The task-specific directions of one layer, as `task_specific_directions`, from the kept spectrum.
+
+        A tail that proves too short for this update is replaced by the full spectrum, for good. Raises ValueError as
+        `task_specific_directions` does, never for the state of the disk.
+        """
+        spectrum = self.spectrum(weight, method)
+        found = _choose(spectrum, weight, lora_a, lora_b, s, scaling)
+        if found is None and spectrum.route == "tail":
+            found = _choose(self.spectrum(weight, "exact"), weight, lora_a, lora_b, s, scaling)
+        if found is None:
+            found = task_specific_directions(weight, lora_a, lora_b, s, scaling=scaling, method=method)
+            self._warn(
+                "unfit", f"what is kept of a weight {tuple(weight.shape)} fails its check; it is decomposed again"
+            )
+        return found
+
+    def start(self, model: nn.Module) -> BackgroundDecomposition:
+        """Decomposes the adapted layers' weights in a process of its own, at the lowest priority, while training runs.
+
+        Layers with sharded parameters are left out, with a warning, as only all processes together can gather them; so are
+        offloaded ones, which training brings in and sends away meanwhile.
+        """
+        layers = dash_layers(model)
+        merged = [name for name, layer in layers.items() if layer.merged]
+        if merged:
+            raise ValueError(f"unmerge(model) before its weights are decomposed; merged: {', '.join(merged[:4])}")
+        left_out = [
+            n for n, layer in layers.items() if layer.weight.is_meta or any(map(is_sharded, layer.parameters()))
+        ]
+        if left_out:
+            warnings.warn(
+                f"loradash: {len(left_out)} of {len(layers)} layers are sharded or offloaded and cannot be read in the "
+                f"background; launch decomposes them: {', '.join(left_out[:4])}",
+                stacklevel=2,
+            )
+        return BackgroundDecomposition(self, [layers[name].weight_nk for name in layers if name not in left_out])
+
+    def _spectrum(self, weight: Tensor, method: str, write: Callable[[Path, Spectrum], None]) -> Spectrum:
+        paths = []
+        for matrix, turned in _layouts(weight):
+            paths.append(self._path(matrix))
+            found = self._read(paths[-1], matrix)
+            if found is not None and not (method == "exact" and found.route == "tail"):
+                return found.transposed() if turned else found
+        matrix, turned = next(_layouts(weight))
+        made = decompose(matrix, method)[0]
+        write(paths[0], made)
+        return made.transposed() if turned else made
+
+    # --- files -------------------------------------------------------------------------------------------------------
+
+    def _path(self, matrix: Tensor) -> Path:
+        return self.folder / f"{weight_hash(matrix)}.safetensors"
+
+    def _exists(self, path: Path) -> bool:
+        try:
+            return path.is_file()
+        except (OSError, ValueError):  # of a folder that may not be entered, or whose name is none
+            return False
+
+    def _files(self) -> list[_File]:
+        """Spectra, and the halves of them that somebody writes. Nothing else in the folder is ours."""
+        found = []
+        with contextlib.suppress(OSError, ValueError), os.scandir(self.folder) as entries:
+            for entry in entries:
+                name = NAME.fullmatch(entry.name)
+                with contextlib.suppress(OSError):  # another process deleted it
+                    if name and entry.is_file():
+                        about = entry.stat()
+                        partial = name["partial"] is not None
+                        found.append(_File(Path(entry.path), about.st_mtime, about.st_size, partial))
+        return found
+
+    def _read(self, path: Path, matrix: Tensor) -> Spectrum | None:
+        if not self._exists(path):
+            return None
+        try:
+            with safe_open(str(path), framework="pt") as opened:
+                header = opened.metadata() or {}
+                if header.get("format") != FORMAT:
+                    raise ValueError(f"format {header.get('format')!r}, wanted {FORMAT!r}")
+                tensors = {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118
+            if header["checksum"] != _checksum(tensors):
+                raise ValueError("the checksum differs")
+            spectrum = Spectrum(header["route"], tensors["sigma"], tensors.get("u"), tensors.get("vt"))
+            if not spectrum.fits(matrix):
+                raise ValueError(f"it is of another shape than the weight's {tuple(matrix.shape)}")
+        except FileNotFoundError:  # another process deleted it
+            return None
+        except (SafetensorError, OSError, KeyError, RuntimeError, TypeError, ValueError) as error:
+            cause = f"read {error.errno}" if isinstance(error, OSError) else str(path)
+            self._warn(cause, f"{path} is damaged or cannot be read ({error}); the weight is decomposed again")
+            return None
+        try:
+            os.utime(path)  # used now
+        except OSError as error:
+            self._warn(f"utime {error.errno}", f"that {path} was used cannot be noted ({error})")
+        return spectrum
+
+    def _write_or_warn(self, path: Path, spectrum: Spectrum) -> None:
+        try:
+            self._write(path, spectrum)
+        except (OSError, ValueError) as error:
+            cause = f"write {error.errno}" if isinstance(error, OSError) else "write"
+            self._warn(cause, f"{path} cannot be written ({error}); decompositions are made, but not kept")
+
+    def _write(self, path: Path, spectrum: Spectrum) -> None:
+        tensors = {name: t.cpu().contiguous() for name, t in spectrum.tensors().items()}
+        header = {"format": FORMAT, "route": spectrum.route, "checksum": _checksum(tensors)}
+        data = save(tensors, metadata=header)
+        replace_file(path, lambda temporary: _write_bytes(temporary, data))
+        self._trim(path)
+
+    def _trim(self, kept: Path) -> None:
+        """Deletes stale halves of files, then what was used longest ago until the folder fits; never the file just written."""
+        files = self._files()
+        stale = time.time() - STALE_SECONDS
+        removed = [file for file in files if file.partial and file.used < stale and self._remove(file.path)]
+        left = [file for file in files if file not in removed]
+        excess = sum(file.bytes for file in left) - self.max_bytes if self.max_bytes else 0
+        for file in sorted(left, key=lambda file: file.used):
+            if excess <= 0:
+                return
+            if not file.partial and file.path != kept and self._remove(file.path):
+                excess -= file.bytes
+
+    def _remove(self, path: Path) -> bool:
+        try:
+            path.unlink(missing_ok=True)
+        except OSError as error:
+            self._warn(f"remove {error.errno}", f"{path} cannot be deleted ({error}); the cache may outgrow its limit")
+            return False
+        return True
+
+    def _warn(self, cause: str, text: str) -> None:
+        """Once per cause."""
+        if cause not in self._said:
+            self._said.add(cause)
+            warnings.warn(f"loradash: {text}", stacklevel=2)
+
+
+def _default_folder() -> Path:
+    root = os.environ.get("LORADASH_CACHE")
+    if root:
+        return Path(root) / "spectra"
+    try:
+        return Path.home() / ".cache" / "loradash" / "spectra"
+    except RuntimeError:  # a user without a home, as in many containers
+        return Path(tempfile.gettempdir()) / "loradash" / "spectra"
+
+
+def _choose(
+    spectrum: Spectrum, weight: Tensor, lora_a: Tensor, lora_b: Tensor, s: int, scaling: float
+) -> Directions | None:
+    if spectrum.sigma.shape[0] < s:
+        return None
+    return choose_directions(spectrum, weight, lora_a, lora_b, s, scaling=scaling)
+
+
+def _layouts(weight: Tensor) -> Iterator[tuple[Tensor, bool]]:
+    """The matrix (rows as they lie in memory) of a weight (N, K), then its transpose; and whether that is the weight's own.
+
+    transformers' Conv1D stores (K, N), of which the weight is a view: the file of either serves the other, and the first
+    is nearly always the right one, without a copy.
+    """
+    if weight.dim() != 2:
+        raise ValueError(f"weight has shape {tuple(weight.shape)}; wanted (N, K)")
+    turned = weight.mT.is_contiguous() and not weight.is_contiguous()
+    first = weight.mT if turned else weight
+    yield first, turned
+    yield first.mT, not turned
+
+
+def weight_hash(matrix: Tensor) -> str:
+    """Of the shape and the values of a matrix, row by row; float16 and bfloat16 count as the float32 numbers they are.
+
+    Neither device nor strides matter. float64 stays apart.
+    """
+    wide = torch.float64 if matrix.dtype == torch.float64 else torch.float32
+    digest = hashlib.blake2b(digest_size=20)
+    digest.update(json.dumps([FORMAT, list(matrix.shape), str(wide)]).encode())
+    for rows in matrix.detach().split(max(1, HASHED_ELEMENTS // max(1, matrix.shape[1]))):
+        digest.update(_bytes(rows.cpu().to(wide)))
+    return digest.hexdigest()
+
+
+def _bytes(t: Tensor) -> memoryview:
+    return t.contiguous().flatten().view(torch.uint8).numpy().data
+
+
+def _write_bytes(path: str, data: bytes) -> None:
+    Path(path).write_bytes(data)
+
+
+def _checksum(tensors: dict[str, Tensor]) -> str:
+    digest = hashlib.blake2b(digest_size=20)
+    for name in sorted(tensors):
+        digest.update(name.encode())
+        digest.update(_bytes(tensors[name]))
+    return digest.hexdigest()

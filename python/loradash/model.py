@@ -1,0 +1,332 @@
+"""Puts adapters into a model and finds them there."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import warnings
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from .attention import call_adapted_layers
+from .base_layers import is_linear
+from .bypass import bypassed_children, child_at
+from .config import DashConfig, matches, unmatched
+from .linear import DashLinear
+
+STATE = "_loradash_state"
+
+
+@dataclass
+class DashState:
+    """What a run must remember besides tensors; travels with the model and in the adapter file."""
+
+    config: DashConfig
+    step: int = 0  # optimizer steps taken
+    dash_only: bool = False  # are A and B frozen?
+    schedules: int = 0  # made for this model; the last one counts
+
+    def claim(self) -> int:
+        """The number of a new schedule."""
+        self.schedules += 1
+        return self.schedules
+
+
+# --- finding ---------------------------------------------------------------------------------------------------------
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The module that `apply_dash` was called on, wherever it sits in `model` (inside DistributedDataParallel, an engine,
+    torch.compile, a larger model); `model` itself where there is none. Raises ValueError where there are several."""
+    found = [module for module in model.modules() if STATE in module.__dict__]
+    if len(found) > 1:
+        kinds = ", ".join(type(module).__name__ for module in found)
+        raise ValueError(f"{len(found)} parts of the model were adapted apart ({kinds}); pass one of them")
+    return found[0] if found else model
+
+
+def dash_state(model: nn.Module) -> DashState:
+    """The state that `apply_dash` left on a model. Raises ValueError where there is none."""
+    state = unwrap(model).__dict__.get(STATE)
+    if state is None:
+        raise ValueError("the model has no LoRA-Dash adapters; call apply_dash(model, config) first")
+    return state
+
+
+_WRAPPERS = re.compile(r"(^|\.)(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)(?=\.|$)")
+
+
+def plain_name(name: str) -> str:
+    """A module's name without the names that torch.compile, FSDP and activation checkpointing put into it."""
+    return _WRAPPERS.sub("", name).lstrip(".")
+
+
+def dash_layers(model: nn.Module) -> dict[str, DashLinear]:
+    """All adapted layers by plain name; a layer that occurs twice, under its first name."""
+    return {plain_name(name): m for name, m in unwrap(model).named_modules() if isinstance(m, DashLinear)}
+
+
+def reshard(model: nn.Module) -> None:
+    """Sends parameters that FSDP2 left gathered after a forward pass back to their shards, which are the ones that last."""
+    for module in model.modules():
+        if hasattr(module, "reshard") and hasattr(module, "unshard"):
+            module.reshard()  # type: ignore[operator]
+
+
+# --- adapting --------------------------------------------------------------------------------------------------------
+
+
+def apply_dash(model: nn.Module, config: DashConfig | None = None) -> nn.Module:
+    """Replaces linear layers by `DashLinear` around them, in place, and freezes everything else.
+
+    nn.Linear and transformers' Conv1D give up their weight and bias; subclasses, quantised, hooked and offloaded layers
+    are kept whole (docs/layers.md has the table). A module that occurs twice becomes one adapted layer; a weight tied to
+    another module's stays tied. Modules in `config.trainable_modules` keep training as they are.
+
+    Returns the model. Raises ValueError, with the model unchanged: nothing matches, or a setting does not; adapted or
+    wrapped (DistributedDataParallel, FSDP) already; a layer that cannot be adapted, or that its parent passes by.
+    """
+    config = config or DashConfig()
+    given = model
+    model = model._modules.get("_orig_mod") or model  # torch.compile traces the changed module anew
+    _check_model(model)
+    _check_patterns(model, config)
+    chosen = target_layers(model, config)
+    _check_parents(model, chosen, config)
+    adapted = {module: _around(name, module, config) for name, module in chosen.items()}
+    trained = _trained_parameters(model, config)
+    _check_ties(adapted.values(), trained)
+
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    for layer in adapted.values():
+        layer.freeze_base()
+    for parent in list(model.modules()):
+        for child, module in parent._modules.items():  # named_children would skip a module's second name
+            if module in adapted:
+                parent._modules[child] = adapted[module]
+    for parent in list(model.modules()):
+        if any(isinstance(module, DashLinear) for module in parent.modules()):
+            call_adapted_layers(parent)
+    for parameter in trained:
+        parameter.requires_grad_(True)
+    setattr(model, STATE, DashState(config))
+    return given
+
+
+def _check_model(model: nn.Module) -> None:
+    if is_linear(model) or isinstance(model, DashLinear):
+        raise ValueError(
+            f"the model is itself one layer, {type(model).__name__}; adapt it by DashLinear.from_linear(layer, config)"
+        )
+    for name, module in model.named_modules():
+        if isinstance(module, DashLinear) or STATE in module.__dict__:
+            raise ValueError(f"the model has LoRA-Dash adapters already{f', in {name}' if name else ''}")
+        if hasattr(module, "base_layer") and type(module).__module__.startswith("peft."):
+            raise ValueError(f"{name} has an adapter of PEFT; merge_and_unload it first")
+        if isinstance(module, _wrappers()):
+            raise ValueError(f"{name or 'the model'} is wrapped in {type(module).__name__}; apply_dash comes before it")
+
+
+def _wrappers() -> tuple[type[nn.Module], ...]:
+    """Wrappers that have taken note of the parameters: those of adapters would never be reduced over processes."""
+    found: list[type[nn.Module]] = [nn.parallel.DistributedDataParallel, nn.DataParallel]
+    if torch.distributed.is_available():
+        from torch.distributed.fsdp import FullyShardedDataParallel
+
+        found.append(FullyShardedDataParallel)
+    return tuple(found)
+
+
+def _linear_layers(model: nn.Module) -> dict[str, nn.Module]:
+    return {plain_name(name): module for name, module in model.named_modules() if is_linear(module)}
+
+
+def _check_patterns(model: nn.Module, config: DashConfig) -> None:
+    linears = _linear_layers(model)
+    if not target_layers(model, config):
+        raise ValueError(
+            f"target_modules={config.target_modules!r} matches none of the {len(linears)} linear layers: "
+            f"{', '.join(list(linears)[:8])}{', ...' if len(linears) > 8 else ''}"
+        )
+    problems = unmatched(config, list(linears), [plain_name(name) for name, _ in model.named_modules()])
+    if problems:
+        raise ValueError("; ".join(problems))
+
+
+def target_layers(model: nn.Module, config: DashConfig) -> dict[str, nn.Module]:
+    """The layers that these settings adapt in a model without adapters, by plain name. Not what is part of another one."""
+    found: dict[str, nn.Module] = {}
+    inside: set[nn.Module] = set()
+    for name, module in _linear_layers(model).items():  # the outer ones come first
+        if is_target(name, config) and module not in inside:
+            found[name] = module
+            inside.update(module.modules())
+    return found
+
+
+def _check_parents(model: nn.Module, chosen: dict[str, nn.Module], config: DashConfig) -> None:
+    """Refuses (or with config.bypassed="warn" tells) where a parent's own code multiplies by a chosen child's weight."""
+    places = {
+        child_at(parent, child): place
+        for parent in model.modules()
+        for child, place in bypassed_children(parent).items()
+    }
+    found = {name: places[module] for name, module in chosen.items() if module in places}
+    if not found:
+        return
+    shown = ", ".join(f"{name} (in {place})" for name, place in list(found.items())[:4])
+    leave_out = sorted({name.rpartition(".")[2] for name in found})
+    text = (
+        f"{len(found)} layers whose parent multiplies by their weight itself, so that an adapter would be passed by: "
+        f"{shown}{', ...' if len(found) > 4 else ''}. Leave them out by exclude_modules={leave_out}"
+    )
+    if config.bypassed == "refuse":
+        raise ValueError(f'{text}, or where that code never runs, set bypassed="warn"')
+    warnings.warn(f"loradash: {text}", stacklevel=3)
+
+
+def _around(name: str, module: nn.Module, config: DashConfig) -> DashLinear:
+    try:
+        layer = DashLinear.around(module, config.for_module(name))
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{name}: {error}") from error
+    layer.name = name
+    return layer
+
+
+def _trained_parameters(model: nn.Module, config: DashConfig) -> list[nn.Parameter]:
+    """Parameters of the modules that train as a whole. Raises ValueError for one that cannot."""
+    found = []
+    for name, module in trainable_modules(model, config).items():
+        for key, parameter in module.named_parameters():
+            if not parameter.is_floating_point():
+                raise ValueError(f"trainable_modules: {name}.{key} is {parameter.dtype} and cannot train")
+            found.append(parameter)
+    return found
+
+
+def _check_ties(adapted: Iterable[DashLinear], trained: list[nn.Parameter]) -> None:
+    """An adapted layer's own weight is frozen: it cannot be one that trains elsewhere."""
+    training = {id(p) for p in trained}
+    tied = [layer.name for layer in adapted if layer.base is None and id(layer.weight) in training]
+    if tied:
+        raise ValueError(
+            f"trainable_modules: the weight of {', '.join(tied[:4])} is tied to one of theirs and would have to train; leave "
+            "out either"
+        )
+
+
+def is_target(name: str, config: DashConfig) -> bool:
+    """Do these settings adapt a linear layer of this name?"""
+    wanted = config.target_modules is None or matches(name, config.target_modules)
+    return wanted and not matches(name, config.exclude_modules) and not _trains_whole(name, config)
+
+
+def _trains_whole(name: str, config: DashConfig) -> bool:
+    parts = name.split(".")
+    return any(matches(".".join(parts[: i + 1]), config.trainable_modules) for i in range(len(parts)))
+
+
+def trainable_modules(model: nn.Module, config: DashConfig) -> dict[str, nn.Module]:
+    """The modules that train as a whole, outermost only, by plain name."""
+    found: dict[str, nn.Module] = {}
+    for wrapped, module in unwrap(model).named_modules():
+        name = plain_name(wrapped)
+        if (
+            name not in found
+            and matches(name, config.trainable_modules)
+            and not any(name.startswith(f + ".") for f in found)
+        ):
+            found[name] = module
+    return found
+
+
+# --- switches --------------------------------------------------------------------------------------------------------
+
+
+def merge(model: nn.Module) -> None:
+    """Adds every layer's ΔW to its weight, for inference without adapters. All layers or, where one cannot, none.
+
+    Of a model sharded by FSDP2 every process must call this. Raises ValueError, naming the layer (`DashLinear.merge`).
+    """
+    reshard(model)
+    done: list[DashLinear] = []
+    try:
+        for layer in dash_layers(model).values():
+            if not layer.merged:
+                layer.merge()
+                done.append(layer)
+    except BaseException:
+        for layer in done:
+            layer.unmerge()
+        raise
+
+
+def unmerge(model: nn.Module) -> None:
+    """Undoes `merge`, bit for bit."""
+    reshard(model)
+    for layer in dash_layers(model).values():
+        layer.unmerge()
+
+
+@contextlib.contextmanager
+def disable(model: nn.Module) -> Iterator[nn.Module]:
+    """Within the block the model is the frozen base model. Merged layers are unmerged for its length."""
+    layers = list(dash_layers(model).values())
+    before = [(layer.enabled, layer.merged) for layer in layers]
+    for layer in layers:
+        layer.unmerge()
+        layer.enabled = False
+    try:
+        yield model
+    finally:
+        for layer, (enabled, merged) in zip(layers, before, strict=True):
+            layer.enabled = enabled
+            if merged:
+                layer.merge()
+
+
+def dash_only(model: nn.Module) -> None:
+    """From now on only Δσ trains: A and B are frozen. Raises ValueError before launch."""
+    layers = dash_layers(model)
+    waiting = [name for name, layer in layers.items() if not bool(layer.launched)]
+    if waiting:
+        raise ValueError(f"dash_only comes after launch; still in pre-launch: {', '.join(waiting[:4])}")
+    for layer in layers.values():
+        layer.lora_a.requires_grad_(False)
+        layer.lora_b.requires_grad_(False)
+    dash_state(model).dash_only = True
+
+
+# --- summary ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Summary:
+    """Counts of parameters."""
+
+    layers: int
+    adapters: int
+    other_trainable: int
+    total: int
+
+    def __str__(self) -> str:
+        trainable = self.adapters + self.other_trainable
+        return (
+            f"{self.layers} layers adapted; {trainable:,} of {self.total:,} parameters train "
+            f"({100 * trainable / max(self.total, 1):.2f}%): {self.adapters:,} in adapters, {self.other_trainable:,} elsewhere"
+        )
+
+
+def summary(model: nn.Module) -> Summary:
+    """How many parameters train, and where."""
+    layers = dash_layers(model)
+    ours = {id(p) for m in layers.values() for p in (m.lora_a, m.lora_b, m.dash_sigma)}
+    parameters = list(unwrap(model).parameters())
+    adapters = sum(p.numel() for p in parameters if id(p) in ours and p.requires_grad)
+    other = sum(p.numel() for p in parameters if id(p) not in ours and p.requires_grad)
+    return Summary(len(layers), adapters, other, sum(p.numel() for p in parameters))

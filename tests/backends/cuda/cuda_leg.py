@@ -1,0 +1,62 @@
+"""What a build with CUDA must pass where there is no GPU: links, imports, registers, traces. Run by `make cuda-check`; on a
+machine with a GPU the operator's own tests follow with backend="cuda"."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+import loradash_kernels as lk
+from loradash_kernels.backends import extension
+from loradash_kernels.testing import make_case
+
+
+def test_build():
+    assert extension.compiled().cuda_architectures == [800, 860, 890]
+    for name in ("forward", "backward"):
+        assert getattr(torch.ops.loradash_cuda, name).default._schema.arguments[-1].name == "tile"
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_says_what_is_missing():
+    assert lk.available_backends()["cuda"] == "PyTorch sees no GPU"
+    case = make_case(4, 8, 8, 2, 2, torch.bfloat16)
+    tensors = dict(case.tensors)
+    x, weight, bias = tensors.pop("x"), tensors.pop("weight"), tensors.pop("bias")
+    with pytest.raises(RuntimeError, match="backend='cuda' cannot run: PyTorch sees no GPU"):
+        lk.dash_linear(x, weight, bias, **tensors, backend="cuda")
+
+
+@pytest.mark.parametrize("dropout_p", [0.0, 0.1])
+def test_traces_on_fake_cuda_tensors(dropout_p):
+    """Shapes, dtypes and devices, as torch.compile sees them. The backward operator is called by itself: PyTorch's engine asks
+    the driver for the device even of fake tensors."""
+    with FakeTensorMode(), torch.no_grad():
+
+        def empty(*shape, dtype=torch.float32):
+            return torch.empty(*shape, dtype=dtype, device="cuda")
+
+        x, weight = empty(2, 5, 16, dtype=torch.bfloat16), empty(24, 16, dtype=torch.bfloat16)
+        adapters = [empty(4, 16), empty(24, 4), empty(24, 3), empty(3, 16), empty(3)]
+        names = ("lora_a", "lora_b", "dash_u", "dash_vt", "dash_sigma")
+        y = lk.dash_linear(x, weight, None, **dict(zip(names, adapters, strict=True)), dropout_p=dropout_p)
+        assert y.shape == (2, 5, 24) and y.dtype == torch.bfloat16 and y.device.type == "cuda"
+        dy, p = empty(10, 24, dtype=torch.bfloat16), empty(10, 7)
+        grads = torch.ops.loradash.dash_linear_backward(
+            dy, x.view(10, 16), weight, *adapters, p, None, 2.0, 0, [True] * 5, None
+        )
+        assert [tuple(g.shape) for g in grads] == [(10, 16), (4, 16), (24, 4), (3,), (24,)]
+        assert all(g.device.type == "cuda" for g in grads)
+
+
+def test_launch_errors_name_the_kernel():
+    """Without a GPU the first launch must fail, in words."""
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    x = torch.zeros(8, 16, dtype=torch.bfloat16)
+    with pytest.raises(Exception, match=r"[Cc][Uu][Dd][Aa]|device"):
+        torch.ops.loradash_cuda.forward(
+            x, torch.zeros(8, 16, dtype=torch.bfloat16), None, torch.zeros(2, 16), torch.zeros(8, 2), None, None, None,
+            None, 1.0, 0, None, torch.empty(8, 8, dtype=torch.bfloat16), torch.empty(8, 2),
+        )  # fmt: skip

@@ -1,0 +1,207 @@
+"""Every CUDA kernel in every configuration, executed from its PTX without a GPU, against float64.
+
+The emulator raises on races, unwritten or out-of-bounds reads, misaligned accesses, missing waits and deadlocks, so a
+case that passes has none of them. Outputs and workspace are NaN before.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from support import cuda_emulation as emulation
+from support.layouts import slices, transposed
+
+from loradash_kernels.random import dropout_mask, keep_scale
+from loradash_kernels.testing import check_error_rule, make_case
+
+pytestmark = [
+    pytest.mark.emulated,
+    pytest.mark.skipif(emulation.missing_tools() is not None, reason=str(emulation.missing_tools())),
+]
+
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+TILES = ("128x256", "128x128", "64x128", "64x64")
+
+
+def check(case, **options):
+    check_error_rule(case, emulation.emulated_run(case, **options))
+
+
+@pytest.mark.parametrize("tile", TILES)
+@pytest.mark.parametrize("dtype", [BF16, FP16])
+@pytest.mark.parametrize("layout", ["rows", "columns"])
+def test_tiles(tile, dtype, layout):
+    """Every tile in both orders of W, every option on; more tiles than one in both directions."""
+    case = make_case(300, 264, 520, 16, 8, dtype, adapter_dtype=FP32, dropout_p=0.1)
+    if layout == "columns":
+        case.tensors["weight"] = case.tensors["weight"].t().contiguous().t()
+    check(case, tile=tile)
+
+
+@pytest.mark.parametrize("dtype", [BF16, FP16])
+@pytest.mark.parametrize(
+    "shape", [(1, 64, 64, 8, 8), (37, 56, 72, 4, 3), (130, 96, 200, 5, 3), (129, 65, 33, 16, 8), (64, 8, 8, 1, 1), (5, 7, 3, 2, 1), (5, 0, 8, 2, 1), (200, 1000, 24, 4, 4)]
+)  # fmt: skip
+def test_ragged_shapes(shape, dtype):
+    """Rows of whole 16-byte chunks, and the path for those that are not."""
+    check(make_case(*shape, dtype, adapter_dtype=FP32, dropout_p=0.3))
+
+
+@pytest.mark.parametrize("seed", [1, 2, 3, 4])
+def test_schedules(seed):
+    """Other interleavings of warps and blocks, with fewer blocks resident than there are."""
+    check(
+        make_case(330, 96, 1100, 8, 4, FP16, adapter_dtype=FP32, dropout_p=0.2),
+        seed=seed,
+        sms=2,
+        ctas_per_sm=1,
+        processors=6,
+    )
+
+
+@pytest.mark.parametrize(
+    ("r", "s"), [(4, 0), (0, 4), (0, 0), (23, 9), (24, 8), (32, 0), (31, 1), (40, 8), (64, 8), (100, 60), (200, 56), (256, 0)]
+)  # fmt: skip
+def test_ranks(r, s):
+    check(make_case(150, 96, 136, r, s, BF16, adapter_dtype=FP32, dropout_p=0.1))
+
+
+@pytest.mark.parametrize("m", [600, 1300])
+def test_splits_of_rows(m):
+    """Several programs over M for dB, db and dA, several chunks of columns for G."""
+    check(make_case(m, 136, 1040, 16, 8, BF16, adapter_dtype=FP32, dropout_p=0.1))
+
+
+@pytest.mark.parametrize("adapter_dtype", [BF16, FP16, FP32])
+def test_adapter_dtypes(adapter_dtype):
+    check(make_case(70, 80, 96, 8, 4, BF16, adapter_dtype=adapter_dtype, dropout_p=0.1))
+
+
+@pytest.mark.parametrize("options", [{"bias": False}, {"dropout_p": 0.0}, {"dropout_p": 0.9}])
+def test_options(options):
+    check(make_case(70, 80, 96, 8, 4, BF16, adapter_dtype=FP32, **options))
+
+
+@pytest.mark.parametrize("n", [120, 121])
+def test_low_rank_update(n):
+    check(make_case(100, 80, n, 8, 4, BF16, adapter_dtype=FP32, dropout_p=0.1), base=False)
+
+
+@pytest.mark.parametrize("layout", [slices, transposed])
+@pytest.mark.parametrize("dtype", [FP16, BF16])
+def test_layouts(layout, dtype):
+    case = make_case(70, 96, 80, 8, 4, dtype, adapter_dtype=FP32, dropout_p=0.1)
+    layout(case)
+    check(case)
+
+
+def test_rows_far_apart():
+    """Aligned rows with room between them that must not be read as data."""
+    case = make_case(70, 96, 80, 8, 4, BF16, adapter_dtype=FP32, dropout_p=0.1)
+    for name in ("x", "weight"):
+        t = case.tensors[name]
+        wide = torch.full((t.shape[0], t.shape[1] + 24), float("nan"), dtype=BF16)
+        wide[:, : t.shape[1]] = t
+        case.tensors[name] = wide[:, : t.shape[1]]
+    check(case)
+
+
+@pytest.mark.parametrize("wanted", ["x", "lora_a", "lora_b", "dash_sigma", "bias"])
+def test_one_gradient_alone(wanted):
+    """The others are not touched, and cost no launch of their own."""
+    case = make_case(90, 72, 80, 8, 4, BF16, adapter_dtype=FP32, dropout_p=0.1)
+    torch.manual_seed(case.seed)
+    full = emulation.emulated_run(case)
+    found = emulation.emulated_run(case, only=wanted)
+    assert torch.equal(found[wanted], full[wanted])
+    assert set(found) == {"y", wanted}
+
+
+def test_same_bits_from_run_to_run():
+    """Whatever order the programs run in."""
+    case = make_case(700, 72, 1100, 8, 4, BF16, adapter_dtype=FP32, dropout_p=0.1)
+    first = emulation.emulated_run(case, seed=1, sms=3)
+    for seed in (2, 3):
+        again = emulation.emulated_run(case, seed=seed, sms=1, ctas_per_sm=4)
+        assert all(torch.equal(first[name], again[name]) for name in first)
+
+
+def test_same_mask_as_the_reference():
+    """x of ones through D of ones counts the kept elements of each row: equal to the reference's mask, row by row."""
+    case = make_case(130, 200, 16, 1, 0, BF16, adapter_dtype=FP32, dropout_p=0.4, bias=False)
+    case.tensors["x"].fill_(1.0), case.tensors["lora_a"].fill_(1.0)
+    out = {"y": torch.empty(130, 16, dtype=BF16), "p": torch.empty(130, 1)}
+    torch.manual_seed(case.seed)
+    seed = emulation.draw_seed()
+    launches, kept = emulation.plan(case, out, "forward", seed, None, (108, 163 * 1024), "")
+    emulation.emulate(launches, [*out.values(), seed, *kept], "sm_80")
+    threshold = emulation.dropout_threshold(0.4)
+    counts = dropout_mask(seed, threshold, 130, 200).sum(1)
+    assert torch.equal((out["p"][:, 0] / keep_scale(threshold)).round().long(), counts)
+
+
+def test_other_architectures():
+    """The binary for RTX 3090 is compiled from other PTX."""
+    check(make_case(200, 136, 264, 16, 8, BF16, adapter_dtype=FP32, dropout_p=0.1), architecture="sm_86")
+
+
+# --- a product and the pass over its left operand in one launch: forward, and dx ---------------------------------------------------------------------------------------
+
+ONE_LAUNCH = ("one_launch_128x128", "one_launch_64x128")
+
+
+@pytest.mark.parametrize("tile", ONE_LAUNCH)
+@pytest.mark.parametrize("dtype", [BF16, FP16])
+@pytest.mark.parametrize("layout", ["rows", "columns"])
+def test_one_launch(tile, dtype, layout):
+    case = make_case(300, 136, 400, 16, 8, dtype, adapter_dtype=FP32, dropout_p=0.1)
+    if layout == "columns":
+        case.tensors["weight"] = case.tensors["weight"].t().contiguous().t()
+    check(case, tile=tile)
+
+
+def test_one_launch_is_one_launch():
+    """Beside the packing: one forward; dx with the pass over dy, the pass over x, the second stage of the sums backward."""
+    case = make_case(300, 136, 400, 16, 8, BF16, adapter_dtype=FP32)
+    names = emulation.planned_names(case, ONE_LAUNCH[0])
+    assert names == [
+        ["pack_bf16", "one_launch_128x128_rows_bf16"],
+        ["pack_bf16", "dx_one_launch_128x128_columns_bf16", "x_16_bf16", "finish_sums"],
+    ]
+    assert [len(found) for found in emulation.planned_names(case, "")] == [3, 5]
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2, 3, 4, 5])
+def test_one_launch_waits_for_nobody_absent(seed):
+    """One processor that holds one block at a time, and more blocks of rows than programs: whoever waits must find the work
+    already done."""
+    case = make_case(700, 64, 200, 8, 4, FP16, adapter_dtype=FP32)
+    check(case, tile="one_launch_64x128", seed=seed, sms=1, ctas_per_sm=1, processors=2)
+    check(case, tile="one_launch_64x128", seed=seed, sms=2, ctas_per_sm=2, processors=3)
+
+
+@pytest.mark.parametrize("shape", [(200, 65, 80, 8, 4), (200, 64, 80, 30, 8), (1, 16, 8, 4, 2), (1, 8, 1000, 4, 2)])
+def test_one_launch_where_it_cannot_be(shape):
+    """Rows that are not aligned, too many ranks: two launches take the call. One row: it can."""
+    check(make_case(*shape, BF16, adapter_dtype=FP32), tile="one_launch_64x128")
+
+
+@pytest.mark.parametrize("tile", ["", "one_launch_64x128"])
+def test_offsets_beyond_two_to_the_31(tile):
+    """A row stride of 2^30 elements: three rows span more than 2^31. The memory is reserved, never touched between."""
+    case = make_case(3, 32, 32, 4, 2, FP16, adapter_dtype=FP32)
+    expected = emulation.emulated_run(case, tile=tile)
+    for name in ("x", "dy"):
+        try:
+            memory = torch.empty(2**31 + 64, dtype=FP16)
+        except RuntimeError as error:
+            pytest.skip(f"4 GB of address space: {error}")
+        far = memory.as_strided((3, 32), (2**30, 1))
+        if name == "x":
+            far.copy_(case.x)
+            case.tensors["x"] = far
+        else:
+            far.copy_(case.dy)
+            case.dy = far
+    found = emulation.emulated_run(case, tile=tile)
+    assert all(torch.equal(found[name], expected[name]) for name in expected)

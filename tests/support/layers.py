@@ -1,0 +1,130 @@
+"""Linear layers of every kind that a model may hold."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from loradash import DashConfig
+from torch import nn
+from torch.nn import functional as F
+from torch.nn.utils import prune
+
+WIDTH = 32
+
+
+def config(**settings):
+    return DashConfig(**{"r": 4, "directions": 4, **settings})
+
+
+class Renamed(nn.Linear):
+    """A subclass that computes as nn.Linear does."""
+
+
+class Scaled(nn.Linear):
+    def forward(self, x):
+        return 3 * super().forward(x)
+
+
+class Richer(nn.Linear):
+    """Computes as nn.Linear does, and has more for code outside to use."""
+
+    def __init__(self, *args):
+        super().__init__(*args)
+        self.gain = nn.Parameter(torch.full((WIDTH,), 2.0))
+
+    def doubled(self, x):
+        return 2 * self(x)
+
+
+class Called(nn.Linear):
+    def __call__(self, x):
+        return 2 * super().__call__(x)
+
+
+class Tuple(nn.Linear):
+    """Megatron's layers return their bias beside the output."""
+
+    def forward(self, x):
+        return super().forward(x), None
+
+
+def linear():
+    return nn.Linear(WIDTH, WIDTH)
+
+
+def hooked():
+    layer = linear()
+    layer.register_forward_hook(lambda module, args, output: None)
+    return layer
+
+
+def renaming():
+    layer = linear()
+    layer.register_state_dict_post_hook(lambda module, state, prefix, _: state.update({f"{prefix}tag": torch.ones(1)}))
+    return layer
+
+
+def patched():
+    layer = linear()
+    layer.forward = lambda x: 2 * F.linear(x, layer.weight, layer.bias)
+    return layer
+
+
+def pruned():
+    return prune.l1_unstructured(linear(), "weight", amount=0.5)
+
+
+def parametrized():
+    return nn.utils.parametrizations.weight_norm(linear())
+
+
+def conv1d():
+    return pytest.importorskip("transformers.pytorch_utils").Conv1D(WIDTH, WIDTH)
+
+
+def bitnet():
+    layer = pytest.importorskip("transformers.integrations.bitnet").AutoBitLinear(WIDTH, WIDTH, bias=False)
+    layer.weight.data = torch.randint(-1, 2, (WIDTH, WIDTH)).float()
+    layer.weight_scale.fill_(0.05)
+    return layer
+
+
+def int8():
+    torchao = pytest.importorskip("torchao.quantization")
+    model = nn.Sequential(linear())
+    torchao.quantize_(model, torchao.Int8WeightOnlyConfig())
+    return model[0]
+
+
+def four_bit():
+    bnb = pytest.importorskip("bitsandbytes")
+    layer = bnb.nn.Linear4bit(64, 64, compute_dtype=torch.float32, quant_type="nf4")
+    layer.load_state_dict(nn.Linear(64, 64).state_dict())
+    return layer.to("cpu")
+
+
+def offloaded():
+    accelerate = pytest.importorskip("accelerate")
+    model = nn.Sequential(linear())
+    accelerate.cpu_offload(model, execution_device=torch.device("cpu"))
+    return model[0]
+
+
+LAYERS = {
+    "`nn.Linear`": (linear, "adopted"),
+    "subclass of `nn.Linear` that inherits its forward": (lambda: Renamed(WIDTH, WIDTH), "adopted"),
+    "transformers' `Conv1D`": (conv1d, "adopted"),
+    "subclass with a forward of its own (FP8, QAT, routers, ...)": (lambda: Scaled(WIDTH, WIDTH), "kept whole"),
+    "subclass with methods, parameters or buffers of its own": (lambda: Richer(WIDTH, WIDTH), "kept whole"),
+    "subclass with a `__call__` of its own": (lambda: Called(WIDTH, WIDTH), "kept whole"),
+    "transformers' `AutoBitLinear` (BitNet)": (bitnet, "kept whole"),
+    "torchao int8 weight": (int8, "kept whole"),
+    "bitsandbytes `Linear4bit`": (four_bit, "kept whole"),
+    "layer with forward or backward hooks": (hooked, "kept whole"),
+    "layer with hooks on its state dict": (renaming, "kept whole"),
+    "layer whose `forward` was patched": (patched, "kept whole"),
+    "layer that accelerate offloads": (offloaded, "kept whole"),
+    "parametrized layer (`weight_norm`, ...)": (parametrized, "kept whole"),
+    "pruned layer (`torch.nn.utils.prune`)": (pruned, "kept whole"),
+    "`nn.LazyLinear` before its first call": (lambda: nn.LazyLinear(WIDTH), "refused"),
+}
