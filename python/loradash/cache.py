@@ -21,10 +21,10 @@ from torch import Tensor, nn
 
 from loradash_kernels import Directions, task_specific_directions
 from loradash_kernels.directions.spectrum import Spectrum, choose_directions, decompose
+from loradash_kernels.files import replace_file
 
 from .background import BackgroundDecomposition
 from .base_layers import is_sharded
-from .checkpoint import replace_file
 from .model import dash_layers
 
 FORMAT = "loradash-spectrum-2"

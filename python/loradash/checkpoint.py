@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
-import secrets
-import stat
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,6 +11,8 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+
+from loradash_kernels.files import replace_file
 
 from .base_layers import features, is_sharded, whole
 from .config import DashConfig
@@ -56,28 +54,6 @@ class Adapter(NamedTuple):
 def _file(path: str | os.PathLike) -> Path:
     path = Path(path)
     return path if path.suffix == ".safetensors" else path / FILE_NAME
-
-
-def replace_file(path: Path, write: Callable[[str], None]) -> None:
-    """Writes beside `path` and renames: readers see the old file or the new one, never half of one.
-
-    The file gets the permissions that the umask leaves to a new one.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = f"{path}{secrets.token_hex(8)}.partial"
-    descriptor = os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666)
-    mode = stat.S_IMODE(os.fstat(descriptor).st_mode)
-    os.close(descriptor)
-    try:
-        write(temporary)
-        os.chmod(temporary, mode)  # a writer may have put a file of its own in the place of this one
-        with open(temporary, "rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            os.unlink(temporary)
-        raise
 
 
 # --- tensors of a model ----------------------------------------------------------------------------------------------

@@ -17,9 +17,11 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from loradash_kernels.files import replace_file
+
 from .base_layers import whole as gathered
 from .bypass import child_at, mended_children
-from .checkpoint import module_tensors, replace_file
+from .checkpoint import module_tensors
 from .linear import DashLinear
 from .model import dash_layers, dash_state, disable, plain_name, reshard, trainable_modules, unwrap
 

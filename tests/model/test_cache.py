@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from loradash_kernels import task_specific_directions
+from loradash_kernels.files import replace_file
 
 
 def gaussian(n, k, seed=0):
@@ -387,7 +388,7 @@ def test_nothing_is_left_of_a_write_that_failed(cache, monkeypatch):
 
 def test_mode_of_files_is_that_of_every_new_file(cache, tmp_path):
     """Whatever `replace_file` gives to adapters, spectra get too."""
-    loradash.checkpoint.replace_file(tmp_path / "other", lambda name: open(name, "w").close())
+    replace_file(tmp_path / "other", lambda name: open(name, "w").close())
     cache.spectrum(torch.randn(6, 8))
     (file,) = cache.folder.iterdir()
     assert stat.S_IMODE(file.stat().st_mode) == stat.S_IMODE((tmp_path / "other").stat().st_mode)

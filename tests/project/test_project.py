@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[2]
 # never the other way.
 FLOORS = {
     "loradash_kernels": (
-        "_version", "notices", "random", "calls", "backends", "packed_weights", "composite", "ops", "flops", "autograd",
+        "_version", "files", "notices", "random", "calls", "backends", "packed_weights", "composite", "ops", "flops", "autograd",
         "arguments", "functional", "directions", "testing", "__init__",
     ),
     "loradash_kernels/backends": ("__init__", "extension", "tuning", "reference", "triton", "cuda"),

@@ -9,17 +9,15 @@ from __future__ import annotations
 import pytest
 import torch
 from support import triton_emulation as emulation
+from support.layouts import slices, transposed
 
+from loradash_kernels.backends.triton.target import TileConfig
 from loradash_kernels.testing import check_error_rule, make_case
 
 pytestmark = [
     pytest.mark.emulated,
     pytest.mark.skipif(emulation.missing_tools() is not None, reason=str(emulation.missing_tools())),
 ]
-
-from support.layouts import slices, transposed
-
-from loradash_kernels.backends.triton.target import TileConfig  # noqa: E402
 
 if emulation.missing_tools() is None:
     from loradash_kernels.backends.triton.problem import Strategy, descriptors_fit
