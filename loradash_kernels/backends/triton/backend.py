@@ -1,7 +1,4 @@
-"""The Triton backend: fused kernels for every GPU that Triton compiles to. Importing this needs no Triton.
-
-`missing` and `refuses` give the reasons against it in words; `forward` and `backward` fill what they are given.
-"""
+"""The Triton backend: fused kernels for every GPU that Triton compiles to. Importing this needs no Triton."""
 
 from __future__ import annotations
 
@@ -9,17 +6,27 @@ import functools
 import importlib.util
 import os
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor
 
+from ...calls import BackwardCall, ForwardCall
 from ...notices import warn_once
+from .. import tuning
+
+C = TypeVar("C", ForwardCall, BackwardCall)
 
 if TYPE_CHECKING:
-    from .problem import Problem
+    from collections.abc import Callable
+
+    from .problem import KernelLaunch, LibraryProduct, Problem
+    from .strategies import Strategy
     from .target import Target
 
+    Plan = Callable[[Problem[C], Strategy | None], list[KernelLaunch | LibraryProduct]]
+
+name = "triton"
 MINIMUM = (3, 6)
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -100,14 +107,15 @@ def _target_in_use(device: torch.device) -> Target:
     return target
 
 
-def _problem(x: Tensor, *args: object) -> Problem:
+def _problem(call: C) -> Problem[C]:
     from .problem import Problem
 
+    x = call.x
     target, tf32 = _target_in_use(x.device), False
     if x.device.type == "cuda":
         target = replace(target, processors=torch.cuda.get_device_properties(x.device).multi_processor_count)
         tf32 = x.dtype == torch.float32 and _tf32_allowed()
-    return Problem(x, *args, target, tf32)  # type: ignore[arg-type, call-arg]
+    return Problem(type(call)(*map(_stored, call)), target, tf32)
 
 
 def _tf32_allowed() -> bool:
@@ -116,63 +124,28 @@ def _tf32_allowed() -> bool:
     return matmul.fp32_precision == "tf32" if hasattr(matmul, "fp32_precision") else matmul.allow_tf32
 
 
-def forward(
-    x: Tensor,  # (M, K)
-    weight: Tensor | None,  # (N, K); None: the base product is in `base`
-    bias: Tensor | None,  # (N,)
-    lora_a: Tensor,
-    lora_b: Tensor,
-    dash_u: Tensor | None,
-    dash_vt: Tensor | None,
-    dash_sigma: Tensor | None,
-    seed: Tensor | None,
-    scaling: float,
-    threshold: int,
-    base: Tensor | None,  # (M, N)
-    y: Tensor,  # (M, N), written
-    p: Tensor,  # (M, R), written
-) -> None:
-    from . import tuner
-    from .plan import plan_forward
+def forward(call: ForwardCall) -> None:
+    from .plan.forward import plan_forward
 
-    x, weight, bias, lora_a, lora_b, base = map(_stored, (x, weight, bias, lora_a, lora_b, base))
-    dash_u, dash_vt, dash_sigma = map(_stored, (dash_u, dash_vt, dash_sigma))
-    problem = _problem(x, weight, lora_a, lora_b, dash_u, dash_vt, dash_sigma, seed, scaling, threshold)
-    with _on(x.device):
-        strategy = tuner.choose("forward", problem, (x, weight))
-        for launch in plan_forward(problem, bias, base, y, p, strategy):
+    _run(_problem(call), plan_forward)
+
+
+def backward(call: BackwardCall) -> None:
+    from .plan.backward import plan_backward
+
+    _run(_problem(call), plan_backward)
+
+
+def _run(problem: Problem[C], plan: Plan[C]) -> None:
+    from .strategies import candidates
+
+    def run(strategy: Strategy | None) -> None:
+        for launch in plan(problem, strategy):
             launch.run()
 
-
-def backward(
-    dy: Tensor,  # (M, N)
-    x: Tensor,
-    weight: Tensor | None,
-    lora_a: Tensor,
-    lora_b: Tensor,
-    dash_u: Tensor | None,
-    dash_vt: Tensor | None,
-    dash_sigma: Tensor | None,
-    p: Tensor,
-    seed: Tensor | None,
-    scaling: float,
-    threshold: int,
-    dx: Tensor | None,  # (M, K), written; None: not wanted
-    da: Tensor | None,  # (r, K)
-    db_lora: Tensor | None,  # (N, r)
-    dsigma: Tensor | None,  # (s,)
-    dbias: Tensor | None,  # (N,)
-) -> None:
-    from . import tuner
-    from .plan import plan_backward
-
-    dy, x, weight, lora_a, lora_b = map(_stored, (dy, x, weight, lora_a, lora_b))
-    dash_u, dash_vt, dash_sigma = map(_stored, (dash_u, dash_vt, dash_sigma))
-    problem = _problem(x, weight, lora_a, lora_b, dash_u, dash_vt, dash_sigma, seed, scaling, threshold)
-    with _on(x.device):
-        strategy = tuner.choose("backward", problem, (dy, weight))
-        for launch in plan_backward(problem, dy, p, dx, da, db_lora, dsigma, dbias, strategy):
-            launch.run()
+    # Triton launches on the current device: it becomes that of x (-1 leaves it alone).
+    with torch.cuda.device(problem.x.device if problem.x.is_cuda else -1):
+        run(tuning.choose(name, problem.call, lambda: candidates(problem), run, problem.precision))
 
 
 def _stored(t: Any) -> Any:
@@ -180,8 +153,3 @@ def _stored(t: Any) -> Any:
     if t is None or not (t.is_neg() or t._is_zerotensor()):
         return t
     return t.resolve_neg().clone()
-
-
-def _on(device: torch.device) -> torch.cuda.device:
-    """Triton launches on the current device: make it that of x (-1 leaves it alone)."""
-    return torch.cuda.device(device if device.type == "cuda" else -1)
