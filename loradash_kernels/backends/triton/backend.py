@@ -150,6 +150,6 @@ def _run(problem: Problem[C], plan: Plan[C]) -> None:
 
 def _stored(t: Any) -> Any:
     """A tensor whose memory holds its values: what the dispatcher gives compiled operators, and these kernels lack."""
-    if t is None or not (t.is_neg() or t._is_zerotensor()):
+    if not isinstance(t, Tensor) or not (t.is_neg() or t._is_zerotensor()):
         return t
     return t.resolve_neg().clone()
