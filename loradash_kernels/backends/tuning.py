@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from .._version import __version__
-from ..calls import Call
+from ..calls import Call, ForwardCall
 from ..files import replace_file
 from ..notices import warn_once
 
@@ -39,8 +39,8 @@ class Measurements:
     def __init__(self, file: str) -> None:
         self._file = file
         self._known: dict[str, str] | None = None
-        # What the names stand for, key by key; None where the asker's default holds in this process.
-        self.chosen: dict[str, Any] = {}
+        # What calls take in this process, by their traits: no text to make for a call that was seen before.
+        self.chosen: dict[tuple, Any] = {}
 
     def path(self) -> Path:
         folder = os.environ.get("LORADASH_CACHE")
@@ -60,6 +60,7 @@ class Measurements:
     def remember(self, key: str, name: str) -> None:
         """Adds an entry to memory and to the file, with what other processes have added meanwhile."""
         self.known()[key] = name
+        self.chosen.clear()
         path = Path(self._file)
         try:
             path = self.path()
@@ -98,23 +99,26 @@ def choose(
     owner: who asks. run: runs the whole call by a candidate; measuring writes the call's results again and again.
     extra: what tells calls apart that look the same to `key`.
     """
-    if (owner, call.pass_) in _forced:
+    if _forced and (owner, call.pass_) in _forced:
         return _forced[owner, call.pass_]
     tune_now = os.environ.get("LORADASH_TUNE") == "1"
     if not tune_now and not MEASURED.known():
         return None
+    traits = (tune_now, *_traits(owner, call, extra))
+    if traits in MEASURED.chosen:
+        return MEASURED.chosen[traits]
     name = key(owner, call, *extra)
-    if name in MEASURED.chosen:
-        return MEASURED.chosen[name]
-    found = MEASURED.known().get(name)
+    found, best = MEASURED.known().get(name), None
     if found is not None:
-        MEASURED.chosen[name] = next((c for c in candidates() if str(c) == found), None)
+        best = next((c for c in candidates() if str(c) == found), None)
     elif tune_now and call.x.is_cuda and call.x.shape[0] > 0:
         # Streams, captures and events are the current device's.
         with torch.cuda.device(call.x.device):
-            if not torch.cuda.is_current_stream_capturing():
-                tune(name, candidates(), run)
-    return MEASURED.chosen.get(name)
+            if torch.cuda.is_current_stream_capturing():
+                return None
+            best = tune(name, candidates(), run)
+    MEASURED.chosen[traits] = best
+    return best
 
 
 @contextlib.contextmanager
@@ -132,21 +136,27 @@ def forced(owner: str, **candidates: Any) -> Iterator[None]:
 def key(owner: str, call: Call, *extra: object) -> str:
     """What a measurement holds for: GPU, versions, dtype, layouts of the large operands, M rounded up to a power of two,
     every other size; and which tensors there are, seed of dropout and wanted gradients among them."""
+    _, fields, device, dtype, rows, sizes, layouts, _ = _traits(owner, call, extra)
+    card = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    tensors = " ".join(f"{name}:{size}" for name, size in zip(fields, sizes, strict=True) if size is not None)
+    parts = (owner, card, _versions(), call.pass_, dtype, rows, tensors, " ".join(layouts), *extra)
+    return "/".join(map(str, parts))
+
+
+def _traits(owner: str, call: Call, extra: tuple) -> tuple:
+    """What tells calls of this process apart, the sizes of their tensors field by field."""
     x = call.x
-    card = torch.cuda.get_device_name(x.device) if x.is_cuda else x.device.type
     rows = 1 << max(x.shape[0] - 1, 0).bit_length()
-    tensors = " ".join(
-        f"{name}:{t.shape[-1]}{_layout(t) if name in ('x', 'weight', 'dy') else ''}"
-        for name, t in zip(call._fields, call, strict=True)
-        if isinstance(t, Tensor)
-    )
-    return "/".join(map(str, (owner, card, _versions(), call.pass_, x.dtype, rows, tensors, *extra)))
+    sizes = tuple(t.shape[-1] if isinstance(t, Tensor) else None for t in call)
+    left = call.x if isinstance(call, ForwardCall) else call.dy
+    layouts = (_layout(left), "none" if call.weight is None else _layout(call.weight))
+    return owner, call._fields, x.device, x.dtype, rows, sizes, layouts, extra
 
 
 def _layout(t: Tensor) -> str:
-    """Does a matrix lie by rows ("n") or not ("t"), and does every row begin at a multiple of 16 bytes ("a")?"""
-    aligned = t.data_ptr() % 16 == 0 and t.stride(0) * t.element_size() % 16 == 0
-    return ("n" if t.stride(1) == 1 else "t") + ("a" if aligned else "")
+    """Does a matrix lie by rows or not, and does every row begin at a multiple of 16 bytes?"""
+    order = "rows" if t.stride(1) == 1 else "columns"
+    return order + ", aligned" if t.data_ptr() % 16 == 0 and t.stride(0) * t.element_size() % 16 == 0 else order
 
 
 @functools.cache
@@ -171,9 +181,7 @@ def tune(
         best = candidates[0] if len(candidates) == 1 else _fastest(candidates, run, timer or milliseconds)
     except RuntimeError as error:
         warn_once(f"tuning failed, the table decides for {name}: {error}")
-        MEASURED.chosen[name] = None
         return None
-    MEASURED.chosen[name] = best
     MEASURED.remember(name, str(best))
     return best
 

@@ -69,6 +69,14 @@ def test_nothing_fits(cache, call):
     assert chosen(call) is None and not cache.exists()
 
 
+def test_a_failure_is_not_repeated(card, cache, monkeypatch):
+    card(8, 6)
+    monkeypatch.setenv("LORADASH_TUNE", "1")
+    monkeypatch.setattr(tuning, "milliseconds", scripted([RuntimeError("no")] * 3))
+    with pytest.warns(UserWarning, match="tuning failed"):
+        assert [chosen(forward_call(OnCard())) for _ in range(2)] == [None, None]
+
+
 def test_one_candidate_needs_no_clock(cache, call):
     assert tuning.tune("a key", ["alone"], lambda name: None, scripted([])) == "alone"
 

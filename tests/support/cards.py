@@ -16,6 +16,15 @@ class OnCard:
     def __init__(self, dtype=torch.bfloat16, shape=(8, 16)):
         self.dtype, self.shape = dtype, torch.Size(shape)
 
+    def stride(self, axis):
+        return (self.shape[1], 1)[axis]
+
+    def element_size(self):
+        return self.dtype.itemsize
+
+    def data_ptr(self):
+        return 0
+
     def get_device(self):
         return self.device.index
 

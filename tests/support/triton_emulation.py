@@ -11,7 +11,6 @@ import re
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,7 @@ import torch
 
 from loradash_kernels.backends.triton.plan.backward import plan_backward
 from loradash_kernels.backends.triton.plan.forward import plan_forward
-from loradash_kernels.backends.triton.problem import KernelLaunch, LibraryProduct, Problem
+from loradash_kernels.backends.triton.problem import KernelLaunch, Plan, Problem
 from loradash_kernels.backends.triton.strategies import Strategy
 from loradash_kernels.backends.triton.target import Target
 from loradash_kernels.backends.triton.tiles import TARGETS
@@ -84,7 +83,7 @@ def emulated_run(
     return results(case, out, base)
 
 
-def run_plan(plan: Sequence[KernelLaunch | LibraryProduct], architecture: str, **options: Any) -> None:
+def run_plan(plan: Plan, architecture: str, **options: Any) -> None:
     for launch in plan:
         if isinstance(launch, KernelLaunch):
             emulate(launch, compile_launch(launch, architecture), **options)

@@ -5,8 +5,9 @@ from __future__ import annotations
 import functools
 import importlib.util
 import os
+from collections.abc import Callable
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,17 +15,10 @@ from torch import Tensor
 from ...calls import BackwardCall, ForwardCall
 from ...notices import warn_once
 from .. import tuning
-
-C = TypeVar("C", ForwardCall, BackwardCall)
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
-
-    from .problem import KernelLaunch, LibraryProduct, Problem
-    from .strategies import Strategy
-    from .target import Target
-
-    Plan = Callable[[Problem[C], Strategy | None], list[KernelLaunch | LibraryProduct]]
+from .problem import C, Plan, Problem
+from .strategies import Strategy, candidates
+from .target import Target
+from .tiles import MAX_WIDTH, TARGETS, nearest
 
 name = "triton"
 MINIMUM = (3, 6)
@@ -55,8 +49,6 @@ def interpreted() -> bool:
 
 def refuses(x: Tensor, width: int = 0) -> str | None:
     """Why a call with this x and R = `width` cannot run, or None."""
-    from .tiles import MAX_WIDTH, TARGETS
-
     if x.device.type == "cpu" and not interpreted():
         return "x is on the CPU (TRITON_INTERPRET=1 would run the kernels there, slowly)"
     if x.device.type not in ("cpu", "cuda"):
@@ -83,8 +75,6 @@ def architecture_of(device: torch.device) -> str:
 
 def target_of(device: torch.device) -> Target | None:
     """The target whose tiles a device takes: its own, or for an unlisted one the nearest older that is safe; or None."""
-    from .tiles import TARGETS, nearest
-
     architecture = architecture_of(device)
     return TARGETS.get(architecture) or nearest(architecture, _shared_limit(device))
 
@@ -108,8 +98,6 @@ def _target_in_use(device: torch.device) -> Target:
 
 
 def _problem(call: C) -> Problem[C]:
-    from .problem import Problem
-
     x = call.x
     target, tf32 = _target_in_use(x.device), False
     if x.device.type == "cuda":
@@ -136,9 +124,7 @@ def backward(call: BackwardCall) -> None:
     _run(_problem(call), plan_backward)
 
 
-def _run(problem: Problem[C], plan: Plan[C]) -> None:
-    from .strategies import candidates
-
+def _run(problem: Problem[C], plan: Callable[[Problem[C], Strategy | None], Plan]) -> None:
     def run(strategy: Strategy | None) -> None:
         for launch in plan(problem, strategy):
             launch.run()

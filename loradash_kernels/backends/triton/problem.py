@@ -46,6 +46,7 @@ class LibraryProduct:
             torch.addmm(self.bias, self.a, b, out=self.out)
 
 
+Plan = list[KernelLaunch | LibraryProduct]
 C = TypeVar("C", ForwardCall, BackwardCall)
 
 

@@ -10,7 +10,7 @@ from ....calls import BackwardCall, accumulator
 from .. import tiles
 from ..kernels import backward as bwd
 from ..kernels import descriptor as desc
-from ..problem import KernelLaunch, LibraryProduct, Problem, descriptor, round_up, strides, tile_count, wide
+from ..problem import KernelLaunch, LibraryProduct, Plan, Problem, descriptor, round_up, strides, tile_count, wide
 from ..strategies import Strategy, descriptors_fit
 from ..target import TileConfig
 
@@ -25,9 +25,7 @@ _RANK_STEP = 32
 _MIN_ROWS = 256
 
 
-def plan_backward(
-    problem: Problem[BackwardCall], strategy: Strategy | None = None
-) -> list[KernelLaunch | LibraryProduct]:
+def plan_backward(problem: Problem[BackwardCall], strategy: Strategy | None = None) -> Plan:
     """The wanted ones of dx (M, K), dA (r, K), dB (N, r), d(sigma) (s,), db (N,)."""
     call, m, n = problem.call, problem.m, problem.n
     if m == 0 or n == 0:
@@ -39,7 +37,7 @@ def plan_backward(
     dbias = call.dbias
     needs_g = problem.width > 0 and any(grad is not None for grad in (dx, da, dsigma))
     f32 = accumulator(problem.x.dtype)
-    launches: list[KernelLaunch | LibraryProduct] = []
+    launches: Plan = []
 
     tile = tiles.pick_dy(problem.target, problem.itemsize, problem.r_block)
     parts, (splits, rows) = tile_count(n, tile.block_n), splits_of_m(problem, n, tile.block_n, tile.block_m)
@@ -126,9 +124,7 @@ def _sum_g(
     )  # fmt: skip
 
 
-def _dx(
-    problem: Problem[BackwardCall], t: Tensor | None, d: Tensor | None, dx: Tensor, strategy: Strategy
-) -> list[KernelLaunch | LibraryProduct]:
+def _dx(problem: Problem[BackwardCall], t: Tensor | None, d: Tensor | None, dx: Tensor, strategy: Strategy) -> Plan:
     dy, weight, target = problem.call.dy, problem.weight, problem.target
     depth = 1 if strategy.kind == "library" else problem.n
     tile = strategy.tile or tiles.pick_gemm(target, problem.itemsize, problem.m, problem.k, depth, problem.r_block)

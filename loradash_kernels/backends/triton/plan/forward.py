@@ -16,6 +16,7 @@ from ..kernels import forward as fwd
 from ..problem import (
     KernelLaunch,
     LibraryProduct,
+    Plan,
     Problem,
     descriptor,
     power_of_two,
@@ -30,9 +31,7 @@ from ..target import TileConfig
 _PACK_N = 64
 
 
-def plan_forward(
-    problem: Problem[ForwardCall], strategy: Strategy | None = None
-) -> list[KernelLaunch | LibraryProduct]:
+def plan_forward(problem: Problem[ForwardCall], strategy: Strategy | None = None) -> Plan:
     """y (M, N) and P (M, R). `base` (M, N) replaces the base product where there is no weight."""
     if problem.m == 0:
         return []
@@ -50,7 +49,7 @@ def plan_forward(
     r_step = min(tile.block_k, problem.r_block) if by_descriptors else tile.block_k
     r_width = round_up(problem.width, r_step)
     t = packed = problem.x
-    launches: list[KernelLaunch | LibraryProduct] = []
+    launches: Plan = []
     if problem.width:
         t, packed = problem.empty(problem.m, r_width), _packed_q(problem, r_width)
         launches.append(_down(problem, r_width, t, packed))
