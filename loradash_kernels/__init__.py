@@ -5,6 +5,7 @@ LoRA-Dash: Si et al., "Unleashing the Power of Task-Specific Directions in Param
 
 from . import flops
 from ._version import __version__
+from .backends.registry import BackendChoice, available_backends, explain_backend
 from .directions.linalg import Triplets, batched_randomized_svd
 from .directions.rates import (
     ChangeRates,
@@ -15,7 +16,6 @@ from .directions.rates import (
     task_specific_directions,
 )
 from .functional import dash_linear, low_rank_update
-from .ops import BackendChoice, available_backends, explain_backend
 from .packed_weights import enable_packed_weights, packed_weight_bytes
 
 __all__ = [

@@ -7,6 +7,7 @@ x (an alias), P in fp32, the parameters and 16 bytes of seed.
 
 from __future__ import annotations
 
+from operator import itemgetter
 from typing import Any
 
 import torch
@@ -16,6 +17,12 @@ from torch.autograd import forward_ad
 from . import ops
 
 _TWICE = "loradash: second derivatives are not implemented; the gradients of dash_linear cannot be differentiated again"
+
+# The arguments whose gradients the backward operator gives, in its order, and those that it takes from the forward pass.
+_LEAVES = ("x", "lora_a", "lora_b", "dash_sigma", "bias")
+_SAVED = ("x", "weight", "lora_a", "lora_b", "dash_u", "dash_vt", "dash_sigma")
+_FROZEN = ("weight", "dash_u", "dash_vt")
+_OPTIONS = ("scaling", "threshold", "backend")
 
 
 def _gradients(direct: bool, *args: Any) -> tuple[Tensor, ...]:
@@ -27,7 +34,8 @@ def _gradients(direct: bool, *args: Any) -> tuple[Tensor, ...]:
     if (
         not direct
         or type(dy) is not Tensor
-        or type(x) is not Tensor  # a hook on saved tensors may give back what it likes
+        # A hook on saved tensors may give back what it likes.
+        or type(x) is not Tensor
         or torch.is_grad_enabled()
         or torch.compiler.is_compiling()
         or torch._C._len_torch_dispatch_stack()
@@ -38,100 +46,85 @@ def _gradients(direct: bool, *args: Any) -> tuple[Tensor, ...]:
     return ops.dash_linear_backward(*args)
 
 
-def _refuse_frozen(ctx: Any, **indices: int) -> None:
-    """Raises ValueError where a gradient is wanted that no kernel computes."""
-    for name, index in indices.items():
-        if ctx.needs_input_grad[index]:
-            raise ValueError(f"{name} requires grad, and is frozen in a LoRA-Dash layer: {name}.requires_grad_(False)")
+class _Rule:
+    """The setup_context and the backward of one forward operator, whose arguments are found by their names."""
+
+    def __init__(self, operator: torch._ops.OpOverloadPacket) -> None:
+        names = [argument.name for argument in operator.default._schema.arguments]
+        self.count = len(names)
+
+        def places(wanted: tuple[str, ...]) -> tuple[int, ...]:
+            """Of an argument that this operator has not: one behind the last, where there is None."""
+            return tuple(names.index(name) if name in names else self.count for name in wanted)
+
+        self.frozen = [(name, names.index(name)) for name in _FROZEN if name in names]
+        self.leaves = places(_LEAVES)
+        self.base, self.seed = places(("y",))[0], names.index("seed")
+        self.leaves_of, self.saved_of = itemgetter(*self.leaves), itemgetter(*places(_SAVED))
+        self.options_of = itemgetter(*places(_OPTIONS))
+
+    def setup_context(self, ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
+        """Raises ValueError where a gradient is wanted that no kernel computes."""
+        needs, inputs, p = ctx.needs_input_grad, (*inputs, None), output[1]
+        for name, place in self.frozen:
+            if needs[place]:
+                raise ValueError(
+                    f"{name} requires grad, and is frozen in a LoRA-Dash layer: {name}.requires_grad_(False)"
+                )
+        ctx.save_for_backward(*self.saved_of(inputs), p, inputs[self.seed])
+        ctx.options = self.options_of(inputs)
+        bias = self.leaves_of(inputs)[4]
+        ctx.bias_dtype = None if bias is None else bias.dtype
+        ctx.mark_non_differentiable(p)
+        ctx.set_materialize_grads(False)
+
+    def backward(self, ctx: Any, dy: Tensor | None, dp: Tensor | None) -> tuple[Tensor | None, ...]:
+        """A gradient for every argument, in the dtype of that argument, None where there is none or none is needed."""
+        found: list[Tensor | None] = [None] * (self.count + 1)
+        if dy is None:
+            return tuple(found[:-1])
+        *tensors, seed = ctx.saved_tensors
+        x, _, lora_a, lora_b, _, _, dash_sigma, _ = tensors
+        scaling, threshold, backend = ctx.options
+        needed = (*ctx.needs_input_grad, False)
+        needs = list(self.leaves_of(needed))
+        grads = _gradients(getattr(ctx, "direct", False), dy, *tensors, seed, scaling, threshold, needs, backend)
+        dtypes = (
+            x.dtype,
+            lora_a.dtype,
+            lora_b.dtype,
+            None if dash_sigma is None else dash_sigma.dtype,
+            ctx.bias_dtype,
+        )
+        for place, grad, dtype, need in zip(self.leaves, grads, dtypes, needs, strict=True):
+            if need:
+                found[place] = grad if grad.dtype == dtype else grad.to(dtype)
+        if needed[self.base]:
+            found[self.base] = dy
+        return tuple(found[:-1])
+
+    def function(self, name: str, plain: Any) -> Any:
+        """The torch.autograd.Function around `plain`, which computes the operator's outputs without the dispatcher."""
+
+        def forward(ctx: Any, *args: Any) -> tuple[Tensor, Tensor]:
+            # Not the separate setup_context of torch.autograd.Function: it binds the signature in every call, 40 us.
+            output = plain(*args)
+            self.setup_context(ctx, args, output)
+            ctx.direct = True
+            return output
+
+        members = {"forward": staticmethod(forward), "backward": staticmethod(self.backward)}
+        return type(name, (torch.autograd.Function,), members)
 
 
-def _save(
-    ctx: Any, x: Tensor, weight: Tensor | None, adapters: tuple, p: Tensor, seed: Tensor | None, options: tuple
-) -> None:
-    ctx.save_for_backward(x, weight, *adapters, p, seed)
-    ctx.options = options
-    ctx.mark_non_differentiable(p)
-    ctx.set_materialize_grads(False)
+_dash_linear, _low_rank_update = _Rule(torch.ops.loradash.dash_linear), _Rule(torch.ops.loradash.low_rank_update)
+DashLinearFunction = _dash_linear.function("DashLinearFunction", ops.dash_linear)
+LowRankUpdateFunction = _low_rank_update.function("LowRankUpdateFunction", ops.low_rank_update)
 
-
-def _backward(ctx: Any, dy: Tensor, needs: list[bool]) -> tuple[Tensor | None, ...]:
-    """Gradients of x, A, B, sigma and bias, in the dtypes of those tensors (bias apart), None where not needed."""
-    x, weight, lora_a, lora_b, dash_u, dash_vt, dash_sigma, p, seed = ctx.saved_tensors
-    scaling, threshold, backend = ctx.options
-    direct = getattr(ctx, "direct", False)
-    grads = _gradients(
-        direct, dy, x, weight, lora_a, lora_b, dash_u, dash_vt, dash_sigma, p, seed, scaling, threshold, needs, backend
+for _name, _rule in (("dash_linear", _dash_linear), ("low_rank_update", _low_rank_update)):
+    torch.library.register_autograd(
+        f"loradash::{_name}", _rule.backward, setup_context=_rule.setup_context, lib=ops.LIBRARY
     )
-    like = (x, lora_a, lora_b, dash_sigma, None)
-    return tuple(
-        None if not n else g if t is None or g.dtype == t.dtype else g.to(t.dtype)
-        for g, t, n in zip(grads, like, needs, strict=True)
-    )
-
-
-# --- dash_linear -----------------------------------------------------------------------------------------------------
-
-
-def _dash_linear_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
-    _refuse_frozen(ctx, weight=1, dash_u=5, dash_vt=6)
-    x, weight, bias, lora_a, lora_b, dash_u, dash_vt, dash_sigma, seed, *options = inputs
-    ctx.bias_dtype = None if bias is None else bias.dtype
-    _save(ctx, x, weight, (lora_a, lora_b, dash_u, dash_vt, dash_sigma), output[1], seed, tuple(options))
-
-
-def _dash_linear_backward(ctx: Any, dy: Tensor | None, dp: Tensor | None) -> tuple[Tensor | None, ...]:
-    if dy is None:
-        return (None,) * 12
-    need = ctx.needs_input_grad
-    dx, da, db_lora, dsigma, dbias = _backward(ctx, dy, [need[0], need[3], need[4], need[7], need[2]])
-    if dbias is not None:
-        dbias = dbias.to(ctx.bias_dtype)
-    return dx, None, dbias, da, db_lora, None, None, dsigma, None, None, None, None
-
-
-# --- low_rank_update -------------------------------------------------------------------------------------------------
-
-
-def _low_rank_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
-    _refuse_frozen(ctx, dash_u=4, dash_vt=5)
-    _, x, lora_a, lora_b, dash_u, dash_vt, dash_sigma, seed, *options = inputs
-    _save(ctx, x, None, (lora_a, lora_b, dash_u, dash_vt, dash_sigma), output[1], seed, tuple(options))
-
-
-def _low_rank_backward(ctx: Any, dout: Tensor | None, dp: Tensor | None) -> tuple[Tensor | None, ...]:
-    if dout is None:
-        return (None,) * 11
-    need = ctx.needs_input_grad
-    dx, da, db_lora, dsigma, _ = _backward(ctx, dout, [need[1], need[2], need[3], need[6], False])
-    dy = dout if need[0] else None
-    return dy, dx, da, db_lora, None, None, dsigma, None, None, None, None
-
-
-# --- the two users of each pair --------------------------------------------------------------------------------------
-
-
-def _function(name: str, plain: Any, context: Any, backward: Any) -> Any:
-    def forward(ctx: Any, *args: Any) -> tuple[Tensor, Tensor]:
-        # Not the separate setup_context of torch.autograd.Function: it binds the signature in every call, 40 us.
-        output = plain(*args)
-        context(ctx, args, output)
-        ctx.direct = True
-        return output
-
-    return type(
-        name, (torch.autograd.Function,), {"forward": staticmethod(forward), "backward": staticmethod(backward)}
-    )
-
-
-DashLinearFunction = _function("DashLinearFunction", ops.dash_linear, _dash_linear_context, _dash_linear_backward)
-LowRankUpdateFunction = _function("LowRankUpdateFunction", ops.low_rank_update, _low_rank_context, _low_rank_backward)
-
-torch.library.register_autograd(
-    "loradash::dash_linear", _dash_linear_backward, setup_context=_dash_linear_context, lib=ops.LIBRARY
-)
-torch.library.register_autograd(
-    "loradash::low_rank_update", _low_rank_backward, setup_context=_low_rank_context, lib=ops.LIBRARY
-)
 
 
 def _no_second_derivative(ctx: Any, *grads: Tensor) -> tuple[None, ...]:

@@ -1,8 +1,76 @@
-"""What a call of an operator is made of."""
+"""What a backend is asked to do: one pass of one layer, with the memory of its results.
+
+The fields are those of the compiled operators (`loradash_cpu::forward`, `loradash_cuda::forward`, ...) in their order: a
+backend in Python reads `call.lora_a`, a compiled operator takes `*call`. Letters: M tokens, K in_features, N out_features,
+r LoRA rank, s directions, R = r + s.
+"""
 
 from __future__ import annotations
 
+from typing import Literal, NamedTuple
+
 import torch
+from torch import Tensor
+
+Pass = Literal["forward", "backward"]
+
+
+class ForwardCall(NamedTuple):
+    """y = x Wᵀ + b (or base) + ((x̃ Dᵀ) ⊙ c) Qᵀ and P = x̃ Dᵀ, with x̃ = dropout(x)."""
+
+    x: Tensor  # (M, K)
+    weight: Tensor | None  # (N, K); None: the base product is in `base`
+    bias: Tensor | None  # (N,)
+    lora_a: Tensor  # (r, K)
+    lora_b: Tensor  # (N, r)
+    dash_u: Tensor | None  # (N, s)
+    dash_vt: Tensor | None  # (s, K)
+    dash_sigma: Tensor | None  # (s,)
+    seed: Tensor | None  # (2,) int64; None: nothing is dropped
+    scaling: float
+    threshold: int  # dropout_p in 16 bits; 0: nothing is dropped
+    base: Tensor | None  # (M, N)
+    y: Tensor  # (M, N), written
+    p: Tensor  # (M, R), written, in the accumulator's dtype
+
+    @property
+    def pass_(self) -> Pass:
+        return "forward"
+
+
+class BackwardCall(NamedTuple):
+    """The gradients of a forward call; None in place of those that are not wanted."""
+
+    dy: Tensor  # (M, N)
+    x: Tensor  # (M, K)
+    weight: Tensor | None  # (N, K); None: dx is that of the low-rank terms alone
+    lora_a: Tensor  # (r, K)
+    lora_b: Tensor  # (N, r)
+    dash_u: Tensor | None  # (N, s)
+    dash_vt: Tensor | None  # (s, K)
+    dash_sigma: Tensor | None  # (s,)
+    p: Tensor  # (M, R), which forward wrote
+    seed: Tensor | None  # (2,) int64
+    scaling: float
+    threshold: int
+    dx: Tensor | None  # (M, K), written, in the dtype of x; the other gradients in the accumulator's
+    da: Tensor | None  # (r, K), written
+    db_lora: Tensor | None  # (N, r), written
+    dsigma: Tensor | None  # (s,), written
+    dbias: Tensor | None  # (N,), written
+
+    @property
+    def pass_(self) -> Pass:
+        return "backward"
+
+
+Call = ForwardCall | BackwardCall
+Adapters = tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]
+
+
+def adapters(call: Call) -> Adapters:
+    """lora_a, lora_b, dash_u, dash_vt, dash_sigma."""
+    return call.lora_a, call.lora_b, call.dash_u, call.dash_vt, call.dash_sigma
 
 
 def accumulator(dtype: torch.dtype) -> torch.dtype:

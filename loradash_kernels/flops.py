@@ -15,44 +15,42 @@ from typing import Any
 
 import torch
 
+from .calls import BackwardCall, ForwardCall
+
 COUNTER = "torch.utils.flop_counter"
 Shape = Sequence[int]
 
 
-def low_rank_flops(
-    y: Shape, x: Shape, lora_a: Shape, lora_b: Shape, dash_u: Any, dash_vt: Any, dash_sigma: Shape | None, *_: Any,
-    **__: Any,
-) -> int:  # fmt: skip
-    """x D^T and P Q^T."""
-    (m, k), n = x, lora_b[0]
-    return 2 * m * (k + n) * (lora_a[0] + _directions(dash_sigma))
-
-
-def dash_linear_flops(
-    x: Shape, weight: Shape, bias: Any, lora_a: Shape, lora_b: Shape, dash_u: Any, dash_vt: Any,
-    dash_sigma: Shape | None, *_: Any, **__: Any,
-) -> int:  # fmt: skip
+def dash_linear_flops(*arguments: Any, **_: Any) -> int:
     """x W^T and the low-rank terms."""
-    low = low_rank_flops((), x, lora_a, lora_b, dash_u, dash_vt, dash_sigma)
-    return 2 * x[0] * x[1] * weight[0] + low
+    return _forward_flops(*arguments[:-1])
 
 
-def backward_flops(
-    dy: Shape, x: Shape, weight: Shape | None, lora_a: Shape, lora_b: Shape, dash_u: Any, dash_vt: Any,
-    dash_sigma: Shape | None, p: Shape, seed: Any, scaling: float, threshold: int, needs: Sequence[bool], *_: Any,
-    **__: Any,
-) -> int:  # fmt: skip
+def low_rank_flops(y: Shape, x: Shape, *arguments: Any, **_: Any) -> int:
+    """x D^T and P Q^T."""
+    return _forward_flops(x, None, None, *arguments[:-1])
+
+
+def _forward_flops(*fields: Any) -> int:
+    """fields: those of ForwardCall before `base`, with shapes in place of tensors."""
+    call: Any = ForwardCall(*fields, *[None] * (len(ForwardCall._fields) - len(fields)))
+    (m, k), (n, r) = call.x, call.lora_b
+    base = 0 if call.weight is None else n * k
+    return 2 * m * (base + (k + n) * (r + _directions(call)))
+
+
+def backward_flops(*arguments: Any, **_: Any) -> int:
     """G = dy Q as far as it is wanted, then dx = dy W + (G * c) D, dA = G^T x and dB = dy^T P."""
-    (m, k), n = x, dy[1]
-    r, s = lora_a[0], _directions(dash_sigma)
-    dx, da, db_lora, dsigma, _dbias = needs
-    columns_of_g = r + s if dx else r * da + s * dsigma
-    base = n * k if dx and weight is not None else 0
-    return 2 * m * (columns_of_g * n + base + (r + s) * k * dx + r * k * da + r * n * db_lora)
+    *fields, needs, _backend = arguments
+    call: Any = BackwardCall(*fields, *needs)
+    (m, k), (n, r), s = call.x, call.lora_b, _directions(call)
+    columns_of_g = r + s if call.dx else r * call.da + s * call.dsigma
+    base = n * k if call.dx and call.weight is not None else 0
+    return 2 * m * (columns_of_g * n + base + (r + s) * k * call.dx + r * k * call.da + r * n * call.db_lora)
 
 
-def _directions(dash_sigma: Shape | None) -> int:
-    return 0 if dash_sigma is None else dash_sigma[0]
+def _directions(call: Any) -> int:
+    return 0 if call.dash_sigma is None else call.dash_sigma[0]
 
 
 def _register(counter: ModuleType) -> None:

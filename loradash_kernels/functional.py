@@ -58,15 +58,15 @@ def dash_linear(
         device = x.device
         x, weight = arguments.autocast(x, dtype, device), arguments.autocast(weight, dtype, device)
         bias = None if bias is None else arguments.autocast(bias, dtype, device)
-    arguments.check_adapters(x, weight.shape, lora_a, lora_b, dash_u, dash_vt, dash_sigma)
+    adapters = (lora_a, lora_b, dash_u, dash_vt, dash_sigma)
+    arguments.check_adapters(x, weight.shape, *adapters)
     arguments.check_base(x, weight, bias)
     threshold = _threshold(dropout_p, training)
     if composite.is_wanted():
         composite.refuse(threshold, backend)
-        return composite.dash_linear(x, weight, bias, lora_a, lora_b, dash_u, dash_vt, dash_sigma, scaling)
+        return composite.dash_linear(x, weight, bias, *adapters, scaling)
     seed = draw_seed(x.device) if threshold else None
-    rows = _rows(x)
-    args = (rows, weight, bias, lora_a, lora_b, dash_u, dash_vt, dash_sigma, seed, float(scaling), threshold, backend)
+    args = (_rows(x), weight, bias, *adapters, seed, float(scaling), threshold, backend)
     leaves = (x, lora_a, lora_b, dash_sigma, bias)
     y = _call(torch.ops.loradash.dash_linear, DashLinearFunction, ops.dash_linear, args, leaves)
     return y if x.dim() == 2 else y.view(*x.shape[:-1], weight.shape[0])
@@ -94,14 +94,15 @@ def low_rank_update(
     if arguments.autocast_dtype(x) is not None and x.is_floating_point() and y.is_floating_point():
         x = x.to(y.dtype)
     shape = (y.shape[-1] if y.dim() else 0, x.shape[-1] if x.dim() else 0)
-    arguments.check_adapters(x, shape, lora_a, lora_b, dash_u, dash_vt, dash_sigma)
+    adapters = (lora_a, lora_b, dash_u, dash_vt, dash_sigma)
+    arguments.check_adapters(x, shape, *adapters)
     arguments.check_sum(y, x)
     threshold = _threshold(dropout_p, training)
     if composite.is_wanted():
         composite.refuse(threshold, backend)
-        return composite.low_rank_update(y, x, lora_a, lora_b, dash_u, dash_vt, dash_sigma, scaling)
+        return composite.low_rank_update(y, x, *adapters, scaling)
     seed = draw_seed(x.device) if threshold else None
-    args = (_rows(y), _rows(x), lora_a, lora_b, dash_u, dash_vt, dash_sigma, seed, float(scaling), threshold, backend)
+    args = (_rows(y), _rows(x), *adapters, seed, float(scaling), threshold, backend)
     leaves = (x, y, lora_a, lora_b, dash_sigma)
     out = _call(torch.ops.loradash.low_rank_update, LowRankUpdateFunction, ops.low_rank_update, args, leaves)
     return out if y.dim() == 2 else out.view(y.shape)
@@ -113,7 +114,7 @@ def _rows(t: Tensor) -> Tensor:
 
 
 def _threshold(p: float, training: bool) -> int:
-    """Of 16 bits; 0 where nothing is dropped. p is checked in any case."""
+    """dropout_p in 16 bits, 0 where nothing is dropped. p is checked in any case."""
     threshold = dropout_threshold(p) if p else 0
     return threshold if training else 0
 

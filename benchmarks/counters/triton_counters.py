@@ -23,8 +23,11 @@ from rich.table import Table
 from tqdm import tqdm
 
 from benchmarks.support.measure import write_csv
-from loradash_kernels.backends.triton import plan, tiles
-from loradash_kernels.backends.triton.problem import Launch, Strategy
+from loradash_kernels.backends.triton import tiles
+from loradash_kernels.backends.triton.plan.backward import plan_backward
+from loradash_kernels.backends.triton.plan.forward import plan_forward
+from loradash_kernels.backends.triton.problem import KernelLaunch, Problem
+from loradash_kernels.backends.triton.strategies import Strategy
 from loradash_kernels.testing import make_case
 from tests.support import triton_emulation as emulation
 
@@ -52,9 +55,9 @@ def plain_gemm(
     tl.store(y + out, acc.to(y.dtype.element_ty), mask=mask_x & mask_w)
 
 
-def plain(x: torch.Tensor, w: torch.Tensor, y: torch.Tensor, tile: Any) -> Launch:
+def plain(x: torch.Tensor, w: torch.Tensor, y: torch.Tensor, tile: Any) -> KernelLaunch:
     (m, k), n = x.shape, w.shape[0]
-    return Launch(
+    return KernelLaunch(
         plain_gemm,
         (-(-m // tile.block_m), -(-n // tile.block_n)),
         {"x": x, "w": w, "y": y, "M": m, "N": n, "K": k, "stride_xm": x.stride(0), "stride_wn": w.stride(0)},
@@ -64,7 +67,7 @@ def plain(x: torch.Tensor, w: torch.Tensor, y: torch.Tensor, tile: Any) -> Launc
     )
 
 
-def count(launch: Launch, architecture: str) -> dict[str, float]:
+def count(launch: KernelLaunch, architecture: str) -> dict[str, float]:
     compiled = emulation.compile_launch(launch, architecture)
     stats = emulation.emulate(launch, compiled)
     return {
@@ -76,28 +79,23 @@ def count(launch: Launch, architecture: str) -> dict[str, float]:
     }  # fmt: skip
 
 
-def launches(q: Any, case: Any, strategy: Strategy) -> list[Launch]:
-    """Of one forward and backward."""
-    (m, k), n = case.x.shape, case.dy.shape[1]
-    y, p, dx = (torch.empty(m, size, dtype=dtype) for size, dtype in ((n, BF16), (q.width, F32), (k, BF16)))
-    grads = [dx, torch.empty(RANK, k), torch.empty(n, RANK), torch.empty(DIRECTIONS)]
-    found = [
-        *plan.plan_forward(q, None, None, y, p, strategy),
-        *plan.plan_backward(q, case.dy, p, *grads, None, strategy),
-    ]
-    return [launch for launch in found if isinstance(launch, Launch)]
+def launches(problems: tuple[Problem, Problem], strategy: Strategy) -> list[KernelLaunch]:
+    """Those of one forward and backward pass that are kernels of ours."""
+    found = [*plan_forward(problems[0], strategy), *plan_backward(problems[1], strategy)]
+    return [launch for launch in found if isinstance(launch, KernelLaunch)]
 
 
-def make(m: int, architecture: str) -> tuple[Any, Any]:
+def make(m: int, architecture: str) -> tuple[tuple[Problem, Problem], Any]:
     case = make_case(m, K, N, RANK, DIRECTIONS, BF16, adapter_dtype=F32, dropout_p=0.05, bias=False)
-    return emulation.problem_of(case, architecture), case
+    return emulation.problems_of(case, architecture), case
 
 
 def products(architecture: str) -> Iterator[dict[str, Any]]:
     """Every tile of the two large products and of the one-launch forward, over a plain GEMM of that tile."""
-    q, case = make(M_PRODUCTS, architecture)
-    assert q.weight is not None
-    target, turned = q.target, q.weight.t().contiguous()  # dx = dy W, as a plain GEMM y = x W^T
+    problems, case = make(M_PRODUCTS, architecture)
+    target, weight = problems[0].target, problems[0].weight
+    assert weight is not None
+    turned = weight.t().contiguous()  # dx = dy W, as a plain GEMM y = x W^T
     y = torch.empty(M_PRODUCTS, N, dtype=BF16)
     wanted = [("fused", t, ("extended_gemm", "dx_gemm")) for t in tiles.gemm_table(target, 2)]
     wanted += [("one_launch", t, ("one_launch_forward",)) for t in tiles.one_launch_table(target, 2)]
@@ -105,14 +103,14 @@ def products(architecture: str) -> Iterator[dict[str, Any]]:
         wanted += [("descriptors", t, ("descriptor_forward", "descriptor_dx")) for t in tiles.gemm_table(target, 2)]
     for kind, tile, kernels in tqdm(wanted, desc="products", file=sys.stderr):
         plains: dict[bool, dict[str, float]] = {}
-        for launch in launches(q, case, Strategy(kind, tile)):
+        for launch in launches(problems, Strategy(kind, tile)):
             kernel = launch.kernel.__name__
             if kernel not in kernels:
                 continue
             backward = kernel.endswith(("dx", "dx_gemm"))
             if backward not in plains:
                 operands = (
-                    (case.dy, turned, torch.empty(M_PRODUCTS, K, dtype=BF16)) if backward else (case.x, q.weight, y)
+                    (case.dy, turned, torch.empty(M_PRODUCTS, K, dtype=BF16)) if backward else (case.x, weight, y)
                 )
                 plains[backward] = count(plain(*operands, tile), architecture)
             found, reference = count(launch, architecture), plains[backward]
@@ -128,9 +126,9 @@ def products(architecture: str) -> Iterator[dict[str, Any]]:
 
 def passes(architecture: str) -> Iterator[dict[str, Any]]:
     """The passes over one large operand: bytes over those of the operand, which a pass may read once."""
-    q, case = make(M_PASSES, architecture)
+    problems, _ = make(M_PASSES, architecture)
     large = {"down_projection": 2 * M_PASSES * K, "dy_pass": 2 * M_PASSES * N, "x_pass": 2 * M_PASSES * K}
-    for launch in tqdm(launches(q, case, Strategy()), desc="passes", file=sys.stderr):
+    for launch in tqdm(launches(problems, Strategy()), desc="passes", file=sys.stderr):
         kernel = launch.kernel.__name__
         if kernel in large:
             found = count(launch, architecture)

@@ -2,6 +2,7 @@
 
 Letters: M tokens, K in_features, N out_features, r LoRA rank, s directions, R = r + s. Sums are taken in float32 (float64
 for float64 inputs), as in the compiled backends; the base product in the dtype of x, as `nn.functional.linear` does.
+Autocast, which has cast what it may before a backend is chosen, casts no operand of these products.
 """
 
 from __future__ import annotations
@@ -9,8 +10,20 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..calls import accumulator
+from ..calls import BackwardCall, ForwardCall, accumulator, adapters
 from ..random import dropout_mask, keep_scale
+
+name = "reference"
+
+
+def missing() -> str | None:
+    """None: plain PyTorch is always there."""
+    return None
+
+
+def refuses(x: Tensor, width: int = 0) -> str | None:
+    """None: plain PyTorch takes whatever the operator takes."""
+    return None
 
 
 def stacked(
@@ -37,65 +50,36 @@ def _dropped(x: Tensor, seed: Tensor | None, threshold: int, dtype: torch.dtype)
     return x * dropout_mask(seed, threshold, *x.shape) * keep_scale(threshold)
 
 
-def forward(
-    x: Tensor,  # (M, K)
-    weight: Tensor | None,  # (N, K); None: the base product is in `base`
-    bias: Tensor | None,  # (N,)
-    lora_a: Tensor,
-    lora_b: Tensor,
-    dash_u: Tensor | None,
-    dash_vt: Tensor | None,
-    dash_sigma: Tensor | None,
-    seed: Tensor | None,
-    scaling: float,
-    threshold: int,
-    base: Tensor | None,  # (M, N)
-    y: Tensor,  # (M, N), written
-    p: Tensor,  # (M, R), written
-) -> None:
+def forward(call: ForwardCall) -> None:
     """y = x W^T + b (or base) + ((dropout(x) D^T) * c) Q^T and p = dropout(x) D^T."""
-    dtype = accumulator(x.dtype)
-    d, q, c = stacked(lora_a, lora_b, dash_u, dash_vt, dash_sigma, scaling, dtype)
-    torch.mm(_dropped(x, seed, threshold, dtype), d.t(), out=p)
-    if weight is not None:
-        base = torch.nn.functional.linear(x, weight, bias)
-    assert base is not None
-    y.copy_(torch.addmm(base.to(dtype), p * c, q.t()))
+    dtype = accumulator(call.x.dtype)
+    with torch._C._DisableAutocast():
+        d, q, c = stacked(*adapters(call), call.scaling, dtype)
+        torch.mm(_dropped(call.x, call.seed, call.threshold, dtype), d.t(), out=call.p)
+        base = call.base if call.weight is None else torch.nn.functional.linear(call.x, call.weight, call.bias)
+        assert base is not None
+        call.y.copy_(torch.addmm(base.to(dtype), call.p * c, q.t()))
 
 
-def backward(
-    dy: Tensor,  # (M, N)
-    x: Tensor,
-    weight: Tensor | None,
-    lora_a: Tensor,
-    lora_b: Tensor,
-    dash_u: Tensor | None,
-    dash_vt: Tensor | None,
-    dash_sigma: Tensor | None,
-    p: Tensor,
-    seed: Tensor | None,
-    scaling: float,
-    threshold: int,
-    dx: Tensor | None,  # (M, K), written; None: not wanted
-    da: Tensor | None,  # (r, K)
-    db_lora: Tensor | None,  # (N, r)
-    dsigma: Tensor | None,  # (s,)
-    dbias: Tensor | None,  # (N,)
-) -> None:
+def backward(call: BackwardCall) -> None:
     """The gradients of `forward`, from dy and p (design: G = dy Q; dx = dy W + mask * (G * c) D / (1 - p); ...)."""
-    dtype = accumulator(x.dtype)
-    r = lora_a.shape[0]
-    d, q, c = stacked(lora_a, lora_b, dash_u, dash_vt, dash_sigma, scaling, dtype)
-    dy_wide = dy.to(dtype)
-    g = dy_wide @ q
-    if dx is not None:
-        low = _dropped((g * c) @ d, seed, threshold, dtype)
-        dx.copy_(low if weight is None else low + (dy @ weight).to(dtype))
-    if da is not None:
-        torch.mm(scaling * g[:, :r].t(), _dropped(x, seed, threshold, dtype), out=da)
-    if db_lora is not None:
-        torch.mm(dy_wide.t(), scaling * p[:, :r], out=db_lora)
-    if dsigma is not None:
-        dsigma.copy_((g[:, r:] * p[:, r:]).sum(0))
-    if dbias is not None:
-        dbias.copy_(dy_wide.sum(0))
+    with torch._C._DisableAutocast():
+        _backward(call)
+
+
+def _backward(call: BackwardCall) -> None:
+    dtype, r = accumulator(call.x.dtype), call.lora_a.shape[0]
+    d, q, c = stacked(*adapters(call), call.scaling, dtype)
+    dy = call.dy.to(dtype)
+    g = dy @ q
+    if call.dx is not None:
+        low = _dropped((g * c) @ d, call.seed, call.threshold, dtype)
+        call.dx.copy_(low if call.weight is None else low + (call.dy @ call.weight).to(dtype))
+    if call.da is not None:
+        torch.mm(call.scaling * g[:, :r].t(), _dropped(call.x, call.seed, call.threshold, dtype), out=call.da)
+    if call.db_lora is not None:
+        torch.mm(dy.t(), call.scaling * call.p[:, :r], out=call.db_lora)
+    if call.dsigma is not None:
+        call.dsigma.copy_((g[:, r:] * call.p[:, r:]).sum(0))
+    if call.dbias is not None:
+        call.dbias.copy_(dy.sum(0))

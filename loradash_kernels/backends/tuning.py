@@ -1,37 +1,52 @@
-"""What was measured on this machine, kept on disk: a name (GPU, versions, dtype, shape, ...) to the way that was fastest.
+"""Which of several ways to run a call is fastest here: measured once, then kept on disk.
 
-$LORADASH_CACHE or ~/.cache/loradash, one JSON file a backend: replaced atomically, merged with what other processes wrote,
-ignored with a warning where it is damaged, kept in memory where it cannot be written. Deleting it is always safe.
+A backend asks about its tiles, the registry about the backends: one key for a call, one file, one clock. LORADASH_TUNE=1
+measures at the first call of each key; without a measurement the asker's own table or order decides.
+
+The file is measurements-1.json in $LORADASH_CACHE or ~/.cache/loradash: replaced atomically, merged with what other
+processes wrote, ignored with a warning where it is damaged, kept in memory where it cannot be written. Deleting it is
+always safe.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
+import importlib
+import importlib.util
 import json
 import os
-import tempfile
-import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from .._version import __version__
+from ..calls import Call, ForwardCall
+from ..files import replace_file
+from ..notices import warn_once
 
 S = TypeVar("S")
+_FLUSHED_BYTES = 1 << 28  # more than any card's L2 holds
+_ROUNDS = 10
 
 
-class Measurements(Generic[S]):
-    """One file of them. encode and decode translate a strategy to and from JSON; decode raises ValueError, KeyError,
-    TypeError or AttributeError for what it does not know."""
+class Measurements:
+    """The file: by key the name, which is str(), of the candidate that was fastest."""
 
-    def __init__(self, file: str, encode: Callable[[S], Any], decode: Callable[[Any], S]) -> None:
-        self._file, self._encode, self._decode = file, encode, decode
-        self._known: dict[str, S] | None = None
-        self.warned: set[str] = set()
+    def __init__(self, file: str) -> None:
+        self._file = file
+        self._known: dict[str, str] | None = None
+        # What calls take in this process, by their traits: no text to make for a call that was seen before.
+        self.chosen: dict[tuple, Any] = {}
 
     def path(self) -> Path:
         folder = os.environ.get("LORADASH_CACHE")
         return (Path(folder) if folder else Path("~/.cache/loradash").expanduser()) / self._file
 
-    def known(self) -> dict[str, S]:
+    def known(self) -> dict[str, str]:
         """What this process knows: read from disk once, then kept."""
         if self._known is None:
             self._known = self._read()
@@ -40,57 +55,173 @@ class Measurements(Generic[S]):
     def forget(self) -> None:
         """Drops what is in memory: the next call reads the file again."""
         self._known = None
+        self.chosen.clear()
 
-    def remember(self, name: str, strategy: S) -> None:
+    def remember(self, key: str, name: str) -> None:
         """Adds an entry to memory and to the file, with what other processes have added meanwhile."""
-        self.known()[name] = strategy
+        self.known()[key] = name
+        self.chosen.clear()
         path = Path(self._file)
         try:
             path = self.path()
             path.parent.mkdir(parents=True, exist_ok=True)
             with _locked(path.with_suffix(".lock")):
-                merged = {**self._read(), name: strategy}
-                handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.stem)
-                with os.fdopen(handle, "w") as file:
-                    json.dump({"strategies": {k: self._encode(v) for k, v in sorted(merged.items())}}, file, indent=1)
-                os.chmod(temporary, 0o644)  # a shared cache is for all its readers
-                os.replace(temporary, path)
+                text = json.dumps({"fastest": {**self._read(), key: name}}, indent=1, sort_keys=True)
+                replace_file(path, functools.partial(_write, text))
         except (OSError, RuntimeError) as error:
-            self.warn(f"{path} cannot be written ({error}); measurements last as long as this process")
+            warn_once(f"{path} cannot be written ({error}); measurements last as long as this process")
 
-    def warn(self, message: str) -> None:
-        """Once each."""
-        if message not in self.warned:
-            self.warned.add(message)
-            warnings.warn(f"loradash_kernels: {message}", stacklevel=4)
-
-    def _read(self) -> dict[str, S]:
+    def _read(self) -> dict[str, str]:
         try:
             path = self.path()
             text = path.read_text()
         except (OSError, RuntimeError):  # not there, not readable, or no home: nothing was measured
             return {}
         try:
-            return {name: self._decode(entry) for name, entry in json.loads(text)["strategies"].items()}
+            found = json.loads(text)["fastest"]
+            if not all(isinstance(name, str) for name in found.values()):
+                raise ValueError("a name is not a string")
+            return found
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            self.warn(f"{path} is damaged ({error!r}); it is ignored and will be written anew by the next measurement")
+            warn_once(f"{path} is damaged ({error!r}); it is ignored and will be written anew by the next measurement")
             return {}
 
 
-def fastest(
-    candidates: list[S], runner: Callable[[S], Callable[[], None]], timer: Callable[[Callable[[], None]], float]
-) -> S:
-    """The candidate whose run takes least by the timer. Those that cannot run here are left out; RuntimeError where none can."""
+MEASURED = Measurements("measurements-1.json")
+_forced: dict[tuple[str, str], Any] = {}
+
+
+def choose(
+    owner: str, call: Call, candidates: Callable[[], Sequence[S]], run: Callable[[S], None], *extra: object
+) -> S | None:
+    """The candidate that was measured to be the fastest for such a call, or None: the default of the owner holds.
+
+    owner: who asks. run: runs the whole call by a candidate; measuring writes the call's results again and again.
+    extra: what tells calls apart that look the same to `key`.
+    """
+    if _forced and (owner, call.pass_) in _forced:
+        return _forced[owner, call.pass_]
+    tune_now = os.environ.get("LORADASH_TUNE") == "1"
+    if not tune_now and not MEASURED.known():
+        return None
+    traits = (tune_now, *_traits(owner, call, extra))
+    if traits in MEASURED.chosen:
+        return MEASURED.chosen[traits]
+    name = key(owner, call, *extra)
+    found, best = MEASURED.known().get(name), None
+    if found is not None:
+        best = next((c for c in candidates() if str(c) == found), None)
+    elif tune_now and call.x.is_cuda and call.x.shape[0] > 0:
+        # Streams, captures and events are the current device's.
+        with torch.cuda.device(call.x.device):
+            if torch.cuda.is_current_stream_capturing():
+                return None
+            best = tune(name, candidates(), run)
+    MEASURED.chosen[traits] = best
+    return best
+
+
+@contextlib.contextmanager
+def forced(owner: str, **candidates: Any) -> Iterator[None]:
+    """Calls within take these: forced("triton", forward=..., backward=...)."""
+    before = dict(_forced)
+    _forced.update({(owner, pass_): candidate for pass_, candidate in candidates.items()})
+    try:
+        yield
+    finally:
+        _forced.clear()
+        _forced.update(before)
+
+
+def key(owner: str, call: Call, *extra: object) -> str:
+    """What a measurement holds for: GPU, versions, dtype, layouts of the large operands, M rounded up to a power of two,
+    every other size; and which tensors there are, seed of dropout and wanted gradients among them."""
+    _, fields, device, dtype, rows, sizes, layouts, _ = _traits(owner, call, extra)
+    card = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    tensors = " ".join(f"{name}:{size}" for name, size in zip(fields, sizes, strict=True) if size is not None)
+    parts = (owner, card, _versions(), call.pass_, dtype, rows, tensors, " ".join(layouts), *extra)
+    return "/".join(map(str, parts))
+
+
+def _traits(owner: str, call: Call, extra: tuple) -> tuple:
+    """What tells calls of this process apart, the sizes of their tensors field by field."""
+    x = call.x
+    rows = 1 << max(x.shape[0] - 1, 0).bit_length()
+    sizes = tuple(t.shape[-1] if isinstance(t, Tensor) else None for t in call)
+    left = call.x if isinstance(call, ForwardCall) else call.dy
+    layouts = (_layout(left), "none" if call.weight is None else _layout(call.weight))
+    return owner, call._fields, x.device, x.dtype, rows, sizes, layouts, extra
+
+
+def _layout(t: Tensor) -> str:
+    """Does a matrix lie by rows or not, and does every row begin at a multiple of 16 bytes?"""
+    order = "rows" if t.stride(1) == 1 else "columns"
+    return order + ", aligned" if t.data_ptr() % 16 == 0 and t.stride(0) * t.element_size() % 16 == 0 else order
+
+
+@functools.cache
+def _versions() -> str:
+    if importlib.util.find_spec("triton") is None:
+        return __version__
+    return f"{__version__}, Triton {importlib.import_module('triton').__version__}"
+
+
+def tune(
+    name: str,
+    candidates: Sequence[S],
+    run: Callable[[S], None],
+    timer: Callable[[Callable[[], None]], float] | None = None,
+) -> S | None:
+    """Times every candidate, keeps the fastest under this key and writes the file.
+
+    timer: seconds (or any unit) of a callable; `milliseconds` unless given. Where no candidate runs the default is taken
+    for this process, with a warning: the call itself may well fit.
+    """
+    try:
+        best = candidates[0] if len(candidates) == 1 else _fastest(candidates, run, timer or milliseconds)
+    except RuntimeError as error:
+        warn_once(f"tuning failed, the table decides for {name}: {error}")
+        return None
+    MEASURED.remember(name, str(best))
+    return best
+
+
+def _fastest(candidates: Sequence[S], run: Callable[[S], None], timer: Callable[[Callable[[], None]], float]) -> S:
+    """Those that cannot run here are left out; RuntimeError where none can."""
     times: dict[int, float] = {}
     errors = []
-    for index, strategy in enumerate(candidates):
+    for index, candidate in enumerate(candidates):
         try:
-            times[index] = timer(runner(strategy))
+            times[index] = timer(functools.partial(run, candidate))
         except Exception as error:  # out of registers, shared memory, ...: whatever the compiler or driver says
-            errors.append(f"{strategy}: {error}")
+            errors.append(f"{candidate}: {error}")
     if not times:
         raise RuntimeError("no candidate ran:\n" + "\n".join(errors))
     return candidates[min(times, key=lambda index: times[index])]
+
+
+def milliseconds(run: Callable[[], None]) -> float:
+    """Of one run by CUDA events, the median of some rounds after one that compiles and tunes what it must.
+
+    Before each round the L2 cache is overwritten: operands come from memory, as in a model, and the program, which is done
+    with launching before the card is done with writing, does not enter the time.
+    """
+    run()
+    flushed = torch.empty(_FLUSHED_BYTES, dtype=torch.int8, device="cuda")
+    times = []
+    for _ in range(_ROUNDS):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        flushed.zero_()
+        start.record()
+        run()
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end))
+    return sorted(times)[_ROUNDS // 2]
+
+
+def _write(text: str, path: str) -> None:
+    Path(path).write_text(text)
 
 
 @contextlib.contextmanager

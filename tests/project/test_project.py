@@ -20,10 +20,11 @@ FLOORS = {
         "_version", "files", "notices", "random", "calls", "backends", "packed_weights", "composite", "ops", "flops", "autograd",
         "arguments", "functional", "directions", "testing", "__init__",
     ),
-    "loradash_kernels/backends": ("__init__", "extension", "tuning", "reference", "triton", "cuda"),
+    "loradash_kernels/backends": ("__init__", "extension", "tuning", "reference", "cpu", "cuda", "triton", "registry"),
     "loradash_kernels/backends/triton": (
-        "__init__", "target", "kernels", "tiles", "problem", "plan", "prelaunch", "tuner", "backend",
+        "__init__", "target", "kernels", "tiles", "problem", "strategies", "plan", "prelaunch", "backend",
     ),
+    "loradash_kernels/backends/triton/plan": ("__init__", "forward", "backward"),
     "loradash_kernels/backends/triton/kernels": ("__init__", "common", "forward", "backward", "descriptor", "prelaunch"),
     "loradash_kernels/directions": ("__init__", "linalg", "routes", "rates", "spectrum"),
     "python/loradash": (

@@ -2,7 +2,9 @@
 Triton's JIT remembers its target.
 
     python -m tests.support.compile_targets sm_80
-    python -m tests.support.compile_targets sm_120 brief     # of every kernel the largest tile only
+    python -m tests.support.compile_targets sm_120 brief
+
+`brief` compiles the largest tile of every kernel alone.
 """
 
 from __future__ import annotations
@@ -16,80 +18,81 @@ import torch
 
 from loradash_kernels.backends.triton import prelaunch as spectral
 from loradash_kernels.backends.triton import tiles
-from loradash_kernels.backends.triton.plan import plan_backward, plan_forward
-from loradash_kernels.backends.triton.problem import Launch, Problem, Strategy
+from loradash_kernels.backends.triton.plan.backward import plan_backward
+from loradash_kernels.backends.triton.plan.forward import plan_forward
+from loradash_kernels.backends.triton.problem import KernelLaunch, Problem
+from loradash_kernels.backends.triton.strategies import Strategy
+from loradash_kernels.calls import BackwardCall, ForwardCall
 
 from .triton_emulation import compile_launch, resources
 
 M, K, N = 8192, 4096, 4096
 
 
-def problem(target: str, r: int, s: int, dtype: torch.dtype, k: int = K, n: int = N, m: int = M) -> Problem:
-    def empty(*shape: int, of: torch.dtype = dtype) -> torch.Tensor:
+def launches(
+    target: str, dtype: torch.dtype, strategy: Strategy, r: int = 16, s: int = 8, k: int = K, n: int = N, m: int = M,
+    backward: bool = True,
+) -> Iterator[KernelLaunch]:  # fmt: skip
+    """Of a forward and a backward call with dropout, bias and fp32 adapters: the launches that are kernels of ours."""
+
+    def empty(*shape: int, of: torch.dtype = torch.float32) -> torch.Tensor:
         return torch.empty(*shape, dtype=of)
 
-    f32 = torch.float32
-    adapters = (empty(r, k, of=f32), empty(n, r, of=f32), empty(n, s, of=f32), empty(s, k, of=f32), empty(s, of=f32))
-    seed = torch.zeros(2, dtype=torch.int64)
-    return Problem(empty(m, k), empty(n, k), *adapters, seed, 2.0, 3277, tiles.TARGETS[target])
-
-
-def launches(q: Problem, strategy: Strategy, backward: bool = True) -> Iterator[Launch]:
-    dtype, f32 = q.x.dtype, torch.float32
-    y, p, bias = torch.empty(q.m, q.n, dtype=dtype), torch.empty(q.m, q.width), torch.empty(q.n, dtype=dtype)
-    forward = plan_forward(q, bias, None, y, p, strategy)
-    yield from (launch for launch in forward if isinstance(launch, Launch))
+    x, weight, y = empty(m, k, of=dtype), empty(n, k, of=dtype), empty(m, n, of=dtype)
+    adapters = (empty(r, k), empty(n, r), empty(n, s), empty(s, k), empty(s))
+    options, p = (torch.zeros(2, dtype=torch.int64), 2.0, 3277), empty(m, r + s)
+    grads = (empty(m, k, of=dtype), empty(r, k), empty(n, r), empty(s), empty(n))
+    one = ForwardCall(x, weight, empty(n, of=dtype), *adapters, *options, None, y, p)
+    two = BackwardCall(y, x, weight, *adapters, p, *options, *grads)
+    found = plan_forward(Problem(one, tiles.TARGETS[target]), strategy)
     if backward:
-        shapes = ((q.rank, q.k), (q.n, q.rank), (q.directions,), (q.n,))
-        grads = [torch.empty(shape, dtype=f32) for shape in shapes]
-        found = plan_backward(q, y, p, torch.empty(q.m, q.k, dtype=dtype), *grads, strategy)
-        yield from (launch for launch in found if isinstance(launch, Launch))
+        found += plan_backward(Problem(two, tiles.TARGETS[target]), strategy)
+    return (launch for launch in found if isinstance(launch, KernelLaunch))
 
 
-def everything(target: str) -> Iterator[tuple[str, Launch]]:
+def everything(target: str) -> Iterator[tuple[str, KernelLaunch]]:
     """Every tile at r 16, s 8; the largest with wider ranks; ragged K and N; bf16, and fp16 and fp32 with the first; the
     low-rank kernels on top of a library's product; the down-projection of few rows."""
     for dtype, name in ((torch.bfloat16, "bf16"), (torch.float16, "fp16"), (torch.float32, "fp32")):
         table = tiles.gemm_table(tiles.TARGETS[target], dtype.itemsize)
         for index, tile in enumerate(table if name == "bf16" else table[:1]):
-            for launch in launches(problem(target, 16, 8, dtype), Strategy("fused", tile)):
+            for launch in launches(target, dtype, Strategy("fused", tile)):
                 if index == 0 or launch.kernel.__name__ in ("extended_gemm", "dx_gemm"):
                     yield name, launch
             if tiles.TARGETS[target].asynchronous and name == "bf16":
-                for launch in launches(problem(target, 16, 8, dtype), Strategy("descriptors", tile)):
+                for launch in launches(target, dtype, Strategy("descriptors", tile)):
                     if launch.kernel.__name__.startswith("descriptor"):
                         yield name, launch
         if name == "fp16":
             continue
         cdna = tiles.TARGETS[target].warp_size == 64
         for tile in () if cdna else tiles.one_launch_table(tiles.TARGETS[target], dtype.itemsize):
-            for launch in launches(problem(target, 16, 8, dtype), Strategy("one_launch", tile), backward=False):
+            for launch in launches(target, dtype, Strategy("one_launch", tile), backward=False):
                 yield name, launch
-        for launch in launches(problem(target, 16, 8, dtype), Strategy("library")):
+        for launch in launches(target, dtype, Strategy("library")):
             if launch.kernel.__name__ in ("extended_gemm", "dx_gemm"):
                 yield name, launch
         for m in (64, 4096):
-            yield name, next(launches(problem(target, 16, 8, dtype, m=m), Strategy()))
+            yield name, next(launches(target, dtype, Strategy(), m=m))
         for r, s, k, n in ((56, 8, K, N), (120, 8, K, N), (248, 8, K, N), (16, 8, K - 3, N - 3)):
-            for launch in launches(problem(target, r, s, dtype, k, n), Strategy()):
+            for launch in launches(target, dtype, Strategy(), r, s, k, n):
                 yield name, launch
 
 
-def largest(target: str) -> Iterator[tuple[str, Launch]]:
+def largest(target: str) -> Iterator[tuple[str, KernelLaunch]]:
     """The largest tile of every kernel of the operator at r 16, s 8, bf16 and fp32; and the widest ranks."""
     for dtype, name in ((torch.bfloat16, "bf16"), (torch.float32, "fp32")):
-        q, wide = problem(target, 16, 8, dtype), problem(target, 248, 8, dtype)
-        tile = tiles.gemm_table(q.target, dtype.itemsize)[0]
-        yield from ((name, launch) for launch in launches(q, Strategy("fused", tile)))
-        if q.target.asynchronous and name == "bf16":
-            found = launches(q, Strategy("descriptors", tile))
+        tile = tiles.gemm_table(tiles.TARGETS[target], dtype.itemsize)[0]
+        yield from ((name, launch) for launch in launches(target, dtype, Strategy("fused", tile)))
+        if tiles.TARGETS[target].asynchronous and name == "bf16":
+            found = launches(target, dtype, Strategy("descriptors", tile))
             yield from ((name, launch) for launch in found if launch.kernel.__name__.startswith("descriptor"))
-        tile = tiles.one_launch_table(q.target, dtype.itemsize)[0]
-        yield from ((name, launch) for launch in launches(q, Strategy("one_launch", tile), backward=False))
-        yield from ((name, launch) for launch in launches(wide, Strategy()))
+        tile = tiles.one_launch_table(tiles.TARGETS[target], dtype.itemsize)[0]
+        yield from ((name, launch) for launch in launches(target, dtype, Strategy("one_launch", tile), backward=False))
+        yield from ((name, launch) for launch in launches(target, dtype, Strategy(), r=248))
 
 
-def prelaunch(target: str) -> Iterator[tuple[str, Launch]]:
+def prelaunch(target: str) -> Iterator[tuple[str, KernelLaunch]]:
     """Sketches, Jacobi SVDs at the widths of the tails of n = 384 to 8192, change rates of as many triplets and ranks."""
     empty = torch.empty
     for dtype, name in ((torch.bfloat16, "bf16"), (torch.float32, "fp32")):

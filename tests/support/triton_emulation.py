@@ -17,12 +17,15 @@ from typing import Any
 
 import torch
 
-from loradash_kernels.backends.triton import tiles
-from loradash_kernels.backends.triton.plan import plan_backward, plan_forward
-from loradash_kernels.backends.triton.problem import Launch, Problem, Strategy
+from loradash_kernels.backends.triton.plan.backward import plan_backward
+from loradash_kernels.backends.triton.plan.forward import plan_forward
+from loradash_kernels.backends.triton.problem import KernelLaunch, Plan, Problem
+from loradash_kernels.backends.triton.strategies import Strategy
 from loradash_kernels.backends.triton.target import Target
-from loradash_kernels.random import draw_seed, dropout_threshold
+from loradash_kernels.backends.triton.tiles import TARGETS
 from loradash_kernels.testing import Case
+
+from .calls import Outputs, base_product, calls, drawn_seed, outputs, results
 
 _POINTERS = {
     torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.int64: "*i64", torch.int32: "*i32",
@@ -40,7 +43,7 @@ def missing_tools() -> str | None:
     return None
 
 
-def _specialise(name: str, value: Any, launch: Launch) -> tuple[str, Any, bool]:
+def _specialise(name: str, value: Any, launch: KernelLaunch) -> tuple[str, Any, bool]:
     """Triton type, constant (or None) and divisibility by 16 of an argument, as Triton's JIT decides them."""
     if isinstance(value, torch.Tensor):
         return _POINTERS[value.dtype], None, value.data_ptr() % 16 == 0
@@ -55,55 +58,40 @@ def _specialise(name: str, value: Any, launch: Launch) -> tuple[str, Any, bool]:
     return "i32" if -(2**31) <= value < 2**31 else "i64", 1 if value == 1 else None, value % 16 == 0
 
 
-def problem_of(case: Case, architecture: str) -> Problem:
-    """What the backend would make of `dash_linear` on this case, with the seed that `testing.run` draws."""
-    torch.manual_seed(case.seed)
-    seed = draw_seed() if case.dropout_p else None
-    t = case.tensors
-    adapters = (t[name] for name in ("lora_a", "lora_b", "dash_u", "dash_vt", "dash_sigma"))
-    threshold = dropout_threshold(case.dropout_p)
-    return Problem(case.x, t["weight"], *adapters, seed, case.scaling, threshold, tiles.TARGETS[architecture])
+def problems_of(
+    case: Case, architecture: str, out: Outputs | None = None, base: torch.Tensor | None = None, processors: int = 0
+) -> tuple[Problem, Problem]:
+    """What the backend would make of the forward and the backward call of a case, with the seed that `testing.run` draws.
+
+    processors: of the imagined card, which sets the number of programs of persistent kernels and of splits of M.
+    """
+    target = TARGETS[architecture]
+    if processors:
+        target = replace(target, processors=processors)
+    found = calls(case, outputs(case) if out is None else out, drawn_seed(case), base)
+    return Problem(found[0], target), Problem(found[1], target)
 
 
 def emulated_run(
     case: Case, architecture: str, forward: Strategy | None = None, backward: Strategy | None = None, base: bool = True,
     processors: int = 0, **options: Any,
 ) -> dict[str, torch.Tensor]:  # fmt: skip
-    """Output and gradients of a case, every kernel executed from its PTX; outputs are NaN before. As `testing.run`.
+    """Output and gradients of a case, every kernel executed from its PTX; outputs are NaN before. As `testing.run`."""
+    out = outputs(case, base)
+    one, two = problems_of(case, architecture, out, None if base else base_product(case), processors)
+    run_plan([*plan_forward(one, forward), *plan_backward(two, backward)], architecture, **options)
+    return results(case, out, base)
 
-    processors: of the imagined card, which sets the number of programs of persistent kernels and of splits of M.
-    """
-    q = problem_of(case, architecture)
-    if processors:
-        q.target = replace(q.target, processors=processors)
-    t = case.tensors
-    bias, product = t["bias"], None
-    if not base:
-        product, bias, q.weight = torch.nn.functional.linear(case.x, q.weight, bias), None, None
 
-    def poisoned(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-        return torch.full(shape, float("nan"), dtype=dtype)
-
-    y, p = poisoned(q.m, q.n, dtype=case.x.dtype), poisoned(q.m, q.width)
-    grads = {
-        "x": poisoned(q.m, q.k, dtype=case.x.dtype), "lora_a": poisoned(q.rank, q.k), "lora_b": poisoned(q.n, q.rank),
-        "dash_sigma": poisoned(q.directions) if q.directions else None,
-        "bias": poisoned(q.n) if t["bias"] is not None else None,
-    }  # fmt: skip
-    for launch in [
-        *plan_forward(q, bias, product, y, p, forward), *plan_backward(q, case.dy, p, *grads.values(), backward),
-    ]:  # fmt: skip
-        if isinstance(launch, Launch):
+def run_plan(plan: Plan, architecture: str, **options: Any) -> None:
+    for launch in plan:
+        if isinstance(launch, KernelLaunch):
             emulate(launch, compile_launch(launch, architecture), **options)
         else:
             launch.run()
-    if not base:  # the base layer's own gradient
-        grads["x"] += case.dy @ t["weight"]
-    found = {"y": y, **{name: grad for name, grad in grads.items() if grad is not None}}
-    return {name: value.to(case.tensors.get(name, y).dtype) for name, value in found.items()}  # type: ignore[union-attr]
 
 
-def compile_launch(launch: Launch, architecture: str) -> Any:
+def compile_launch(launch: KernelLaunch, architecture: str) -> Any:
     """triton.compile of a launch for "sm_80", "gfx942", ...: its tensors may be on any device, or on none (meta)."""
     import triton
     from triton.backends.compiler import GPUTarget
@@ -132,7 +120,7 @@ def compile_launch(launch: Launch, architecture: str) -> Any:
     )
 
 
-def emulate(launch: Launch, compiled: Any, **options: Any) -> Any:
+def emulate(launch: KernelLaunch, compiled: Any, **options: Any) -> Any:
     """Runs a compiled launch on its own CPU tensors; returns the emulator's counters, raises on any fault."""
     import ptxsim
 
@@ -149,8 +137,9 @@ class Resources:
     registers: int
     spilled: int
     shared: int
-    matrix_instructions: int  # the target's own
-    warp_instructions: int  # mma.sync, which newer cards keep for tiles of fewer than 64 rows
+    # The target's own, and mma.sync, which newer cards keep for tiles of fewer than 64 rows.
+    matrix_instructions: int
+    warp_instructions: int
 
     def problems(self, target: Target) -> list[str]:
         found = []
@@ -162,7 +151,7 @@ class Resources:
 
 
 def resources(compiled: Any, target: Target) -> Resources:
-    """Of a kernel compiled by Triton for `target`, from its cubin or its code object's assembly."""
+    """What a kernel compiled for `target` takes, read from its cubin or its code object's assembly."""
     shared = compiled.metadata.shared
     if target.name.startswith("gfx"):
         text = compiled.asm["amdgcn"]

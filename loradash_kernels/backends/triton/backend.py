@@ -1,25 +1,26 @@
-"""The Triton backend: fused kernels for every GPU that Triton compiles to. Importing this needs no Triton.
-
-`missing` and `refuses` give the reasons against it in words; `forward` and `backward` fill what they are given.
-"""
+"""The Triton backend: fused kernels for every GPU that Triton compiles to. Importing this needs no Triton."""
 
 from __future__ import annotations
 
 import functools
 import importlib.util
 import os
+from collections.abc import Callable
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from ...calls import BackwardCall, ForwardCall
 from ...notices import warn_once
+from .. import tuning
+from .problem import C, Plan, Problem
+from .strategies import Strategy, candidates
+from .target import Target
+from .tiles import MAX_WIDTH, TARGETS, nearest
 
-if TYPE_CHECKING:
-    from .problem import Problem
-    from .target import Target
-
+name = "triton"
 MINIMUM = (3, 6)
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -48,8 +49,6 @@ def interpreted() -> bool:
 
 def refuses(x: Tensor, width: int = 0) -> str | None:
     """Why a call with this x and R = `width` cannot run, or None."""
-    from .tiles import MAX_WIDTH, TARGETS
-
     if x.device.type == "cpu" and not interpreted():
         return "x is on the CPU (TRITON_INTERPRET=1 would run the kernels there, slowly)"
     if x.device.type not in ("cpu", "cuda"):
@@ -76,8 +75,6 @@ def architecture_of(device: torch.device) -> str:
 
 def target_of(device: torch.device) -> Target | None:
     """The target whose tiles a device takes: its own, or for an unlisted one the nearest older that is safe; or None."""
-    from .tiles import TARGETS, nearest
-
     architecture = architecture_of(device)
     return TARGETS.get(architecture) or nearest(architecture, _shared_limit(device))
 
@@ -100,14 +97,13 @@ def _target_in_use(device: torch.device) -> Target:
     return target
 
 
-def _problem(x: Tensor, *args: object) -> Problem:
-    from .problem import Problem
-
+def _problem(call: C) -> Problem[C]:
+    x = call.x
     target, tf32 = _target_in_use(x.device), False
     if x.device.type == "cuda":
         target = replace(target, processors=torch.cuda.get_device_properties(x.device).multi_processor_count)
         tf32 = x.dtype == torch.float32 and _tf32_allowed()
-    return Problem(x, *args, target, tf32)  # type: ignore[arg-type, call-arg]
+    return Problem(type(call)(*map(_stored, call)), target, tf32)
 
 
 def _tf32_allowed() -> bool:
@@ -116,72 +112,30 @@ def _tf32_allowed() -> bool:
     return matmul.fp32_precision == "tf32" if hasattr(matmul, "fp32_precision") else matmul.allow_tf32
 
 
-def forward(
-    x: Tensor,  # (M, K)
-    weight: Tensor | None,  # (N, K); None: the base product is in `base`
-    bias: Tensor | None,  # (N,)
-    lora_a: Tensor,
-    lora_b: Tensor,
-    dash_u: Tensor | None,
-    dash_vt: Tensor | None,
-    dash_sigma: Tensor | None,
-    seed: Tensor | None,
-    scaling: float,
-    threshold: int,
-    base: Tensor | None,  # (M, N)
-    y: Tensor,  # (M, N), written
-    p: Tensor,  # (M, R), written
-) -> None:
-    from . import tuner
-    from .plan import plan_forward
+def forward(call: ForwardCall) -> None:
+    from .plan.forward import plan_forward
 
-    x, weight, bias, lora_a, lora_b, base = map(_stored, (x, weight, bias, lora_a, lora_b, base))
-    dash_u, dash_vt, dash_sigma = map(_stored, (dash_u, dash_vt, dash_sigma))
-    problem = _problem(x, weight, lora_a, lora_b, dash_u, dash_vt, dash_sigma, seed, scaling, threshold)
-    with _on(x.device):
-        strategy = tuner.choose("forward", problem, (x, weight))
-        for launch in plan_forward(problem, bias, base, y, p, strategy):
+    _run(_problem(call), plan_forward)
+
+
+def backward(call: BackwardCall) -> None:
+    from .plan.backward import plan_backward
+
+    _run(_problem(call), plan_backward)
+
+
+def _run(problem: Problem[C], plan: Callable[[Problem[C], Strategy | None], Plan]) -> None:
+    def run(strategy: Strategy | None) -> None:
+        for launch in plan(problem, strategy):
             launch.run()
 
-
-def backward(
-    dy: Tensor,  # (M, N)
-    x: Tensor,
-    weight: Tensor | None,
-    lora_a: Tensor,
-    lora_b: Tensor,
-    dash_u: Tensor | None,
-    dash_vt: Tensor | None,
-    dash_sigma: Tensor | None,
-    p: Tensor,
-    seed: Tensor | None,
-    scaling: float,
-    threshold: int,
-    dx: Tensor | None,  # (M, K), written; None: not wanted
-    da: Tensor | None,  # (r, K)
-    db_lora: Tensor | None,  # (N, r)
-    dsigma: Tensor | None,  # (s,)
-    dbias: Tensor | None,  # (N,)
-) -> None:
-    from . import tuner
-    from .plan import plan_backward
-
-    dy, x, weight, lora_a, lora_b = map(_stored, (dy, x, weight, lora_a, lora_b))
-    dash_u, dash_vt, dash_sigma = map(_stored, (dash_u, dash_vt, dash_sigma))
-    problem = _problem(x, weight, lora_a, lora_b, dash_u, dash_vt, dash_sigma, seed, scaling, threshold)
-    with _on(x.device):
-        strategy = tuner.choose("backward", problem, (dy, weight))
-        for launch in plan_backward(problem, dy, p, dx, da, db_lora, dsigma, dbias, strategy):
-            launch.run()
+    # Triton launches on the current device: it becomes that of x (-1 leaves it alone).
+    with torch.cuda.device(problem.x.device if problem.x.is_cuda else -1):
+        run(tuning.choose(name, problem.call, lambda: candidates(problem), run, problem.precision))
 
 
 def _stored(t: Any) -> Any:
     """A tensor whose memory holds its values: what the dispatcher gives compiled operators, and these kernels lack."""
-    if t is None or not (t.is_neg() or t._is_zerotensor()):
+    if not isinstance(t, Tensor) or not (t.is_neg() or t._is_zerotensor()):
         return t
     return t.resolve_neg().clone()
-
-
-def _on(device: torch.device) -> torch.cuda.device:
-    """Triton launches on the current device: make it that of x (-1 leaves it alone)."""
-    return torch.cuda.device(device if device.type == "cuda" else -1)

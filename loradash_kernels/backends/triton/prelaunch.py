@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .kernels.prelaunch import highest_rates, jacobi_sweeps, sketch_product
-from .problem import Launch, power_of_two, tile_count
+from .problem import KernelLaunch, power_of_two, tile_count
 
 SWEEPS = 20  # of Jacobi rotations; five to eight do, more say that something is wrong
 TOLERANCE = 2e-6  # of the cosine between two rows of a float32 matrix that count as orthogonal
@@ -15,7 +15,7 @@ MAX_TRIPLETS = 8192  # whose rates one program compares in its registers
 MAX_RANK = 256
 
 
-def plan_sketch(w: Tensor, seed: Tensor, y: Tensor, precision: str = "ieee") -> Launch:
+def plan_sketch(w: Tensor, seed: Tensor, y: Tensor, precision: str = "ieee") -> KernelLaunch:
     """y (L, N, width) float32 = w (L, N, K) times the Gaussian sketch of this seed (2,)."""
     count, n, k = w.shape
     width = y.shape[-1]
@@ -23,17 +23,17 @@ def plan_sketch(w: Tensor, seed: Tensor, y: Tensor, precision: str = "ieee") -> 
     args = {"w": w, "seed": seed, "y": y, "N": n, "K": k, "width": width}
     args |= dict(zip(("stride_wl", "stride_wn", "stride_wk"), w.stride(), strict=True))
     constants = {"BLOCK_N": 64, "BLOCK_J": block_j, "BLOCK_K": 16, "PRECISION": precision}
-    return Launch(sketch_product, (tile_count(n, 64), tile_count(width, block_j), count), args, constants, 8, 2)
+    return KernelLaunch(sketch_product, (tile_count(n, 64), tile_count(width, block_j), count), args, constants, 8, 2)
 
 
-def plan_jacobi(x: Tensor, off: Tensor) -> Launch:
+def plan_jacobi(x: Tensor, off: Tensor) -> KernelLaunch:
     """Rotates the rows of x (L, rows, length) float32, contiguous, in place; off (L,)."""
     count, rows, length = x.shape
     block = power_of_two(length)
     pairs = max(1, min(2048 // block, power_of_two(rows // 2)))
     args = {"x": x, "off": off, "rows": rows, "length": length}
     constants = {"SWEEPS": SWEEPS, "TOLERANCE": TOLERANCE, "BLOCK_P": pairs, "BLOCK": block}
-    return Launch(jacobi_sweeps, (count,), args, constants, max(4, pairs * block // 256))
+    return KernelLaunch(jacobi_sweeps, (count,), args, constants, max(4, pairs * block // 256))
 
 
 def plan_rates(
@@ -46,7 +46,7 @@ def plan_rates(
     eps: float,
     half: bool,
     out: tuple[Tensor, Tensor, Tensor],  # rate (L, n), best (L, s), index (L, s)
-) -> Launch:
+) -> KernelLaunch:
     """As the kernel says; `half` for v = u and at = W Aᵀ."""
     rate, best, index = out
     count, rows, n = u.shape
@@ -68,7 +68,7 @@ def plan_rates(
     constants = {"HALF": half, "RANK": power_of_two(b.shape[-1]), "BLOCK_I": 32, "BLOCK_K": 16}
     constants["BLOCK_ALL"] = power_of_two(n)
     warps = 8 if constants["RANK"] >= 256 else 4  # more than registers of four, on consumer Blackwell
-    return Launch(highest_rates, (tile_count(n, 32), count), args, constants, warps, 2)
+    return KernelLaunch(highest_rates, (tile_count(n, 32), count), args, constants, warps, 2)
 
 
 def sketch(w: Tensor, seed: Tensor, width: int) -> Tensor:

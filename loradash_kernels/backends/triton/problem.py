@@ -1,20 +1,21 @@
-"""The vocabulary of a plan: the problem that a call poses, how it may be solved, and a launch as data."""
+"""The vocabulary of a plan: the problem that a call poses, and what solves it, as data."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor
 
+from ...calls import BackwardCall, ForwardCall
 from ...random import keep_scale
-from .target import Target, TileConfig
+from .target import Target
 
 
 @dataclass(frozen=True)
-class Launch:
-    """One kernel launch."""
+class KernelLaunch:
+    """A kernel, its grid, and its arguments by name: those of run time and those that are compiled in."""
 
     kernel: Any
     grid: tuple[int, ...]
@@ -45,91 +46,73 @@ class LibraryProduct:
             torch.addmm(self.bias, self.a, b, out=self.out)
 
 
-@dataclass(frozen=True)
-class Strategy:
-    """How a product is computed: "fused", "descriptors" (the same, persistent, on tensor descriptors where these can read the
-    operands), "one_launch" (forward only) or "library" (the vendor's product with our low-rank kernels); and the tile,
-    where it is not the table's.
-    """
-
-    kind: str = "fused"
-    tile: TileConfig | None = None
+Plan = list[KernelLaunch | LibraryProduct]
+C = TypeVar("C", ForwardCall, BackwardCall)
 
 
 @dataclass
-class Problem:
-    """What every launch of a call needs to know."""
+class Problem(Generic[C]):
+    """A call and what every launch of it needs to know."""
 
-    x: Tensor
-    weight: Tensor | None
-    lora_a: Tensor
-    lora_b: Tensor
-    dash_u: Tensor | None
-    dash_vt: Tensor | None
-    dash_sigma: Tensor | None
-    seed: Tensor | None
-    scaling: float
-    threshold: int
+    call: C
     target: Target
     tf32: bool = False
 
     def __post_init__(self) -> None:
+        call = self.call
+        self.x, self.weight, self.lora_a, self.lora_b = call.x, call.weight, call.lora_a, call.lora_b
         self.m, self.k = self.x.shape
         self.n, self.rank = self.lora_b.shape
-        self.directions = 0 if self.dash_sigma is None else self.dash_sigma.shape[0]
+        self.directions = 0 if call.dash_sigma is None else call.dash_sigma.shape[0]
         self.width = self.rank + self.directions
-        self.r_block = power_of_two(self.width)
-        self.rank_block = power_of_two(self.rank)
+        self.r_block, self.rank_block = power_of_two(self.width), power_of_two(self.rank)
         self.itemsize = self.x.element_size()
-        self.dropout = self.threshold > 0 and self.seed is not None
+        self.dropout = call.threshold > 0 and call.seed is not None
+        self.seed = call.seed if self.dropout else None
+        self.scaling, self.threshold = call.scaling, call.threshold
         self.keep_scale = keep_scale(self.threshold if self.dropout else 0)
-        if self.dash_sigma is not None:
-            self.dash_sigma = self.dash_sigma.contiguous()
+        # Kernels read no dash tensor where there is no direction.
+        self.dash_u, self.dash_vt, self.dash_sigma = None, None, None
+        if self.directions and call.dash_sigma is not None:
+            self.dash_u, self.dash_vt, self.dash_sigma = call.dash_u, call.dash_vt, call.dash_sigma.contiguous()
 
     @property
     def precision(self) -> str:
         return "tf32" if self.tf32 and self.target.tf32 else "ieee"
 
+    @property
+    def rank_constants(self) -> dict[str, int]:
+        return {"RANK": self.rank, "DIRECTIONS": self.directions, "R_BLOCK": self.r_block}
+
     def adapter_args(self, names: str) -> dict[str, Any]:
         """Pointers and strides of the adapters named by their letters: a, b, u, v."""
         tensors = {
-            "a": ("lora_a", self.lora_a, "r", "k"), "b": ("lora_b", self.lora_b, "n", "r"),
-            "u": ("dash_u", self.dash_u, "n", "s"), "v": ("dash_vt", self.dash_vt, "s", "k"),
-        }  # fmt: skip
+            "a": ("lora_a", self.lora_a, "ar ak"),
+            "b": ("lora_b", self.lora_b, "bn br"),
+            "u": ("dash_u", self.dash_u, "un us"),
+            "v": ("dash_vt", self.dash_vt, "vs vk"),
+        }
         args: dict[str, Any] = {}
         for letter in names:
-            name, tensor, first, second = tensors[letter]
-            present = tensor is not None and (self.directions > 0 or letter in "ab")
-            args[name] = tensor if present else None
-            strides = tensor.stride() if present and tensor is not None else (0, 0)
-            args[f"stride_{letter}{first}"], args[f"stride_{letter}{second}"] = strides
+            name, tensor, axes = tensors[letter]
+            args |= {name: tensor, **strides(tensor, axes)}
         return args
-
-    def sigma(self) -> Tensor | None:
-        return self.dash_sigma if self.directions else None
 
     def empty(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
         """Workspace on the device of x."""
         return self.x.new_empty(shape, dtype=dtype or self.x.dtype)
 
 
-def descriptors_fit(q: Problem, *operands: Tensor | None) -> bool:
-    """Can these be read through tensor descriptors: on this card, aligned rows of 16-bit elements, not empty?"""
-    return (
-        q.target.asynchronous
-        and q.itemsize == 2
-        and all(
-            t is not None and t.numel() > 0 and t.stride(1) == 1 and t.data_ptr() % 16 == 0
-            and t.stride(0) >= t.shape[1] and t.stride(0) * q.itemsize % 16 == 0
-            for t in operands
-        )
-    )  # fmt: skip
-
-
 def descriptor(t: Tensor, *block: int) -> Any:
     from triton.tools.tensor_descriptor import TensorDescriptor
 
     return TensorDescriptor(t, list(t.shape), list(t.stride()), list(block))
+
+
+def strides(t: Tensor | None, names: str) -> dict[str, int]:
+    """A kernel's arguments "stride_xm", "stride_xk" for "xm xk"; 0 where there is no tensor."""
+    found = (0, 0) if t is None else t.stride()
+    return {f"stride_{name}": stride for name, stride in zip(names.split(), found, strict=True)}
 
 
 def tile_count(size: int, block: int) -> int:
@@ -146,5 +129,5 @@ def power_of_two(size: int) -> int:
 
 
 def wide(*operands: Any) -> bool:
-    """Do offsets inside a tile need 64 bits? Tiles are at most 256 long in each direction."""
+    """Do offsets inside a tile need 64 bits? No side of a tile is longer than 256."""
     return any(abs(s) * 512 >= 2**31 for t in operands if isinstance(t, Tensor) for s in t.stride())

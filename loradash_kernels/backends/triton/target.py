@@ -15,7 +15,17 @@ class TileConfig:
     num_warps: int
     num_stages: int
     group_m: int = 8
-    tight: bool = False  # takes every register: for depths that block_k divides and for R <= 64
+    # A tight tile takes every register: it is for depths that block_k divides and for R <= 64.
+    tight: bool = False
+
+    def constants(self) -> dict[str, int]:
+        """What the kernel of a product is compiled with."""
+        return {
+            "BLOCK_M": self.block_m,
+            "BLOCK_N": self.block_n,
+            "BLOCK_K": self.block_k,
+            "GROUP_M": self.group_m,
+        }
 
     def shared_bytes(self, itemsize: int) -> int:
         """Shared memory of the operands in flight, as a planning figure: num_stages of both."""
@@ -32,7 +42,8 @@ class Target:
     processors: int
     warp_size: int = 32
     matrix_instruction: str = "HMMA"
-    tf32: bool = True  # do matrix instructions take float32 rounded to TF32?
+    # Do matrix instructions take float32 rounded to TF32?
+    tf32: bool = True
 
     @property
     def asynchronous(self) -> bool:

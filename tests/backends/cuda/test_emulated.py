@@ -11,7 +11,7 @@ import torch
 from support import cuda_emulation as emulation
 from support.layouts import slices, transposed
 
-from loradash_kernels.random import dropout_mask, keep_scale
+from loradash_kernels.random import draw_seed, dropout_mask, dropout_threshold, keep_scale
 from loradash_kernels.testing import check_error_rule, make_case
 
 pytestmark = [
@@ -132,10 +132,10 @@ def test_same_mask_as_the_reference():
     case.tensors["x"].fill_(1.0), case.tensors["lora_a"].fill_(1.0)
     out = {"y": torch.empty(130, 16, dtype=BF16), "p": torch.empty(130, 1)}
     torch.manual_seed(case.seed)
-    seed = emulation.draw_seed()
+    seed = draw_seed()
     launches, kept = emulation.plan(case, out, "forward", seed, None, (108, 163 * 1024), "")
     emulation.emulate(launches, [*out.values(), seed, *kept], "sm_80")
-    threshold = emulation.dropout_threshold(0.4)
+    threshold = dropout_threshold(0.4)
     counts = dropout_mask(seed, threshold, 130, 200).sum(1)
     assert torch.equal((out["p"][:, 0] / keep_scale(threshold)).round().long(), counts)
 

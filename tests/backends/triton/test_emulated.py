@@ -9,9 +9,11 @@ from __future__ import annotations
 import pytest
 import torch
 from support import triton_emulation as emulation
+from support.calls import outputs
 from support.layouts import slices, transposed
 
 from loradash_kernels.backends.triton.target import TileConfig
+from loradash_kernels.random import dropout_mask
 from loradash_kernels.testing import check_error_rule, make_case
 
 pytestmark = [
@@ -20,7 +22,8 @@ pytestmark = [
 ]
 
 if emulation.missing_tools() is None:
-    from loradash_kernels.backends.triton.problem import Strategy, descriptors_fit
+    from loradash_kernels.backends.triton.plan.forward import plan_forward
+    from loradash_kernels.backends.triton.strategies import Strategy, descriptors_fit
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 SMALL = TileConfig(64, 64, 32, 4, 3, group_m=2)
@@ -89,8 +92,8 @@ def test_descriptors(shape, dtype, seed):
     """Persistent kernels on tensor descriptors, with fewer programs than tiles."""
     case = make_case(*shape, dtype, adapter_dtype=FP32, dropout_p=0.1)
     strategy = Strategy("descriptors", TileConfig(64, 64, 64, 4, 3, group_m=2))
-    q = emulation.problem_of(case, "sm_90")
-    assert descriptors_fit(q, case.x, case.tensors["weight"], case.dy)
+    problem, _ = emulation.problems_of(case, "sm_90")
+    assert descriptors_fit(problem, case.x, case.tensors["weight"], case.dy)
     check(case, "sm_90", forward=strategy, backward=strategy, seed=seed, processors=3)
 
 
@@ -115,6 +118,7 @@ def test_layouts(layout, dtype):
 def test_offsets_beyond_two_to_the_31():
     """A row stride of 2^30 elements: three rows span more than 2^31. The memory is reserved, never touched between."""
     case = make_case(3, 32, 32, 4, 2, FP16, adapter_dtype=FP32)
+    expected = emulation.emulated_run(case, "sm_80")["y"]
     try:
         memory = torch.empty(2**31 + 64, dtype=FP16)
     except RuntimeError as error:
@@ -122,29 +126,18 @@ def test_offsets_beyond_two_to_the_31():
     far = memory.as_strided((3, 32), (2**30, 1))
     far.copy_(case.x)
     case.tensors["x"] = far
-    from loradash_kernels.backends.triton.plan import plan_forward
-
-    q = emulation.problem_of(case, "sm_80")
-    y, p = torch.full((3, 32), float("nan"), dtype=FP16), torch.empty(3, 6)
-    launches = plan_forward(q, None, None, y, p)
+    out = outputs(case)
+    launches = plan_forward(emulation.problems_of(case, "sm_80", out)[0])
     assert all(launch.constants["WIDE"] for launch in launches)
-    for launch in launches:
-        emulation.emulate(launch, emulation.compile_launch(launch, "sm_80"))
-    expected = emulation.emulated_run(make_case(3, 32, 32, 4, 2, FP16, adapter_dtype=FP32), "sm_80")["y"]
-    bias = case.tensors["bias"]
-    torch.testing.assert_close(y.float() + bias.float(), expected.float(), atol=4e-3, rtol=0)
+    emulation.run_plan(launches, "sm_80")
+    assert torch.equal(out["y"], expected)
 
 
 def test_same_mask_as_the_reference():
     """x of ones through D of ones counts the kept elements of each row: equal to the reference's mask, row by row."""
     case = make_case(50, 200, 16, 1, 0, FP32, dropout_p=0.4, bias=False)
     case.tensors["x"].fill_(1.0), case.tensors["lora_a"].fill_(1.0)
-    from loradash_kernels.backends.triton.plan import plan_forward
-    from loradash_kernels.random import dropout_mask, keep_scale
-
-    q = emulation.problem_of(case, "sm_80")
-    y, p = torch.empty(50, 16), torch.empty(50, 1)
-    for launch in plan_forward(q, None, None, y, p):
-        emulation.emulate(launch, emulation.compile_launch(launch, "sm_80"))
-    kept = dropout_mask(q.seed, q.threshold, 50, 200).sum(1)
-    assert torch.equal((p[:, 0] / keep_scale(q.threshold)).round().long(), kept)
+    problem, _ = emulation.problems_of(case, "sm_80")
+    emulation.run_plan(plan_forward(problem), "sm_80")
+    kept = dropout_mask(problem.seed, problem.threshold, 50, 200).sum(1)
+    assert torch.equal((problem.call.p[:, 0] / problem.keep_scale).round().long(), kept)

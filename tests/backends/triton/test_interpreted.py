@@ -1,31 +1,35 @@
-"""The Triton backend without a GPU: the choice of it, its tile tables, its tuner, its kernels in the interpreter.
+"""The Triton backend without a GPU: why it cannot run, its tile tables and strategies, its kernels in the interpreter.
 
-`test_triton_emulated.py` executes the compiled kernels, `test_triton_targets.py` compiles them for every architecture.
+`test_emulated.py` executes the compiled kernels, `test_targets.py` compiles them for every architecture.
 """
 
 from __future__ import annotations
 
 import importlib.util
-import json
-import multiprocessing
 import os
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
 import torch
+from support.cards import OnCard, backward_call, forward_call
 
 import loradash_kernels as lk
+from loradash_kernels.backends import tuning
 from loradash_kernels.backends.triton import backend as triton_backend
-from loradash_kernels.backends.triton.target import Target, TileConfig
+from loradash_kernels.backends.triton import tiles
+from loradash_kernels.backends.triton.target import Target
 from loradash_kernels.testing import check_error_rule, make_case, run
 
 TESTS = Path(__file__).parents[2]
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
 if importlib.util.find_spec("triton"):
-    from loradash_kernels.backends.triton import plan, tiles, tuner
     from loradash_kernels.backends.triton import problem as parts
+    from loradash_kernels.backends.triton.plan import backward as backward_plan
+    from loradash_kernels.backends.triton.plan import forward as forward_plan
+    from loradash_kernels.backends.triton.strategies import Strategy, candidates
 
 
 @needs_triton
@@ -55,8 +59,8 @@ def test_operator_in_the_interpreter():
 @pytest.mark.parametrize("shape", [(37, 50, 70, 4, 3), (150, 64, 96, 16, 8)])
 def test_strategies(shape, dtype, kind):
     case = make_case(*shape, dtype, adapter_dtype=torch.float32, dropout_p=0.3)
-    with tuner.forced(
-        forward=parts.Strategy(kind), backward=parts.Strategy("library" if kind == "library" else "fused")
+    with tuning.forced(
+        "triton", forward=Strategy(kind), backward=Strategy("library" if kind == "library" else "fused")
     ):
         check_error_rule(case, run(case, "triton"))
 
@@ -68,11 +72,8 @@ def test_too_wide_for_the_kernels():
     with pytest.raises(RuntimeError, match="r \\+ s is 308"):
         run(case, "triton")
     check_error_rule(case, run(case))  # another backend takes it
-    with pytest.raises(ValueError, match="at most 32"), tuner.forced(forward=parts.Strategy("one_launch")):
+    with pytest.raises(ValueError, match="at most 32"), tuning.forced("triton", forward=Strategy("one_launch")):
         run(make_case(8, 16, 16, 40, 8), "triton")
-
-
-# --- the choice ------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.skipif(triton_backend.interpreted() or torch.cuda.is_available(), reason="Triton can run here")
@@ -115,16 +116,13 @@ def test_unknown_architecture(monkeypatch):
     assert "sm_61 has no tile table" in triton_backend.refuses(torch.zeros(1, 1))
 
 
-# --- tiles -----------------------------------------------------------------------------------------------------------
-
-
 @needs_triton
 def test_tiles_are_within_limits():
     for name, target in tiles.TARGETS.items():
         for itemsize in (2, 4):
             for config in (*tiles.gemm_table(target, itemsize), *tiles.one_launch_table(target, itemsize)):
                 assert config.shared_bytes(itemsize) <= target.shared_limit, (name, config)
-                assert max(config.block_m, config.block_n) <= plan._PAD
+                assert max(config.block_m, config.block_n) <= backward_plan.PAD
 
 
 @needs_triton
@@ -140,107 +138,65 @@ def test_pick_fills_the_processors():
 @needs_triton
 def test_partial_sums_are_fixed_by_the_shape():
     """The split of M depends on nothing that changes from run to run, and covers every row once."""
-    case = make_case(1000, 64, 96)
-    q = problem(case)
-    splits, rows = plan._splits(q, 96, 128, 32)
+    call = parts.Problem(backward_call(torch.empty(1000, 64)), tiles.TARGETS["sm_80"])
+    splits, rows = backward_plan.splits_of_m(call, 96, 128, 32)
     assert (splits - 1) * rows < 1000 <= splits * rows and rows % 32 == 0
-    assert plan._splits(q, 96, 128, 32) == (splits, rows)
+    assert backward_plan.splits_of_m(call, 96, 128, 32) == (splits, rows)
 
 
-# --- the tuner -------------------------------------------------------------------------------------------------------
-
-
-def problem(case):
-    t = case.tensors
-    adapters = [t[name] for name in ("lora_a", "lora_b", "dash_u", "dash_vt", "dash_sigma")]
-    return parts.Problem(case.x, t["weight"], *adapters, None, 1.0, 0, tiles.TARGETS["sm_80"])
-
-
-def chosen(direction, q):
-    return tuner.choose(direction, q, (q.x, q.weight))
-
-
-@pytest.fixture
-def cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("LORADASH_CACHE", str(tmp_path / "cache"))
-    tuner.MEASURED.forget()
-    yield tmp_path / "cache"
-    tuner.MEASURED.forget()
-
-
-def scripted(times):
-    """A timer that gives the next of these times, or raises it."""
-    queue = iter(times)
-
-    def timer(step):
-        value = next(queue)
-        if isinstance(value, Exception):
-            raise value
-        return value
-
-    return timer
+def problem(*shape: int, dtype=torch.float32, of=forward_call):
+    return parts.Problem(of(torch.empty(shape, dtype=dtype)), tiles.TARGETS["sm_90"])
 
 
 @needs_triton
-def test_tuner_keeps_the_fastest(cache):
-    q = problem(make_case(64, 64, 64))
-    candidates = tuner.candidates("forward", q, (q.x, q.weight))
-    assert {c.kind for c in candidates} == {"fused", "one_launch", "library"}
-    times = [float(len(candidates) - i) for i in range(len(candidates))]
-    times[2] = RuntimeError("out of shared memory")  # left out, not fatal
-    best = tuner.tune("forward", q, (q.x, q.weight), scripted(times))
-    assert best == candidates[-1]
-    tuner.MEASURED.forget()
-    assert chosen("forward", q) == best  # from disk
-    assert chosen("backward", q) is None  # never measured: the table's
-    assert chosen("forward", problem(make_case(64, 64, 80))) is None
-    assert chosen("forward", problem(make_case(50, 64, 64))) == best  # the same bucket of M
-    assert [f.name for f in cache.iterdir() if not f.name.endswith(".lock")] == ["triton-tiles-1.json"]
+def test_candidates():
+    """Each tile of the table, and the ways that the call, the card and the layout allow; the one launch is forward's."""
+    for of, kinds in ((forward_call, {"one_launch"}), (backward_call, set())):
+        found = candidates(problem(64, 64, of=of))
+        assert {c.kind for c in found} == {"fused", "library", *kinds}
+        assert len({str(c) for c in found}) == len(found)  # their names in the file
+    assert "descriptors" in {c.kind for c in candidates(problem(64, 64, dtype=torch.float16))}
+    assert "descriptors" not in {c.kind for c in candidates(problem(64, 63, dtype=torch.float16))}
+    alone = parts.Problem(forward_call(torch.empty(64, 64))._replace(weight=None), tiles.TARGETS["sm_90"])
+    assert {c.kind for c in candidates(alone)} == {"fused"}
 
 
 @needs_triton
-def test_tuner_with_nothing_that_runs(cache):
-    q = problem(make_case(64, 64, 64))
-    with pytest.raises(RuntimeError, match="no candidate ran"):
-        tuner.tune("backward", q, (q.x, q.weight), scripted([RuntimeError("no")] * 20))
+def test_explicit_strategies_and_measured_ones(cache, monkeypatch):
+    """A plan is made with what was measured for this call, else with the table's."""
+    call, told = forward_call(torch.empty(64, 64)), []
+    monkeypatch.setattr(triton_backend, "_target_in_use", lambda device: tiles.TARGETS["sm_80"])
+    monkeypatch.setattr(forward_plan, "plan_forward", lambda problem, strategy: told.append(strategy) or [])
+    best = candidates(parts.Problem(call, tiles.TARGETS["sm_80"]))[-1]
+    triton_backend.forward(call)
+    tuning.MEASURED.remember(tuning.key("triton", call, "ieee"), str(best))
+    triton_backend.forward(call)
+    assert told == [None, best]
 
 
 @needs_triton
-@pytest.mark.parametrize("text", ["", "{", "[]", '{"strategies": {"a": {"kind": "magic", "tile": null}}}', "\x00\x01"])
-def test_tuner_with_a_damaged_cache(cache, text):
-    cache.mkdir()
-    tuner.MEASURED.path().write_text(text)
-    q = problem(make_case(64, 64, 64))
-    tuner.MEASURED.warned.clear()
-    with pytest.warns(UserWarning, match="damaged"):
-        assert chosen("forward", q) is None
-    best = tuner.tune("forward", q, (q.x, q.weight), scripted([1.0] * 20))
-    tuner.MEASURED.forget()
-    assert chosen("forward", q) == best
+def test_guessed_tiles_are_said_once(card, unwarned):
+    card(13, 0, shared_limit=99 * 1024)
+    with pytest.warns(UserWarning, match="tiles for sm_130 are a guess, those of sm_121") as said:
+        assert {triton_backend._target_in_use(OnCard.device).name for _ in range(2)} == {"sm_121"}
+    assert len(said) == 1
+    card(12, 0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        triton_backend._target_in_use(OnCard.device)
 
 
-@needs_triton
-def test_tuner_with_a_cache_that_cannot_be_written(cache):
-    cache.write_text("a file where the folder should be")
-    q = problem(make_case(64, 64, 64))
-    tuner.MEASURED.warned.clear()
-    with pytest.warns(UserWarning, match="cannot be written"):
-        best = tuner.tune("forward", q, (q.x, q.weight), scripted([1.0] * 20))
-    assert chosen("forward", q) == best
-
-
-def _write(index):
-    tuner.MEASURED.forget()
-    tuner.MEASURED.remember(f"key {index}", parts.Strategy("fused", TileConfig(64, 64, 32, 4, index + 1)))
-
-
-@needs_triton
-def test_tuner_in_concurrent_processes(cache):
-    """Eight processes write at once; nobody's entry is lost and the file is whole."""
-    with multiprocessing.get_context("fork").Pool(8) as pool:
-        pool.map(_write, range(8), chunksize=1)
-    found = json.loads(tuner.MEASURED.path().read_text())["strategies"]
-    assert sorted(found) == [f"key {i}" for i in range(8)]
+@pytest.mark.parametrize(
+    ("architecture", "shared_kb", "expected"),
+    [
+        ("sm_75", 64, None), ("sm_87", 163, "sm_86"), ("sm_91", 227, "sm_90"), ("sm_101", 227, "sm_100"),
+        ("sm_101", 99, "sm_89"), ("sm_101", None, "sm_89"), ("sm_130", 227, "sm_121"), ("sm_130", 64, None),
+        ("gfx950", 160, "gfx942"), ("gfx908", 64, None), ("gfx1100", 64, None), ("xe", None, None),
+    ],
+)  # fmt: skip
+def test_unlisted_cards_take_the_nearest_older_table(architecture, shared_kb, expected):
+    found = tiles.nearest(architecture, shared_kb and shared_kb * 1024)
+    assert (found and found.name) == expected
 
 
 @needs_triton

@@ -1,0 +1,38 @@
+"""The CPU backend: the compiled part's kernels for x86 and whatever else a C++ compiler knows."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..calls import BackwardCall, ForwardCall
+from . import extension
+
+name = "cpu"
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+if extension.is_compiled():
+    # Found once: the attributes take a quarter of a microsecond in every call.
+    _forward, _backward = (getattr(torch.ops.loradash_cpu, p).default for p in ("forward", "backward"))
+
+
+def missing() -> str | None:
+    """Why the CPU kernels cannot be used here at all, or None."""
+    return extension.missing_reason
+
+
+def refuses(x: Tensor, width: int = 0) -> str | None:
+    """Why a call with this x and R = `width` cannot run, or None."""
+    if not x.is_cpu:
+        return f"x is on {x.device}"
+    if x.dtype not in _DTYPES:
+        return f"x is {x.dtype}, the compiled kernels take float32, bfloat16 and float16"
+    return None
+
+
+def forward(call: ForwardCall) -> None:
+    _forward(*call)
+
+
+def backward(call: BackwardCall) -> None:
+    _backward(*call)

@@ -1,0 +1,1 @@
+"""From problems to launches, a file for each pass: what a call runs, as data."""
