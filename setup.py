@@ -14,7 +14,8 @@ from pathlib import Path
 from setuptools import setup
 
 ROOT = Path(__file__).parent
-CUDA_ARCHITECTURES = "8.0;8.6;8.9+PTX"  # A100, RTX 3090, RTX 4090; later cards compile the PTX
+# A100, RTX 3090, RTX 4090; later cards compile the PTX.
+CUDA_ARCHITECTURES = "8.0;8.6;8.9+PTX"
 WARNING = "loradash-kernels: {}; installing without compiled kernels, every call will run the plain PyTorch reference."
 
 
@@ -59,6 +60,7 @@ def extension() -> dict:
     if cuda and torch.version.cuda is None:
         raise SystemExit("loradash-kernels: LORADASH_CUDA is set, but this PyTorch is built without CUDA")
     compile_args = {"cxx": ["-O3", "-std=c++20", "-ffp-contract=fast", "-Wno-psabi", *openmp_flags()]}
+    # The only host file that needs CUDA's headers.
     files, macros = [f for f in sources("*.cpp") if cuda or f != "csrc/cuda/launch.cpp"], []
     if cuda:
         os.environ.setdefault("TORCH_CUDA_ARCH_LIST", CUDA_ARCHITECTURES)

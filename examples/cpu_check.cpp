@@ -4,7 +4,7 @@
 #include <random>
 #include <vector>
 
-#include "problem.h"
+#include "cpu/cpu.h"
 
 int main() {
   using namespace loradash;
@@ -19,15 +19,15 @@ int main() {
   const auto x = filled(m * k), w = filled(n * k), a = filled(r * k), b = filled(n * r), u = filled(n * s),
              vt = filled(s * k), sigma = filled(s);
   const float scaling = 0.5f;
-  const Dropout dropout{1, 2, 6554};
-  const ThreadPool serial{1, [](int64_t count, void (*body)(void*, int64_t), void* context) {
-                            for (int64_t i = 0; i < count; ++i) body(context, i);
-                          }};
+  const cpu::Dropout dropout{1, 2, 6554};
+  const cpu::ThreadPool serial{1, [](int64_t count, void (*body)(void*, int64_t), void* context) {
+                                 for (int64_t i = 0; i < count; ++i) body(context, i);
+                               }};
 
-  std::vector<char> packed(cpu::packed_bytes(DType::kFloat32, Direction::kForward, n, k));
-  cpu::pack_weight(DType::kFloat32, Direction::kForward, w.data(), k, 1, n, k, packed.data(), serial);
+  std::vector<char> packed(cpu::packed_bytes(DType::kFloat32, Pass::kForward, n, k));
+  cpu::pack_weight(DType::kFloat32, Pass::kForward, w.data(), k, 1, n, k, packed.data(), serial);
   std::vector<float> y(m * n), p(m * (r + s));
-  ForwardParams params{};
+  cpu::ForwardParams params{};
   params.shape = {m, k, n};
   params.adapters = {a.data(), b.data(), u.data(), vt.data(), sigma.data(), r, s, scaling};
   params.dropout = dropout;

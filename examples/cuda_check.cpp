@@ -1,5 +1,5 @@
-// The GPU kernels from C++, without PyTorch: one forward pass against a plain loop, or, without a card, the launches it
-// would take.
+// The CUDA kernels from C++, without PyTorch: one forward pass against a plain loop, or, without a card, the launches
+// it would take.
 #include <cuda_runtime_api.h>
 
 #include <cmath>
@@ -41,19 +41,20 @@ T* on_card(const std::vector<T>& values) {
 int main() {
   using namespace loradash;
   const int64_t m = 300, k = 136, n = 200, r = 8, s = 4;
-  cuda::Problem q{};
-  q.shape = {m, k, n};
-  q.dtype = DType::kBFloat16;
-  q.ldx = k, q.weight_n = k, q.weight_k = 1;
-  q.rank = r, q.directions = s, q.scaling = 0.5f;
-  for (DType& dtype : q.adapter_dtypes) dtype = DType::kFloat32;
-  q.card = {108, 163 * 1024};
+  const float scaling = 0.5f;
+  cuda::Problem problem{};
+  problem.shape = {m, k, n};
+  problem.dtype = DType::kBFloat16;
+  problem.ldx = k;
+  problem.weight = {nullptr, k, 1};
+  problem.adapters = {{}, {}, {}, {}, nullptr, r, s, scaling};
+  problem.card = {108, 163 * 1024};
 
   int cards = 0;
   if (cudaGetDeviceCount(&cards) != cudaSuccess || cards == 0) {
     alignas(16) static char weight[16];
-    q.weight = q.x = weight;
-    for (const cuda::Launch& l : cuda::plan_forward(q, {}, nullptr).launches) {
+    problem.weight.data = problem.x = weight;
+    for (const cuda::KernelLaunch& l : cuda::plan_forward(problem, {}, nullptr).launches) {
       std::printf("no card; would launch %s: %u x %u x %u programs of %u threads\n", l.kernel.c_str(), l.grid[0],
                   l.grid[1], l.grid[2], l.threads);
     }
@@ -75,15 +76,17 @@ int main() {
   const float by_k = 1.0f / std::sqrt(static_cast<float>(k));
   const auto x = filled(m * k, 1), w = filled(n * k, by_k), a = filled(r * k, by_k), b = filled(n * r, 0.3f),
              u = filled(n * s, 1), vt = filled(s * k, by_k), sigma = filled(s, 1);
-  cudaDeviceGetAttribute(&q.card.processors, cudaDevAttrMultiProcessorCount, 0);
-  cudaDeviceGetAttribute(&q.card.shared_limit, cudaDevAttrMaxSharedMemoryPerBlockOptin, 0);
-  q.x = on_card(halves(x)), q.weight = on_card(halves(w));
-  q.adapters[0] = on_card(a), q.adapters[1] = on_card(b), q.adapters[2] = on_card(u), q.adapters[3] = on_card(vt);
-  q.dash_sigma = on_card(sigma);
+  cudaDeviceGetAttribute(&problem.card.processors, cudaDevAttrMultiProcessorCount, 0);
+  cudaDeviceGetAttribute(&problem.card.shared_limit, cudaDevAttrMaxSharedMemoryPerBlockOptin, 0);
+  const auto matrix = [](const std::vector<float>& values) {
+    return cuda::TypedMatrix{on_card(values), DType::kFloat32};
+  };
+  problem.x = on_card(halves(x)), problem.weight.data = on_card(halves(w));
+  problem.adapters = {matrix(a), matrix(b), matrix(u), matrix(vt), on_card(sigma), r, s, scaling};
   cuda::ForwardOut out{};
   out.y = on_card(std::vector<uint16_t>(m * n)), out.p = on_card(std::vector<float>(m * (r + s)));
-  void* workspace = on_card(std::vector<char>(cuda::plan_forward(q, out, nullptr).workspace_bytes));
-  const std::string failure = cuda::run(cuda::plan_forward(q, out, workspace).launches, nullptr);
+  void* workspace = on_card(std::vector<char>(cuda::plan_forward(problem, out, nullptr).workspace_bytes));
+  const std::string failure = cuda::run(cuda::plan_forward(problem, out, workspace).launches, nullptr);
   if (!failure.empty() || cudaDeviceSynchronize() != cudaSuccess) {
     std::printf("failed: %s\n", failure.c_str());
     return 1;
@@ -100,7 +103,7 @@ int main() {
         const float* row = p < r ? &a[p * k] : &vt[(p - r) * k];
         double projected = 0;
         for (int64_t d = 0; d < k; ++d) projected += double(x[i * k + d]) * row[d];
-        sum += p < r ? q.scaling * projected * b[j * r + p] : sigma[p - r] * projected * u[j * s + p - r];
+        sum += p < r ? scaling * projected * b[j * r + p] : sigma[p - r] * projected * u[j * s + p - r];
       }
       uint32_t bits = static_cast<uint32_t>(y[i * n + j]) << 16;
       float value;

@@ -6,10 +6,12 @@
 
 #include <algorithm>
 #include <array>
-#include <optional>
+#include <string>
 #include <tuple>
+#include <utility>
 #include <vector>
 
+#include "bindings/calls.h"
 #include "cuda/plan/plan.h"
 #ifdef LORADASH_WITH_CUDA
 #include <c10/cuda/CUDAGuard.h>
@@ -21,151 +23,128 @@
 namespace loradash::cuda {
 namespace {
 
-using at::Tensor;
-using OptionalTensor = std::optional<Tensor>;
-
 DType dtype_of(const Tensor& t) {
-  switch (t.scalar_type()) {
-    case at::kFloat:
-      return DType::kFloat32;
-    case at::kBFloat16:
-      return DType::kBFloat16;
-    case at::kHalf:
-      return DType::kFloat16;
-    default:
-      TORCH_CHECK(false, "loradash CUDA kernels take bfloat16 and float16, and float32 adapters, got ",
-                  t.scalar_type());
-  }
+  return loradash::dtype_of(t, "CUDA kernels take bfloat16 and float16, and float32 adapters");
 }
 
-const void* data(const Tensor& t) { return t.defined() && t.numel() > 0 ? t.const_data_ptr() : nullptr; }
+template <typename T = void>
+const T* data(const Tensor& t) {
+  return t.defined() && t.numel() > 0 ? static_cast<const T*>(t.const_data_ptr()) : nullptr;
+}
 template <typename T = void>
 T* out(const OptionalTensor& t) {
   return t && t->numel() > 0 ? static_cast<T*>(t->mutable_data_ptr()) : nullptr;
 }
 
-// A problem, and the tensors that had to be copied for it.
-struct Call {
+// What a call asks for, and the tensors that had to be copied for it.
+class Request {
+ public:
   Problem problem{};
-  std::vector<Tensor> kept;
 
-  const Tensor& keep(Tensor t) {
-    kept.push_back(std::move(t));
-    return kept.back();
-  }
-  // Rows of unit stride; the distance between rows is free.
-  const Tensor& rows(const Tensor& t) { return keep(t.size(1) <= 1 || t.stride(1) == 1 ? t : t.contiguous()); }
-
-  Call(const Tensor& x_in, const OptionalTensor& weight, const Tensor& lora_a, const Tensor& lora_b,
-       const OptionalTensor& dash_u, const OptionalTensor& dash_vt, const OptionalTensor& dash_sigma,
-       const OptionalTensor& seed, double scaling, int64_t threshold, Card card) {
-    kept.reserve(16);
-    Problem& q = problem;
-    const Tensor& x = rows(x_in);
-    q.shape = {x.size(0), x.size(1), lora_b.size(0)};
-    constexpr int64_t kMost = (int64_t{1} << 31) - 256;  // the kernels count rows and columns in 32 bits
-    TORCH_CHECK(std::max({q.shape.m, q.shape.k, q.shape.n}) < kMost,
-                "loradash CUDA kernels take sizes below 2^31, got x ", x.sizes(), " and ", q.shape.n, " out_features");
-    TORCH_CHECK(x.element_size() == 2, "loradash CUDA kernels take bfloat16 and float16, got ", x.scalar_type());
-    q.dtype = dtype_of(x);
-    q.x = data(x), q.ldx = x.stride(0);
-    q.rank = lora_a.size(0);
-    q.directions = dash_sigma ? dash_sigma->size(0) : 0;
-    q.scaling = static_cast<float>(scaling);
-    q.threshold = static_cast<uint32_t>(threshold);
-    q.seed = seed && threshold > 0 ? seed->const_data_ptr<int64_t>() : nullptr;
-    q.card = card;
-    if (weight) {
-      TORCH_CHECK(weight->device() == x.device() && weight->scalar_type() == x.scalar_type(), "weight is ",
-                  weight->scalar_type(), " on ", weight->device(), ", x is ", x.scalar_type(), " on ", x.device());
-      const bool by_rows = weight->size(1) <= 1 || weight->stride(1) == 1, by_columns = weight->stride(0) == 1;
-      const Tensor& w = keep(by_rows || by_columns ? *weight : weight->contiguous());
-      q.weight = data(w);
-      q.weight_n = w.stride(0), q.weight_k = w.size(1) <= 1 ? 1 : w.stride(1);
-    }
-    const OptionalTensor adapters[] = {lora_a, lora_b, dash_u, dash_vt};
-    for (int i = 0; i < 4; ++i) {
-      if (!adapters[i]) continue;
-      const Tensor& t = keep(adapters[i]->scalar_type() == at::kDouble ? adapters[i]->to(at::kFloat).contiguous()
-                                                                       : adapters[i]->contiguous());
-      q.adapters[i] = data(t), q.adapter_dtypes[i] = dtype_of(t);
-    }
-    if (dash_sigma) q.dash_sigma = static_cast<const float*>(data(keep(dash_sigma->to(at::kFloat).contiguous())));
+  Request(const auto& call, Card card) {
+    kept_.reserve(16);
+    const Tensor& x = keep_rows(call.x);
+    problem.shape = {x.size(0), x.size(1), call.lora_b.size(0)};
+    check(problem.shape, x);
+    problem.dtype = dtype_of(x);
+    problem.x = data(x), problem.ldx = x.stride(0);
+    if (call.weight) problem.weight = weight_of(*call.weight, x);
+    auto& a = problem.adapters;
+    a.lora_a = matrix(call.lora_a), a.lora_b = matrix(call.lora_b);
+    if (call.dash_u) a.dash_u = matrix(*call.dash_u);
+    if (call.dash_vt) a.dash_vt = matrix(*call.dash_vt);
+    if (call.dash_sigma) a.dash_sigma = data<float>(keep(call.dash_sigma->to(at::kFloat).contiguous()));
+    a.rank = call.lora_a.size(0), a.directions = call.dash_sigma ? call.dash_sigma->size(0) : 0;
+    a.scaling = static_cast<float>(call.scaling);
+    problem.dropout.threshold = static_cast<uint32_t>(call.threshold);
+    if (call.seed && call.threshold > 0) problem.dropout.seed = call.seed->template const_data_ptr<int64_t>();
+    problem.card = card;
   }
 
-  ForwardOut forward(const OptionalTensor& bias, const OptionalTensor& base, const Tensor& y, const Tensor& p) {
+  // The plan of this call, in a workspace that is kept with it.
+  Plan plan(const ForwardCall& call, const std::string& tile) {
     ForwardOut o{};
-    const auto dtype = kept.front().scalar_type();
-    if (bias) o.bias = data(keep(bias->to(dtype).contiguous()));
-    if (base) o.base = data(keep(base->contiguous()));
-    o.y = out(y), o.p = out<float>(p);
-    return o;
+    if (call.bias) o.bias = data(keep(call.bias->to(kept_.front().scalar_type()).contiguous()));
+    if (call.base) o.base = data(keep(call.base->contiguous()));
+    o.y = out(call.y), o.p = out<float>(call.p);
+    return with_workspace([&](void* memory) { return plan_forward(problem, o, memory, tile); });
+  }
+  Plan plan(const BackwardCall& call, const std::string& tile) {
+    const Tensor& dy = keep_rows(call.dy);
+    const BackwardOut o{data(dy),
+                        dy.stride(0),
+                        data<float>(keep(call.p.contiguous())),
+                        out(call.dx),
+                        out<float>(call.da),
+                        out<float>(call.db_lora),
+                        out<float>(call.dsigma),
+                        out<float>(call.dbias)};
+    return with_workspace([&](void* memory) { return plan_backward(problem, o, memory, tile); });
   }
 
-  BackwardOut backward(const Tensor& dy_in, const Tensor& p, const OptionalTensor& dx, const OptionalTensor& da,
-                       const OptionalTensor& db_lora, const OptionalTensor& dsigma, const OptionalTensor& dbias) {
-    const Tensor& dy = rows(dy_in);
-    return {data(dy),
-            dy.stride(0),
-            static_cast<const float*>(data(keep(p.contiguous()))),
-            out(dx),
-            out<float>(da),
-            out<float>(db_lora),
-            out<float>(dsigma),
-            out<float>(dbias)};
+  std::vector<Tensor> release() { return std::move(kept_); }
+
+ private:
+  const Tensor& keep(Tensor t) { return kept_.emplace_back(std::move(t)); }
+
+  // Rows of unit stride; the distance between rows is free.
+  const Tensor& keep_rows(const Tensor& t) { return keep(t.size(1) <= 1 || t.stride(1) == 1 ? t : t.contiguous()); }
+
+  static void check(const Shape& shape, const Tensor& x) {
+    // The kernels count rows and columns in 32 bits.
+    constexpr int64_t kMost = (int64_t{1} << 31) - 256;
+    TORCH_CHECK(std::max({shape.m, shape.k, shape.n}) < kMost, "loradash CUDA kernels take sizes below 2^31, got x ",
+                x.sizes(), " and ", shape.n, " out_features");
+    TORCH_CHECK(x.element_size() == 2, "loradash CUDA kernels take bfloat16 and float16, got ", x.scalar_type());
   }
+
+  Weight weight_of(const Tensor& weight, const Tensor& x) {
+    TORCH_CHECK(weight.device() == x.device() && weight.scalar_type() == x.scalar_type(), "weight is ",
+                weight.scalar_type(), " on ", weight.device(), ", x is ", x.scalar_type(), " on ", x.device());
+    const bool by_rows = weight.size(1) <= 1 || weight.stride(1) == 1, by_columns = weight.stride(0) == 1;
+    const Tensor& w = keep(by_rows || by_columns ? weight : weight.contiguous());
+    return {data(w), w.stride(0), w.size(1) <= 1 ? 1 : w.stride(1)};
+  }
+
+  TypedMatrix matrix(const Tensor& adapter) {
+    const Tensor& t =
+        keep(adapter.scalar_type() == at::kDouble ? adapter.to(at::kFloat).contiguous() : adapter.contiguous());
+    return {data(t), dtype_of(t)};
+  }
+
+  // Plans once for the size of the workspace and again with its address.
+  template <typename Make>
+  Plan with_workspace(const Make& make) {
+    const Plan size = make(nullptr);
+    const Tensor& memory = keep(at::empty({size.workspace_bytes}, kept_.front().options().dtype(at::kByte)));
+    return make(memory.numel() ? memory.mutable_data_ptr() : nullptr);
+  }
+
+  std::vector<Tensor> kept_;
 };
 
-// Adds workspace, and plans again with its address.
-template <typename Make>
-Plan with_workspace(Call& call, const Make& make) {
-  const Plan size = make(nullptr);
-  const Tensor& memory = call.keep(at::empty({size.workspace_bytes}, call.kept.front().options().dtype(at::kByte)));
-  return make(memory.numel() ? memory.mutable_data_ptr() : nullptr);
-}
-
-using CardNumbers = std::pair<int32_t, int32_t>;  // processors, bytes of shared memory a block may take
+// Processors, and bytes of shared memory that a block may take.
+using CardNumbers = std::pair<int32_t, int32_t>;
 using LaunchTuple = std::tuple<std::string, std::array<uint32_t, 3>, uint32_t, uint32_t, pybind11::bytes>;
 
 // Kernel, grid, threads, shared bytes, parameters; and the tensors that these point to, the workspace last.
-std::pair<std::vector<LaunchTuple>, std::vector<Tensor>> as_data(const Plan& plan, Call call) {
+template <typename Call>
+std::pair<std::vector<LaunchTuple>, std::vector<Tensor>> planned(const Call& call, CardNumbers card,
+                                                                 const std::string& tile) {
+  Request request(call, {card.first, card.second});
   std::vector<LaunchTuple> launches;
-  for (const Launch& l : plan.launches) {
+  for (const KernelLaunch& l : request.plan(call, tile).launches) {
     launches.emplace_back(l.kernel, std::array<uint32_t, 3>{l.grid[0], l.grid[1], l.grid[2]}, l.threads, l.shared_bytes,
                           pybind11::bytes(reinterpret_cast<const char*>(l.params.data()), l.params.size()));
   }
-  return {std::move(launches), std::move(call.kept)};
-}
-
-auto planned_forward(const Tensor& x, const OptionalTensor& weight, const OptionalTensor& bias, const Tensor& lora_a,
-                     const Tensor& lora_b, const OptionalTensor& dash_u, const OptionalTensor& dash_vt,
-                     const OptionalTensor& dash_sigma, const OptionalTensor& seed, double scaling, int64_t threshold,
-                     const OptionalTensor& base, const Tensor& y, const Tensor& p, CardNumbers card,
-                     const std::string& tile) {
-  Call call(x, weight, lora_a, lora_b, dash_u, dash_vt, dash_sigma, seed, scaling, threshold,
-            {card.first, card.second});
-  const ForwardOut o = call.forward(bias, base, y, p);
-  const Plan plan = with_workspace(call, [&](void* memory) { return plan_forward(call.problem, o, memory, tile); });
-  return as_data(plan, std::move(call));
-}
-
-auto planned_backward(const Tensor& dy, const Tensor& x, const OptionalTensor& weight, const Tensor& lora_a,
-                      const Tensor& lora_b, const OptionalTensor& dash_u, const OptionalTensor& dash_vt,
-                      const OptionalTensor& dash_sigma, const Tensor& p, const OptionalTensor& seed, double scaling,
-                      int64_t threshold, const OptionalTensor& dx, const OptionalTensor& da,
-                      const OptionalTensor& db_lora, const OptionalTensor& dsigma, const OptionalTensor& dbias,
-                      CardNumbers card, const std::string& tile) {
-  Call call(x, weight, lora_a, lora_b, dash_u, dash_vt, dash_sigma, seed, scaling, threshold,
-            {card.first, card.second});
-  const BackwardOut o = call.backward(dy, p, dx, da, db_lora, dsigma, dbias);
-  const Plan plan = with_workspace(call, [&](void* memory) { return plan_backward(call.problem, o, memory, tile); });
-  return as_data(plan, std::move(call));
+  return {std::move(launches), request.release()};
 }
 
 #ifdef LORADASH_WITH_CUDA
 
 void check(cudaError_t error) {
-  if (error != cudaSuccess) (void)cudaGetLastError();  // told here, not by the next call
+  // Clears CUDA's last error: it is reported here, and the next call must not report it again.
+  if (error != cudaSuccess) (void)cudaGetLastError();
   TORCH_CHECK(error == cudaSuccess, "loradash: ", cudaGetErrorString(error));
 }
 
@@ -176,52 +155,32 @@ Card card_of(int device) {
   return card;
 }
 
-void run_plan(const Plan& plan, const Problem& q) {
+template <typename Call>
+void run_call(const Call& call, c10::string_view tile) {
+  Request request(call, card_of(call.x.get_device()));
+  const Plan plan = request.plan(call, std::string(tile));
   const std::string failure = run(plan.launches, c10::cuda::getCurrentCUDAStream());
-  TORCH_CHECK(failure.empty(), "loradash, M = ", q.shape.m, ", K = ", q.shape.k, ", N = ", q.shape.n, ", r = ", q.rank,
-              ", s = ", q.directions, ": ", failure);
+  const Shape& shape = request.problem.shape;
+  TORCH_CHECK(failure.empty(), "loradash, M = ", shape.m, ", K = ", shape.k, ", N = ", shape.n,
+              ", r = ", request.problem.adapters.rank, ", s = ", request.problem.adapters.directions, ": ", failure);
 }
 
-void forward(const Tensor& x, const OptionalTensor& weight, const OptionalTensor& bias, const Tensor& lora_a,
-             const Tensor& lora_b, const OptionalTensor& dash_u, const OptionalTensor& dash_vt,
-             const OptionalTensor& dash_sigma, const OptionalTensor& seed, double scaling, int64_t threshold,
-             const OptionalTensor& base, const Tensor& y, const Tensor& p, c10::string_view tile) {
-  const c10::cuda::CUDAGuard guard(x.device());
-  Call call(x, weight, lora_a, lora_b, dash_u, dash_vt, dash_sigma, seed, scaling, threshold, card_of(x.get_device()));
-  const ForwardOut o = call.forward(bias, base, y, p);
-  const auto make = [&](void* memory) { return plan_forward(call.problem, o, memory, std::string(tile)); };
-  run_plan(with_workspace(call, make), call.problem);
+void run_forward(const ForwardCall& call, c10::string_view tile) {
+  const c10::cuda::CUDAGuard guard(call.x.device());
+  run_call(call, tile);
 }
 
-void backward(const Tensor& dy, const Tensor& x, const OptionalTensor& weight, const Tensor& lora_a,
-              const Tensor& lora_b, const OptionalTensor& dash_u, const OptionalTensor& dash_vt,
-              const OptionalTensor& dash_sigma, const Tensor& p, const OptionalTensor& seed, double scaling,
-              int64_t threshold, const OptionalTensor& dx, const OptionalTensor& da, const OptionalTensor& db_lora,
-              const OptionalTensor& dsigma, const OptionalTensor& dbias, c10::string_view tile) {
-  const c10::cuda::CUDAGuard guard(x.device());
-  if (x.size(0) == 0 || lora_b.size(0) == 0) {
-    for (const OptionalTensor& grad : {dx, da, db_lora, dsigma, dbias}) {
-      if (grad) grad->zero_();
-    }
-    return;
+void run_backward(const BackwardCall& call, c10::string_view tile) {
+  const c10::cuda::CUDAGuard guard(call.x.device());
+  if (call.x.size(0) > 0 && call.lora_b.size(0) > 0) return run_call(call, tile);
+  for (const OptionalTensor* grad : {&call.dx, &call.da, &call.db_lora, &call.dsigma, &call.dbias}) {
+    if (*grad) (*grad)->zero_();
   }
-  Call call(x, weight, lora_a, lora_b, dash_u, dash_vt, dash_sigma, seed, scaling, threshold, card_of(x.get_device()));
-  const BackwardOut o = call.backward(dy, p, dx, da, db_lora, dsigma, dbias);
-  const auto make = [&](void* memory) { return plan_backward(call.problem, o, memory, std::string(tile)); };
-  run_plan(with_workspace(call, make), call.problem);
 }
 
 TORCH_LIBRARY(loradash_cuda, m) {
-  m.def(
-      "forward(Tensor x, Tensor? weight, Tensor? bias, Tensor lora_a, Tensor lora_b, Tensor? dash_u, Tensor? dash_vt, "
-      "Tensor? dash_sigma, Tensor? seed, float scaling, int threshold, Tensor? base, Tensor(a!) y, Tensor(b!) p, "
-      "str tile='') -> ()",
-      &forward);
-  m.def(
-      "backward(Tensor dy, Tensor x, Tensor? weight, Tensor lora_a, Tensor lora_b, Tensor? dash_u, Tensor? dash_vt, "
-      "Tensor? dash_sigma, Tensor p, Tensor? seed, float scaling, int threshold, Tensor(a!)? dx, Tensor(b!)? da, "
-      "Tensor(c!)? db_lora, Tensor(d!)? dsigma, Tensor(e!)? dbias, str tile='') -> ()",
-      &backward);
+  m.def(operator_schema<ForwardCall>("forward", ", str tile=''").c_str(), flat<run_forward>);
+  m.def(operator_schema<BackwardCall>("backward", ", str tile=''").c_str(), flat<run_backward>);
 }
 
 #endif
@@ -231,13 +190,16 @@ TORCH_LIBRARY(loradash_cuda, m) {
 void define_cuda(pybind11::module_& m) {
 #ifdef LORADASH_WITH_CUDA
   m.attr("cuda_architectures") = architectures();
-  m.def("cuda_runs_on", [](int device) {  // has this build code for the card?
-    const c10::cuda::CUDAGuard guard(static_cast<c10::DeviceIndex>(device));
-    cudaFuncAttributes attributes;
-    const bool runs = cudaFuncGetAttributes(&attributes, find_forward_kernel("pack_bf16")) == cudaSuccess;
-    if (!runs) (void)cudaGetLastError();
-    return runs;
-  });
+  m.def(
+      "cuda_runs_on",
+      [](int device) {
+        const c10::cuda::CUDAGuard guard(static_cast<c10::DeviceIndex>(device));
+        cudaFuncAttributes attributes;
+        const bool runs = cudaFuncGetAttributes(&attributes, find_kernel("pack_bf16")) == cudaSuccess;
+        if (!runs) (void)cudaGetLastError();
+        return runs;
+      },
+      "Whether this build has code for a card.");
   m.def("cuda_card", [](int device) {
     const Card card = card_of(device);
     return CardNumbers{card.processors, card.shared_limit};
@@ -247,8 +209,8 @@ void define_cuda(pybind11::module_& m) {
 #endif
   m.attr("cuda_max_width") = kMaxWidth;
   m.def("cuda_tiles", [](CardNumbers card) { return gemm_tiles({card.first, card.second}); });
-  m.def("cuda_plan_forward", &planned_forward, "The launches of a forward call as data; runs nothing.");
-  m.def("cuda_plan_backward", &planned_backward, "The launches of a backward call as data; runs nothing.");
+  m.def("cuda_plan_forward", flat<planned<ForwardCall>>, "The launches of a forward call as data; runs nothing.");
+  m.def("cuda_plan_backward", flat<planned<BackwardCall>>, "The launches of a backward call as data; runs nothing.");
 }
 
 }  // namespace loradash::cuda

@@ -6,21 +6,21 @@
 #include <cstring>
 #include <utility>
 
-namespace loradash {
+#include "bindings/cpu.h"
+
+namespace loradash::cpu {
 namespace {
 
-using at::Tensor;
-
-Tensor pack(const Tensor& weight, Direction direction) {
+Tensor pack(const Tensor& weight, Pass pass) {
   const DType dtype = dtype_of(weight);
   const int64_t n = weight.size(0), k = weight.size(1);
-  Tensor packed = at::empty({cpu::packed_bytes(dtype, direction, n, k)}, weight.options().dtype(at::kByte));
-  cpu::pack_weight(dtype, direction, weight.const_data_ptr(), weight.stride(0), weight.stride(1), n, k,
-                   packed.mutable_data_ptr(), thread_pool());
+  Tensor packed = at::empty({packed_bytes(dtype, pass, n, k)}, weight.options().dtype(at::kByte));
+  pack_weight(dtype, pass, weight.const_data_ptr(), weight.stride(0), weight.stride(1), n, k, packed.mutable_data_ptr(),
+              thread_pool());
   return packed;
 }
 
-cpu::Runs runs_of(const Tensor& weight) {
+Runs runs_of(const Tensor& weight) {
   const int64_t size = weight.element_size();
   if (weight.is_non_overlapping_and_dense()) return {weight.const_data_ptr(), 1, weight.numel() * size, 0};
   const int inner = weight.stride(1) == 1 ? 1 : 0;
@@ -38,14 +38,15 @@ constexpr int64_t kMinRowsToPack = 64;
 
 Tensor fingerprint_of(const Tensor& weight) {
   TORCH_CHECK(weight.dim() == 2 && (weight.stride(0) == 1 || weight.stride(1) == 1), "no stride of 1");
-  const cpu::Runs runs = runs_of(weight);
-  Tensor words = at::empty({cpu::fingerprint_words(runs)}, weight.options().dtype(at::kLong));
-  cpu::fingerprint(runs, reinterpret_cast<uint64_t*>(words.mutable_data_ptr<int64_t>()), thread_pool());
+  const Runs runs = runs_of(weight);
+  Tensor words = at::empty({fingerprint_words(runs)}, weight.options().dtype(at::kLong));
+  fingerprint(runs, reinterpret_cast<uint64_t*>(words.mutable_data_ptr<int64_t>()), thread_pool());
   return words;
 }
 
 PackedWeights& packed_weights() {
-  static PackedWeights* weights = new PackedWeights;  // never destroyed: tensors may outlive static destructors
+  // Never destroyed: tensors may outlive static destructors.
+  static PackedWeights* weights = new PackedWeights;
   return *weights;
 }
 
@@ -58,38 +59,38 @@ PackedWeights::Key::Key(const Tensor& weight)
       stride_k(weight.stride(1)),
       dtype(weight.scalar_type()) {}
 
-Tensor PackedWeights::get(const Tensor& weight, Direction direction, int64_t rows) {
+Tensor PackedWeights::get(const Tensor& weight, Pass pass, int64_t rows) {
   if (!enabled_ || weight.requires_grad() || weight.numel() == 0)
-    return rows < kMinRowsToPack ? Tensor() : pack(weight, direction);
+    return rows < kMinRowsToPack ? Tensor() : pack(weight, pass);
   const Key key(weight);
   std::shared_ptr<const Copy> copy;
-  if (!look_up(key, weight, direction, copy)) return pack(weight, direction);
+  if (!look_up(key, weight, pass, copy)) return pack(weight, pass);
   Tensor now = fingerprint_of(weight);
   if (!copy || !same(copy->fingerprint, now)) {
     // Packed after it was fingerprinted: a write in between is found by the next call.
-    copy = std::make_shared<const Copy>(Copy{std::move(now), pack(weight, direction)});
-    keep(key, direction, copy);
+    copy = std::make_shared<const Copy>(Copy{std::move(now), pack(weight, pass)});
+    keep(key, pass, copy);
   }
   return copy->packed;
 }
 
-bool PackedWeights::look_up(const Key& key, const Tensor& weight, Direction direction,
-                            std::shared_ptr<const Copy>& copy) {
+bool PackedWeights::look_up(const Key& key, const Tensor& weight, Pass pass, std::shared_ptr<const Copy>& copy) {
   std::lock_guard<std::mutex> lock(mutex_);
   auto it = entries_.find(key);
   if (it == entries_.end()) {
     drop_dead();
     it = entries_.emplace(key, Entry{weight.storage().getWeakStorageImpl()}).first;
   }
-  bool& seen = it->second.seen[static_cast<int>(direction)];
-  copy = it->second.copies[static_cast<int>(direction)];
+  bool& seen = it->second.seen[static_cast<int>(pass)];
+  copy = it->second.copies[static_cast<int>(pass)];
   return std::exchange(seen, true);
 }
 
-void PackedWeights::keep(const Key& key, Direction direction, std::shared_ptr<const Copy> copy) {
+void PackedWeights::keep(const Key& key, Pass pass, std::shared_ptr<const Copy> copy) {
   std::lock_guard<std::mutex> lock(mutex_);
-  const auto it = entries_.find(key);  // gone, where it was dropped meanwhile
-  if (it != entries_.end()) it->second.copies[static_cast<int>(direction)] = std::move(copy);
+  // The entry is gone where it was dropped meanwhile.
+  const auto it = entries_.find(key);
+  if (it != entries_.end()) it->second.copies[static_cast<int>(pass)] = std::move(copy);
 }
 
 void PackedWeights::enable(bool on) {
@@ -117,11 +118,12 @@ int64_t PackedWeights::bytes() {
   return total;
 }
 
-// Of storages that are gone, or were emptied: sharded weights are gathered into the same storage, call after call. The
-// weak reference keeps the object itself; a strong one, taken here, might be the last and run the owner's deleter.
+// Drops the copies of storages that are gone or were emptied: sharded weights are gathered into the same storage, call
+// after call. The weak reference keeps the object itself; a strong one, taken here, might be the last and run the
+// owner's deleter.
 void PackedWeights::drop_dead() {
   std::erase_if(entries_,
                 [](const auto& item) { return item.second.owner.expired() || item.first.storage->nbytes() == 0; });
 }
 
-}  // namespace loradash
+}  // namespace loradash::cpu

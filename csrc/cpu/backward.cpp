@@ -166,7 +166,8 @@ class Backward {
         const uint32_t* words = bits ? bits + m * bits_stride + panel - first : nullptr;
         Term<E> term{nullptr, a.ld, staged, kPanel, depth, nullptr, 0};
         if constexpr (std::is_same_v<T, E> && std::is_same_v<E, float>)
-          if (!words && columns(size, panel) == kPanel) term.b = src, term.ldb = ld;  // rows of memory will do
+          // Rows of memory will do as they are.
+          if (!words && columns(size, panel) == kPanel) term.b = src, term.ldb = ld;
         if (term.b == staged) kernels_.stage_panel(src, ld, count, columns(size, panel), words, bits_stride, staged);
         float* sums = partial + panel * rank_ * kPanel;
         for_tiles(kernels_, rank_, [&](int64_t i, int height) {

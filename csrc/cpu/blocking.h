@@ -11,8 +11,6 @@
 
 namespace loradash::cpu {
 
-// --- scratch ---------------------------------------------------------------------------------------------------------
-
 // Memory that a thread keeps between calls: allocating megabytes in every call costs a page fault per 4 KB.
 enum Slot { kPackedD, kPackedQ, kGradP, kPartials, kBits, kStaged, kStagedPanel, kSmall, kFactors, kTiles, kSlots };
 
@@ -35,8 +33,6 @@ X* scratch(Slot slot, int64_t count) {
   }
   return static_cast<X*>(buffer.data);
 }
-
-// --- blocks of rows --------------------------------------------------------------------------------------------------
 
 // Cutting depends on the shape alone, never on the number of threads: sums over M are the same bits for any.
 struct Blocks {
@@ -72,8 +68,6 @@ void for_tiles(const K& kernels, int64_t rows, const F& body) {
   for (int64_t i = 0; i < rows; i += height) body(i, static_cast<int>(std::min(height, rows - i)));
 }
 
-// --- operands --------------------------------------------------------------------------------------------------------
-
 // A block of rows as the left operand of a product: memory itself where it will do, else staged tiles. The tile that
 // starts at row i is at data + i * ld, steps of depth are `step` apart for a tile of so many rows.
 template <typename E>
@@ -87,7 +81,8 @@ struct RowOperand {
 template <typename T, typename E>
 RowOperand<E> row_operand(const Kernels<T, E>& kernels, const T* src, int64_t ld, int64_t rows, int64_t k,
                           const uint32_t* bits, int64_t bits_stride) {
-  if constexpr (std::is_same_v<E, bf16>)  // read row by row: T is bf16 too
+  // bf16 operands are read row by row, and T is bf16 too.
+  if constexpr (std::is_same_v<E, bf16>)
     if (!bits && k % kDepthStep<E> == 0) return {src, ld};
   const int64_t pitch = tile_pitch<E>(k);
   E* staged = scratch<E>(kStaged, rows * pitch);
@@ -129,7 +124,7 @@ E* zeroed_panels(Slot slot, int64_t depth, int64_t columns) {
 
 // D = [A; Vt] as right operand with depth K (for x D^T) or depth R (for G D), packed once per call.
 template <typename T, typename E>
-Panels<E> pack_d(const Kernels<T, E>& kernels, const Adapters& a, int64_t k, bool depth_is_k) {
+Panels<E> pack_d(const Kernels<T, E>& kernels, const Fp32Adapters& a, int64_t k, bool depth_is_k) {
   const int64_t columns = depth_is_k ? a.width() : k, depth = padded_depth<E>(depth_is_k ? k : a.width());
   E* data = zeroed_panels<E>(kPackedD, depth, columns);
   if (depth_is_k) {
@@ -144,7 +139,7 @@ Panels<E> pack_d(const Kernels<T, E>& kernels, const Adapters& a, int64_t k, boo
 
 // Q = [B | U] as right operand with depth R (for P Q^T) or depth N (for dy Q).
 template <typename T, typename E>
-Panels<E> pack_q(const Kernels<T, E>& kernels, const Adapters& a, int64_t n, bool depth_is_n) {
+Panels<E> pack_q(const Kernels<T, E>& kernels, const Fp32Adapters& a, int64_t n, bool depth_is_n) {
   const int64_t columns = depth_is_n ? a.width() : n, depth = padded_depth<E>(depth_is_n ? n : a.width());
   E* data = zeroed_panels<E>(kPackedQ, depth, columns);
   if (depth_is_n) {
@@ -158,12 +153,10 @@ Panels<E> pack_q(const Kernels<T, E>& kernels, const Adapters& a, int64_t n, boo
 }
 
 // c = [scaling * 1_r ; dash_sigma] * factor, in a caller's array of R.
-inline void column_factors(const Adapters& a, float factor, float* c) {
+inline void column_factors(const Fp32Adapters& a, float factor, float* c) {
   for (int64_t i = 0; i < a.rank; ++i) c[i] = a.scaling * factor;
   for (int64_t i = 0; i < a.directions; ++i) c[a.rank + i] = a.dash_sigma[i] * factor;
 }
-
-// --- products --------------------------------------------------------------------------------------------------------
 
 // Depth of one pass over a panel: 256 rows of bf16 (16 KB) stay in L1 while the tiles of a block pass over them; fp32
 // panels stream from L2.
@@ -187,7 +180,8 @@ void multiply_block(const Kernels<T, E>& kernels, RowOperand<E> low_a, Panels<E>
                     Panels<E> base_b, int64_t panel, int64_t rows, const uint32_t* bits, int64_t bits_stride, float* c,
                     const Prepare& prepare, const Finish& finish) {
   const int64_t depth = base_b.depth, tiles = ceil_div(rows, kernels.tile_rows);
-  const bool one_pass = depth <= kDepthBlock<E>;  // then the first tile of c serves all
+  // In one pass the first tile of c serves all.
+  const bool one_pass = depth <= kDepthBlock<E>;
   const int64_t next_step = ceil_div(kPanel * static_cast<int64_t>(sizeof(E)), tiles);
   for (int64_t d = 0; d == 0 || d < depth; d += kDepthBlock<E>) {
     const int64_t width = std::min(kDepthBlock<E>, depth - d);
@@ -226,8 +220,6 @@ void multiply_narrow(const Kernels<T, E>& kernels, RowOperand<E> a, int64_t rows
     });
   }
 }
-
-// --- tasks -----------------------------------------------------------------------------------------------------------
 
 // Runs body(index) for every index below count on the caller's pool, with the instruction set's state around it.
 template <typename K, typename F>

@@ -24,7 +24,8 @@ struct KeyVectors {
 // multiplications ignore. 6 vector operations a round.
 inline void philox_rounds(const VecU column[4], PhiloxRow row, const KeyVectors& keys, VecU c[4]) {
   const VecU m0 = VecU{} + kPhiloxM0, m1 = VecU{} + kPhiloxM1;
-  const VecU product = multiply_low32(m1, (column[1] ^ row.word2_m));  // round 3, second half
+  // The second half of round 3.
+  const VecU product = multiply_low32(m1, (column[1] ^ row.word2_m));
   c[0] = xor3(high_word(product), column[0], keys.k0[2]);
   c[1] = product;
   c[2] = column[2] ^ row.word3;
@@ -42,7 +43,8 @@ inline void philox_rounds(const VecU column[4], PhiloxRow row, const KeyVectors&
 // Keep bits of the 8 half-words of each block, in order of k, from one vector per word: 8 bits a block.
 inline uint64_t keep_bits(const VecU c[4], uint32_t threshold) {
 #if LORADASH_VECTOR_BYTES == 64
-  const auto pairs = [](VecU even, VecU odd) {  // low 32 bits of even, then of odd, in every 64-bit lane
+  // In every 64-bit lane the low 32 bits of even, then those of odd.
+  const auto pairs = [](VecU even, VecU odd) {
     return _mm512_mask_shuffle_epi32((__m512i)even, 0xaaaa, (__m512i)odd, static_cast<_MM_PERM_ENUM>(0xa0));
   };
   const __m512i low = pairs(c[0], c[1]), high = pairs(c[2], c[3]);
@@ -61,11 +63,12 @@ inline uint64_t keep_bits(const VecU c[4], uint32_t threshold) {
 #endif
 }
 
-constexpr int64_t kColumnBlocks = 256;  // Philox blocks whose first rounds are kept for all rows: 8 KB
+// Of so many Philox blocks the first rounds are kept for all rows: 8 KB.
+constexpr int64_t kColumnBlocks = 256;
 
 void dropout_bits(const Dropout& dropout, int64_t row, int64_t rows, int64_t k_begin, int64_t k_end, uint32_t* bits,
                   int64_t bits_stride) {
-  constexpr int kBlocks = kVectorBytes / 8;  // a vector
+  constexpr int kBlocksPerVector = kVectorBytes / 8;
   const PhiloxKeys keys(dropout.seed);
   const KeyVectors key_vectors(keys);
   alignas(64) uint64_t column[4][kColumnBlocks];
@@ -80,9 +83,10 @@ void dropout_bits(const Dropout& dropout, int64_t row, int64_t rows, int64_t k_b
     for (int64_t i = 0; i < rows; ++i) {
       const PhiloxRow shared = philox_row(static_cast<uint32_t>(row + i), dropout, keys);
       uint32_t* out = bits + i * bits_stride + (b0 * kPhiloxElements - k_begin) / 32;
-      for (int64_t b = 0; b < count; b += 8, out += 2) {  // 64 elements
+      // 64 elements at a time.
+      for (int64_t b = 0; b < count; b += 8, out += 2) {
         uint64_t keep = 0;
-        for (int part = 0; part < 8; part += kBlocks) {
+        for (int part = 0; part < 8; part += kBlocksPerVector) {
           VecU fixed[4], c[4];
           for (int j = 0; j < 4; ++j) fixed[j] = *reinterpret_cast<const VecU*>(&column[j][b + part]);
           philox_rounds(fixed, shared, key_vectors, c);

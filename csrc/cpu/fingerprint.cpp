@@ -6,8 +6,10 @@
 namespace loradash::cpu {
 namespace {
 
-constexpr int64_t kBlock = 8192;        // bytes; with as many of keys it stays in L1
-constexpr int64_t kBlocksPerTask = 32;  // 256 KB: some microseconds
+// Bytes of a block: with as many of keys it stays in L1.
+constexpr int64_t kBlock = 8192;
+// A task is 256 KB: some microseconds.
+constexpr int64_t kBlocksPerTask = 32;
 
 struct Keys {
   alignas(64) uint32_t words[(kBlock + kFingerprintLine) / sizeof(uint32_t)];

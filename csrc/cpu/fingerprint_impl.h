@@ -17,7 +17,8 @@ typedef VecW VecWUnaligned __attribute__((aligned(1)));
 
 constexpr int kLine = kFingerprintLine;
 constexpr int kLineVectors = kLine / kVectorBytes;
-constexpr int64_t kFetchBytes = 8192;  // so far ahead: a third more from memory, nothing lost from L3 (measured)
+// Memory is fetched so far ahead: a third faster from memory, nothing lost from L3 (measured).
+constexpr int64_t kFetchBytes = 8192;
 
 struct FingerprintSums {
   VecU sum[2] = {};
@@ -36,7 +37,8 @@ struct FingerprintSums {
 };
 
 void fingerprint_block(const char* block, int64_t bytes, const char* keys, uint64_t out[2]) {
-  constexpr int kStreams = 2;  // sums that do not wait for each other
+  // So many sums do not wait for each other.
+  constexpr int kStreams = 2;
   FingerprintSums sums[kStreams];
   int64_t at = 0;
   for (; at + kStreams * kLine <= bytes; at += kStreams * kLine)
@@ -45,7 +47,8 @@ void fingerprint_block(const char* block, int64_t bytes, const char* keys, uint6
       __builtin_prefetch(block + at + s * kLine + kFetchBytes);
       sums[s].add(block + at + s * kLine, keys + at + s * kLine);
     }
-  for (; at < bytes; at += kLine) {  // the last line filled up with zeros: the sizes of what is compared are the same
+  // The last line is filled up with zeros: what is compared is of one size.
+  for (; at < bytes; at += kLine) {
     alignas(64) char line[kLine] = {};
     __builtin_memcpy(line, block + at, smaller(kLine, bytes - at));
     sums[0].add(line, keys + at);

@@ -22,7 +22,8 @@ class Forward {
         w_{static_cast<const E*>(params.packed), params.packed ? padded_depth<E>(params.shape.k) : 0} {}
 
   void run(const ThreadPool& pool) const {
-    if (blocks_.count >= pool.threads) {  // a block at a time: x is still in L2 when its base product starts
+    // A block at a time where every thread gets one: x is still in L2 when its base product starts.
+    if (blocks_.count >= pool.threads) {
       parallel(pool, kernels_, blocks_.count, [&](int64_t block) {
         const int64_t m0 = blocks_.begin(block), rows = blocks_.size(block);
         down(m0, rows);

@@ -1,4 +1,4 @@
-// The table of primitives that one instruction set provides to the drivers in dash_linear.cpp.
+// The table of primitives that one instruction set provides to the drivers in forward.cpp and backward.cpp.
 //
 // Every product of the layer is the same small matrix product C += A B: A row-major, B packed into panels of
 // kPanel columns, C a tile of fp32 in cache. What differs between instruction sets is the operand type E (fp32, or
@@ -7,13 +7,16 @@
 
 #include <cstdint>
 
-#include "problem.h"
+#include "cpu.h"
 
 namespace loradash::cpu {
 
-constexpr int kPanel = 32;            // columns of a packed panel
-constexpr int kMaxTile = 32;          // rows of the highest tile
-constexpr int kFingerprintLine = 64;  // bytes that are fingerprinted together, whatever the vectors
+// Columns of a packed panel.
+constexpr int kPanel = 32;
+// Rows of the highest tile.
+constexpr int kMaxTile = 32;
+// Bytes that are fingerprinted together, whatever the vectors.
+constexpr int kFingerprintLine = 64;
 
 struct bf16 {
   uint16_t bits;
@@ -54,22 +57,28 @@ static inline int64_t packed_offset(int64_t depth_padded, int64_t d, int64_t col
 template <typename E>
 struct Term {
   const E* a;
-  int64_t lda;  // bf16 only
+  // Only bf16 tiles need it.
+  int64_t lda;
   const E* b;
-  int64_t ldb;  // fp32 only: distance of two steps of b, kPanel where b is packed
+  // The distance of two steps of b, kPanel where b is packed; only fp32 products need it.
+  int64_t ldb;
   int64_t depth;
-  const char* next;   // what is multiplied after this panel, to be fetched into L2 meanwhile, or null
-  int64_t next_step;  // bytes of it per unit of depth
+  // What is multiplied after this panel, to be fetched into L2 meanwhile, so many bytes per unit of depth; or null.
+  const char* next;
+  int64_t next_step;
 };
 
 template <typename T, typename E>
 struct Kernels {
   const char* name;
-  int64_t min_base_rows;  // from so many rows on, the base product is at least as fast here as in the library; 0: never
-  int tile_rows;          // rows of a tile, at most kMaxTile
-  bool even_tiles;        // may a block of rows be cut into tiles of equal height, or are full tiles cheaper?
+  // From so many rows on, the base product is at least as fast here as in the library; 0: never.
+  int64_t min_base_rows;
+  // Rows of a tile, at most kMaxTile.
+  int tile_rows;
+  // May a block of rows be cut into tiles of equal height, or are full tiles cheaper?
+  bool even_tiles;
 
-  // Once per task, before and after any `multiply` (AMX configures and releases its tiles).
+  // Called once per task, before and after any `multiply` (AMX configures and releases its tiles).
   void (*enter)();
   void (*leave)();
 

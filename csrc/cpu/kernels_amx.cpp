@@ -10,8 +10,10 @@
 namespace loradash::cpu::amx {
 namespace {
 
-constexpr int kTile = 16;            // rows of a tile; its columns are 64 bytes
-constexpr int64_t kTailDepth = 512;  // depth staged at a time for a tile with missing rows: 32 KB
+// Rows of a tile; its columns are 64 bytes.
+constexpr int kTile = 16;
+// Depth staged at a time for a tile with missing rows: 32 KB.
+constexpr int64_t kTailDepth = 512;
 
 struct alignas(64) TileConfig {
   uint8_t palette = 1, start_row = 0, reserved[14] = {};

@@ -3,14 +3,15 @@
 
 #include <cstdint>
 
-#include "problem.h"
+#include "cpu.h"
 
 namespace loradash::cpu {
 
 static constexpr uint32_t kPhiloxM0 = 0xD2511F53u, kPhiloxM1 = 0xCD9E8D57u;
 static constexpr uint32_t kPhiloxW0 = 0x9E3779B9u, kPhiloxW1 = 0xBB67AE85u;
 static constexpr int kPhiloxRounds = 10;
-static constexpr int kPhiloxElements = 8;  // one block of 128 bits serves 8 neighbours in k, 16 bits each
+// One block of 128 bits serves 8 neighbours in k, 16 bits each.
+static constexpr int kPhiloxElements = 8;
 
 // The rounds whose inputs depend on k alone or on m alone. Of the ten rounds, the first two cost nothing per element
 // and the third half: with the counter words in this order, round 1 multiplies k and a constant, and round 2 what
@@ -26,9 +27,10 @@ struct PhiloxKeys {
 
 // Words after round 2 that depend on k alone, and the hi/lo halves of round 3's first product.
 struct PhiloxColumn {
-  uint32_t word1;           // c1
-  uint32_t word2_k;         // the part of c2 that depends on k
-  uint32_t next2_k, next3;  // round 3: hi(M0 c0) and lo(M0 c0)
+  // c1, and the part of c2 that depends on k.
+  uint32_t word1, word2_k;
+  // hi(M0 c0) and lo(M0 c0) of round 3.
+  uint32_t next2_k, next3;
 };
 
 static inline uint64_t philox_product(uint32_t m, uint32_t c) { return static_cast<uint64_t>(m) * c; }

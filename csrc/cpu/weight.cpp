@@ -14,13 +14,13 @@ auto with_types(DType dtype, const F& body) {
   return kernels<bf16, bf16>() ? body(bf16{}, bf16{}) : body(bf16{}, float{});
 }
 
-// Depth and columns of B in the product of each direction: x W^T and dy W.
+// Depth and columns of B in the product of each pass: x W^T and dy W.
 struct Extent {
   int64_t depth, columns, stride_depth, stride_column;
 };
 
-Extent extent(Direction direction, int64_t n, int64_t k, int64_t stride_n = 0, int64_t stride_k = 0) {
-  if (direction == Direction::kForward) return {k, n, stride_k, stride_n};
+Extent extent(Pass pass, int64_t n, int64_t k, int64_t stride_n = 0, int64_t stride_k = 0) {
+  if (pass == Pass::kForward) return {k, n, stride_k, stride_n};
   return {n, k, stride_n, stride_k};
 }
 
@@ -34,16 +34,16 @@ const char* isa_name(DType dtype) {
   return with_types(dtype, [](auto t, auto e) { return kernels<decltype(t), decltype(e)>()->name; });
 }
 
-int64_t packed_bytes(DType dtype, Direction direction, int64_t n, int64_t k) {
-  const Extent b = extent(direction, n, k);
+int64_t packed_bytes(DType dtype, Pass pass, int64_t n, int64_t k) {
+  const Extent b = extent(pass, n, k);
   return with_types(dtype, [&](auto, auto e) -> int64_t {
     return padded_depth<decltype(e)>(b.depth) * ceil_div(b.columns, kPanel) * kPanel * sizeof(e);
   });
 }
 
-void pack_weight(DType dtype, Direction direction, const void* w, int64_t stride_n, int64_t stride_k, int64_t n,
-                 int64_t k, void* packed, const ThreadPool& pool) {
-  const Extent b = extent(direction, n, k, stride_n, stride_k);
+void pack_weight(DType dtype, Pass pass, const void* w, int64_t stride_n, int64_t stride_k, int64_t n, int64_t k,
+                 void* packed, const ThreadPool& pool) {
+  const Extent b = extent(pass, n, k, stride_n, stride_k);
   with_types(dtype, [&](auto t, auto e) {
     using T = decltype(t);
     using E = decltype(e);

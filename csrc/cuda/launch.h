@@ -1,20 +1,28 @@
-// Running launches on a CUDA stream. Torch-free; only what includes CUDA's runtime uses it.
+// Running launches on a CUDA stream. No Torch here; only what includes CUDA's runtime uses it.
 #pragma once
 
 #include <cuda_runtime_api.h>
 
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "cuda/params.h"
 
 namespace loradash::cuda {
 
-const void* find_forward_kernel(const std::string& name);
-const void* find_backward_kernel(const std::string& name);
-std::vector<int> architectures();  // compiled for: 800, 860, ...
+// Kernels by the names of their entry points, as the .cu files define them.
+using KernelTable = std::vector<std::pair<const char*, const void*>>;
+KernelTable forward_kernels();
+KernelTable backward_kernels();
+
+// Null where this build has no such kernel.
+const void* find_kernel(const std::string& name);
+
+// What the kernels are compiled for: 800, 860, ...
+std::vector<int> architectures();
 
 // Runs them in order. Returns an empty string, or what failed: kernel, grid, configuration and CUDA's own message.
-std::string run(const std::vector<Launch>& launches, cudaStream_t stream);
+std::string run(const std::vector<KernelLaunch>& launches, cudaStream_t stream);
 
 }  // namespace loradash::cuda

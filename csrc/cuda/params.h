@@ -1,7 +1,7 @@
-// What the GPU kernels are launched with, and their launches as data. No CUDA here: the plan is made, read and tested
+// What the CUDA kernels are launched with, and their launches as data. No CUDA here: the plan is made, read and tested
 // anywhere.
 //
-// Letters as in dash_linear.h. "Width" is R padded to kRankStep, as the packed operands of the rank columns are.
+// The letters are those of problem.h. "Width" is R padded to kRankStep, as the packed operands of the rank columns are.
 #pragma once
 
 #include <cstdint>
@@ -10,7 +10,8 @@
 
 namespace loradash::cuda {
 
-constexpr int kRankStep = 32;  // rank columns are steps of the K loop
+// Rank columns are steps of the K loop.
+constexpr int kRankStep = 32;
 
 // C (m, n) = A0 B0 + A1 B1 + bias + base, 16-bit operands, fp32 sums. `depth` runs along the rows of A and of B
 // (kColumns false) or along the rows of A and down the columns of B.
@@ -22,35 +23,45 @@ struct Segment {
 };
 
 struct GemmParams {
-  Segment segments[2];  // in this order
+  // They are multiplied in this order.
+  Segment segments[2];
   int32_t m, n, tiles_m, tiles_n, group_m;
-  int32_t whole;        // are rows of out and base whole 16-byte chunks?
-  void* out;            // (m, n), contiguous
-  const void* bias;     // (n) or null
-  const void* base;     // (m, n), contiguous, or null
-  const int64_t* seed;  // null: no dropout
-  uint32_t threshold;   // of the mask on what the first segment gave (dx), which is then scaled by keep_scale
+  // Are rows of out and base whole 16-byte chunks?
+  int32_t whole;
+  void* out;         // (m, n), contiguous
+  const void* bias;  // (n) or null
+  const void* base;  // (m, n), contiguous, or null
+  // Null: no dropout.
+  const int64_t* seed;
+  // The mask falls on what the first segment gave (dx), which is then scaled by keep_scale.
+  uint32_t threshold;
   float keep_scale;
 };
 
+enum Adapter { kLoraA, kLoraB, kDashU, kDashVt };
+
 // Low-rank operands, rounded to the dtype of x, zero beyond R and (in rows) beyond the matrix.
 struct PackParams {
-  const void* lora_a;        // (r, K)
-  const void* lora_b;        // (N, r)
-  const void* dash_u;        // (N, s)
-  const void* dash_vt;       // (s, K)
-  int32_t adapter_dtype[4];  // DType of each
+  const void* lora_a;   // (r, K)
+  const void* lora_b;   // (N, r)
+  const void* dash_u;   // (N, s)
+  const void* dash_vt;  // (s, K)
+  // DTypes, by Adapter.
+  int32_t adapter_dtype[4];
   int32_t rank, directions, width;
   int64_t k, n, m;
-  void* d_rows;     // D (width, ldd) or null
-  void* d_columns;  // D^T (K, width) or null
-  void* q_rows;     // Q^T (width, ldq) or null
-  void* q_columns;  // Q (N, width) or null
+  // The forms that are wanted: D, D^T, Q^T and Q; null for the others.
+  void* d_rows;     // (width, ldd)
+  void* d_columns;  // (K, width)
+  void* q_rows;     // (width, ldq)
+  void* q_columns;  // (N, width)
   int64_t ldd, ldq;
-  const float* p;  // (M, R), for p_low
-  void* p_low;     // (M, p_width): P_r, then a column of ones (whose products are column sums), then zeros; or null
+  const float* p;  // (M, R)
+  // P_r, then a column of ones (whose products are column sums), then zeros; null where it is not wanted.
+  void* p_low;  // (M, p_width)
   int32_t p_width;
-  int32_t* counters;  // set to zero
+  // Set to zero.
+  int32_t* counters;
   int32_t counter_count;
 };
 
@@ -60,41 +71,47 @@ struct PassParams {
   int64_t ldx;
   int32_t m, n;
   int32_t rows_per_cta, columns_per_cta;
-  const int64_t* seed;  // null: no dropout
+  // Null: no dropout.
+  const int64_t* seed;
   uint32_t threshold;
   float keep_scale;
   int32_t rank, directions, width;
-  // Projection: sums of X F^T, F (width, ldf).
-  const void* factor;
+  // The projection sums X F^T over the columns.
+  const void* factor;  // F (width, ldf)
   int64_t ldf;
-  float* projected;  // (column chunks, m, R) partial; not used where there is one chunk, of a pass without a reduction
-  float* sums;       // P (m, R), the sums times keep_scale; or null
-  void* scaled;      // T = (sums * c) (m, width)
+  // Partial sums of each chunk of columns; not used where there is one chunk, of a pass without a reduction.
+  float* projected;  // (column chunks, m, R)
+  // P, the sums times keep_scale; or null.
+  float* sums;  // (m, R)
+  // T = sums * c.
+  void* scaled;  // (m, width)
   float scaling;
   const float* dash_sigma;
-  int32_t* arrived;     // per rank group and block of rows; the last chunk to arrive adds them all
-  const float* p;       // (m, R); with it, the last one also leaves partial sums of G_s P_s
+  // One counter for each group of ranks and block of rows; the last chunk to arrive adds them all.
+  int32_t* arrived;
+  // Where P is given, the last chunk to arrive also leaves partial sums of G_s P_s.
+  const float* p;       // (m, R)
   float* dsigma_parts;  // (blocks of rows, s)
-  // Reduction: X^T right, right (m, ld_right), of which the first `right_columns`.
-  const void* right;
+  // The reduction sums X^T right over the rows, for the first `right_columns` of right.
+  const void* right;  // (m, ld_right)
   int64_t ld_right;
   int32_t right_columns;
   float* reduced;  // (row splits, right_columns, n)
 };
 
-// A product and the pass over its left operand in one launch; state: 2 tiles_m counters, zero on entry (arrivals, then
-// flags).
+// A product and the pass over its left operand in one launch. The state is 2 tiles_m counters, zero on entry: arrivals,
+// then flags. The pass takes its columns in so many chunks.
 struct OneLaunchParams {
   GemmParams gemm;
   PassParams pass;
-  int32_t chunks;  // of columns, of the pass
+  int32_t chunks;
   int32_t* state;
 };
 
 // Sums over splits, in order.
 struct FinishParams {
   const float* da_parts;  // (splits_x, r, K)
-  const float* dy_parts;  // (splits_y, r + 1 or r or 1, N)
+  const float* dy_parts;  // (splits_y, dy_columns, N): r columns of dB, one of db
   const float* dsigma_parts;
   float *da, *db_lora, *dsigma, *dbias;
   int64_t k, n;
@@ -102,8 +119,8 @@ struct FinishParams {
   float scale_a, scale_b;
 };
 
-// One launch. `kernel` is the name of an entry point in the .cu files.
-struct Launch {
+// A kernel, named as its entry point in the .cu files, and everything that it is launched with.
+struct KernelLaunch {
   std::string kernel;
   uint32_t grid[3];
   uint32_t threads;

@@ -6,6 +6,8 @@
 
 #include <cstdint>
 
+#include "cuda/tiles.h"
+
 namespace loradash::cuda {
 
 template <typename T>
@@ -43,9 +45,6 @@ struct Element<__half> {
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
   }
 };
-
-// Eight neighbouring elements: the unit of every copy, and of one Philox call.
-constexpr int kChunk = 8;
 
 template <typename T>
 union Chunk {

@@ -9,6 +9,7 @@
 #pragma once
 
 #include "cuda/params.h"
+#include "cuda/tiles.h"
 #include "philox.cuh"
 #include "shared.cuh"
 
@@ -21,15 +22,17 @@ struct GemmTile {
   using Type = T;
   static constexpr int kM = kM_, kN = kN_, kDepth = kDepth_, kWarpsM = kWarpsM_, kWarpsN = kWarpsN_, kStages = kStages_;
   static constexpr bool kColumns = kColumns_, kAligned = kAligned_;
-  static constexpr int kThreads = 32 * kWarpsM * kWarpsN;
-  static constexpr int kWarpM = kM / kWarpsM, kWarpN = kN / kWarpsN;  // of C, per warp
+  static constexpr int kThreads = gemm_threads(kWarpsM, kWarpsN);
+  // The part of C that a warp computes.
+  static constexpr int kWarpM = kM / kWarpsM, kWarpN = kN / kWarpsN;
   static constexpr int kFragmentsM = kWarpM / 16, kFragmentsN = kWarpN / 8;
   using A = SharedTile<kM, kDepth>;
   using B = std::conditional_t<kColumns, SharedTile<kDepth, kN>, SharedTile<kN, kDepth>>;
   static constexpr int kStageBytes = A::kBytes + B::kBytes;
-  static constexpr int kStageRow =
-      kWarpN + 8;  // floats of a row of staged results: eight more keep rows in different banks
-  static constexpr int kSharedBytes = kStages * kStageBytes;
+  // Floats of a row of staged results: eight more keep rows in different banks.
+  static constexpr int kStageRow = kWarpN + 8;
+  static constexpr int kSharedBytes = gemm_shared_bytes(kM, kN, kDepth, kStages);
+  static_assert(kStages * kStageBytes == kSharedBytes);
   static_assert(kWarpsM * kWarpsN * 16 * kStageRow * 4 <= kSharedBytes, "results are staged where the operands were");
 };
 
@@ -40,9 +43,11 @@ struct OperandStream {
   using CopyA = TileCopy<T, typename Tile::A, Tile::kThreads, Tile::kAligned>;
   using CopyB = TileCopy<T, typename Tile::B, Tile::kThreads, Tile::kAligned>;
   const T *a, *b;
-  int64_t lda, ldb, step_a, step_b, next_b;  // of these, steps are in bytes
+  // Steps are in bytes, the others in elements.
+  int64_t lda, ldb, step_a, step_b, next_b;
   int rows_left, columns_left, depth_left;
-  bool whole;  // no row or column of these tiles is outside
+  // No row or column of these tiles is outside.
+  bool whole;
 
   __device__ __forceinline__ void begin(const Segment& s, int m0, int n0, int m, int n) {
     lda = s.lda, ldb = s.ldb, depth_left = s.depth;
@@ -72,7 +77,7 @@ struct OperandStream {
   }
 };
 
-// What a warp multiplies next: 16 columns of its rows of A and of B, read by ldmatrix.
+// What a warp multiplies next: 16 columns of its rows of A and B, read by ldmatrix.
 template <typename Tile>
 struct Fragments {
   uint32_t a[Tile::kFragmentsM][4], b[Tile::kFragmentsN / 2][4];
@@ -109,7 +114,7 @@ struct FragmentReader {
   __device__ __forceinline__ void read_a(uint32_t (&f)[4], uint32_t stage) const {
     load_matrices<false, kRow * 16 * Tile::A::kChunks * 16>(f, stage + a[kPart]);
   }
-  // Of two fragments: sixteen columns of C.
+  // Reads two fragments: sixteen columns of C.
   template <int kPart, int kPair>
   __device__ __forceinline__ void read_b(uint32_t (&f)[4], uint32_t stage) const {
     if constexpr (Tile::kColumns) {
@@ -155,8 +160,8 @@ struct Accumulator {
     }
   }
 
-  // The same of a product of depth 32 in one stage, which is then added: for when C is not zero any more. Sixteen rows
-  // at a time, with the columns read again for each: C leaves few registers.
+  // Masks a product of depth 32, which lies in one stage, and adds it: for when C is not zero any more. It takes
+  // sixteen rows at a time and reads the columns again for each: C leaves few registers.
   __device__ __forceinline__ void add_masked(const FragmentReader<Tile>& reader, uint32_t stage,
                                              const Dropout16& dropout, float scale, int m0, int n0) {
     unrolled<Tile::kFragmentsM>([&](auto i) {
@@ -198,7 +203,8 @@ struct Accumulator {
     bits |= __shfl_xor_sync(0xFFFFFFFFu, bits, 1);
     bits |= __shfl_xor_sync(0xFFFFFFFFu, bits, 2);
 #pragma unroll
-    for (int e = 0; e < 8; ++e) {  // column 2 part + e % 2, row + 8 from element 2 on
+    // Column 2 part + e % 2, row + 8 from element 2 on.
+    for (int e = 0; e < 8; ++e) {
       float& value = e < 4 ? left[e % 4] : right[e % 4];
       const int bit = 16 * (e / 4) + 8 * (e % 4 / 2) + 2 * part + e % 2;
       value = (bits >> bit) & 1 ? value * scale : 0.0f;
@@ -225,7 +231,8 @@ __device__ __forceinline__ void store_output(const Accumulator<Tile>& acc, const
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   float* staged = reinterpret_cast<float*>(shared) + warp * 16 * Tile::kStageRow;
   m0 += warp / Tile::kWarpsN * Tile::kWarpM, n0 += warp % Tile::kWarpsN * Tile::kWarpN;
-  constexpr int kLanes = Tile::kWarpN / kChunk, kRows = 32 / kLanes;  // lanes that store a row, rows at a time
+  // So many lanes store a row, so many rows at a time.
+  constexpr int kLanes = Tile::kWarpN / kChunk, kRows = 32 / kLanes;
   // First the first four of every eight columns, then the others: a lane then reads both halves of its eight beside
   // those of its neighbours.
   constexpr int kHalf = Tile::kStageRow / 2;
@@ -285,10 +292,12 @@ __device__ __forceinline__ void rasterise(const GemmParams& p, int pid, int& til
 
 // What becomes of the second pair of operands.
 enum class Second {
-  kGoesOn,      // steps of one K loop; a mask, if any, falls on what the first pair gave (dx: the low-rank term comes
-                // first)
-  kGoesOnBare,  // the same, and there is no mask
-  kMasked,      // a product of its own, masked and added: the low-rank term of dx where it is late
+  // The K loop goes on; a mask, if any, falls on what the first pair gave (in dx the low-rank term comes first).
+  kGoesOn,
+  // The K loop goes on, and there is no mask.
+  kGoesOnBare,
+  // It is a product of its own, masked and added: the low-rank term of dx where it is late.
+  kMasked,
 };
 
 // One tile of C, at (m0, n0). `before_second` is called by all threads before the first copy of the second pair of
@@ -308,15 +317,16 @@ __device__ __forceinline__ void multiply(const GemmParams& p, char* shared, int 
   const uint32_t place_a = base + OperandStream<Tile>::CopyA::place();
   const uint32_t place_b = base + Tile::A::kBytes + OperandStream<Tile>::CopyB::place();
   constexpr uint32_t kEnd = Tile::kStages * Tile::kStageBytes;
-  uint32_t write = 0;  // offset of the stage to fill next
-  int until_second =
-      kSecond == Second::kMasked || first == 0 ? -1 : first;  // tiles to fetch before the second pair of operands
+  // The offset of the stage to fill next, and how many tiles are fetched before the second pair of operands.
+  uint32_t write = 0;
+  int until_second = kSecond == Second::kMasked || first == 0 ? -1 : first;
   int to_fetch = steps;
   const auto prefetch = [&] {
     if (to_fetch > 0) {
       if constexpr (kSecond != Second::kMasked) {
         if (until_second == 0) {
-          asm volatile("");  // a branch that is taken once, not a selection in every step
+          // Makes this a branch that is taken once, not a selection in every step.
+          asm volatile("");
           before_second();
           stream.begin(p.segments[1], m0, n0, p.m, p.n);
         }

@@ -10,30 +10,30 @@
 #pragma once
 
 #include "cuda/params.h"
+#include "cuda/tiles.h"
 #include "philox.cuh"
 #include "shared.cuh"
 
 namespace loradash::cuda {
 
-// kProject, kReduce: ranks in eights, 0 for none. kBlocks: of 128 columns a program reduces; a projection alone takes
-// any number.
+// kProject, kReduce and kBlocks are those of a PassKind.
 template <typename T, int kProject_, int kReduce_, int kBlocks_, bool kAligned_>
 struct PassTile {
   using Type = T;
-  static constexpr int kProject = kProject_, kReduce = kReduce_, kBlocks = kBlocks_, kThreads = 128, kStages = 3;
+  static constexpr int kProject = kProject_, kReduce = kReduce_, kBlocks = kBlocks_;
   static constexpr bool kAligned = kAligned_;
-  static constexpr int kM = 64, kN = 128;
-  static constexpr bool kResident =
-      kProject > 0 && kReduce > 0;  // F stays while the rows stream by; else it streams along
-  static constexpr bool kStreamed = kProject > 0 && kReduce == 0;
+  static constexpr int kM = kPassRows, kN = kPassColumns, kStages = kPassStages, kThreads = kPassThreads;
+  static constexpr bool kFactorStays = PassKind{kProject, kReduce, kBlocks}.factor_stays();
+  static constexpr bool kFactorStreams = kProject > 0 && !kFactorStays;
   using X = SharedTile<kM, kN>;
   using F = SharedTile<kProject ? 8 * kProject : 8, kN>;
-  static constexpr int kRightPitch = (kReduce | 1) * 16;  // an odd number of chunks: rows begin in different banks
-  static constexpr int kRightBytes = kReduce ? kM * kRightPitch : 0;
-  static constexpr int kStageBytes = X::kBytes + (kStreamed ? F::kBytes : 0);
-  static constexpr int kRightAt = kStages * kStageBytes, kResidentAt = kRightAt + kStages * kRightBytes;
-  static constexpr int kScratchAt = kResidentAt + (kResident ? kBlocks * F::kBytes : 0);  // of adding partial sums
-  static constexpr int kSharedBytes = kScratchAt + (kProject ? kThreads * 4 + 16 : 0);
+  static constexpr int kRightPitch = PassKind{kProject, kReduce, kBlocks}.right_pitch();
+  static constexpr int kRightBytes = PassKind{kProject, kReduce, kBlocks}.right_bytes();
+  static constexpr int kStageBytes = PassKind{kProject, kReduce, kBlocks}.stage_bytes();
+  static constexpr int kRightAt = PassKind{kProject, kReduce, kBlocks}.right_at();
+  static constexpr int kFactorAt = PassKind{kProject, kReduce, kBlocks}.factor_at();
+  static constexpr int kScratchAt = PassKind{kProject, kReduce, kBlocks}.scratch_at();
+  static_assert(kStageBytes == X::kBytes + (kFactorStreams ? F::kBytes : 0));
 };
 
 // c of a rank: scaling for those of LoRA, Δσ for the directions.
@@ -59,11 +59,12 @@ struct Pass {
   uint32_t reduce_x = Tile::X::offset(lane % 8 + lane / 16 * 8, 4 * warp + lane / 8 % 2);
   uint32_t reduce_right = lane % 16 * Tile::kRightPitch;
   const int chunk, chunks, split, group;
-  const int column0, row0, row_end, blocks, first_rank;  // of this program; blocks of 128 columns
+  // What this program takes; blocks are of 128 columns.
+  const int column0, row0, row_end, blocks, first_rank;
   float projected[kProjects][4];
   float reduced[Tile::kBlocks][2][kReduces][4];
 
-  // Chunk of columns out of `chunks`, split of rows, group of ranks.
+  // A program takes a chunk of columns out of `chunks`, a split of rows and a group of ranks.
   __device__ __forceinline__ Pass(const PassParams& params, char* memory_in, int chunk_in, int chunks_in, int split_in,
                                   int group_in)
       : p(params),
@@ -99,8 +100,8 @@ struct Pass {
     }
   }
 
-  // Tile (row, block) of X into a stage, with what streams along; `slot` of the right operand, for the first block of a
-  // row.
+  // Copies tile (row, block) of X into a stage, with what streams along, and, for the first block of a row, the right
+  // operand into `slot`.
   __device__ __forceinline__ void load(int to, int slot, int row, int block) const {
     const int column = column0 + block * Tile::kN;
     const T* from = static_cast<const T*>(p.x) + (row + CopyX::row()) * p.ldx + column + CopyX::column();
@@ -109,7 +110,7 @@ struct Pass {
     } else {
       CopyX::load(stage(to) + CopyX::place(), from, p.ldx, row_end - row, p.n - column);
     }
-    if constexpr (Tile::kStreamed) load_factor(stage(to) + Tile::X::kBytes, column);
+    if constexpr (Tile::kFactorStreams) load_factor(stage(to) + Tile::X::kBytes, column);
     if constexpr (Tile::kReduce > 0) {
       if (block != 0) return;
       for (int i = threadIdx.x; i < Tile::kM * Tile::kReduce; i += Tile::kThreads) {
@@ -121,7 +122,7 @@ struct Pass {
     }
   }
 
-  // What this thread copied itself: no barrier is needed before.
+  // Applies dropout to what this thread copied itself: no barrier is needed before.
   __device__ __forceinline__ void drop(const Dropout16& dropout, const PhiloxRow (&rows)[CopyX::kCount], int index,
                                        int block) const {
     const PhiloxColumn column = dropout.column((column0 + block * Tile::kN + CopyX::column()) / kChunk);
@@ -133,8 +134,8 @@ struct Pass {
     });
   }
 
-  // Sixteen rows a warp. In rows of 256 bytes, from a multiple of them on, two chunks further is another bit of the
-  // address.
+  // Projects sixteen rows a warp. In rows of 256 bytes that begin at a multiple of 256, two chunks further is another
+  // bit of the address.
   __device__ __forceinline__ void project(uint32_t x, uint32_t f) {
     const uint32_t from_x = x + project_x, from_f = f + project_f;
     unrolled<Tile::kN / 16>([&](auto k) {
@@ -149,7 +150,7 @@ struct Pass {
     });
   }
 
-  // Thirty-two columns of a block a warp.
+  // Reduces thirty-two columns of a block a warp.
   __device__ __forceinline__ void reduce(float (&sums)[2][kReduces][4], uint32_t x, uint32_t right) const {
     const uint32_t from_x = x + reduce_x, from_right = right + reduce_right;
     unrolled<Tile::kM / 16>([&](auto m) {
@@ -173,13 +174,14 @@ struct Pass {
 
   __device__ __forceinline__ void run() {
     const int row_blocks = (row_end - row0 + Tile::kM - 1) / Tile::kM;
-    if constexpr (Tile::kResident) {
+    if constexpr (Tile::kFactorStays) {
 #pragma unroll
       for (int block = 0; block < Tile::kBlocks; ++block) {
-        load_factor(shared + Tile::kResidentAt + block * Tile::F::kBytes, column0 + block * Tile::kN);
+        load_factor(shared + Tile::kFactorAt + block * Tile::F::kBytes, column0 + block * Tile::kN);
       }
     }
-    int ahead_row = 0, ahead_block = 0, ahead_stage = 0, ahead_slot = 0;  // of the tile to fetch next
+    // Where the tile to fetch next comes from and goes to.
+    int ahead_row = 0, ahead_block = 0, ahead_stage = 0, ahead_slot = 0;
     const auto prefetch = [&] {
       if (ahead_row < row_blocks) {
         load(ahead_stage, ahead_slot, row0 + ahead_row * Tile::kM, ahead_block);
@@ -211,7 +213,7 @@ struct Pass {
         prefetch();
         const uint32_t x = stage(index);
         if constexpr (Tile::kProject > 0) {
-          project(x, Tile::kResident ? shared + Tile::kResidentAt + block * Tile::F::kBytes : x + Tile::X::kBytes);
+          project(x, Tile::kFactorStays ? shared + Tile::kFactorAt + block * Tile::F::kBytes : x + Tile::X::kBytes);
         }
         if constexpr (Tile::kReduce > 0) reduce(sums, x, shared + Tile::kRightAt + slot * Tile::kRightBytes);
         index = index == Tile::kStages - 1 ? 0 : index + 1;
@@ -224,7 +226,7 @@ struct Pass {
       }
       slot = slot == Tile::kStages - 1 ? 0 : slot + 1;
       if constexpr (Tile::kProject > 0) {
-        if (Tile::kResident || chunks > 1) {
+        if (Tile::kFactorStays || chunks > 1) {
           store_partial(row);
           add_partials(row);
         } else {
@@ -236,7 +238,7 @@ struct Pass {
     if constexpr (Tile::kReduce > 0) store_reduction();
   }
 
-  // P and T = P * c, of all columns.
+  // Stores P and T = P * c, which are complete: this program saw all columns.
   __device__ __forceinline__ void store_projection(int row) const {
     const int all = p.rank + p.directions;
 #pragma unroll
@@ -276,7 +278,8 @@ struct Pass {
     __threadfence();
     __syncthreads();
     if (threadIdx.x == 0) {
-      __threadfence();  // what the others stored, too
+      // For what the other threads stored, too.
+      __threadfence();
       last = atomicAdd(p.arrived + group * row_blocks + row_block, 1) == chunks - 1;
     }
     __syncthreads();

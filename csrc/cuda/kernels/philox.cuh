@@ -6,7 +6,7 @@
 
 namespace loradash::cuda {
 
-// High and low half of a product, in one instruction.
+// Gives the high and the low half of a product, in one instruction.
 __device__ __forceinline__ void multiply_wide(uint32_t a, uint32_t b, uint32_t& high, uint32_t& low) {
   asm("{ .reg .u64 t; mul.wide.u32 t, %2, %3; mov.b64 {%1, %0}, t; }" : "=r"(high), "=r"(low) : "r"(a), "r"(b));
 }
@@ -30,8 +30,10 @@ struct Dropout16 {
   static constexpr int kRounds = 10;
   static constexpr uint32_t kM0 = 0xD2511F53u, kM1 = 0xCD9E8D57u;
   uint32_t key0[kRounds], key1[kRounds];
-  uint32_t offset_high, offset_low, offset1;  // of M1 times the low offset; the high offset
-  uint32_t low_threshold, high_bit;  // both halves of the threshold: its lower 15 bits, and whether bit 15 is set
+  // M1 times the low offset, in halves, and the high offset.
+  uint32_t offset_high, offset_low, offset1;
+  // The threshold: its lower 15 bits in both halves of a word, and whether bit 15 is set.
+  uint32_t low_threshold, high_bit;
   bool active;
 
   __device__ __forceinline__ Dropout16(const int64_t* seed, uint32_t threshold) : active(seed && threshold) {

@@ -32,7 +32,7 @@ __device__ __forceinline__ void unrolled(const F& f) {
   unrolled(f, std::make_integer_sequence<int, kCount>{});
 }
 
-// 16 bytes; zeros where not `inside` (nothing is read then).
+// Copies 16 bytes; where not `inside`, it reads nothing and writes zeros.
 __device__ __forceinline__ void copy_async(uint32_t to, const void* from, bool inside) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;\n" ::"r"(to), "l"(from), "r"(inside ? 16 : 0));
 }
@@ -62,7 +62,7 @@ __device__ __forceinline__ uint4 load_shared(uint32_t from) {
   return v;
 }
 
-// Four 8 x 8 matrices; `transposed` gives each lane elements of a column.
+// Loads four 8 x 8 matrices; kTransposed gives each lane elements of a column.
 template <bool kTransposed, int kOffset = 0>
 __device__ __forceinline__ void load_matrices(uint32_t (&r)[4], uint32_t from) {
   if constexpr (kTransposed) {
@@ -78,7 +78,7 @@ __device__ __forceinline__ void load_matrices(uint32_t (&r)[4], uint32_t from) {
   }
 }
 
-// Two matrices, transposed; addresses of the first sixteen lanes count.
+// Loads two matrices, transposed; the addresses of the first sixteen lanes count.
 template <int kOffset>
 __device__ __forceinline__ void load_two_matrices(uint32_t (&r)[2], uint32_t from) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x2.trans.shared.b16 {%0,%1}, [%2 + %3];\n"
@@ -102,11 +102,12 @@ struct SharedTile {
   }
 };
 
-// A thread's part of copying tiles [rows][columns] out of a matrix of row stride ld. The same chunks each time: rows
-// `row() + i * kStep`, one column of chunks.
+// A thread's part of copying tiles [rows][columns] out of a matrix of row stride ld. It takes the same chunks each
+// time: rows `row() + i * kStep` of one column of chunks.
 template <typename T, typename Tile, int kThreads, bool kAligned>
 struct TileCopy {
-  static constexpr int kStep = kThreads / Tile::kChunks;  // rows between a thread's chunks
+  // Rows between a thread's chunks.
+  static constexpr int kStep = kThreads / Tile::kChunks;
   static constexpr int kCount = Tile::kRows / kStep;
   static_assert(kThreads % Tile::kChunks == 0 && Tile::kRows % kStep == 0 && kStep % 8 == 0);
 
@@ -114,9 +115,9 @@ struct TileCopy {
   static __device__ __forceinline__ int column() { return static_cast<int>(threadIdx.x) % Tile::kChunks * kChunk; }
   static __device__ __forceinline__ int place() { return Tile::offset(row(), column() / kChunk); }
 
-  // `from`: the thread's own first element. rows_left, columns_left: of the matrix, from the tile's corner on. Aligned:
-  // 16-byte rows of whole chunks, copied asynchronously; else element by element, there when the next barrier is
-  // passed.
+  // `from` is the thread's own first element; rows_left and columns_left count from the tile's corner to the matrix's
+  // end. Where kAligned, 16-byte rows of whole chunks are copied asynchronously; else copies go element by element and
+  // are there when the next barrier is passed.
   static __device__ __forceinline__ void load(uint32_t tile, const T* from, int64_t ld, int rows_left,
                                               int columns_left) {
 #pragma unroll
@@ -136,7 +137,7 @@ struct TileCopy {
     }
   }
 
-  // The same where all of the tile is inside an aligned matrix; step: kStep rows in bytes.
+  // The same where all of the tile is inside an aligned matrix; `step` is kStep rows in bytes.
   static __device__ __forceinline__ void load_whole(uint32_t tile, const T* from, int64_t step) {
     const char* row = reinterpret_cast<const char*>(from);
     unrolled<kCount>([&](auto i) {

@@ -21,20 +21,21 @@ __device__ __forceinline__ float adapter_value(const void* data, int32_t dtype, 
 // Element (rank, i) of D = [A; Vt], i < K, or of Q^T = [B | U]^T, i < N.
 __device__ __forceinline__ float d_value(const PackParams& p, int rank, int64_t i) {
   if (i >= p.k) return 0.0f;
-  if (rank < p.rank) return adapter_value(p.lora_a, p.adapter_dtype[0], rank * p.k + i);
-  if (rank < p.rank + p.directions) return adapter_value(p.dash_vt, p.adapter_dtype[3], (rank - p.rank) * p.k + i);
+  if (rank < p.rank) return adapter_value(p.lora_a, p.adapter_dtype[kLoraA], rank * p.k + i);
+  if (rank < p.rank + p.directions)
+    return adapter_value(p.dash_vt, p.adapter_dtype[kDashVt], (rank - p.rank) * p.k + i);
   return 0.0f;
 }
 __device__ __forceinline__ float q_value(const PackParams& p, int rank, int64_t i) {
   if (i >= p.n) return 0.0f;
-  if (rank < p.rank) return adapter_value(p.lora_b, p.adapter_dtype[1], i * p.rank + rank);
+  if (rank < p.rank) return adapter_value(p.lora_b, p.adapter_dtype[kLoraB], i * p.rank + rank);
   if (rank < p.rank + p.directions)
-    return adapter_value(p.dash_u, p.adapter_dtype[2], i * p.directions + rank - p.rank);
+    return adapter_value(p.dash_u, p.adapter_dtype[kDashU], i * p.directions + rank - p.rank);
   return 0.0f;
 }
 
-// Reads the adapters once for each form that is wanted, writes 2 width (K + N) bytes a form; of M only M width_p. Every
-// form by all threads in turn.
+// All threads write one form after the other, and read the adapters once for each. A form of D takes 2 width K bytes,
+// one of Q 2 width N; the only one that grows with M is p_low, 2 M p_width.
 template <typename T>
 __device__ __forceinline__ void pack(const PackParams& p) {
   const int64_t first = blockIdx.x * static_cast<int64_t>(blockDim.x) + threadIdx.x,
@@ -68,7 +69,7 @@ __device__ __forceinline__ void pack(const PackParams& p) {
   for (int64_t i = first; i < p.counter_count; i += step) p.counters[i] = 0;
 }
 
-// Every partial sum once, in the order of the splits. dy_parts holds the rows of dB, then db.
+// Reads every partial sum once, in the order of the splits. dy_parts holds the rows of dB, then db.
 __device__ __forceinline__ void finish(const FinishParams& p) {
   const int64_t first = blockIdx.x * static_cast<int64_t>(blockDim.x) + threadIdx.x,
                 step = gridDim.x * static_cast<int64_t>(blockDim.x);

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cstdint>
+#include <string>
 #include <vector>
 
 #include "cuda/params.h"
@@ -10,31 +11,47 @@
 
 namespace loradash::cuda {
 
-constexpr int64_t kMaxWidth = 256;  // of r + s
+// The most that r + s may be.
+constexpr int64_t kMaxWidth = 256;
 
-// What a card offers.
+// What a card offers: processors, and bytes of shared memory that a block may take.
 struct Card {
   int32_t processors;
-  int32_t shared_limit;  // bytes a block may take
+  int32_t shared_limit;
+};
+
+// W (N, K); one of its strides is 1. No data: there is none.
+struct Weight {
+  const void* data;
+  int64_t stride_n, stride_k;
+
+  bool stored_by_columns() const { return data && stride_n == 1 && stride_k != 1; }
+};
+
+// A low-rank matrix of any of the three dtypes.
+struct TypedMatrix {
+  const void* data;
+  DType dtype;
+};
+
+// The seed lies on the card: reading it would wait for the card. No seed: no dropout.
+struct DeviceDropout {
+  const int64_t* seed;
+  uint32_t threshold;
+
+  float keep_scale() const { return seed ? loradash::keep_scale(threshold) : 1.0f; }
 };
 
 struct Problem {
   Shape shape;
-  DType dtype;  // of x, W, bias, base, y, dy and dx: bf16 or fp16
-  const void* x;
+  // The dtype of x, W, bias, base, y, dy and dx: bf16 or fp16.
+  DType dtype;
+  const void* x;  // (M, K), row stride ldx
   int64_t ldx;
-  const void* weight;          // null: none
-  int64_t weight_n, weight_k;  // strides of W; one of them is 1
-  const void* adapters[4];     // A (r, K), B (N, r), U (N, s), Vt (s, K): contiguous
-  DType adapter_dtypes[4];
-  const float* dash_sigma;
-  int64_t rank, directions;
-  float scaling;
-  const int64_t* seed;  // null: no dropout
-  uint32_t threshold;
+  Weight weight;
+  Adapters<TypedMatrix> adapters;
+  DeviceDropout dropout;
   Card card;
-
-  int64_t width() const { return rank + directions; }
 };
 
 struct ForwardOut {
@@ -44,18 +61,22 @@ struct ForwardOut {
   float* p;          // (M, R)
 };
 
-// Null where not wanted.
+// Gradients are null where they are not wanted.
 struct BackwardOut {
-  const void* dy;
+  const void* dy;  // (M, N), row stride lddy
   int64_t lddy;
   const float* p;  // (M, R)
   void* dx;        // (M, K)
-  float *da, *db_lora, *dsigma, *dbias;
+  float* da;       // (r, K)
+  float* db_lora;  // (N, r)
+  float* dsigma;   // (s)
+  float* dbias;    // (N)
 };
 
+// Launches in order, and the workspace that they use, which is known with workspace = null too.
 struct Plan {
-  std::vector<Launch> launches;
-  int64_t workspace_bytes;  // that the launches use; known with workspace = null too
+  std::vector<KernelLaunch> launches;
+  int64_t workspace_bytes;
 };
 
 // `tile` forces one of `gemm_tiles` by name ("128x128", "one_launch_128x128"); "" leaves the choice to the table, which

@@ -14,7 +14,8 @@ import loradash_kernels
 
 REPORT = """
 import sys, warnings
-sys.meta_path = [f for f in sys.meta_path if "Editable" not in str(f)]  # finds the compiled part of an editable install
+# An editable install would find its own compiled part.
+sys.meta_path = [f for f in sys.meta_path if "Editable" not in str(f)]
 with warnings.catch_warnings(record=True) as caught:
     warnings.simplefilter("always")
     import loradash_kernels
@@ -31,8 +32,10 @@ def report(folder: Path, file: str | None) -> list[str]:
     shutil.copytree(source, folder / "loradash_kernels", ignore=shutil.ignore_patterns("_C*", "__pycache__"))
     if file:
         (folder / "loradash_kernels" / file).write_bytes(b"no shared object")
-    result = subprocess.run([sys.executable, "-c", REPORT], cwd=folder, env={"PYTHONPATH": str(folder)},
-                            capture_output=True, text=True, check=True)  # fmt: skip
+    environment = {"PYTHONPATH": str(folder)}
+    result = subprocess.run(
+        [sys.executable, "-c", REPORT], cwd=folder, env=environment, capture_output=True, text=True, check=True
+    )
     return result.stdout.splitlines()
 
 

@@ -1,4 +1,4 @@
-"""What is particular to the compiled CPU kernels: instruction sets, threads, bytes saved. Packed weights: test_packed_weights.py."""
+"""What is particular to the compiled CPU kernels: instruction sets, threads, bytes saved."""
 
 from __future__ import annotations
 
@@ -19,8 +19,7 @@ pytestmark = pytest.mark.skipif(not extension.is_compiled(), reason="the compile
 SWEEP = """
 import torch
 from loradash_kernels.backends import extension
-from loradash_kernels.random import dropout_threshold
-from loradash_kernels.random import dropout_mask
+from loradash_kernels.random import dropout_mask, dropout_threshold
 from loradash_kernels.testing import check_error_rule, make_case, run
 for dtype in (torch.float32, torch.bfloat16, torch.float16):
     for shape in ((1, 1, 1, 1, 1), (37, 65, 33, 5, 3), (70, 128, 96, 16, 8), (260, 300, 64, 8, 8)):
@@ -32,30 +31,31 @@ seed = torch.tensor([5, 6])
 assert torch.equal(torch.ops.loradash_cpu.dropout_mask(seed, 9000, 9, 333), dropout_mask(seed, 9000, 9, 333))
 print(*(extension.compiled().isa(i) for i in range(3)))
 """
+TESTS = Path(__file__).parents[2]
 ORDER = ("portable", "avx2", "avx512", "avx512_bf16", "amx")
+
+
+def run_script(script, **environment):
+    """A process of its own, in which tests' helpers can be imported as here."""
+    path = os.pathsep.join(filter(None, (str(TESTS), os.environ.get("PYTHONPATH"))))
+    environment = {**os.environ, "PYTHONPATH": path, **environment}
+    return subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True)
 
 
 @pytest.mark.parametrize("isa", ORDER)
 def test_every_instruction_set(isa):
     """Each set up to the best one of this CPU; a set beyond it falls back to that one."""
-    result = subprocess.run(
-        [sys.executable, "-c", SWEEP], env={**os.environ, "LORADASH_CPU_ISA": isa}, capture_output=True, text=True
-    )
+    result = run_script(SWEEP, LORADASH_CPU_ISA=isa)
     assert result.returncode == 0, result.stderr
     used = result.stdout.split()
     assert all(ORDER.index(name) <= ORDER.index(isa) for name in used), used
 
 
 def test_unknown_instruction_set():
-    result = subprocess.run(
-        [sys.executable, "-c", SWEEP], env={**os.environ, "LORADASH_CPU_ISA": "mmx"}, capture_output=True, text=True
-    )
-    assert "LORADASH_CPU_ISA is 'mmx'" in result.stderr
+    assert "LORADASH_CPU_ISA is 'mmx'" in run_script(SWEEP, LORADASH_CPU_ISA="mmx").stderr
 
 
-THREADS = f"""
-import sys
-sys.path.insert(0, {str(Path(__file__).parents[2])!r})
+THREADS = """
 import torch
 from support.promises import check_same
 from loradash_kernels import low_rank_update
@@ -83,7 +83,8 @@ for dtype in (torch.float32, torch.bfloat16, torch.float16):
 def test_thread_count_changes_no_bit():
     """In a process of its own: MKL's LU was seen to hang after torch.set_num_threads went above the cores and back.
     Where the library computes the base product, y and dx of the whole layer are as reproducible as it is, no more."""
-    subprocess.run([sys.executable, "-c", THREADS], check=True)
+    result = run_script(THREADS)
+    assert result.returncode == 0, result.stderr
 
 
 def test_kernels_are_parallel():

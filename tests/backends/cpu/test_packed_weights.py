@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import itertools
 import threading
 
 import pytest
@@ -68,7 +69,7 @@ class Probe:
 
 
 def warm(n, k, dtype, transposed=False):
-    """A weight whose copies are packed and kept in both directions."""
+    """A weight whose copies are packed and kept for both passes."""
     owner, weight = make_weight(n, k, dtype, transposed)
     probe = Probe(n, k, dtype)
     for _ in range(3):
@@ -76,9 +77,6 @@ def warm(n, k, dtype, transposed=False):
     if extension.compiled().min_base_rows(DTYPES.index(dtype)):
         assert packed_weight_bytes() >= 2 * owner.nbytes
     return owner, weight, probe
-
-
-# --- what writes -----------------------------------------------------------------------------------------------------
 
 
 def flip(t, i, j):
@@ -149,7 +147,7 @@ def test_a_write_is_seen_by_the_next_call(write, dtype, transposed):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_two_hundred_single_elements(dtype):
-    """The lowest bit of one element anywhere in a weight of many fingerprinted blocks; each in both directions."""
+    """The lowest bit of one element anywhere in a weight of many fingerprinted blocks; each in both passes."""
     n, k = 203, 333
     owner, weight, probe = warm(n, k, dtype)
     generator = torch.Generator().manual_seed(1)
@@ -158,7 +156,8 @@ def test_two_hundred_single_elements(dtype):
         flip(words(owner), i, j)
         if trial % 2:
             probe.check(weight)
-        else:  # first seen backward
+        else:
+            # The backward pass is the first to see this one.
             x, y = probe.forward(weight())
             flip(words(owner), n - 1 - i, j)
             assert torch.equal(probe.backward(x, y), owner)
@@ -206,9 +205,6 @@ def test_slices_of_a_larger_weight(transposed):
         probe.check(lambda: part)
 
 
-# --- the fingerprint itself ------------------------------------------------------------------------------------------
-
-
 def fingerprint(weight):
     return extension.compiled().fingerprint(weight)
 
@@ -229,8 +225,8 @@ def test_fingerprint_of_every_place(n, k):
 
 def test_fingerprint_of_rearranged_zeros_and_ones():
     """Few distinct values: where sums and polynomials of odd multipliers collide."""
-    weights = [torch.zeros(16, 16).index_put((torch.tensor(i), torch.tensor(j)), torch.tensor(v))
-               for i in range(16) for j in range(16) for v in (1.0, -1.0, -0.0)]  # fmt: skip
+    places = itertools.product(range(16), range(16), (1.0, -1.0, -0.0))
+    weights = [torch.zeros(16, 16).index_put((torch.tensor(i), torch.tensor(j)), torch.tensor(v)) for i, j, v in places]
     pairs = [a + b for a in weights[::13] for b in weights[::17] if not torch.equal(a, -b)]
     seen = {tuple(w.view(torch.int32).view(-1).tolist()): tuple(fingerprint(w).tolist()) for w in weights + pairs}
     assert len(set(seen.values())) == len(seen)
@@ -243,9 +239,6 @@ def test_fingerprint_does_not_depend_on_threads():
     finally:
         torch.set_num_threads(threads)
     assert torch.equal(one, two)
-
-
-# --- what is kept ----------------------------------------------------------------------------------------------------
 
 
 def forward(x, weight):
@@ -278,13 +271,14 @@ def test_views_share_one_copy():
 
 @fuses
 def test_casts_are_not_kept():
-    """A hundred steps under autocast: nothing is held, in either direction."""
+    """A hundred steps under autocast: nothing is held, in either pass."""
     owner, _ = make_weight(96, 64)
     for _ in range(100):
         x = torch.randn(128, 64, requires_grad=True)
         with torch.autocast("cpu", torch.bfloat16):
             y = forward(x, owner)
-        assert packed_weight_bytes() == 0  # while autograd keeps the cast for the backward pass
+        # While autograd keeps the cast for the backward pass.
+        assert packed_weight_bytes() == 0
         y.float().sum().backward()
         assert packed_weight_bytes() == 0
 
@@ -307,7 +301,8 @@ def test_invalidate_drops_the_copies_of_one_memory_or_all():
         for _ in range(2):
             forward(x if weight.shape[1] == 64 else torch.randn(128, 96), weight)
     assert packed_weight_bytes() == 3 * first.nbytes
-    invalidate_packed_weights(first[3:, 5])  # any view of the memory names it
+    # Any view of the memory names it.
+    invalidate_packed_weights(first[3:, 5])
     assert packed_weight_bytes() == second.nbytes
     invalidate_packed_weights()
     assert packed_weight_bytes() == 0
@@ -360,9 +355,6 @@ def test_inference_mode():
             y = forward(probe.x, owner)
             assert torch.equal(y[:64].t(), owner)
             owner[5, 5] += 1
-
-
-# --- tensors that are not what their memory says ---------------------------------------------------------------------
 
 
 def output_and_gradients(tensors, dy):

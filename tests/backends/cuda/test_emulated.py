@@ -31,7 +31,7 @@ def check(case, **options):
 @pytest.mark.parametrize("dtype", [BF16, FP16])
 @pytest.mark.parametrize("layout", ["rows", "columns"])
 def test_tiles(tile, dtype, layout):
-    """Every tile in both orders of W, every option on; more tiles than one in both directions."""
+    """Every tile in both orders of W, every option on; more tiles than one along both sides."""
     case = make_case(300, 264, 520, 16, 8, dtype, adapter_dtype=FP32, dropout_p=0.1)
     if layout == "columns":
         case.tensors["weight"] = case.tensors["weight"].t().contiguous().t()
@@ -40,8 +40,18 @@ def test_tiles(tile, dtype, layout):
 
 @pytest.mark.parametrize("dtype", [BF16, FP16])
 @pytest.mark.parametrize(
-    "shape", [(1, 64, 64, 8, 8), (37, 56, 72, 4, 3), (130, 96, 200, 5, 3), (129, 65, 33, 16, 8), (64, 8, 8, 1, 1), (5, 7, 3, 2, 1), (5, 0, 8, 2, 1), (200, 1000, 24, 4, 4)]
-)  # fmt: skip
+    "shape",
+    [
+        (1, 64, 64, 8, 8),
+        (37, 56, 72, 4, 3),
+        (130, 96, 200, 5, 3),
+        (129, 65, 33, 16, 8),
+        (64, 8, 8, 1, 1),
+        (5, 7, 3, 2, 1),
+        (5, 0, 8, 2, 1),
+        (200, 1000, 24, 4, 4),
+    ],
+)
 def test_ragged_shapes(shape, dtype):
     """Rows of whole 16-byte chunks, and the path for those that are not."""
     check(make_case(*shape, dtype, adapter_dtype=FP32, dropout_p=0.3))
@@ -59,9 +69,10 @@ def test_schedules(seed):
     )
 
 
-@pytest.mark.parametrize(
-    ("r", "s"), [(4, 0), (0, 4), (0, 0), (23, 9), (24, 8), (32, 0), (31, 1), (40, 8), (64, 8), (100, 60), (200, 56), (256, 0)]
-)  # fmt: skip
+RANKS = [(4, 0), (0, 4), (0, 0), (23, 9), (24, 8), (32, 0), (31, 1), (40, 8), (64, 8), (100, 60), (200, 56), (256, 0)]
+
+
+@pytest.mark.parametrize(("r", "s"), RANKS)
 def test_ranks(r, s):
     check(make_case(150, 96, 136, r, s, BF16, adapter_dtype=FP32, dropout_p=0.1))
 
@@ -144,8 +155,6 @@ def test_other_architectures():
     """The binary for RTX 3090 is compiled from other PTX."""
     check(make_case(200, 136, 264, 16, 8, BF16, adapter_dtype=FP32, dropout_p=0.1), architecture="sm_86")
 
-
-# --- a product and the pass over its left operand in one launch: forward, and dx ---------------------------------------------------------------------------------------
 
 ONE_LAUNCH = ("one_launch_128x128", "one_launch_64x128")
 

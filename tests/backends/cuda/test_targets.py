@@ -43,12 +43,12 @@ def test_no_spills(assembled, architecture):
 
 
 def shared_bytes(card):
-    """Of the kernels of two calls, apart and in one launch, as planned."""
+    """What each kernel of two calls takes as planned, apart and in one launch."""
     case = make_case(300, 136, 400, 16, 8, torch.bfloat16, adapter_dtype=torch.float32, bias=False)
     found, out = {}, emulation.outputs(case)
     for tile in ("128x128", "one_launch_128x128"):
-        for direction in ("forward", "backward"):
-            launches, _ = emulation.plan(case, out, direction, None, None, card, tile)
+        for pass_name in ("forward", "backward"):
+            launches, _ = emulation.plan(case, out, pass_name, None, None, card, tile)
             found |= {name: shared for name, _, _, shared, _ in launches}
     return found
 
