@@ -5,7 +5,8 @@ LoRA-Dash: Si et al., "Unleashing the Power of Task-Specific Directions in Param
 
 from . import flops
 from ._version import __version__
-from .directions.linalg import Triplets, batched_randomized_svd
+from .directions.linalg import Triplets
+from .directions.randomized_svd import batched_randomized_svd
 from .directions.rates import (
     ChangeRates,
     Directions,

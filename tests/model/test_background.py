@@ -65,7 +65,7 @@ def test_fills_the_cache(cache, monkeypatch):
     assert not alive(work._worker.pid)
     again = cache.start(model)
     assert again.wait(600) and again._worker is None  # everything was there
-    for name in ("decompose", "task_specific_directions"):
+    for name in ("decompose_to_keep", "task_specific_directions"):
         monkeypatch.setattr(f"loradash.cache.{name}", None)
     for layer in layers:
         nn.init.normal_(layer.lora_b)
@@ -131,12 +131,12 @@ FAILURES = {
 
 
 @pytest.mark.parametrize("kind", FAILURES)
-def test_failures_are_told_by_wait(cache, kind, recwarn):
+def test_failures_are_reported_by_wait(cache, kind, recwarn):
     weights, message = FAILURES[kind]
     work = BackgroundDecomposition(cache, [*weights, lambda: torch.zeros(2, 2)])
     with pytest.raises(RuntimeError, match=message):
         work.wait(600)
-    assert work.remaining == 2 and not recwarn.list  # and nothing else is heard of them
+    assert work.remaining == 2 and not recwarn.list
     work.cancel()
 
 
@@ -189,8 +189,6 @@ def test_a_merged_model_is_refused(cache):
         cache.start(model)
 
 
-# --- the program around it -------------------------------------------------------------------------------------------
-
 SCRIPT = """
 import sys, torch
 import loradash
@@ -234,9 +232,9 @@ def test_programs_run_once(tmp_path, how):
 
 ENDLESS = """
 import sys, threading
-import loradash.worker as worker
-worker.SpectralCache = lambda *_: type("Cache", (), {"keep": lambda self, weight: threading.Event().wait()})()
-worker.serve("folder", 0, sys.stdout)
+import loradash.background_process as process
+process.SpectralCache = lambda *_: type("Cache", (), {"keep": lambda self, weight: threading.Event().wait()})()
+process.serve("folder", 0, sys.stdout)
 """
 
 
@@ -268,10 +266,8 @@ except KeyboardInterrupt:
 def test_ends_with_the_program(tmp_path, end):
     """In the middle of a decomposition. Ctrl-C reaches the program alone, which may go on."""
     code = LONG.split("try:")[0] + "time.sleep(2)" if end == "exit" else LONG
-    program = subprocess.Popen(
-        [sys.executable, "-c", code],
-        cwd=tmp_path, stdout=subprocess.PIPE, text=True, start_new_session=True,
-    )  # fmt: skip
+    command = [sys.executable, "-c", code]
+    program = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, text=True, start_new_session=True)
     try:
         pid = int(program.stdout.readline())
         assert alive(pid)
