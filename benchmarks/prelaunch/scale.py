@@ -54,7 +54,8 @@ def worker(rank: int, world: int, store: str) -> None:
         print(statistics.median(times[1:]), flush=True)
     if world > 1:
         torch.distributed.barrier()
-    os._exit(0)  # gloo's threads now and then abort the interpreter's exit
+    # gloo's threads now and then abort the interpreter's exit.
+    os._exit(0)
 
 
 def launch_time(world: int) -> float:

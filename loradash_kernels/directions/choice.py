@@ -19,7 +19,8 @@ class Choice(NamedTuple):
     vt: Tensor  # (L, s, K)
     sigma: Tensor  # (L, s)
     rate: Tensor  # (L, s)
-    index: Tensor  # type: ignore[assignment]  # hides tuple.index
+    # The name hides tuple.index.
+    index: Tensor  # type: ignore[assignment]
 
 
 def choose(

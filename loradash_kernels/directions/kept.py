@@ -81,8 +81,9 @@ def decompose_to_keep(
     Deterministic for a given weight unless a generator is passed. Raises ValueError as `change_rates` does.
     """
     w = checked_weight(weight, method)
+    # The tail of a flat spectrum, which rectangular weights have, holds too few directions to be worth keeping.
     if method == "randomized" and w.shape[-2] != w.shape[-1]:
-        method = "auto"  # the tail of a flat spectrum holds too few directions to be worth keeping
+        method = "auto"
     settled = decompose(w, routes_for(w, method), lambda attempt: attempt.found, _is_worth_keeping, generator)
     kept = []
     for route, found, position in in_order(settled):
@@ -92,8 +93,9 @@ def decompose_to_keep(
 
 
 def _is_worth_keeping(attempt: Attempt, found: Decomposition) -> Sequence[bool]:
+    # Of all triplets, those that are chosen later are checked then.
     if attempt.route.kind != "tail":
-        return [True] * len(attempt.which)  # what is chosen later is checked then
+        return [True] * len(attempt.which)
     u, _, vt = found.full()
     return are_orthonormal(u, vt).tolist()
 
@@ -143,9 +145,10 @@ def refined(rough: OneSided, which: Tensor) -> OneSided:
     x, w = rough.basis, rough.w
     few = chosen(x, which)
     image = w @ (w.mT @ few) if rough.left else w.mT @ (w @ few)
-    overlap = -(x.mT @ few)  # R = I - XᵀX
+    # In the paper's letters, `overlap` is R = I - XᵀX and `projected` S = XᵀGX.
+    overlap = -(x.mT @ few)
     overlap.scatter_add_(-2, which[..., None, :], torch.ones_like(which, dtype=x.dtype)[..., None, :])
-    projected = x.mT @ image  # S = XᵀGX
+    projected = x.mT @ image
     own = overlap.gather(-2, which[..., None, :])
     values = (projected.gather(-2, which[..., None, :]) / (1 - own)).squeeze(-2)
     others = rough.sigma.square()

@@ -52,7 +52,8 @@ def kernels_for(t: Tensor) -> PrelaunchKernels | None:
     """The kernels where they can serve: float32, on a GPU, with Triton; None elsewhere."""
     if t.device.type not in KERNEL_DEVICES or t.dtype != torch.float32 or triton_backend.missing() is not None:
         return None
-    from ..backends.triton import prelaunch  # needs Triton, which may not be installed
+    # Imported here, because it needs Triton, which may not be installed.
+    from ..backends.triton import prelaunch
 
     return prelaunch
 

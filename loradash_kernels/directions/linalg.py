@@ -29,7 +29,8 @@ class Triplets(NamedTuple):
 def full_precision() -> Iterator[None]:
     """float32 products in float32, whatever torch.set_float32_matmul_precision allows: the tail drowns in TF32's errors."""
     cuda = torch.backends.cuda.matmul
-    if not hasattr(cuda, "fp32_precision"):  # PyTorch before 2.9 has one setting
+    # PyTorch before 2.9 has one setting for all.
+    if not hasattr(cuda, "fp32_precision"):
         before = torch.get_float32_matmul_precision()
         torch.set_float32_matmul_precision("highest")
         try:
@@ -89,7 +90,8 @@ def cholesky_qr(x: Tensor) -> tuple[Tensor, Tensor]:
             factor = torch.where((failed > 0)[..., None, None], shifted, factor)
         q = torch.linalg.solve_triangular(factor, q.mT, upper=False).mT
         r = factor.mT @ r
-    lost = ~(orthogonality_loss(q.mT @ q) <= ORTHOGONAL)  # NaN counts as lost
+    # A loss of NaN counts as lost.
+    lost = ~(orthogonality_loss(q.mT @ q) <= ORTHOGONAL)
     if bool(lost.any()):
         q[lost], r[lost] = torch.linalg.qr(wide[lost])
     return q, r

@@ -88,7 +88,8 @@ def _head(w: Tensor, range_: Tensor, rank: int, power_iters: int) -> tuple[Tenso
 
 
 def _tail(inverse: Inverse, sketch: Tensor, rank: int, power_iters: int) -> tuple[Tensor, Tensor, Tensor]:
-    z = sketch  # Gaussian: well conditioned as it is
+    # A Gaussian sketch is well conditioned as it is.
+    z = sketch
     for _ in range(power_iters):
         z = orthonormal(inverse.apply(orthonormal(inverse.apply_transposed(z))))
     if power_iters == 0:

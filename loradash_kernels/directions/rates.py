@@ -44,7 +44,8 @@ class Directions(NamedTuple):
     vt: Tensor
     sigma: Tensor
     rate: Tensor
-    index: Tensor  # type: ignore[assignment]  # hides tuple.index
+    # The name hides tuple.index.
+    index: Tensor  # type: ignore[assignment]
     routes: tuple[str, ...]
 
 

@@ -105,7 +105,8 @@ class BackgroundDecomposition:
                 if not self._cache.has(weight) and not self._decompose(weight):
                     return
                 self._done += 1
-        except Exception as error:  # whatever it is, `wait` reports it
+        except Exception as error:
+            # Whatever it is, `wait` reports it.
             if not self._cancelled:
                 self._error = f"{type(error).__name__}: {error}"
         finally:
@@ -145,7 +146,8 @@ class _Worker:
             self._process.stdin.write(data)
             self._process.stdin.flush()
         except BrokenPipeError:
-            pass  # it has ended, and what it said before tells more
+            # The process has ended, and what it said before tells more.
+            pass
         answer = self._process.stdout.readline()
         if not answer:
             raise RuntimeError(f"the process ended with code {self._process.wait()}")

@@ -26,7 +26,8 @@ def serve(folder: str, max_bytes: int, answers: TextIO) -> None:
         error = None
         try:
             cache.keep(load(messages.get())["weight"])
-        except Exception as caught:  # whatever it is, the other side reports it
+        except Exception as caught:
+            # Whatever it is, the other side reports it.
             error = f"{type(caught).__name__}: {caught}"
         print(json.dumps({"error": error}), file=answers, flush=True)
 

@@ -149,7 +149,8 @@ class SpectralCache:
     def _exists(self, path: Path) -> bool:
         try:
             return path.is_file()
-        except (OSError, ValueError):  # the folder may not be entered, or its name cannot be one
+        except (OSError, ValueError):
+            # The folder may not be entered, or its name cannot be one.
             return False
 
     def _files(self) -> list[_File]:
@@ -158,7 +159,8 @@ class SpectralCache:
         with contextlib.suppress(OSError, ValueError), os.scandir(self.folder) as entries:
             for entry in entries:
                 name = NAME.fullmatch(entry.name)
-                with contextlib.suppress(OSError):  # another process deleted it
+                # Another process may have deleted it meanwhile.
+                with contextlib.suppress(OSError):
                     if name and entry.is_file():
                         about = entry.stat()
                         partial = name["partial"] is not None
@@ -179,14 +181,16 @@ class SpectralCache:
             kept = KeptDecomposition(header["route"], tensors["sigma"], tensors.get("u"), tensors.get("vt"))
             if not kept.fits(matrix):
                 raise ValueError(f"it is of another shape than the weight's {tuple(matrix.shape)}")
-        except FileNotFoundError:  # another process deleted it
+        except FileNotFoundError:
+            # Another process has deleted it meanwhile.
             return None
         except (SafetensorError, OSError, KeyError, RuntimeError, TypeError, ValueError) as error:
             cause = f"read {error.errno}" if isinstance(error, OSError) else str(path)
             self._warn(cause, f"{path} is damaged or cannot be read ({error}); the weight is decomposed again")
             return None
+        # The time of the file says when it was used last.
         try:
-            os.utime(path)  # used now
+            os.utime(path)
         except OSError as error:
             self._warn(f"utime {error.errno}", f"that {path} was used cannot be noted ({error})")
         return kept
@@ -239,7 +243,8 @@ def _default_folder() -> Path:
         return Path(root) / "spectra"
     try:
         return Path.home() / ".cache" / "loradash" / "spectra"
-    except RuntimeError:  # a user without a home, as in many containers
+    except RuntimeError:
+        # Users without a home are found in many containers.
         return Path(tempfile.gettempdir()) / "loradash" / "spectra"
 
 

@@ -33,7 +33,8 @@ def test_both_forms_give_the_same(both):
         torch.testing.assert_close((full.u * full.sigma[..., None, :]) @ full.vt, w)
         few = found.take([2])
         torch.testing.assert_close(few.overlap(a[2:], b[2:]), found.overlap(a, b)[2:])
-        assert found.take([0, 1, 2]).sigma is found.sigma  # all are meant: nothing is copied
+        # Where all are meant, nothing is copied.
+        assert found.take([0, 1, 2]).sigma is found.sigma
 
 
 def test_a_tail_counts_from_the_end(both):

@@ -79,7 +79,8 @@ def test_deficient_weights_are_kept_orthonormal(n, k, rank):
         (kept,) = decompose_to_keep(w, method)
         found = choose_directions(kept, w, a, b, 6)
         if found is None and kept.route == "tail":
-            continue  # too short for this null space: the full spectrum's turn
+            # It is too short for this null space: the turn of all triplets.
+            continue
         assert found is not None and torch.isfinite(found.rate).all()
         for basis in (found.u.mT, found.vt):
             torch.testing.assert_close(basis @ basis.mT, torch.eye(6), atol=1e-4, rtol=0)
@@ -118,7 +119,8 @@ def test_rank_deficient():
     _, a, b = gaussian(64, 64, seed=1)
     (kept,) = decompose_to_keep(w, "exact")
     found = choose_directions(kept, w, a, b, 4)
-    assert kept.sigma[60:].max() < 1e-5 and (found.index >= 60).all()  # the rate of a zero σ is |δ| / eps
+    # The rate of a zero σ is |δ| / eps.
+    assert kept.sigma[60:].max() < 1e-5 and (found.index >= 60).all()
 
 
 def test_exact_has_every_triplet():

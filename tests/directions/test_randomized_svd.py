@@ -52,7 +52,8 @@ def test_svd_is_reproducible():
     w = graded(30).float()
     first = batched_randomized_svd(w, 4, generator=torch.Generator().manual_seed(3))
     again = batched_randomized_svd(w, 4, generator=torch.Generator().manual_seed(3))
-    for a, b in zip(first, again, strict=True):  # signs, which the draw decides, included
+    # The signs, which the draw decides, are the same too.
+    for a, b in zip(first, again, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-2, atol=1e-2)
 
 

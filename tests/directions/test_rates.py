@@ -110,7 +110,8 @@ def assert_triplets(w, u, vt, sigma):
 def test_directions_are_orthonormal(kind, n, k, method):
     w, (a, b) = SINGULAR[kind](n, k), update(n, k)
     found = task_specific_directions(w, a, b, 6, method=method)
-    if method == "randomized":  # forced on spectra that it cannot tell apart: its σ need not be right
+    # Where the tail is forced on spectra that it cannot tell apart, its σ need not be right.
+    if method == "randomized":
         assert_triplets(torch.zeros(n, k), found.u, found.vt, torch.zeros(6))
     else:
         assert_triplets(w, found.u, found.vt, found.sigma)
@@ -201,5 +202,6 @@ def test_products_are_not_rounded_to_sixteen_bits():
         assert torch.get_float32_matmul_precision() == "medium"
     finally:
         torch.set_float32_matmul_precision("highest")
-    for x, y in zip(expected[:5], found[:5], strict=True):  # float32 at condition 1e4 leaves 1e-3, 16 bits nothing
+    # float32 at condition 1e4 leaves errors of 1e-3, products of 16 bits would leave no digit.
+    for x, y in zip(expected[:5], found[:5], strict=True):
         torch.testing.assert_close(x, y, rtol=1e-2, atol=1e-2)

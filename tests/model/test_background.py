@@ -64,7 +64,8 @@ def test_fills_the_cache(cache, monkeypatch):
     assert all(cache.has(layer.weight_nk()) for layer in layers)
     assert not alive(work._worker.pid)
     again = cache.start(model)
-    assert again.wait(600) and again._worker is None  # everything was there
+    # Everything was there, so no process was started.
+    assert again.wait(600) and again._worker is None
     for name in ("decompose_to_keep", "task_specific_directions"):
         monkeypatch.setattr(f"loradash.cache.{name}", None)
     for layer in layers:
@@ -77,7 +78,8 @@ def test_fills_the_cache(cache, monkeypatch):
 def test_lowest_priority_one_thread_and_cancel(cache):
     """What is hashed is hashed in another thread than the caller's, of the lowest priority too."""
     threads = []
-    large = torch.randn(3000, 5000)  # not decomposed before it is cancelled
+    # So large a weight is not decomposed before it is cancelled.
+    large = torch.randn(3000, 5000)
 
     def weight():
         threads.append((threading.get_ident(), os.getpriority(os.PRIO_PROCESS, threading.get_native_id())))
@@ -91,7 +93,8 @@ def test_lowest_priority_one_thread_and_cancel(cache):
         assert "OMP_NUM_THREADS=1" in file.read().split("\0")
     work.cancel()
     assert not alive(pid) and not work._thread.is_alive()
-    assert not work.wait() and work.remaining == 2  # cancelled is no failure
+    # To be cancelled is no failure.
+    assert not work.wait() and work.remaining == 2
     assert threads == [(work._thread.ident, 19)] and work._thread.ident != threading.get_ident()
     assert os.getpriority(os.PRIO_PROCESS, 0) < 19
 
@@ -209,7 +212,8 @@ def test_programs_run_once(tmp_path, how):
     """Scripts without a main guard, from a file, standard input or the command line; modules found as the program finds them."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     script, code, source = tmp_path / "script.py", SCRIPT, None
-    if how == "path":  # a package that only the running program's sys.path knows, and decoys in the working directory
+    # Only the running program's sys.path knows the package, and decoys lie in the working directory.
+    if how == "path":
         code = f"import sys; sys.path[:] = {sys.path!r}\n" + SCRIPT
         environment.pop("PYTHONPATH", None)
         for name in DECOYS:
@@ -273,7 +277,8 @@ def test_ends_with_the_program(tmp_path, end):
         assert alive(pid)
         if end != "exit":
             until(lambda: ignores(pid, signal.SIGINT))
-            os.killpg(program.pid, signal.SIGINT)  # as a terminal sends it
+            # A terminal sends it to the whole group.
+            os.killpg(program.pid, signal.SIGINT)
             assert program.stdout.readline() == "interrupted\n" and alive(pid)
             program.send_signal(getattr(signal, end))
         program.wait(600)

@@ -107,12 +107,13 @@ else:
         module._place = lambda: (0, 1)
         loradash.prelaunch(finder, progress=False)
         for ours, theirs in zip(loradash.dash_layers(model).values(), loradash.dash_layers(finder).values()):
-            # found in batches of other sizes: the library's sums may differ
+            # They were found in batches of other sizes, in which the library's sums may differ.
             assert ((ours.dash_u * theirs.dash_u).sum(0).abs() > 1 - 1e-4).all()
             assert ((ours.dash_vt * theirs.dash_vt).sum(1).abs() > 1 - 1e-4).all()
 dist.barrier()
 dist.destroy_process_group()
-os._exit(0)  # every assertion has passed; the interpreter's exit now and then aborts in gloo's threads ("terminate called")
+# Every assertion has passed; the interpreter's exit now and then aborts in gloo's threads ("terminate called").
+os._exit(0)
 """
 
 

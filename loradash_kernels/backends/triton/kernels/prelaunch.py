@@ -125,16 +125,16 @@ def jacobi_sweeps(
 
 
 @triton.jit
-def projected(base, stride, factor, stride_factor, stride_rank, rows, limit, depth, rank, ROWS: tl.constexpr,
+def projected(basis, stride, factor, stride_factor, stride_rank, rows, limit, depth, rank, ROWS: tl.constexpr,
               BLOCK_K: tl.constexpr, RANK: tl.constexpr):  # fmt: skip
-    """(ROWS, RANK): rows of a basis (limit, depth) with strides `stride` and 1 or 1 and `stride`, times factor (depth, rank)."""
+    """(ROWS, RANK): the given rows of a basis (limit, depth), whose two strides are `stride`, times factor (depth, rank)."""
     stride_row, stride_k = stride
     ranks = tl.arange(0, RANK)
     total = tl.zeros((ROWS, RANK), tl.float32)
     for k0 in range(0, depth, BLOCK_K):
         ks = k0 + tl.arange(0, BLOCK_K).to(tl.int64)
         inside = (rows[:, None] < limit) & (ks[None, :] < depth)
-        tile = tl.load(base + rows[:, None] * stride_row + ks[None, :] * stride_k, mask=inside, other=0.0)
+        tile = tl.load(basis + rows[:, None] * stride_row + ks[None, :] * stride_k, mask=inside, other=0.0)
         at = factor + ks[:, None] * stride_factor + ranks[None, :] * stride_rank
         right = tl.load(at, mask=(ks[:, None] < depth) & (ranks[None, :] < rank), other=0.0)
         total = tl.dot(tile, right, total, input_precision="ieee")
