@@ -6,7 +6,8 @@ LoRA-Dash: Si et al., "Unleashing the Power of Task-Specific Directions in Param
 from . import flops
 from ._version import __version__
 from .backends.registry import BackendChoice, available_backends, explain_backend
-from .directions.linalg import Triplets, batched_randomized_svd
+from .directions.linalg import Triplets
+from .directions.randomized_svd import batched_randomized_svd
 from .directions.rates import (
     ChangeRates,
     Directions,

@@ -1,8 +1,8 @@
-"""Pre-launch beside other work: two processes against one, and what decomposing in the background costs a training step.
+"""How much faster do two processes pre-launch than one, and what does decomposing in the background cost a training step?
 
-    OMP_NUM_THREADS=1 python benchmarks/prelaunch_scale.py [--rounds 3] [--out benchmarks/results]
+    OMP_NUM_THREADS=1 python -m benchmarks.prelaunch.scale [--rounds 3] [--out benchmarks/results]
 
-Wants two cores that nothing else uses. Processes have one thread each.
+Wants two cores that nothing else uses, for about a minute a round. Processes have one thread each.
 """
 
 from __future__ import annotations
@@ -24,6 +24,9 @@ from rich.table import Table
 from torch import nn
 
 from benchmarks.support.measure import environment, write_csv
+
+# How the workers are started, from the same folder as this.
+NAME = "benchmarks.prelaunch.scale"
 
 
 def model(width: int = 1024, squares: int = 6, wide: int = 2) -> nn.Module:
@@ -51,15 +54,16 @@ def worker(rank: int, world: int, store: str) -> None:
         print(statistics.median(times[1:]), flush=True)
     if world > 1:
         torch.distributed.barrier()
-    os._exit(0)  # gloo's threads now and then abort the interpreter's exit
+    # gloo's threads now and then abort the interpreter's exit.
+    os._exit(0)
 
 
 def launch_time(world: int) -> float:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+    variables = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
     with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, __file__, "--worker", str(world), str(Path(folder) / "store")]
+        command = [sys.executable, "-m", NAME, "--worker", str(world), str(Path(folder) / "store")]
         processes = [
-            subprocess.Popen([*command, str(rank)], stdout=subprocess.PIPE, text=True, env=environment)
+            subprocess.Popen([*command, str(rank)], stdout=subprocess.PIPE, text=True, env=variables)
             for rank in range(world)
         ]
         printed = [process.communicate()[0] for process in processes]
@@ -67,7 +71,7 @@ def launch_time(world: int) -> float:
 
 
 def step_times(adapted: nn.Module, seconds: float) -> list[float]:
-    """Of training steps of the six square layers in a row, 512 tokens, for about so long."""
+    """The seconds of training steps of the six square layers in a row, 512 tokens, taken for about so long."""
     layers = [layer for layer in loradash.dash_layers(adapted).values() if layer.in_features == layer.out_features]
     net = nn.Sequential(*layers)
     optimizer = torch.optim.AdamW([p for p in net.parameters() if p.requires_grad], lr=1e-4)
@@ -95,7 +99,8 @@ def background_rise(seconds: float) -> tuple[float, int]:
         with tempfile.TemporaryDirectory() as folder:
             cache = loradash.SpectralCache(folder)
             running = cache.start(source)
-            while not cache.size():  # the process has started, and finished its first weight
+            # The process has started when it has finished its first weight.
+            while not cache.size():
                 time.sleep(0.05)
             busy += step_times(adapted, seconds)
             if running.remaining == 0:
@@ -119,8 +124,14 @@ def main() -> None:
     for number in range(options.rounds):
         one, two = launch_time(1), launch_time(2)
         rise, decomposed = background_rise(1.0)
-        rows.append({"round": number + 1, "one process / two": one / two, "step with background / without": rise,
-                     "weights of 2048 x 2048 decomposed": decomposed})  # fmt: skip
+        rows.append(
+            {
+                "round": number + 1,
+                "one process / two": one / two,
+                "step with background / without": rise,
+                "weights of 2048 x 2048 decomposed": decomposed,
+            }
+        )
     table = Table(*rows[0], title="pre-launch beside other work")
     for row in rows:
         table.add_row(*(f"{v:.3f}" if isinstance(v, float) else str(v) for v in row.values()))

@@ -1,6 +1,9 @@
-"""Prints what finding the directions costs, over one LAPACK SVD a layer, and how right the directions are.
+"""What does finding the directions cost, over one LAPACK SVD a layer, and how right are they?
 
-    OMP_NUM_THREADS=1 python benchmarks/prelaunch.py [--factors FILE] [--out benchmarks/results]
+    OMP_NUM_THREADS=1 python -m benchmarks.prelaunch.speed [--factors FILE] [--smoke] [--out benchmarks/results]
+
+Takes a few minutes on one core, most of them for SVDs of 2048 x 2048. --smoke takes two small shapes, to see that it
+runs, and seconds.
 
 FILE: LoRA factors trained on all-MiniLM-L6-v2, safetensors with NAME.lora_a and NAME.lora_b and `scaling` in its header.
 Without it, the MiniLM rows use random factors and only their time means anything.
@@ -10,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import collections
+import os
 import statistics
 import tempfile
 import time
@@ -27,7 +31,8 @@ from torch import Tensor
 from benchmarks.support.measure import environment, write_csv
 from loradash_kernels import change_rates, direction_accuracy, direction_recall, task_specific_directions
 
-Group = tuple[str, Tensor, Tensor, Tensor, float]  # title, W (L, N, K), A (L, r, K), B (L, N, r), scaling
+# Title, W (L, N, K), A (L, r, K), B (L, N, r), scaling.
+Group = tuple[str, Tensor, Tensor, Tensor, float]
 
 
 def minilm(factors: Path | None) -> list[Group]:
@@ -55,13 +60,8 @@ def minilm(factors: Path | None) -> list[Group]:
 def random(count: int, n: int, k: int) -> Group:
     """Gaussian weights: graded at the small end where square (condition number about n), flat where 1:4."""
     title = f"Gaussian, {count} of {n}x{k}"
-    return (
-        title,
-        torch.randn(count, n, k) / k**0.5,
-        0.01 * torch.randn(count, 8, k),
-        0.01 * torch.randn(count, n, 8),
-        2.0,
-    )
+    w = torch.randn(count, n, k) / k**0.5
+    return title, w, 0.01 * torch.randn(count, 8, k), 0.01 * torch.randn(count, n, 8), 2.0
 
 
 def measure(group: Group, rounds: int) -> dict[str, Any]:
@@ -87,24 +87,32 @@ def measure(group: Group, rounds: int) -> dict[str, Any]:
     truth = change_rates(w.double(), a.double(), b.double(), scaling=scaling, method="exact").rate.topk(16).indices
     index = found["auto"].index
     return {
-        "layers": title, "svd s": median["svd"], "auto / svd": median["auto"] / median["svd"],
+        "layers": title,
+        "svd s": median["svd"],
+        "auto / svd": median["auto"] / median["svd"],
         "exact / svd": median["exact"] / median["svd"],
-        "cold cache / svd": median["cold"] / median["svd"], "warm cache / exact": median["warm"] / median["exact"],
-        "top 8 from cache": float(direction_recall(torch.stack([k.index for k in kept]), truth[:, :8]).mean()), "accuracy": float(direction_accuracy(index, truth).mean()),
+        "cold cache / svd": median["cold"] / median["svd"],
+        "warm cache / exact": median["warm"] / median["exact"],
+        "top 8 from cache": float(direction_recall(torch.stack([k.index for k in kept]), truth[:, :8]).mean()),
+        "accuracy": float(direction_accuracy(index, truth).mean()),
         "recall": float(direction_recall(index, truth[:, :4]).mean()),
         "top 8 found": float(direction_recall(index, truth[:, :8]).mean()),
         "routes": ", ".join(f"{r} {c}" for r, c in collections.Counter(found["auto"].routes).items()),
-    }  # fmt: skip
+    }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--factors", type=Path)
+    parser.add_argument("--smoke", action="store_true")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     torch.manual_seed(0)
-    rows = [measure(g, 3) for g in minilm(options.factors)]
-    rows += [measure(random(8, 2048, 2048), 1), measure(random(2, 1024, 4096), 2)]
+    if options.smoke:
+        rows = [measure(random(2, 128, 128), 1), measure(random(2, 64, 256), 1)]
+    else:
+        rows = [measure(g, 3) for g in minilm(options.factors)]
+        rows += [measure(random(8, 2048, 2048), 1), measure(random(2, 1024, 4096), 2)]
     table = Table(*rows[0], title="task-specific directions over one torch.linalg.svd a layer, fp32")
     for row in rows:
         table.add_row(*(f"{v:.3f}" if isinstance(v, float) else v for v in row.values()))
@@ -116,6 +124,6 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    if "OMP_NUM_THREADS" not in __import__("os").environ:
+    if "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(1)
     main()

@@ -1,9 +1,9 @@
 """Is there a cheaper route than all eigenvectors for rectangular layers, whose spectrum is flat at the small end?
 
-    OMP_NUM_THREADS=1 python benchmarks/rectangular.py --factors FILE
+    OMP_NUM_THREADS=1 python -m benchmarks.studies.rectangular --factors FILE
 
-FILE as for prelaunch.py. Share of the true top 8 directions that each candidate finds on the rectangular layers of
-all-MiniLM-L6-v2, and its time over that of the Gram route, which finds them all. "ends": subspace iteration on the
+FILE as for benchmarks.prelaunch.speed; a minute or two. Prints the share of the true top 8 directions that each candidate
+finds on the rectangular layers of all-MiniLM-L6-v2, and its time over that of the Gram route, which finds them all. "ends": subspace iteration on the
 inverse; "krylov": block Lanczos on the Gram matrix from the columns that the rates are made of, [B, W Aᵀ], with full
 reorthogonalisation; "filter": how much of the spectrum a bound on the rates could leave out at best.
 """
@@ -21,8 +21,8 @@ from torch import Tensor
 
 from benchmarks.prelaunch.speed import minilm
 from loradash_kernels import batched_randomized_svd, change_rates, task_specific_directions
+from loradash_kernels.directions.decompositions import gram_decomposition
 from loradash_kernels.directions.linalg import orthonormal
-from loradash_kernels.directions.routes import gram_half
 
 
 def found(vectors: Tensor, rates: Tensor, true: Tensor) -> float:
@@ -88,7 +88,7 @@ def main() -> None:
             start = time.perf_counter()
             vectors, rates = route(w, a, b, *options)
             middle = time.perf_counter()
-            gram_half(w[None], torch.float32)
+            gram_decomposition(w[None], torch.float32)
             ratios.append((middle - start) / (time.perf_counter() - middle))
             true = truth.u[:, truth.rate.topk(8).indices].float()
             shares.append(found(vectors, rates, true))

@@ -1,6 +1,8 @@
-"""How early in training do the directions settle, and what do they depend on? Needs the extra `demo`; minutes.
+"""How early in training do the directions settle, and what do they depend on?
 
-    python benchmarks/settling.py
+    python -m benchmarks.studies.settling
+
+Needs the extra `demo`, and takes minutes: five runs of 100 steps.
 
 Trains LoRA on human sentiment ratings (the demonstration's data) for 100 steps with several settings, measures the change
 rates of all encoder layers after 10, 25, 50, 75 and 100 steps, and compares them as the paper does.

@@ -1,7 +1,11 @@
 """How small may the tail be, and how does that grow with n? Share of the true top 8 directions in the last triplets.
 
-    python benchmarks/tail_rank.py --factors FILE      # square layers of all-MiniLM-L6-v2; FILE as for prelaunch.py
-    python benchmarks/tail_rank.py --synthetic         # n = 384 to 3072, LoRA trained on each for 100 steps
+    python -m benchmarks.studies.tail_rank --factors FILE
+    python -m benchmarks.studies.tail_rank --synthetic
+
+--factors takes the square layers of all-MiniLM-L6-v2 (FILE as for benchmarks.prelaunch.speed) and about a minute;
+--synthetic trains LoRA for 100 steps on weights of n = 384 to 3072 and takes about ten minutes on one core, most of
+them for the SVDs of n = 3072.
 
 "within" asks whether the true directions lie within the tail at all, "found" what the randomized tail of that rank finds.
 

@@ -20,7 +20,8 @@ from typing import Protocol
 from safetensors.torch import save
 from torch import Tensor
 
-LENGTH_BYTES = 8  # of the number before every message to the process
+# Before every message to the process stands its length, a number of so many bytes.
+LENGTH_BYTES = 8
 THREADS = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")
 
 # What the new interpreter runs. Ctrl-C is for the training process, whose end ends this one. What a library prints is no
@@ -34,7 +35,7 @@ answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
 os.dup2(2, 1)
 sys.path[:] = sys.argv[3:]
 try:
-    from loradash.worker import serve
+    from loradash.background_process import serve
 except BaseException as error:
     import json
     print(json.dumps({"error": f"{type(error).__name__}: {error}"}), file=answers, flush=True)
@@ -44,7 +45,7 @@ serve(sys.argv[1], int(sys.argv[2]), answers)
 
 
 class Cache(Protocol):
-    """What is filled: `SpectralCache`."""
+    """What this file needs of `SpectralCache`."""
 
     folder: Path
     max_bytes: int
@@ -55,7 +56,7 @@ class Cache(Protocol):
 class BackgroundDecomposition:
     """Fills a cache while something else runs: a process at the lowest priority, on one thread, one weight at a time.
 
-    Training never notices a failure: `wait` tells of it, and launch decomposes what is missing.
+    Training never notices a failure: `wait` reports it, and launch decomposes what is missing.
 
     Args:
         cache: to be filled.
@@ -104,7 +105,8 @@ class BackgroundDecomposition:
                 if not self._cache.has(weight) and not self._decompose(weight):
                     return
                 self._done += 1
-        except Exception as error:  # whatever it is, `wait` reports it
+        except Exception as error:
+            # Whatever it is, `wait` reports it.
             if not self._cancelled:
                 self._error = f"{type(error).__name__}: {error}"
         finally:
@@ -121,7 +123,7 @@ class BackgroundDecomposition:
 
 
 class _Worker:
-    """The process, from this side. Raises RuntimeError where none can be started or it ended, OSError of its pipes."""
+    """The process as its parent sees it. Raises RuntimeError where none can be started or it ended, OSError of its pipes."""
 
     def __init__(self, folder: Path, max_bytes: int) -> None:
         self._process = subprocess.Popen(
@@ -130,7 +132,7 @@ class _Worker:
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
             env={**os.environ, **THREADS},
-            # On Windows, where no process lowers its own priority by `os.nice`.
+            # Windows has no `os.nice` with which the process could lower its own priority.
             creationflags=getattr(subprocess, "IDLE_PRIORITY_CLASS", 0) | getattr(subprocess, "CREATE_NO_WINDOW", 0),
         )
         self.pid = self._process.pid
@@ -144,7 +146,8 @@ class _Worker:
             self._process.stdin.write(data)
             self._process.stdin.flush()
         except BrokenPipeError:
-            pass  # it ended before; what it said first tells more
+            # The process has ended, and what it said before tells more.
+            pass
         answer = self._process.stdout.readline()
         if not answer:
             raise RuntimeError(f"the process ended with code {self._process.wait()}")
@@ -173,13 +176,13 @@ def _interpreter() -> str:
 
 
 def _module_path() -> list[str]:
-    """Where this process finds modules, its own packages in any case: import hooks of an editable install do not travel."""
+    """Where this process finds modules, and its own packages: the import hooks of an editable install do not reach a child."""
     packages = [Path(sys.modules[name].__file__ or "").parents[1] for name in ("loradash", "loradash_kernels")]
     return [entry or os.getcwd() for entry in sys.path if isinstance(entry, str)] + [str(p) for p in packages]
 
 
 def _lower_priority() -> None:
-    """Of this thread; only on Linux have threads a priority of their own."""
+    """Lowers the priority of this thread; only on Linux do threads have one of their own."""
     if sys.platform == "linux":
         with contextlib.suppress(OSError):
             os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)

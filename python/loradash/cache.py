@@ -1,4 +1,4 @@
-"""Decompositions of frozen weights, kept on disk: a base model is decomposed once, every task after that launches from it."""
+"""Decompositions of frozen weights, kept on disk: a base model is decomposed once, and every later task launches from it."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from loradash_kernels import Directions, task_specific_directions
-from loradash_kernels.directions.spectrum import Spectrum, choose_directions, decompose
+from loradash_kernels.directions.kept import KeptDecomposition, choose_directions, decompose_to_keep
 from loradash_kernels.files import replace_file
 
 from .background import BackgroundDecomposition
@@ -29,8 +29,10 @@ from .model import dash_layers
 
 FORMAT = "loradash-spectrum-2"
 GB = 2**30
-STALE_SECONDS = 86400  # after which a file that is still half written belongs to a process that was killed
-HASHED_ELEMENTS = 2**20  # at a time
+# A file that is still half written after so long belongs to a process that was killed.
+STALE_SECONDS = 86400
+# So many elements of a weight are hashed at a time, which bounds the float32 copies of a 16-bit weight to 4 MB.
+HASHED_ELEMENTS = 2**20
 NAME = re.compile(r"[0-9a-f]{40}\.safetensors(?P<partial>.*\.partial)?")
 
 
@@ -42,19 +44,19 @@ class _File(NamedTuple):
 
 
 class SpectralCache:
-    """Spectra on disk, one safetensors file a weight, named by a hash of the weight's values.
+    """Decompositions on disk, one safetensors file a weight, named by a hash of the weight's values.
 
     A graded square weight takes (n / 12)(2 n + 1) float32 numbers, a sixth of its own in float32, and from n = 1536 on
-    128 (2 n + 1); any other the square of its short side in float16; and where the condition number is above 50, or W
-    deficient, all triplets in float32.
+    128 (2 n + 1). Any other takes the square of its short side in float16, or all triplets in float32 where its condition
+    number is above 50 or its rank deficient.
 
     A weight is found again by its values: on any device, in any layout, stored as (N, K) or transposed, and in float32
     where it was bfloat16 or float16 before, as long as no value was rounded.
 
-    A cache is a convenience. A folder that cannot be made, read or written, a full disk, a damaged file: each is warned of
-    once, and the decomposition is computed. Files are written whole or not at all, by any number of processes. When the
-    folder exceeds `max_bytes`, those used longest ago are deleted, and so are halves of files that are a day old. Files of
-    another version are never found again, and go in their turn.
+    A cache is a convenience: of a folder that cannot be made, read or written, a full disk or a damaged file it warns once,
+    and computes the decomposition. Files are written whole or not at all, by any number of processes. When the folder
+    exceeds `max_bytes`, those used longest ago are deleted, and so are halves of files that are a day old. Files of another
+    version are never found again, and are deleted in their turn.
 
     Args:
         folder: default $LORADASH_CACHE/spectra, or ~/.cache/loradash/spectra.
@@ -74,28 +76,30 @@ class SpectralCache:
         """Is there a file for this weight (N, K)? It is not read."""
         return any(self._exists(self._path(matrix)) for matrix, _ in _layouts(weight))
 
-    def spectrum(self, weight: Tensor, method: str = "auto") -> Spectrum:
-        """That of a weight (N, K): from disk, or decomposed now and kept. method "exact" wants all triplets.
+    def spectrum(self, weight: Tensor, method: str = "auto") -> KeptDecomposition:
+        """What is kept of a weight (N, K): read from disk, or decomposed now and written there.
 
-        Raises ValueError as `decompose` does, never for the state of the disk.
+        method "exact" wants all triplets, and replaces a tail that was kept.
+
+        Raises ValueError as `change_rates` does, never for the state of the disk.
         """
         return self._spectrum(weight, method, self._write_or_warn)
 
-    def keep(self, weight: Tensor, method: str = "auto") -> Spectrum:
-        """As `spectrum`, but raises OSError where the decomposition cannot be kept."""
+    def keep(self, weight: Tensor, method: str = "auto") -> KeptDecomposition:
+        """The same as `spectrum`, but raises OSError where the decomposition cannot be written."""
         return self._spectrum(weight, method, self._write)
 
     def directions(
         self, weight: Tensor, lora_a: Tensor, lora_b: Tensor, s: int, scaling: float, method: str = "auto"
     ) -> Directions:
-        """The task-specific directions of one layer, as `task_specific_directions`, from the kept spectrum.
+        """The directions that `task_specific_directions` finds for one layer, chosen from what is kept of its weight.
 
-        A tail that proves too short for this update is replaced by the full spectrum, for good. Raises ValueError as
+        A tail that proves too short for this update is replaced by all triplets, for good. Raises ValueError as
         `task_specific_directions` does, never for the state of the disk.
         """
-        spectrum = self.spectrum(weight, method)
-        found = _choose(spectrum, weight, lora_a, lora_b, s, scaling)
-        if found is None and spectrum.route == "tail":
+        kept = self.spectrum(weight, method)
+        found = _choose(kept, weight, lora_a, lora_b, s, scaling)
+        if found is None and kept.route == "tail":
             found = _choose(self.spectrum(weight, "exact"), weight, lora_a, lora_b, s, scaling)
         if found is None:
             found = task_specific_directions(weight, lora_a, lora_b, s, scaling=scaling, method=method)
@@ -125,7 +129,9 @@ class SpectralCache:
             )
         return BackgroundDecomposition(self, [layers[name].weight_nk for name in layers if name not in left_out])
 
-    def _spectrum(self, weight: Tensor, method: str, write: Callable[[Path, Spectrum], None]) -> Spectrum:
+    def _spectrum(
+        self, weight: Tensor, method: str, write: Callable[[Path, KeptDecomposition], None]
+    ) -> KeptDecomposition:
         paths = []
         for matrix, turned in _layouts(weight):
             paths.append(self._path(matrix))
@@ -133,11 +139,9 @@ class SpectralCache:
             if found is not None and not (method == "exact" and found.route == "tail"):
                 return found.transposed() if turned else found
         matrix, turned = next(_layouts(weight))
-        made = decompose(matrix, method)[0]
+        (made,) = decompose_to_keep(matrix, method)
         write(paths[0], made)
         return made.transposed() if turned else made
-
-    # --- files -------------------------------------------------------------------------------------------------------
 
     def _path(self, matrix: Tensor) -> Path:
         return self.folder / f"{weight_hash(matrix)}.safetensors"
@@ -145,23 +149,25 @@ class SpectralCache:
     def _exists(self, path: Path) -> bool:
         try:
             return path.is_file()
-        except (OSError, ValueError):  # of a folder that may not be entered, or whose name is none
+        except (OSError, ValueError):
+            # The folder may not be entered, or its name cannot be one.
             return False
 
     def _files(self) -> list[_File]:
-        """Spectra, and the halves of them that somebody writes. Nothing else in the folder is ours."""
+        """The kept decompositions, and the halves of files that somebody writes. Nothing else in the folder is ours."""
         found = []
         with contextlib.suppress(OSError, ValueError), os.scandir(self.folder) as entries:
             for entry in entries:
                 name = NAME.fullmatch(entry.name)
-                with contextlib.suppress(OSError):  # another process deleted it
+                # Another process may have deleted it meanwhile.
+                with contextlib.suppress(OSError):
                     if name and entry.is_file():
                         about = entry.stat()
                         partial = name["partial"] is not None
                         found.append(_File(Path(entry.path), about.st_mtime, about.st_size, partial))
         return found
 
-    def _read(self, path: Path, matrix: Tensor) -> Spectrum | None:
+    def _read(self, path: Path, matrix: Tensor) -> KeptDecomposition | None:
         if not self._exists(path):
             return None
         try:
@@ -172,36 +178,38 @@ class SpectralCache:
                 tensors = {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118
             if header["checksum"] != _checksum(tensors):
                 raise ValueError("the checksum differs")
-            spectrum = Spectrum(header["route"], tensors["sigma"], tensors.get("u"), tensors.get("vt"))
-            if not spectrum.fits(matrix):
+            kept = KeptDecomposition(header["route"], tensors["sigma"], tensors.get("u"), tensors.get("vt"))
+            if not kept.fits(matrix):
                 raise ValueError(f"it is of another shape than the weight's {tuple(matrix.shape)}")
-        except FileNotFoundError:  # another process deleted it
+        except FileNotFoundError:
+            # Another process has deleted it meanwhile.
             return None
         except (SafetensorError, OSError, KeyError, RuntimeError, TypeError, ValueError) as error:
             cause = f"read {error.errno}" if isinstance(error, OSError) else str(path)
             self._warn(cause, f"{path} is damaged or cannot be read ({error}); the weight is decomposed again")
             return None
+        # The time of the file says when it was used last.
         try:
-            os.utime(path)  # used now
+            os.utime(path)
         except OSError as error:
             self._warn(f"utime {error.errno}", f"that {path} was used cannot be noted ({error})")
-        return spectrum
+        return kept
 
-    def _write_or_warn(self, path: Path, spectrum: Spectrum) -> None:
+    def _write_or_warn(self, path: Path, kept: KeptDecomposition) -> None:
         try:
-            self._write(path, spectrum)
+            self._write(path, kept)
         except (OSError, ValueError) as error:
             cause = f"write {error.errno}" if isinstance(error, OSError) else "write"
             self._warn(cause, f"{path} cannot be written ({error}); decompositions are made, but not kept")
 
-    def _write(self, path: Path, spectrum: Spectrum) -> None:
-        tensors = {name: t.cpu().contiguous() for name, t in spectrum.tensors().items()}
-        header = {"format": FORMAT, "route": spectrum.route, "checksum": _checksum(tensors)}
+    def _write(self, path: Path, kept: KeptDecomposition) -> None:
+        tensors = {name: t.cpu().contiguous() for name, t in kept.tensors().items()}
+        header = {"format": FORMAT, "route": kept.route, "checksum": _checksum(tensors)}
         data = save(tensors, metadata=header)
         replace_file(path, lambda temporary: _write_bytes(temporary, data))
         self._trim(path)
 
-    def _trim(self, kept: Path) -> None:
+    def _trim(self, written: Path) -> None:
         """Deletes stale halves of files, then what was used longest ago until the folder fits; never the file just written."""
         files = self._files()
         stale = time.time() - STALE_SECONDS
@@ -211,7 +219,7 @@ class SpectralCache:
         for file in sorted(left, key=lambda file: file.used):
             if excess <= 0:
                 return
-            if not file.partial and file.path != kept and self._remove(file.path):
+            if not file.partial and file.path != written and self._remove(file.path):
                 excess -= file.bytes
 
     def _remove(self, path: Path) -> bool:
@@ -223,7 +231,7 @@ class SpectralCache:
         return True
 
     def _warn(self, cause: str, text: str) -> None:
-        """Once per cause."""
+        """Warns once a cause."""
         if cause not in self._said:
             self._said.add(cause)
             warnings.warn(f"loradash: {text}", stacklevel=2)
@@ -235,20 +243,21 @@ def _default_folder() -> Path:
         return Path(root) / "spectra"
     try:
         return Path.home() / ".cache" / "loradash" / "spectra"
-    except RuntimeError:  # a user without a home, as in many containers
+    except RuntimeError:
+        # Users without a home are found in many containers.
         return Path(tempfile.gettempdir()) / "loradash" / "spectra"
 
 
 def _choose(
-    spectrum: Spectrum, weight: Tensor, lora_a: Tensor, lora_b: Tensor, s: int, scaling: float
+    kept: KeptDecomposition, weight: Tensor, lora_a: Tensor, lora_b: Tensor, s: int, scaling: float
 ) -> Directions | None:
-    if spectrum.sigma.shape[0] < s:
+    if kept.sigma.shape[0] < s:
         return None
-    return choose_directions(spectrum, weight, lora_a, lora_b, s, scaling=scaling)
+    return choose_directions(kept, weight, lora_a, lora_b, s, scaling=scaling)
 
 
 def _layouts(weight: Tensor) -> Iterator[tuple[Tensor, bool]]:
-    """The matrix (rows as they lie in memory) of a weight (N, K), then its transpose; and whether that is the weight's own.
+    """A weight (N, K) and its transpose, first the one whose rows lie in memory; each with: is it the transpose?
 
     transformers' Conv1D stores (K, N), of which the weight is a view: the file of either serves the other, and the first
     is nearly always the right one, without a copy.
@@ -262,9 +271,9 @@ def _layouts(weight: Tensor) -> Iterator[tuple[Tensor, bool]]:
 
 
 def weight_hash(matrix: Tensor) -> str:
-    """Of the shape and the values of a matrix, row by row; float16 and bfloat16 count as the float32 numbers they are.
+    """A hash of the shape and the values of a matrix, row by row, whatever its device and strides.
 
-    Neither device nor strides matter. float64 stays apart.
+    float16 and bfloat16 count as the float32 numbers that they are; float64 stays apart.
     """
     wide = torch.float64 if matrix.dtype == torch.float64 else torch.float32
     digest = hashlib.blake2b(digest_size=20)

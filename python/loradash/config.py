@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from loradash_kernels.directions.rates import METHODS
+from loradash_kernels.directions.policy import METHODS
 
 OVERRIDABLE = ("r", "alpha", "directions")
 

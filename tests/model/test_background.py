@@ -64,8 +64,9 @@ def test_fills_the_cache(cache, monkeypatch):
     assert all(cache.has(layer.weight_nk()) for layer in layers)
     assert not alive(work._worker.pid)
     again = cache.start(model)
-    assert again.wait(600) and again._worker is None  # everything was there
-    for name in ("decompose", "task_specific_directions"):
+    # Everything was there, so no process was started.
+    assert again.wait(600) and again._worker is None
+    for name in ("decompose_to_keep", "task_specific_directions"):
         monkeypatch.setattr(f"loradash.cache.{name}", None)
     for layer in layers:
         nn.init.normal_(layer.lora_b)
@@ -77,7 +78,8 @@ def test_fills_the_cache(cache, monkeypatch):
 def test_lowest_priority_one_thread_and_cancel(cache):
     """What is hashed is hashed in another thread than the caller's, of the lowest priority too."""
     threads = []
-    large = torch.randn(3000, 5000)  # not decomposed before it is cancelled
+    # So large a weight is not decomposed before it is cancelled.
+    large = torch.randn(3000, 5000)
 
     def weight():
         threads.append((threading.get_ident(), os.getpriority(os.PRIO_PROCESS, threading.get_native_id())))
@@ -91,7 +93,8 @@ def test_lowest_priority_one_thread_and_cancel(cache):
         assert "OMP_NUM_THREADS=1" in file.read().split("\0")
     work.cancel()
     assert not alive(pid) and not work._thread.is_alive()
-    assert not work.wait() and work.remaining == 2  # cancelled is no failure
+    # To be cancelled is no failure.
+    assert not work.wait() and work.remaining == 2
     assert threads == [(work._thread.ident, 19)] and work._thread.ident != threading.get_ident()
     assert os.getpriority(os.PRIO_PROCESS, 0) < 19
 
@@ -131,12 +134,12 @@ FAILURES = {
 
 
 @pytest.mark.parametrize("kind", FAILURES)
-def test_failures_are_told_by_wait(cache, kind, recwarn):
+def test_failures_are_reported_by_wait(cache, kind, recwarn):
     weights, message = FAILURES[kind]
     work = BackgroundDecomposition(cache, [*weights, lambda: torch.zeros(2, 2)])
     with pytest.raises(RuntimeError, match=message):
         work.wait(600)
-    assert work.remaining == 2 and not recwarn.list  # and nothing else is heard of them
+    assert work.remaining == 2 and not recwarn.list
     work.cancel()
 
 
@@ -189,8 +192,6 @@ def test_a_merged_model_is_refused(cache):
         cache.start(model)
 
 
-# --- the program around it -------------------------------------------------------------------------------------------
-
 SCRIPT = """
 import sys, torch
 import loradash
@@ -211,7 +212,8 @@ def test_programs_run_once(tmp_path, how):
     """Scripts without a main guard, from a file, standard input or the command line; modules found as the program finds them."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     script, code, source = tmp_path / "script.py", SCRIPT, None
-    if how == "path":  # a package that only the running program's sys.path knows, and decoys in the working directory
+    # Only the running program's sys.path knows the package, and decoys lie in the working directory.
+    if how == "path":
         code = f"import sys; sys.path[:] = {sys.path!r}\n" + SCRIPT
         environment.pop("PYTHONPATH", None)
         for name in DECOYS:
@@ -234,9 +236,9 @@ def test_programs_run_once(tmp_path, how):
 
 ENDLESS = """
 import sys, threading
-import loradash.worker as worker
-worker.SpectralCache = lambda *_: type("Cache", (), {"keep": lambda self, weight: threading.Event().wait()})()
-worker.serve("folder", 0, sys.stdout)
+import loradash.background_process as process
+process.SpectralCache = lambda *_: type("Cache", (), {"keep": lambda self, weight: threading.Event().wait()})()
+process.serve("folder", 0, sys.stdout)
 """
 
 
@@ -268,16 +270,15 @@ except KeyboardInterrupt:
 def test_ends_with_the_program(tmp_path, end):
     """In the middle of a decomposition. Ctrl-C reaches the program alone, which may go on."""
     code = LONG.split("try:")[0] + "time.sleep(2)" if end == "exit" else LONG
-    program = subprocess.Popen(
-        [sys.executable, "-c", code],
-        cwd=tmp_path, stdout=subprocess.PIPE, text=True, start_new_session=True,
-    )  # fmt: skip
+    command = [sys.executable, "-c", code]
+    program = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, text=True, start_new_session=True)
     try:
         pid = int(program.stdout.readline())
         assert alive(pid)
         if end != "exit":
             until(lambda: ignores(pid, signal.SIGINT))
-            os.killpg(program.pid, signal.SIGINT)  # as a terminal sends it
+            # A terminal sends it to the whole group.
+            os.killpg(program.pid, signal.SIGINT)
             assert program.stdout.readline() == "interrupted\n" and alive(pid)
             program.send_signal(getattr(signal, end))
         program.wait(600)

@@ -26,10 +26,13 @@ FLOORS = {
     ),
     "loradash_kernels/backends/triton/plan": ("__init__", "forward", "backward"),
     "loradash_kernels/backends/triton/kernels": ("__init__", "common", "forward", "backward", "descriptor", "prelaunch"),
-    "loradash_kernels/directions": ("__init__", "linalg", "routes", "rates", "spectrum"),
+    "loradash_kernels/directions": (
+        "__init__", "kernels", "linalg", "randomized_svd", "decompositions", "policy", "arguments", "checks", "decompose", "choice",
+        "rates", "kept",
+    ),
     "python/loradash": (
         "config", "base_layers", "linear", "attention", "bypass", "model", "checkpoint", "export", "background", "cache",
-        "worker", "prelaunch", "schedule", "plots", "analysis", "baselines", "finetune", "cli", "__init__",
+        "background_process", "prelaunch", "schedule", "plots", "analysis", "baselines", "finetune", "cli", "__init__",
     ),
 }  # fmt: skip
 

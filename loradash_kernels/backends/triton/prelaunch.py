@@ -1,4 +1,7 @@
-"""Launches of the pre-launch kernels, each a pure function of tensors, and what runs them."""
+"""The kernels of the pre-launch phase: what `directions/kernels.py` asks of a backend.
+
+Each `plan_` function is a pure function of tensors that gives one kernel launch as data; the others run them.
+"""
 
 from __future__ import annotations
 
@@ -8,10 +11,15 @@ from torch import Tensor
 from .kernels.prelaunch import highest_rates, jacobi_sweeps, sketch_product
 from .problem import KernelLaunch, power_of_two, tile_count
 
-SWEEPS = 20  # of Jacobi rotations; five to eight do, more say that something is wrong
-TOLERANCE = 2e-6  # of the cosine between two rows of a float32 matrix that count as orthogonal
-ORTHOGONAL = 1e-5  # a cosine that is left after the last sweep and still passes
-MAX_TRIPLETS = 8192  # whose rates one program compares in its registers
+# The most sweeps of Jacobi rotations: five to eight do, more say that something is wrong.
+SWEEPS = 20
+# Two rows of a float32 matrix count as orthogonal where their cosine is no larger.
+TOLERANCE = 2e-6
+# The largest cosine that may be left after the last sweep.
+ORTHOGONAL = 1e-5
+# The most triplets whose rates one program compares in its registers.
+MAX_TRIPLETS = 8192
+# The largest LoRA rank that the kernel of change rates holds in one tile.
 MAX_RANK = 256
 
 
@@ -44,30 +52,22 @@ def plan_rates(
     at: Tensor,  # (L, K, r)
     scaling: float,
     eps: float,
-    half: bool,
+    one_sided: bool,
     out: tuple[Tensor, Tensor, Tensor],  # rate (L, n), best (L, s), index (L, s)
 ) -> KernelLaunch:
-    """As the kernel says; `half` for v = u and at = W Aᵀ."""
+    """Arguments as the kernel names them; `one_sided` where v is u and at is W Aᵀ."""
     rate, best, index = out
     count, rows, n = u.shape
-    args = {
-        "u": u,
-        "v": v,
-        "sigma": sigma,
-        "b": b,
-        "at": at,
-        "scaling": scaling,
-        "eps": eps,
-        "rate": rate,
-        "best": best,
-    }
-    args |= {"index": index, "arrived": torch.zeros(count, dtype=torch.int32, device=u.device)}
+    args = {"u": u, "v": v, "sigma": sigma, "b": b, "at": at, "scaling": scaling, "eps": eps}
+    args |= {"rate": rate, "best": best, "index": index}
+    args |= {"arrived": torch.zeros(count, dtype=torch.int32, device=u.device)}
     args |= {"n": n, "N": rows, "K": v.shape[1], "rank": b.shape[-1], "s": best.shape[-1]}
     for tensor, names in ((u, "ul un ui"), (v, "vl vk vi"), (b, "bl bn br"), (at, "al ak ar")):
         args |= {f"stride_{name}": stride for name, stride in zip(names.split(), tensor.stride(), strict=True)}
-    constants = {"HALF": half, "RANK": power_of_two(b.shape[-1]), "BLOCK_I": 32, "BLOCK_K": 16}
+    constants = {"ONE_SIDED": one_sided, "RANK": power_of_two(b.shape[-1]), "BLOCK_I": 32, "BLOCK_K": 16}
     constants["BLOCK_ALL"] = power_of_two(n)
-    warps = 8 if constants["RANK"] >= 256 else 4  # more than registers of four, on consumer Blackwell
+    # A rank of 256 needs more registers than four warps have on consumer Blackwell.
+    warps = 8 if constants["RANK"] >= 256 else 4
     return KernelLaunch(highest_rates, (tile_count(n, 32), count), args, constants, warps, 2)
 
 
@@ -80,19 +80,20 @@ def sketch(w: Tensor, seed: Tensor, width: int) -> Tensor:
 
 
 def jacobi(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """sigma (L, n) descending, vt (L, n, K) and the largest cosine left (L,), of x (L, n, K) float32, n <= K.
+    """sigma (L, n) descending, vt (L, n, K), and whether the rotations converged (L,), of x (L, n, K) float32, n <= K.
 
     Rows of vt that belong to a zero sigma are zero.
     """
+    # Squares of what is divided by its largest element neither overflow nor vanish.
     peak = x.abs().amax((-2, -1), keepdim=True)
-    peak = torch.where(peak > 0, peak, 1.0)  # squares of what is left neither overflow nor vanish
+    peak = torch.where(peak > 0, peak, 1.0)
     rotated = (x / peak).contiguous()
     off = x.new_empty(x.shape[0])
     if rotated.numel():
         plan_jacobi(rotated, off).run()
     sigma, order = torch.linalg.vector_norm(rotated, dim=-1).sort(-1, descending=True)
     vt = rotated.gather(-2, order[..., None].expand_as(rotated)) / sigma.clamp_min(1e-38)[..., None]
-    return sigma * peak[..., 0], vt, off
+    return sigma * peak[..., 0], vt, off <= ORTHOGONAL
 
 
 def takes(n: int, rank: int) -> bool:
@@ -101,11 +102,19 @@ def takes(n: int, rank: int) -> bool:
 
 
 def rates(
-    u: Tensor, v: Tensor, sigma: Tensor, b: Tensor, at: Tensor, s: int, scaling: float, eps: float, half: bool
+    u: Tensor,  # (L, N, n)
+    v: Tensor,  # (L, K, n)
+    sigma: Tensor,  # (L, n)
+    b: Tensor,  # (L, N, r)
+    at: Tensor,  # (L, K, r)
+    s: int,
+    scaling: float,
+    eps: float,
+    one_sided: bool,
 ) -> tuple[Tensor, Tensor]:
-    """The s highest rates and their indices (L, s); arguments as `plan_rates`."""
+    """The s highest change rates and their indices (L, s); arguments as `plan_rates`."""
     count, n = sigma.shape
     rate, best = u.new_empty(count, n), u.new_empty(count, s)
     index = torch.empty(count, s, dtype=torch.int64, device=u.device)
-    plan_rates(u, v, sigma.contiguous(), b, at, scaling, eps, half, (rate, best, index)).run()
+    plan_rates(u, v, sigma.contiguous(), b, at, scaling, eps, one_sided, (rate, best, index)).run()
     return best, index

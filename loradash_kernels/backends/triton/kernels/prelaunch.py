@@ -1,7 +1,7 @@
 """Kernels of the pre-launch phase: Gaussian sketch, small singular value decompositions, change rates with their top s.
 
-What they stand beside (LU factors, triangular solves, Gram matrices, Cholesky factors) is the vendor's library's. Letters:
-L matrices in a batch, N x K each, n triplets, width columns of a sketch, r LoRA rank, s directions.
+LU factors, triangular solves, Gram matrices and Cholesky factors are left to the vendor's library. Letters: L matrices in
+a batch, N x K each, n triplets, width columns of a sketch, r LoRA rank, s directions.
 """
 
 from __future__ import annotations
@@ -87,7 +87,8 @@ def jacobi_sweeps(
     matrix = tl.program_id(0).to(tl.int64)
     x += matrix * rows * length
     columns = tl.arange(0, BLOCK)[None, :]
-    steps = rows + rows % 2 - 1  # with an odd number, one row sits out
+    # With an odd number of rows, one sits out at every step.
+    steps = rows + rows % 2 - 1
     largest = 4.0
     sweep = 0
     while (sweep < SWEEPS) & (largest > TOLERANCE):
@@ -110,7 +111,7 @@ def jacobi_sweeps(
                 turn = cosine > TOLERANCE / 8
                 zeta = (qq - pp) / tl.where(turn, 2 * pq, 1.0)
                 sign = tl.where(zeta < 0, -1.0, 1.0)
-                # |zeta| beyond 1e18 would overflow when squared; its tangent is 0 then in any case
+                # A |zeta| beyond 1e18 would overflow when squared; its tangent is 0 then in any case.
                 bounded = tl.minimum(tl.abs(zeta), 1e18)
                 tangent = tl.where(turn, sign / (bounded + tl.sqrt(1.0 + bounded * bounded)), 0.0)
                 cos = 1.0 / tl.sqrt(1.0 + tangent * tangent)
@@ -124,16 +125,16 @@ def jacobi_sweeps(
 
 
 @triton.jit
-def projected(base, stride, factor, stride_factor, stride_rank, rows, limit, depth, rank, ROWS: tl.constexpr,
+def projected(basis, stride, factor, stride_factor, stride_rank, rows, limit, depth, rank, ROWS: tl.constexpr,
               BLOCK_K: tl.constexpr, RANK: tl.constexpr):  # fmt: skip
-    """(ROWS, RANK): rows of a basis (limit, depth) with strides `stride` and 1 or 1 and `stride`, times factor (depth, rank)."""
+    """(ROWS, RANK): the given rows of a basis (limit, depth), whose two strides are `stride`, times factor (depth, rank)."""
     stride_row, stride_k = stride
     ranks = tl.arange(0, RANK)
     total = tl.zeros((ROWS, RANK), tl.float32)
     for k0 in range(0, depth, BLOCK_K):
         ks = k0 + tl.arange(0, BLOCK_K).to(tl.int64)
         inside = (rows[:, None] < limit) & (ks[None, :] < depth)
-        tile = tl.load(base + rows[:, None] * stride_row + ks[None, :] * stride_k, mask=inside, other=0.0)
+        tile = tl.load(basis + rows[:, None] * stride_row + ks[None, :] * stride_k, mask=inside, other=0.0)
         at = factor + ks[:, None] * stride_factor + ranks[None, :] * stride_rank
         right = tl.load(at, mask=(ks[:, None] < depth) & (ranks[None, :] < rank), other=0.0)
         total = tl.dot(tile, right, total, input_precision="ieee")
@@ -145,12 +146,12 @@ def highest_rates(
     u, v, sigma, b, at, scaling, eps, rate, best, index, arrived, n, N, K, rank, s,
     stride_ul, stride_un, stride_ui, stride_vl, stride_vk, stride_vi, stride_bl, stride_bn, stride_br,
     stride_al, stride_ak, stride_ar,
-    HALF: tl.constexpr, RANK: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_ALL: tl.constexpr,
+    ONE_SIDED: tl.constexpr, RANK: tl.constexpr, BLOCK_I: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_ALL: tl.constexpr,
 ):  # fmt: skip
     """rate (L, n) = |scaling · rowwise((Uᵀ B) ⊙ (Vᵀ Aᵀ))| / (σ + eps), and the s highest with their indices (L, s).
 
-    u (L, N, n), v (L, K, n), sigma (L, n), b (L, N, rank), at (L, K, rank); with HALF the product is divided by σ (v stands
-    for u and at for W Aᵀ: the vectors of the other side are not needed). 2 (N + K) n rank FLOPs, 4 (N + K) n bytes: memory
+    u (L, N, n), v (L, K, n), sigma (L, n), b (L, N, rank), at (L, K, rank); with ONE_SIDED the product is divided by σ (v
+    stands for u and at for W Aᵀ: the vectors of the other side are not needed). 2 (N + K) n rank FLOPs, 4 (N + K) n bytes: memory
     bounds it. The last program of a matrix to arrive picks the highest; equal rates go to the lower index.
     """
     block, matrix = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
@@ -161,11 +162,12 @@ def highest_rates(
                       rows, n, K, rank, BLOCK_I, BLOCK_K, RANK)  # fmt: skip
     values = tl.load(sigma + matrix * n + rows, mask=rows < n, other=1.0)
     delta = scaling * tl.sum(left * right, 1)
-    if HALF:
+    if ONE_SIDED:
         delta = delta / tl.maximum(values, 1.1754944e-38)
     tl.store(rate + matrix * n + rows, tl.abs(delta) / (values + eps), mask=rows < n)
 
-    tl.debug_barrier()  # every warp has stored before the one that counts says so
+    # Every warp has stored its rates before this program counts as arrived.
+    tl.debug_barrier()
     if tl.atomic_add(arrived + matrix, 1, sem="acq_rel") == tl.num_programs(0) - 1:
         everything = tl.arange(0, BLOCK_ALL)
         left_over = tl.load(rate + matrix * n + everything, mask=everything < n, other=-1.0, cache_modifier=".cg")

@@ -1,4 +1,4 @@
-"""The process that `BackgroundDecomposition` starts: weights come in, one line of JSON goes out for each."""
+"""The process that `BackgroundDecomposition` starts: weights come in on standard input, one line of JSON answers each."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from .cache import SpectralCache
 
 
 def serve(folder: str, max_bytes: int, answers: TextIO) -> None:
-    """Decomposes what comes until standard input ends, which is when the process that feeds it closes it or ends."""
+    """Decomposes every weight that arrives until standard input ends, which it does with the process that feeds it."""
     torch.set_num_threads(1)
     cache = SpectralCache(folder, max_bytes)
     messages: queue.SimpleQueue[bytes] = queue.SimpleQueue()
@@ -26,13 +26,14 @@ def serve(folder: str, max_bytes: int, answers: TextIO) -> None:
         error = None
         try:
             cache.keep(load(messages.get())["weight"])
-        except Exception as caught:  # whatever it is, the other side reports it
+        except Exception as caught:
+            # Whatever it is, the other side reports it.
             error = f"{type(caught).__name__}: {caught}"
         print(json.dumps({"error": error}), file=answers, flush=True)
 
 
 def _receive(messages: queue.SimpleQueue[bytes]) -> None:
-    """In a thread of its own, so that the end is noticed in the middle of a decomposition too."""
+    """Runs in a thread of its own, so that the end of the input is noticed in the middle of a decomposition too."""
     source = sys.stdin.buffer
     while len(length := source.read(LENGTH_BYTES)) == LENGTH_BYTES:
         messages.put(source.read(int.from_bytes(length, "little")))
