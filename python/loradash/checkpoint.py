@@ -14,21 +14,13 @@ from torch import Tensor, nn
 
 from loradash_kernels.files import replace_file
 
-from .base_layers import features, is_sharded, whole
+from .base_layers import features
 from .config import DashConfig
-from .linear import DashLinear
-from .model import (
-    STATE,
-    apply_dash,
-    dash_layers,
-    dash_state,
-    is_target,
-    plain_name,
-    reshard,
-    target_layers,
-    trainable_modules,
-    unwrap,
-)
+from .distributed import gathered, reshard, shard_of
+from .linear import DashLinear, adapter_shapes
+from .model import apply_dash
+from .state import STATE, dash_layers, dash_state, unwrap
+from .targets import is_target, module_tensors, target_layers, trainable_modules
 
 FORMAT = "loradash-1"
 FILE_NAME = "loradash_adapter.safetensors"
@@ -48,25 +40,9 @@ class Adapter(NamedTuple):
     dash_only: bool
 
 
-# --- files -----------------------------------------------------------------------------------------------------------
-
-
 def _file(path: str | os.PathLike) -> Path:
     path = Path(path)
     return path if path.suffix == ".safetensors" else path / FILE_NAME
-
-
-# --- tensors of a model ----------------------------------------------------------------------------------------------
-
-
-def module_tensors(name: str, module: nn.Module) -> dict[str, Tensor]:
-    """The state of a module that trains as a whole, under its name. Raises ValueError for state that is no tensor."""
-    tensors: dict[str, Tensor] = {}
-    for key, value in module.state_dict().items():
-        if not isinstance(value, Tensor):
-            raise ValueError(f"{name}.{key} is a {type(value).__name__}; only tensors can be saved")
-        tensors[f"{name}.{plain_name(key)}"] = value
-    return tensors
 
 
 def _adapter_tensors(model: nn.Module, config: DashConfig) -> dict[str, Tensor]:
@@ -81,9 +57,6 @@ def _adapter_tensors(model: nn.Module, config: DashConfig) -> dict[str, Tensor]:
     return tensors
 
 
-# --- saving ----------------------------------------------------------------------------------------------------------
-
-
 def save_adapter(model: nn.Module, path: str | os.PathLike) -> Path:
     """Writes everything that training changed, the phase and the step to one safetensors file, replaced atomically.
 
@@ -96,7 +69,7 @@ def save_adapter(model: nn.Module, path: str | os.PathLike) -> Path:
     """
     state = dash_state(model)
     reshard(model)
-    tensors = {k: whole(t).cpu().contiguous().clone() for k, t in _adapter_tensors(model, state.config).items()}
+    tensors = {k: gathered(t).cpu().contiguous().clone() for k, t in _adapter_tensors(model, state.config).items()}
     _check_whole(model, tensors)
     about = {"config": state.config.to_dict(), "step": state.step, "dash_only": state.dash_only}
     header = {"format": FORMAT, "loradash": json.dumps(about)}
@@ -114,9 +87,6 @@ def _check_whole(model: nn.Module, tensors: dict[str, Tensor]) -> None:
                     f"{name}.{key} has shape {found}, wanted {shape}: not the whole parameter. Under FSDP1 or ZeRO-3 save "
                     "inside FullyShardedDataParallel.summon_full_params or deepspeed.zero.GatheredParameters"
                 )
-
-
-# --- reading ---------------------------------------------------------------------------------------------------------
 
 
 def _read(file: Path) -> Adapter:
@@ -146,17 +116,6 @@ def _flag(value: Any) -> bool:
     if type(value) is not bool:
         raise ValueError(f"dash_only must be true or false, got {value!r}")
     return value
-
-
-# --- what a model wants ----------------------------------------------------------------------------------------------
-
-
-def adapter_shapes(n: int, k: int, config: DashConfig) -> dict[str, tuple[int, ...]]:
-    """Shapes of the adapter tensors of a layer (N, K)."""
-    r, s = config.r, min(config.directions, n, k)
-    return {
-        "lora_a": (r, k), "lora_b": (n, r), "dash_sigma": (s,), "dash_u": (n, s), "dash_vt": (s, k), "launched": (),
-    }  # fmt: skip
 
 
 def _wanted(file: Path, model: nn.Module, config: DashConfig) -> dict[str, Tensor]:
@@ -198,9 +157,6 @@ def _check_real(file: Path, tensors: dict[str, Tensor]) -> None:
         )
 
 
-# --- fitting and writing ---------------------------------------------------------------------------------------------
-
-
 def _fit(file: Path, found: dict[str, Tensor], wanted: dict[str, Tensor]) -> dict[str, Tensor]:
     """The file's tensors in the dtypes of the model. Raises AdapterError for whatever does not fit."""
     problems = [f"{k} is missing" for k in wanted.keys() - found.keys()]
@@ -236,19 +192,10 @@ def _finite(tensor: Tensor) -> Tensor:
     return (tensor.float() if torch.finfo(tensor.dtype).bits < 16 else tensor).isfinite()
 
 
-def _placed(value: Tensor, like: Tensor) -> Tensor:
-    """A whole tensor as `like` holds it: each process takes its own shard, without a word to the others."""
-    if not is_sharded(like) or is_sharded(value):
-        return value
-    from torch.distributed.tensor import distribute_tensor
-
-    return distribute_tensor(value.to(like.device), like.device_mesh, like.placements, src_data_rank=None)  # type: ignore[attr-defined]
-
-
 @torch.no_grad()
 def _write(own: dict[str, Tensor], values: dict[str, Tensor]) -> None:
     for key, tensor in own.items():
-        tensor.copy_(_placed(values[key], tensor))
+        tensor.copy_(shard_of(values[key], tensor))
 
 
 def _exchange(file: Path, model: nn.Module, values: dict[str, Tensor], config: DashConfig) -> None:
@@ -281,9 +228,6 @@ def _switch(
     _write(own, values)
     for name, layer in layers.items():
         layer.config = settings[name]
-
-
-# --- loading ---------------------------------------------------------------------------------------------------------
 
 
 def load_adapter(model: nn.Module, path: str | os.PathLike) -> nn.Module:

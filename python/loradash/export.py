@@ -19,11 +19,12 @@ from torch import Tensor, nn
 
 from loradash_kernels.files import replace_file
 
-from .base_layers import whole as gathered
 from .bypass import child_at, mended_children
-from .checkpoint import module_tensors
+from .distributed import gathered, reshard
 from .linear import DashLinear
-from .model import dash_layers, dash_state, disable, plain_name, reshard, trainable_modules, unwrap
+from .model import disable
+from .state import dash_layers, dash_state, plain_name, unwrap
+from .targets import module_tensors, trainable_modules
 
 PREFIX = "base_model.model."  # PeftModel puts it before every name
 
@@ -79,9 +80,6 @@ def export_lora(model: nn.Module, path: str | os.PathLike) -> Path:
 
 def _write_text(path: str, text: str) -> None:
     Path(path).write_text(text, encoding="utf-8")
-
-
-# --- what PEFT sees --------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -163,9 +161,6 @@ def _task(root: nn.Module) -> str | None:
     return task
 
 
-# --- refusals --------------------------------------------------------------------------------------------------------
-
-
 def _refuse_parents(view: _View) -> None:
     fused = any("gate_up_proj" in module._parameters for module in view.modules.values())
     passed = {
@@ -239,9 +234,6 @@ def _refuse_second_names(view: _View, modules: Iterable[nn.Module]) -> None:
             )
 
 
-# --- names -----------------------------------------------------------------------------------------------------------
-
-
 def _layout(view: _View, task: str | None) -> _Layout:
     heads = _HEADS.get(task or "", ())
     first = view.first_names()
@@ -305,9 +297,6 @@ def _target_names(names: Sequence[str], adapted: Iterable[str], saved: Iterable[
     return "|".join(re.escape(name) for name in wanted)
 
 
-# --- tensors ---------------------------------------------------------------------------------------------------------
-
-
 @torch.no_grad()
 def _folded(layer: DashLinear) -> tuple[Tensor, Tensor]:
     """A (R, K) and B (N, R) of the whole update, float32, R = r + s."""
@@ -356,9 +345,6 @@ def _merged_weight(prefix: str, layer: DashLinear) -> Tensor:
         return layer.merged_weight().cpu().contiguous().clone()
     except ValueError as error:
         raise _Unfaithful(str(error)) from error
-
-
-# --- settings --------------------------------------------------------------------------------------------------------
 
 
 def _settings(root: nn.Module, layout: _Layout, dropout: float) -> dict[str, Any]:

@@ -11,11 +11,11 @@ import torch
 from torch import nn
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
-from .base_layers import is_sharded, whole
 from .cache import SpectralCache
+from .distributed import gathered, is_sharded
 from .linear import DashLinear
-from .model import dash_layers, dash_state
 from .prelaunch import LayerReport, prelaunch
+from .state import dash_layers, dash_state
 
 
 class DashSchedule:
@@ -87,7 +87,7 @@ class DashSchedule:
         return True
 
     def _has_update(self) -> bool:
-        return any(bool(whole(layer.lora_b).any()) for layer in self._layers.values())
+        return any(bool(gathered(layer.lora_b).any()) for layer in self._layers.values())
 
     def _is_settled(self) -> bool:
         """`launched`, but read from the device only after somebody wrote it: this is asked before every optimizer step.

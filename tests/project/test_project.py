@@ -26,8 +26,8 @@ FLOORS = {
     "loradash_kernels/backends/triton/kernels": ("__init__", "common", "forward", "backward", "descriptor", "prelaunch"),
     "loradash_kernels/directions": ("__init__", "linalg", "routes", "rates", "spectrum"),
     "python/loradash": (
-        "config", "base_layers", "linear", "attention", "bypass", "model", "checkpoint", "export", "background", "cache",
-        "worker", "prelaunch", "schedule", "plots", "analysis", "cli", "__init__",
+        "config", "distributed", "base_layers", "quantised", "linear", "state", "targets", "attention", "bypass", "model",
+        "checkpoint", "export", "background", "cache", "worker", "prelaunch", "schedule", "plots", "analysis", "cli", "__init__",
     ),
 }  # fmt: skip
 

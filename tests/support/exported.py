@@ -9,7 +9,7 @@ import loradash
 import pytest
 import torch
 from loradash import DashConfig, dash_layers, export_lora
-from loradash.model import trainable_modules
+from loradash.targets import trainable_modules
 
 peft = pytest.importorskip("peft")
 
