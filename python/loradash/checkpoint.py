@@ -89,19 +89,24 @@ def _check_whole(model: nn.Module, tensors: dict[str, Tensor]) -> None:
                 )
 
 
+def read_safetensors(file: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
+    """The header and all tensors of a file."""
+    with safe_open(str(file), framework="pt") as opened:
+        return opened.metadata() or {}, {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118
+
+
 def _read(file: Path) -> Adapter:
     try:
-        with safe_open(str(file), framework="pt") as opened:
-            header = opened.metadata() or {}
-            if header.get("format") != FORMAT:
-                raise AdapterError(f"{file}: no LoRA-Dash adapter (format {header.get('format')!r}, wanted {FORMAT!r})")
-            tensors = {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118
+        header, tensors = read_safetensors(file)
+        if header.get("format") != FORMAT:
+            raise AdapterError(f"{file}: no LoRA-Dash adapter (format {header.get('format')!r}, wanted {FORMAT!r})")
         about = json.loads(header["loradash"])
         config = DashConfig.from_dict(about["config"])
         return Adapter(tensors, config, _step(about["step"]), _flag(about.get("dash_only", False)))
     except AdapterError:
         raise
-    except Exception as error:  # whatever the readers of a format or of JSON raise: the file is at fault
+    # Whatever the readers of the format or of JSON raise, the file is at fault.
+    except Exception as error:
         reason = f"no {error}" if isinstance(error, KeyError) else error
         raise AdapterError(f"{file}: cannot be read as a LoRA-Dash adapter: {reason}") from error
 
@@ -119,7 +124,7 @@ def _flag(value: Any) -> bool:
 
 
 def _wanted(file: Path, model: nn.Module, config: DashConfig) -> dict[str, Tensor]:
-    """The tensors that these settings would give to a model without adapters; of the new ones, shape and dtype only."""
+    """The tensors that these settings would give to a model without adapters; new ones on meta, for shape and dtype."""
     wanted: dict[str, Tensor] = {}
     for name, linear in target_layers(model, config).items():
         k, n = features(linear)
@@ -233,8 +238,8 @@ def _switch(
 def load_adapter(model: nn.Module, path: str | os.PathLike) -> nn.Module:
     """Puts an adapter of `save_adapter` into a model, adapted already or not; training can go on at its step and phase.
 
-    Everything is checked before anything is written. A merged model is merged again, with the new adapter. Of sharded
-    parameters each process writes its own shard: every process must call this, on the same file.
+    Everything is checked before anything is written. A merged model is merged again, with the new adapter. Where
+    parameters are sharded each process writes its own part: every process must call this, on the same file.
 
     Raises AdapterError, with the file's name, for a file that is missing, truncated or foreign, for tensors that are
     missing, left over, of another shape, not finite or too large for the model's dtype, and for a model on the meta device.
@@ -259,7 +264,8 @@ def load_adapter(model: nn.Module, path: str | os.PathLike) -> nn.Module:
 
 
 def _resume(model: nn.Module, adapter: Adapter) -> None:
-    state = dash_state(model)  # schedules hold this object
+    # Schedules hold this object: it is changed, not replaced.
+    state = dash_state(model)
     if adapter.dash_only or state.dash_only:
         for layer in dash_layers(model).values():
             layer.lora_a.requires_grad_(not adapter.dash_only)

@@ -26,7 +26,8 @@ from .model import disable
 from .state import dash_layers, dash_state, plain_name, unwrap
 from .targets import module_tensors, trainable_modules
 
-PREFIX = "base_model.model."  # PeftModel puts it before every name
+PREFIX = "base_model.model."
+"""PeftModel puts it before every name."""
 
 _TASKS = {
     "ForCausalLM": "CAUSAL_LM",
@@ -37,7 +38,7 @@ _TASKS = {
     "ForQuestionAnswering": "QUESTION_ANS",
 }
 _HEADS = {"SEQ_CLS": ("classifier", "score"), "TOKEN_CLS": ("classifier", "score"), "QUESTION_ANS": ("qa_outputs",)}
-"""What PEFT keeps as a whole beside the adapter for a task, whether it was trained or not."""
+"""For a task, the modules that PEFT keeps as a whole beside the adapter, whether they were trained or not."""
 
 _EXPERTS = {"gate", "gate_proj", "up_proj", "down_proj", "w1", "w2", "w3"}
 """Beside fused experts PEFT takes layers of these names for the experts themselves."""
@@ -68,7 +69,7 @@ def export_lora(model: nn.Module, path: str | os.PathLike) -> Path:
         raise ValueError("export_lora cannot carry trained biases (train_bias=True); merge(model) and save the weights")
     reshard(model)
     merged = any(layer.merged for layer in dash_layers(model).values())
-    # a merged weight is a tensor of its own: what it is tied to shows only without
+    # A merged weight is a tensor of its own: which modules share it shows only after unmerging.
     with disable(model) if merged else contextlib.nullcontext():
         layout, tensors = _contents(model, root)
     settings = _settings(root, layout, config.dropout)
@@ -109,9 +110,11 @@ def _view(model: nn.Module, root: nn.Module) -> _View:
     layer: str | None = None
     for wrapped, module in root.named_modules(remove_duplicate=False):
         name = plain_name(wrapped)
-        if layer is not None and name.startswith(f"{layer}."):  # a layer's own parts follow it
+        # A layer's own parts follow it.
+        if layer is not None and name.startswith(f"{layer}."):
             continue
-        modules[name] = module  # of a wrapper and what it wraps, the latter
+        # A wrapper and what it wraps have one plain name; the latter comes second and stays.
+        modules[name] = module
         if isinstance(module, DashLinear):
             layer = name
     adapted = dash_layers(model)
@@ -137,11 +140,10 @@ def _contents(model: nn.Module, root: nn.Module) -> tuple[_Layout, dict[str, Ten
     _warn_of_tied_targets(view)
     task = _task(root)
     if task is not None:
-        try:
+        # Without a task PEFT touches no head: the second try.
+        with contextlib.suppress(_Unfaithful):
             layout = _layout(view, task)
             return layout, _tensors(layout)
-        except _Unfaithful:
-            pass  # without a task PEFT touches no head
     layout = _layout(view, None)
     return layout, _tensors(layout)
 
@@ -152,8 +154,9 @@ def _task(root: nn.Module) -> str | None:
     task = next((t for end, t in _TASKS.items() if type(root).__name__.endswith(end)), None)
     if task is None or not hasattr(config, "model_type"):
         return None
+    # PEFT's model for a task passes input_ids on, which audio and vision models do not know.
     if next(iter(inspect.signature(root.forward).parameters), None) != "input_ids":
-        return None  # PeftModel of a task hands input_ids on, which audio and vision models do not know
+        return None
     if task in ("CAUSAL_LM", "SEQ_2_SEQ_LM") and not hasattr(root, "prepare_inputs_for_generation"):
         return None
     if task == "SEQ_2_SEQ_LM" and not getattr(config, "is_encoder_decoder", False):
@@ -281,12 +284,13 @@ def _refuse_mistaken(view: _View, name: str, module: nn.Module) -> None:
 
 
 def _target_names(names: Sequence[str], adapted: Iterable[str], saved: Iterable[str]) -> list[str] | str:
-    """target_modules: a list where PEFT, which takes its members for suffixes too, finds these layers alone; else one regular
-    expression."""
+    """target_modules for PEFT: the names where it, which takes them for suffixes too, finds these layers alone; otherwise one
+    regular expression."""
     wanted = sorted(adapted)
     for entry in saved:
         try:
-            hidden = [name for name in wanted if re.match(rf"(^|.*\.){entry}($|\..*)", name)]  # as PEFT writes it
+            # The expression is PEFT's own, which takes the name for a pattern.
+            hidden = [name for name in wanted if re.match(rf"(^|.*\.){entry}($|\..*)", name)]
         except re.error as error:
             raise _Unfaithful(f"{entry} trained as a whole, and PEFT cannot read its name ({error})") from error
         if hidden:

@@ -44,11 +44,11 @@ class DashLinear(nn.Module):
     Args:
         in_features, out_features: K and N.
         bias: with a bias?
-        config: settings; those of `config.for_module` are the caller's business.
+        config: settings of this layer; `config.overrides` are not looked at.
         device, dtype: of the weight and bias.
 
     Attributes:
-        name: in the model, for error messages; empty outside `apply_dash`.
+        name: the layer's name in the model, for error messages; empty outside `apply_dash`.
         enabled: False leaves the base layer alone.
     """
 
@@ -79,8 +79,8 @@ class DashLinear(nn.Module):
     def from_linear(cls, linear: nn.Module, config: DashConfig | None = None) -> DashLinear:
         """Wraps a layer's own weight and bias, without a copy: nn.Linear, or transformers' Conv1D (weight (K, N)).
 
-        One that computes in a way of its own (`base_layers.treatment`) is kept whole, and the low-rank terms added to its output.
-        Raises TypeError for other modules; ValueError for a layer without a weight yet, for a sharded one, and for
+        A layer that computes in a way of its own (`base_layers.treatment`) is kept whole: the low-rank terms are added to its
+        output. Raises TypeError for other modules; ValueError for a layer without a weight yet, for a sharded one, and for
         config.train_bias with one that is kept whole.
         """
         layer = cls.around(linear, config or DashConfig())
@@ -110,7 +110,7 @@ class DashLinear(nn.Module):
             self.register_parameter("bias", cast("nn.Parameter | None", linear.bias))
         self._add_adapters(compute_device(linear))
         if kept:
-            # Last: from here on it answers for names that are not ours.
+            # This comes last: from here on the base layer answers for names that are not ours.
             self.base = linear
         else:
             self.__dict__.update({key: value for key, value in vars(linear).items() if key not in self.__dict__})
@@ -144,7 +144,7 @@ class DashLinear(nn.Module):
             return getattr(base, name)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        """Whoever ties or replaces `weight` or `bias`, or sets what only the base layer has, means the base layer's."""
+        """Code that ties or replaces `weight` or `bias`, or sets what only the base layer has, means the base layer's."""
         base = self.__dict__.get("_modules", {}).get("base")
         if name == "weight" and value is not None and value is self.__dict__.get("_unmerged"):
             raise ValueError(f"{self._label()} is merged, and would lose its update; unmerge(model) before tying")
@@ -355,7 +355,7 @@ class DashLinear(nn.Module):
             holder.weight = cast(nn.Parameter, original)
 
     def _keep(self, weight: Tensor | None) -> None:
-        """Outside the module's parameters: the weight before `merge` is no part of its state dict."""
+        """Notes the weight before `merge` outside the module's parameters, so that its state dict has no part of it."""
         object.__setattr__(self, "_unmerged", weight)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> DashLinear:

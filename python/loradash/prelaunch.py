@@ -117,7 +117,7 @@ class _Finder:
         self.layers, self.adapters, self.method, self.cache, self.device = layers, adapters, method, cache, device
 
     def batches(self, names: Sequence[str]) -> list[list[str]]:
-        """Layers of one shape, rank and device together, in batches of bounded size; singly from a cache."""
+        """Layers of one shape, rank and device together, in batches of bounded size; with a cache one at a time."""
         groups: dict[tuple, list[str]] = {}
         for name in names:
             layer = self.layers[name]
@@ -131,16 +131,18 @@ class _Finder:
             batches += [members[i : i + size] for i in range(0, len(members), size)]
         return batches
 
-    def named(self, names: Sequence[str], weight_of: Callable[[str], Tensor]) -> dict[str, Directions]:
-        """`find`, whose errors about values name the layers."""
+    def find(self, names: Sequence[str], weight_of: Callable[[str], Tensor]) -> dict[str, Directions]:
+        """Directions of the layers of a batch; weight_of gives a whole weight (N, K), asked for one layer at a time.
+
+        Errors about values name the layers.
+        """
         try:
-            return self.find(names, weight_of)
+            return self._decompose(names, weight_of)
         except ValueError as error:
             raise ValueError(f"{', '.join(names[:4])}{', ...' if len(names) > 4 else ''}: {error}") from error
 
     @torch.no_grad()
-    def find(self, names: Sequence[str], weight_of: Callable[[str], Tensor]) -> dict[str, Directions]:
-        """Directions of the layers of a batch; weight_of gives a whole weight (N, K), asked for one layer at a time."""
+    def _decompose(self, names: Sequence[str], weight_of: Callable[[str], Tensor]) -> dict[str, Directions]:
         layer = self.layers[names[0]]
         device, s, scaling = torch.device(self.device or layer.lora_a.device), layer.dash_sigma.numel(), layer.scaling
         if self.cache is not None:
@@ -178,12 +180,12 @@ def _find(finder: _Finder, shares: list[list[str]], rank: int, bar: tqdm) -> dic
     error: BaseException | None = None
 
     def take(names: list[str], weight_of: Callable[[str], Tensor]) -> None:
-        found.update(finder.named(names, weight_of))
+        found.update(finder.find(names, weight_of))
         bar.update(len(names))
 
     def whole_weight(name: str) -> Tensor:
         layer = finder.layers[name]
-        return layer.oriented(gathered(layer.weight))
+        return layer.oriented(gathered(layer.weight)) if is_sharded(layer.weight) else layer.weight_nk()
 
     # Ctrl-C too is told to the other processes.
     try:
