@@ -77,18 +77,18 @@ def decompose(
     model: Annotated[Path, typer.Argument(help="A .safetensors file of weights, or a folder of them.")],
     target: Annotated[str, typer.Option(help="Regular expression that a weight's name must contain.")] = r"\.weight$",
     exclude: Annotated[str, typer.Option(help="Regular expression of names to leave out.")] = "embed|lm_head",
-    cache: Annotated[Path | None, typer.Option(help="Folder of the cache.")] = None,
-    method: Annotated[Method, typer.Option(help="exact keeps all triplets of every weight.")] = Method.auto,
+    cache: Annotated[Path | None, typer.Option(help="Folder of the cache; by default that of SpectralCache().")] = None,
+    method: Annotated[
+        Method, typer.Option(help="auto chooses a route by each weight's spectrum; exact keeps all triplets.")
+    ] = Method.auto,
     dtype: Annotated[
         Precision | None,
-        typer.Option(
-            help="Of the model that launches, where it is loaded in less precision than the file's, or float64."
-        ),
+        typer.Option(help="Dtype that the model is loaded in for training, where it is not the file's."),
     ] = None,
 ) -> None:
     """Decompose a base model's weights once: every later launch from them costs milliseconds.
 
-    A weight is found again by its values: those of the file, or, with --dtype, these rounded.
+    A launch finds a weight's decomposition by the weight's values: the file's own, or these rounded to --dtype.
     """
     from .analysis import Weights
     from .cache import SpectralCache
@@ -122,8 +122,10 @@ def _pattern(option: str, text: str) -> re.Pattern[str]:
 @app.command()
 def directions(
     model: Annotated[Path, typer.Argument(help="The base model's .safetensors file, or a folder of them.")],
-    adapters: Annotated[list[Path], typer.Argument(help="Adapters of save_adapter or PEFT; several are compared.")],
-    out: Annotated[Path | None, typer.Option(help="Folder for pictures.")] = None,
+    adapters: Annotated[
+        list[Path], typer.Argument(help="Written by save_adapter, or LoRA of PEFT; several are compared.")
+    ],
+    out: Annotated[Path | None, typer.Option(help="Folder for pictures; without it none are drawn.")] = None,
     s: Annotated[int, typer.Option("--directions", "-s", min=1, help="How many of the highest rates to show.")] = 8,
 ) -> None:
     """Show the change rates of trained adapters, and how far their directions agree."""

@@ -51,6 +51,3 @@ def served_like(base, model, folder, inputs=X, tolerance=1e-5):
 
 def settings_of(folder):
     return json.loads((folder / "adapter_config.json").read_text())
-
-
-# --- plain modules ---------------------------------------------------------------------------------------------------
