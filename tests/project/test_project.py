@@ -27,7 +27,7 @@ FLOORS = {
     "loradash_kernels/directions": ("__init__", "linalg", "routes", "rates", "spectrum"),
     "python/loradash": (
         "config", "distributed", "base_layers", "quantised", "linear", "state", "targets", "attention", "bypass", "model",
-        "checkpoint", "export", "background", "cache", "worker", "prelaunch", "schedule", "plots", "analysis", "cli", "__init__",
+        "checkpoint", "peft_layout", "export", "background", "cache", "worker", "prelaunch", "schedule", "plots", "analysis", "cli", "__init__",
     ),
 }  # fmt: skip
 
