@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from loradash import plots
 from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
@@ -33,6 +32,7 @@ from benchmarks.layers.variants import (
     SHAPES,
     build,
 )
+from benchmarks.support import plots
 from benchmarks.support.measure import environment, interleaved, write_csv
 
 console = Console(width=140)

@@ -8,9 +8,10 @@ from dataclasses import dataclass
 
 import torch
 from loradash import DashConfig, DashLinear
-from loradash.baselines import DenseDash, FactoredDash
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
+
+from examples.sentiment.baselines import DenseDash, FactoredDash
 
 SHAPES = ((512, 1024, 1024), (2048, 768, 768), (512, 2048, 2048), (256, 4096, 4096))  # M, K, N
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}

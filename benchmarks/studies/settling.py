@@ -16,12 +16,12 @@ import statistics
 import torch
 from loradash import DashConfig, apply_dash, dash_layers
 from loradash.analysis import LayerRates, agreement, overlap
-from loradash.finetune import BATCH, _trim, load_model, load_ratings
 from rich.console import Console
 from rich.table import Table
 from torch import nn
 from tqdm import tqdm
 
+from examples.sentiment.data import BATCH, load_model, load_ratings
 from loradash_kernels import change_rates
 
 STEPS = (10, 25, 50, 75, 100)
@@ -43,13 +43,13 @@ def snapshots(pristine: nn.Module, data, r: int, dropout: float, seed: int, labe
     )
     apply_dash(model, config)
     generator = torch.Generator().manual_seed(seed)
-    rows = (~data.test).nonzero().squeeze(1)
+    rows = data.training_rows()
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3, weight_decay=0.0)
     model.train()
     found = []
     for step in tqdm(range(1, STEPS[-1] + 1), desc=label, unit="step"):
         batch = rows[torch.randint(len(rows), (BATCH,), generator=generator)]
-        loss = nn.functional.mse_loss(model(*_trim(data.ids[batch], data.mask[batch])), data.rating[batch])
+        loss = nn.functional.mse_loss(model(*data.inputs(batch)), data.rating[batch])
         optimizer.zero_grad()
         loss.backward()
         for group in optimizer.param_groups:

@@ -15,9 +15,10 @@ from .checkpoint import AdapterError, load_adapter, save_adapter
 from .config import DashConfig
 from .export import export_lora
 from .linear import DashLinear
-from .model import apply_dash, dash_layers, dash_only, dash_state, disable, merge, summary, unmerge
+from .model import apply_dash, dash_only, disable, merge, summary, unmerge
 from .prelaunch import LayerReport, prelaunch
 from .schedule import DashSchedule
+from .state import dash_layers, dash_state
 
 __all__ = [
     "AdapterError",

@@ -16,10 +16,12 @@ from tqdm.auto import tqdm
 
 from loradash_kernels import change_rates, direction_accuracy, direction_recall
 
-from .checkpoint import FILE_NAME, AdapterError
+from .checkpoint import FILE_NAME, AdapterError, read_safetensors
 from .config import DashConfig
+from .peft_layout import PREFIX
 
-Factors = dict[str, tuple[Tensor, Tensor, float]]  # layer -> A (r, K), B (N, r), scaling
+Factors = dict[str, tuple[Tensor, Tensor, float]]
+"""By layer: A (r, K), B (N, r), scaling."""
 
 
 class Weights:
@@ -71,9 +73,7 @@ def load_factors(path: Path) -> Factors:
     theirs = path / "adapter_model.safetensors"
     file = ours if ours.is_file() else theirs
     try:
-        with safe_open(str(file), framework="pt") as opened:
-            header = opened.metadata() or {}
-            tensors = {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118
+        header, tensors = read_safetensors(file)
         if "loradash" in header:
             factors = _our_factors(tensors, json.loads(header["loradash"])["config"])
         else:
@@ -81,9 +81,8 @@ def load_factors(path: Path) -> Factors:
         if not factors:
             raise ValueError("it has no LoRA layers")
         return factors
-    except (
-        SafetensorError, OSError, LookupError, TypeError, ValueError, AttributeError, ArithmeticError, re.error
-    ) as error:  # fmt: skip
+    # Whatever the readers of the format or of JSON raise, the file is at fault.
+    except Exception as error:
         raise AdapterError(f"{path}: cannot be read as a LoRA-Dash or PEFT LoRA adapter: {error}") from error
 
 
@@ -100,7 +99,7 @@ def _peft_factors(tensors: dict[str, Tensor], settings: dict[str, Any]) -> Facto
         if not key.endswith(".lora_A.weight"):
             continue
         stem = key.removesuffix(".lora_A.weight")
-        name = stem.removeprefix("base_model.model.")
+        name = stem.removeprefix(PREFIX)
         a, b = tensors[key], tensors[f"{stem}.lora_B.weight"]
         r = _by_pattern(settings.get("rank_pattern"), name, settings["r"])
         alpha = _by_pattern(settings.get("alpha_pattern"), name, settings["lora_alpha"])

@@ -1,6 +1,8 @@
-"""torch.nn's attention modules read their projections' weights themselves; here they come to call the adapted layers."""
+"""torch.nn's attention modules multiply by their projections' weights; here they are made to call the adapted layers."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -32,12 +34,10 @@ class AdaptedMultiheadAttention(nn.MultiheadAttention):
         batched_first = self.batch_first and query.dim() == 3
         if batched_first:
             query, key, value = (t.transpose(0, 1) for t in (query, key, value))
-        separate = {} if self._qkv_same_embed_dim else {
-            "use_separate_proj_weight": True,
-            "q_proj_weight": self.q_proj_weight,
-            "k_proj_weight": self.k_proj_weight,
-            "v_proj_weight": self.v_proj_weight,
-        }  # fmt: skip
+        separate: dict[str, Any] = {}
+        if not self._qkv_same_embed_dim:
+            separate = {f"{name}_proj_weight": getattr(self, f"{name}_proj_weight") for name in "qkv"}
+            separate["use_separate_proj_weight"] = True
         attended, weights = F.multi_head_attention_forward(
             query,
             key,
@@ -58,7 +58,7 @@ class AdaptedMultiheadAttention(nn.MultiheadAttention):
             attn_mask=_additive(attn_mask, None, "attn_mask", "", query.dtype),
             average_attn_weights=average_attn_weights,
             is_causal=is_causal,
-            **separate,  # type: ignore[arg-type]
+            **separate,
         )
         y = self.out_proj(attended)
         return (y.transpose(0, 1) if batched_first else y), weights

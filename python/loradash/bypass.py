@@ -14,7 +14,7 @@ from torch import nn
 
 from .attention import are_made_to_call
 
-# Reads of these tell about the weight and do not use it.
+# A read of one of these asks about the weight and does not use it.
 _FACTS = (
     "dtype", "device", "shape", "size", "dim", "ndim", "numel", "is_meta", "requires_grad", "grad", "is_cuda",
     "new_empty", "new_zeros", "new_ones", "new_full", "new_tensor",
@@ -95,7 +95,8 @@ def _only_asks(node: ast.AST, owner: dict[ast.AST, ast.AST]) -> bool:
         return above.attr in _FACTS or above.attr.startswith("_")
     if isinstance(above, ast.Call) and isinstance(above.func, ast.Name):
         return above.func.id in _QUESTIONS
-    if isinstance(above, ast.Call) and isinstance(above.func, ast.Attribute):  # x.to(weight): for its dtype and device
+    # x.to(weight) asks for its dtype and device.
+    if isinstance(above, ast.Call) and isinstance(above.func, ast.Attribute):
         return above.func.attr in ("to", "type_as", "is_tensor")
     # Handing the tensor itself over: `weight is None`, `return self.head.weight`.
     return isinstance(above, ast.Return) or (

@@ -24,8 +24,8 @@ from loradash_kernels.directions.kept import KeptDecomposition, choose_direction
 from loradash_kernels.files import replace_file
 
 from .background import BackgroundDecomposition
-from .base_layers import is_sharded
-from .model import dash_layers
+from .distributed import is_sharded
+from .state import dash_layers
 
 FORMAT = "loradash-spectrum-2"
 GB = 2**30

@@ -14,21 +14,13 @@ from torch import Tensor, nn
 
 from loradash_kernels.files import replace_file
 
-from .base_layers import features, is_sharded, whole
+from .base_layers import features
 from .config import DashConfig
-from .linear import DashLinear
-from .model import (
-    STATE,
-    apply_dash,
-    dash_layers,
-    dash_state,
-    is_target,
-    plain_name,
-    reshard,
-    target_layers,
-    trainable_modules,
-    unwrap,
-)
+from .distributed import gathered, reshard, shard_of
+from .linear import DashLinear, adapter_shapes
+from .model import apply_dash
+from .state import STATE, dash_layers, dash_state, unwrap
+from .targets import is_target, module_tensors, target_layers, trainable_modules
 
 FORMAT = "loradash-1"
 FILE_NAME = "loradash_adapter.safetensors"
@@ -48,25 +40,9 @@ class Adapter(NamedTuple):
     dash_only: bool
 
 
-# --- files -----------------------------------------------------------------------------------------------------------
-
-
 def _file(path: str | os.PathLike) -> Path:
     path = Path(path)
     return path if path.suffix == ".safetensors" else path / FILE_NAME
-
-
-# --- tensors of a model ----------------------------------------------------------------------------------------------
-
-
-def module_tensors(name: str, module: nn.Module) -> dict[str, Tensor]:
-    """The state of a module that trains as a whole, under its name. Raises ValueError for state that is no tensor."""
-    tensors: dict[str, Tensor] = {}
-    for key, value in module.state_dict().items():
-        if not isinstance(value, Tensor):
-            raise ValueError(f"{name}.{key} is a {type(value).__name__}; only tensors can be saved")
-        tensors[f"{name}.{plain_name(key)}"] = value
-    return tensors
 
 
 def _adapter_tensors(model: nn.Module, config: DashConfig) -> dict[str, Tensor]:
@@ -81,9 +57,6 @@ def _adapter_tensors(model: nn.Module, config: DashConfig) -> dict[str, Tensor]:
     return tensors
 
 
-# --- saving ----------------------------------------------------------------------------------------------------------
-
-
 def save_adapter(model: nn.Module, path: str | os.PathLike) -> Path:
     """Writes everything that training changed, the phase and the step to one safetensors file, replaced atomically.
 
@@ -96,7 +69,7 @@ def save_adapter(model: nn.Module, path: str | os.PathLike) -> Path:
     """
     state = dash_state(model)
     reshard(model)
-    tensors = {k: whole(t).cpu().contiguous().clone() for k, t in _adapter_tensors(model, state.config).items()}
+    tensors = {k: gathered(t).cpu().contiguous().clone() for k, t in _adapter_tensors(model, state.config).items()}
     _check_whole(model, tensors)
     about = {"config": state.config.to_dict(), "step": state.step, "dash_only": state.dash_only}
     header = {"format": FORMAT, "loradash": json.dumps(about)}
@@ -116,22 +89,24 @@ def _check_whole(model: nn.Module, tensors: dict[str, Tensor]) -> None:
                 )
 
 
-# --- reading ---------------------------------------------------------------------------------------------------------
+def read_safetensors(file: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
+    """The header and all tensors of a file."""
+    with safe_open(str(file), framework="pt") as opened:
+        return opened.metadata() or {}, {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118
 
 
 def _read(file: Path) -> Adapter:
     try:
-        with safe_open(str(file), framework="pt") as opened:
-            header = opened.metadata() or {}
-            if header.get("format") != FORMAT:
-                raise AdapterError(f"{file}: no LoRA-Dash adapter (format {header.get('format')!r}, wanted {FORMAT!r})")
-            tensors = {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118
+        header, tensors = read_safetensors(file)
+        if header.get("format") != FORMAT:
+            raise AdapterError(f"{file}: no LoRA-Dash adapter (format {header.get('format')!r}, wanted {FORMAT!r})")
         about = json.loads(header["loradash"])
         config = DashConfig.from_dict(about["config"])
         return Adapter(tensors, config, _step(about["step"]), _flag(about.get("dash_only", False)))
     except AdapterError:
         raise
-    except Exception as error:  # whatever the readers of a format or of JSON raise: the file is at fault
+    # Whatever the readers of the format or of JSON raise, the file is at fault.
+    except Exception as error:
         reason = f"no {error}" if isinstance(error, KeyError) else error
         raise AdapterError(f"{file}: cannot be read as a LoRA-Dash adapter: {reason}") from error
 
@@ -148,19 +123,8 @@ def _flag(value: Any) -> bool:
     return value
 
 
-# --- what a model wants ----------------------------------------------------------------------------------------------
-
-
-def adapter_shapes(n: int, k: int, config: DashConfig) -> dict[str, tuple[int, ...]]:
-    """Shapes of the adapter tensors of a layer (N, K)."""
-    r, s = config.r, min(config.directions, n, k)
-    return {
-        "lora_a": (r, k), "lora_b": (n, r), "dash_sigma": (s,), "dash_u": (n, s), "dash_vt": (s, k), "launched": (),
-    }  # fmt: skip
-
-
 def _wanted(file: Path, model: nn.Module, config: DashConfig) -> dict[str, Tensor]:
-    """The tensors that these settings would give to a model without adapters; of the new ones, shape and dtype only."""
+    """The tensors that these settings would give to a model without adapters; new ones on meta, for shape and dtype."""
     wanted: dict[str, Tensor] = {}
     for name, linear in target_layers(model, config).items():
         k, n = features(linear)
@@ -198,9 +162,6 @@ def _check_real(file: Path, tensors: dict[str, Tensor]) -> None:
         )
 
 
-# --- fitting and writing ---------------------------------------------------------------------------------------------
-
-
 def _fit(file: Path, found: dict[str, Tensor], wanted: dict[str, Tensor]) -> dict[str, Tensor]:
     """The file's tensors in the dtypes of the model. Raises AdapterError for whatever does not fit."""
     problems = [f"{k} is missing" for k in wanted.keys() - found.keys()]
@@ -236,19 +197,10 @@ def _finite(tensor: Tensor) -> Tensor:
     return (tensor.float() if torch.finfo(tensor.dtype).bits < 16 else tensor).isfinite()
 
 
-def _placed(value: Tensor, like: Tensor) -> Tensor:
-    """A whole tensor as `like` holds it: each process takes its own shard, without a word to the others."""
-    if not is_sharded(like) or is_sharded(value):
-        return value
-    from torch.distributed.tensor import distribute_tensor
-
-    return distribute_tensor(value.to(like.device), like.device_mesh, like.placements, src_data_rank=None)  # type: ignore[attr-defined]
-
-
 @torch.no_grad()
 def _write(own: dict[str, Tensor], values: dict[str, Tensor]) -> None:
     for key, tensor in own.items():
-        tensor.copy_(_placed(values[key], tensor))
+        tensor.copy_(shard_of(values[key], tensor))
 
 
 def _exchange(file: Path, model: nn.Module, values: dict[str, Tensor], config: DashConfig) -> None:
@@ -283,14 +235,11 @@ def _switch(
         layer.config = settings[name]
 
 
-# --- loading ---------------------------------------------------------------------------------------------------------
-
-
 def load_adapter(model: nn.Module, path: str | os.PathLike) -> nn.Module:
     """Puts an adapter of `save_adapter` into a model, adapted already or not; training can go on at its step and phase.
 
-    Everything is checked before anything is written. A merged model is merged again, with the new adapter. Of sharded
-    parameters each process writes its own shard: every process must call this, on the same file.
+    Everything is checked before anything is written. A merged model is merged again, with the new adapter. Where
+    parameters are sharded each process writes its own part: every process must call this, on the same file.
 
     Raises AdapterError, with the file's name, for a file that is missing, truncated or foreign, for tensors that are
     missing, left over, of another shape, not finite or too large for the model's dtype, and for a model on the meta device.
@@ -315,7 +264,8 @@ def load_adapter(model: nn.Module, path: str | os.PathLike) -> nn.Module:
 
 
 def _resume(model: nn.Module, adapter: Adapter) -> None:
-    state = dash_state(model)  # schedules hold this object
+    # Schedules hold this object: it is changed, not replaced.
+    state = dash_state(model)
     if adapter.dash_only or state.dash_only:
         for layer in dash_layers(model).values():
             layer.lora_a.requires_grad_(not adapter.dash_only)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import re
+import runpy
 from collections import Counter
 from collections.abc import Iterator
 from enum import Enum
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
 app = typer.Typer(help="LoRA-Dash fine-tuning with fused kernels.", no_args_is_help=True)
 # Names, paths and messages have brackets and colons of their own: nothing that is printed is markup.
 console = Console(markup=False, emoji=False)
+
+EXAMPLE = Path("examples", "sentiment")
 
 
 class Method(str, Enum):
@@ -48,37 +51,25 @@ def reported() -> Iterator[None]:
         raise typer.Exit(1) from error
 
 
-@app.command()
-def finetune(
-    out: Annotated[Path, typer.Option(help="Folder for the report, pictures and adapters.")] = Path("runs/demo"),
-    steps: Annotated[int, typer.Option(min=4, help="Optimizer steps of a run.")] = 300,
-    seeds: Annotated[int, typer.Option(min=1, help="Runs of each method.")] = 3,
-    rate: Annotated[float, typer.Option(help="Peak learning rate.")] = 1e-3,
-    blocks: Annotated[int, typer.Option(min=1, help="Rounds of the time measurement.")] = 8,
-) -> None:
-    """Fine-tune a pretrained sentence encoder on human sentiment ratings, with LoRA and with LoRA-Dash."""
-    from . import finetune as demo
-
+# Every option goes to the example as it stands, --help too: there is one list of them.
+@app.command(add_help_option=False, context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def finetune(context: typer.Context) -> None:
+    """Fine-tune a pretrained sentence encoder on human ratings, with LoRA and with LoRA-Dash."""
     with reported():
-        report = demo.finetune(out, steps, seeds, rate, blocks)
-    console.print(f"\nBackend: {report.backend}")
-    for name, count in report.parameters.items():
-        console.print(f"{name}: {count}")
-    scores = Table(
-        "method", "Spearman (test)", "mean absolute error", title=f"{seeds} seeds, {steps} steps: mean ± deviation"
+        example = _example()
+    program = runpy.run_path(str(example), run_name=example.name)["app"]
+    program(context.args, prog_name=context.command_path)
+
+
+def _example() -> Path:
+    """The folder of the demonstration: in the checkout that this package runs from, or under the current folder."""
+    for root in (Path(__file__).parents[2], Path.cwd()):
+        if (root / EXAMPLE / "__main__.py").is_file():
+            return root / EXAMPLE
+    raise FileNotFoundError(
+        "the demonstration comes with the source, not with the installed package: run this in a clone of the repository, "
+        f"where it is {EXAMPLE} (not found under {Path.cwd()})"
     )
-    for row in report.scores():
-        scores.add_row(*row)
-    times = Table("training step", "ms", "over frozen", title="Median time of a step of 32 words")
-    base = report.times["frozen model, head only"]
-    for name, seconds in report.times.items():
-        times.add_row(name, f"{1e3 * seconds:.0f}", f"{seconds / base:.2f}")
-    gaps = Table("model", "largest difference of outputs", title="What was saved")
-    for name, gap in report.gaps.items():
-        gaps.add_row(name, f"{gap:.1e}")
-    for table in (scores, times, gaps):
-        console.print(table)
-    console.print(f"Written to {out}: {', '.join(sorted(p.name for p in out.iterdir()))}")
 
 
 @app.command()
@@ -86,18 +77,18 @@ def decompose(
     model: Annotated[Path, typer.Argument(help="A .safetensors file of weights, or a folder of them.")],
     target: Annotated[str, typer.Option(help="Regular expression that a weight's name must contain.")] = r"\.weight$",
     exclude: Annotated[str, typer.Option(help="Regular expression of names to leave out.")] = "embed|lm_head",
-    cache: Annotated[Path | None, typer.Option(help="Folder of the cache.")] = None,
-    method: Annotated[Method, typer.Option(help="exact keeps all triplets of every weight.")] = Method.auto,
+    cache: Annotated[Path | None, typer.Option(help="Folder of the cache; by default that of SpectralCache().")] = None,
+    method: Annotated[
+        Method, typer.Option(help="auto chooses a route by each weight's spectrum; exact keeps all triplets.")
+    ] = Method.auto,
     dtype: Annotated[
         Precision | None,
-        typer.Option(
-            help="Of the model that launches, where it is loaded in less precision than the file's, or float64."
-        ),
+        typer.Option(help="Dtype that the model is loaded in for training, where it is not the file's."),
     ] = None,
 ) -> None:
     """Decompose a base model's weights once: every later launch from them costs milliseconds.
 
-    A weight is found again by its values: those of the file, or, with --dtype, these rounded.
+    A launch finds a weight's decomposition by the weight's values: the file's own, or these rounded to --dtype.
     """
     from .analysis import Weights
     from .cache import SpectralCache
@@ -131,8 +122,10 @@ def _pattern(option: str, text: str) -> re.Pattern[str]:
 @app.command()
 def directions(
     model: Annotated[Path, typer.Argument(help="The base model's .safetensors file, or a folder of them.")],
-    adapters: Annotated[list[Path], typer.Argument(help="Adapters of save_adapter or PEFT; several are compared.")],
-    out: Annotated[Path | None, typer.Option(help="Folder for pictures.")] = None,
+    adapters: Annotated[
+        list[Path], typer.Argument(help="Written by save_adapter, or LoRA of PEFT; several are compared.")
+    ],
+    out: Annotated[Path | None, typer.Option(help="Folder for pictures; without it none are drawn.")] = None,
     s: Annotated[int, typer.Option("--directions", "-s", min=1, help="How many of the highest rates to show.")] = 8,
 ) -> None:
     """Show the change rates of trained adapters, and how far their directions agree."""

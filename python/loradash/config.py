@@ -91,9 +91,6 @@ class DashConfig:
         return cls(**values)
 
 
-# --- matching --------------------------------------------------------------------------------------------------------
-
-
 def matches(name: str, patterns: str | Iterable[str] | None) -> bool:
     """Does a dotted name match: a regular expression (string, whole name), or any of a list of names or suffixes?"""
     if patterns is None:
@@ -132,16 +129,13 @@ def unmatched(config: DashConfig, linear_names: Sequence[str], module_names: Seq
     return problems
 
 
-# --- checks: (name of the setting, its value) to the value in its one form --------------------------------------------
-
-
 def _refuse(name: str, value: Any, wanted: str) -> ValueError:
     return ValueError(f"{name} must be {wanted}, got {value!r}")
 
 
 def _integer(least: int) -> Callable[[str, Any], int]:
     def check(name: str, value: Any) -> int:
-        # bool is an Integral to Python, not to a user who mistook the order of arguments
+        # To Python bool is an Integral; a user who gives one mistook the order of arguments.
         if isinstance(value, bool) or not isinstance(value, numbers.Integral) or value < least:
             raise _refuse(name, value, f"an integer of at least {least}")
         return int(value)
@@ -199,7 +193,8 @@ def _patterns(name: str, value: Any) -> str | list[str] | None:
         raise _refuse(name, value, wanted)
     try:
         members = list(value)
-    except TypeError as error:  # an array without dimensions calls itself iterable
+    # An array without dimensions calls itself iterable.
+    except TypeError as error:
         raise _refuse(name, value, wanted) from error
     if not all(isinstance(m, str) and m for m in members):
         raise _refuse(name, value, f"{wanted}; names are strings and not empty")
@@ -227,7 +222,8 @@ def _override_table(name: str, value: Any) -> dict[str, dict[str, Any]]:
 
 _CHECKS: dict[str, Callable[[str, Any], Any]] = {
     "r": _integer(1),
-    "alpha": _real(lambda alpha: alpha > 0, "a positive number"),  # at 0 nothing would ever train
+    # At 0 nothing would ever train.
+    "alpha": _real(lambda alpha: alpha > 0, "a positive number"),
     "directions": _integer(0),
     "prelaunch_steps": _integer(0),
     "dropout": _real(lambda p: 0 <= p < 1, "a number in [0, 1)"),
@@ -240,4 +236,4 @@ _CHECKS: dict[str, Callable[[str, Any], Any]] = {
     "train_bias": _boolean,
     "bypassed": _one_of(("refuse", "warn")),
 }
-"""One a field of `DashConfig`."""
+"""One check for each field of `DashConfig`: (name of the setting, its value) to the value in its one form."""

@@ -12,21 +12,23 @@ from torch.nn import functional as F
 
 from loradash_kernels import Directions, dash_linear, low_rank_update
 
-from .base_layers import (
-    can_take_update,
-    compute_device,
-    features,
-    is_quantised,
-    is_sharded,
-    is_transposed,
-    treatment,
-    weight_of,
-    whole,
-    write_shard,
-)
+from .base_layers import features, is_transposed, treatment
 from .config import DashConfig
+from .distributed import gathered, is_sharded, shard_of
+from .quantised import can_take_update, compute_device, is_quantised, weight_of
 
-_OF_BASE = ("weight", "bias")
+
+def adapter_shapes(n: int, k: int, config: DashConfig) -> dict[str, tuple[int, ...]]:
+    """Shapes of what `DashLinear` adds to a layer (N, K), by name; all are float32 but `launched`, which is bool."""
+    r, s = config.r, min(config.directions, n, k)
+    return {
+        "lora_a": (r, k),
+        "lora_b": (n, r),
+        "dash_sigma": (s,),
+        "dash_u": (n, s),
+        "dash_vt": (s, k),
+        "launched": (),
+    }
 
 
 class DashLinear(nn.Module):
@@ -42,11 +44,11 @@ class DashLinear(nn.Module):
     Args:
         in_features, out_features: K and N.
         bias: with a bias?
-        config: settings; those of `config.for_module` are the caller's business.
+        config: settings of this layer; `config.overrides` are not looked at.
         device, dtype: of the weight and bias.
 
     Attributes:
-        name: in the model, for error messages; empty outside `apply_dash`.
+        name: the layer's name in the model, for error messages; empty outside `apply_dash`.
         enabled: False leaves the base layer alone.
     """
 
@@ -77,8 +79,8 @@ class DashLinear(nn.Module):
     def from_linear(cls, linear: nn.Module, config: DashConfig | None = None) -> DashLinear:
         """Wraps a layer's own weight and bias, without a copy: nn.Linear, or transformers' Conv1D (weight (K, N)).
 
-        One that computes in a way of its own (`base.treatment`) is kept whole, and the low-rank terms added to its output.
-        Raises TypeError for other modules; ValueError for a layer without a weight yet, for a sharded one, and for
+        A layer that computes in a way of its own (`base_layers.treatment`) is kept whole: the low-rank terms are added to its
+        output. Raises TypeError for other modules; ValueError for a layer without a weight yet, for a sharded one, and for
         config.train_bias with one that is kept whole.
         """
         layer = cls.around(linear, config or DashConfig())
@@ -101,26 +103,26 @@ class DashLinear(nn.Module):
         self.transposed = is_transposed(linear) and not kept
         self.in_features, self.out_features = features(linear)
         self.config, self.name, self.enabled = config, "", True
-        self._unmerged: Tensor | None = None  # the weight before `merge`
+        # The weight before `merge`.
+        self._unmerged: Tensor | None = None
         if not kept:
             self.register_parameter("weight", cast(nn.Parameter, linear.weight))
             self.register_parameter("bias", cast("nn.Parameter | None", linear.bias))
         self._add_adapters(compute_device(linear))
         if kept:
-            self.base = linear  # at the end: from here on it answers for names that are not ours
+            # This comes last: from here on the base layer answers for names that are not ours.
+            self.base = linear
         else:
             self.__dict__.update({key: value for key, value in vars(linear).items() if key not in self.__dict__})
 
     def _add_adapters(self, device: torch.device) -> None:
-        n, k, r = self.out_features, self.in_features, self.config.r
-        s = min(self.config.directions, n, k)
-        options: Any = {"device": device, "dtype": torch.float32}
-        self.lora_a = nn.Parameter(torch.empty(r, k, **options))
-        self.lora_b = nn.Parameter(torch.zeros(n, r, **options))
-        self.dash_sigma = nn.Parameter(torch.zeros(s, **options))
-        self.register_buffer("dash_u", torch.zeros(n, s, **options))
-        self.register_buffer("dash_vt", torch.zeros(s, k, **options))
-        self.register_buffer("launched", torch.zeros((), dtype=torch.bool, device=device))
+        for name, shape in adapter_shapes(self.out_features, self.in_features, self.config).items():
+            dtype = torch.bool if name == "launched" else torch.float32
+            tensor = torch.zeros(shape, dtype=dtype, device=device)
+            if name in ("lora_a", "lora_b", "dash_sigma"):
+                self.register_parameter(name, nn.Parameter(tensor))
+            else:
+                self.register_buffer(name, tensor)
         nn.init.kaiming_uniform_(self.lora_a, a=math.sqrt(5))
 
     def freeze_base(self) -> None:
@@ -132,8 +134,6 @@ class DashLinear(nn.Module):
         if self.bias is not None:
             self.bias.requires_grad_(self.config.train_bias)
 
-    # --- the base layer, as code outside sees it ---------------------------------------------------------------------
-
     def __getattr__(self, name: str) -> Any:
         base = self.__dict__["_modules"].get("base") if not name.startswith("_") and name != "base" else None
         if base is None:
@@ -144,11 +144,11 @@ class DashLinear(nn.Module):
             return getattr(base, name)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        """Whoever ties or replaces `weight` or `bias`, or sets what only the base layer has, means the base layer's."""
+        """Code that ties or replaces `weight` or `bias`, or sets what only the base layer has, means the base layer's."""
         base = self.__dict__.get("_modules", {}).get("base")
         if name == "weight" and value is not None and value is self.__dict__.get("_unmerged"):
             raise ValueError(f"{self._label()} is merged, and would lose its update; unmerge(model) before tying")
-        if base is not None and (name in _OF_BASE or self._is_of_base(name, base)):
+        if base is not None and (name in ("weight", "bias") or self._is_of_base(name, base)):
             setattr(base, name, value)
         else:
             super().__setattr__(name, value)
@@ -167,35 +167,31 @@ class DashLinear(nn.Module):
         return self._unmerged is not None
 
     def weight_nk(self) -> Tensor:
-        """The weight as (N, K): a view, or of a layer kept whole, a new tensor with every call (`base.weight_of`)."""
-        if self.base is not None:
-            return weight_of(self.base)
-        return self.weight.t() if self.transposed else self.weight
+        """The weight as (N, K): a view; for a layer that computes in a way of its own, a new tensor with every call."""
+        return self.oriented(self.weight) if self.base is None else weight_of(self.base)
 
     def oriented(self, weight: Tensor) -> Tensor:
         """A tensor of the stored weight's shape as (N, K)."""
         return weight.t() if self.transposed else weight
 
-    # --- forward -----------------------------------------------------------------------------------------------------
-
     def forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """input (..., K) to (..., N). Further arguments are for a layer kept whole; TypeError where there is none."""
-        x, base = input, self.base
+        base = self.base
         if base is not None:
-            return self._add_to(self._called(base, x, args, kwargs), x)
+            return self._add_low_rank(self._called(base, input, args, kwargs), input)
         if args or kwargs:
             raise TypeError(f"{self._label()} takes one tensor, got further arguments {[*args, *kwargs]}")
-        weight, bias, *adapters = self._tensors()
+        weight, bias, lora_a, lora_b, dash_u, dash_vt, dash_sigma = self._tensors()
         weight = weight.t() if self.transposed else weight
         if not self.enabled or self._unmerged is not None:
-            return F.linear(x, weight, bias)
-        if type(weight) not in (nn.Parameter, Tensor) and is_quantised(weight):  # by somebody, after `apply_dash`
-            return self._add_to(F.linear(x, weight, bias), x)
-        lora_a, lora_b, dash_u, dash_vt, dash_sigma = adapters
+            return F.linear(input, weight, bias)
+        # Somebody may have quantised the weight since `apply_dash`.
+        if type(weight) not in (nn.Parameter, Tensor) and is_quantised(weight):
+            return self._add_low_rank(F.linear(input, weight, bias), input)
         config = self.config
         try:
             return dash_linear(
-                x,
+                input,
                 weight,
                 bias,
                 lora_a=lora_a,
@@ -211,16 +207,15 @@ class DashLinear(nn.Module):
             self._fail(error, weight)
 
     def _tensors(self) -> tuple[Any, ...]:
-        """weight, bias and adapters: from the dicts, a tenth of the price of attributes, where they are all there.
+        """weight, bias, A, B, U, Vᵀ, Δσ: from the module's dicts, a tenth of the price of attributes, where all are there.
 
         Replicas of DataParallel, FSDP1, pruning and parametrizations keep them as plain attributes.
         """
         own, buffers = self._parameters, self._buffers
         try:
-            return (
-                own["weight"], own["bias"], own["lora_a"], own["lora_b"], buffers["dash_u"], buffers["dash_vt"],
-                own["dash_sigma"],
-            )  # fmt: skip
+            weight, bias = own["weight"], own["bias"]
+            a, b, sigma = own["lora_a"], own["lora_b"], own["dash_sigma"]
+            return weight, bias, a, b, buffers["dash_u"], buffers["dash_vt"], sigma
         except KeyError:
             return self.weight, self.bias, self.lora_a, self.lora_b, self.dash_u, self.dash_vt, self.dash_sigma
 
@@ -234,7 +229,7 @@ class DashLinear(nn.Module):
             )
         return y
 
-    def _add_to(self, y: Tensor, x: Tensor) -> Tensor:
+    def _add_low_rank(self, y: Tensor, x: Tensor) -> Tensor:
         if not self.enabled or self._unmerged is not None:
             return y
         try:
@@ -265,8 +260,6 @@ class DashLinear(nn.Module):
     def _label(self) -> str:
         return self.name or type(self).__name__
 
-    # --- phases ------------------------------------------------------------------------------------------------------
-
     @torch.no_grad()
     def launch(self, directions: Directions) -> None:
         """Takes the task-specific directions, u (N, s) and vt (s, K), and starts their coordinates Δσ at zero.
@@ -279,7 +272,7 @@ class DashLinear(nn.Module):
                 raise ValueError(f"directions.{name} has shape {tuple(theirs.shape)}; wanted {tuple(ours.shape)}")
         if self.merged:
             raise ValueError(f"{self._label()} is merged; unmerge it before launch")
-        if bool(self.launched) and bool(whole(self.dash_sigma).any()):
+        if bool(self.launched) and bool(gathered(self.dash_sigma).any()):
             raise ValueError(
                 f"{self._label()} is launched, and its trained dash_sigma would be lost; zero it to launch anew"
             )
@@ -290,8 +283,8 @@ class DashLinear(nn.Module):
 
     @torch.no_grad()
     def delta(self) -> Tensor:
-        """ΔW (N, K) in float32: scaling · B A + U diag(Δσ) Vᵀ. Of sharded adapters the whole; every process calls it."""
-        a, b, u, vt, sigma = map(whole, (self.lora_a, self.lora_b, self.dash_u, self.dash_vt, self.dash_sigma))
+        """ΔW (N, K) in float32: scaling · B A + U diag(Δσ) Vᵀ. Sharded adapters are gathered: every process must call this."""
+        a, b, u, vt, sigma = map(gathered, (self.lora_a, self.lora_b, self.dash_u, self.dash_vt, self.dash_sigma))
         with torch.autocast(a.device.type, enabled=False):
             return self.scaling * (b.float() @ a.float()) + (u.float() * sigma.float()) @ vt.float()
 
@@ -303,7 +296,8 @@ class DashLinear(nn.Module):
             raise ValueError(
                 f"{self._label()}: its weight is on meta (offloaded, or not loaded yet) and cannot be merged"
             )
-        computed = "weight" not in holder._parameters  # parametrized or pruned since it was adapted
+        # A layer parametrized or pruned since it was adapted computes its weight.
+        computed = "weight" not in holder._parameters
         if computed or is_quantised(weight) or (self.base is not None and not can_take_update(self.base)):
             kind = "is quantised" if is_quantised(weight) else "computes in a way of its own"
             raise ValueError(
@@ -314,12 +308,12 @@ class DashLinear(nn.Module):
 
     @torch.no_grad()
     def merged_weight(self) -> Tensor:
-        """W + ΔW in the stored weight's shape and dtype, rounded once. Of sharded parameters the whole.
+        """W + ΔW in the stored weight's shape and dtype, rounded once; sharded parameters are gathered.
 
         Raises ValueError where the weight has no room for ΔW: quantised layers, layers whose products are others than
         those with their weight, weights on meta, values that overflow the weight's dtype.
         """
-        weight = whole(self._holder().weight)  # type: ignore[arg-type]
+        weight = gathered(self._holder().weight)  # type: ignore[arg-type]
         delta = self.delta()
         delta = delta.t() if self.transposed or (self.base is not None and is_transposed(self.base)) else delta
         wide = weight.to(torch.promote_types(weight.dtype, torch.float32)) + delta
@@ -343,7 +337,7 @@ class DashLinear(nn.Module):
         weight: Tensor = holder.weight  # type: ignore[assignment]
         if is_sharded(weight):
             self._keep(weight.detach().clone())
-            write_shard(weight, merged)
+            weight.copy_(shard_of(merged, weight))
         else:
             holder.weight = nn.Parameter(merged, requires_grad=False)
             self._keep(weight)
@@ -361,7 +355,7 @@ class DashLinear(nn.Module):
             holder.weight = cast(nn.Parameter, original)
 
     def _keep(self, weight: Tensor | None) -> None:
-        """Outside the module's parameters: the weight before `merge` is no part of its state dict."""
+        """Notes the weight before `merge` outside the module's parameters, so that its state dict has no part of it."""
         object.__setattr__(self, "_unmerged", weight)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> DashLinear:

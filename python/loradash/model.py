@@ -1,9 +1,8 @@
-"""Puts adapters into a model and finds them there."""
+"""Puts adapters into a model, takes them in and out of its weights, and counts what trains."""
 
 from __future__ import annotations
 
 import contextlib
-import re
 import warnings
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -14,69 +13,11 @@ from torch import nn
 from .attention import call_adapted_layers
 from .base_layers import is_linear
 from .bypass import bypassed_children, child_at
-from .config import DashConfig, matches, unmatched
+from .config import DashConfig
+from .distributed import reshard
 from .linear import DashLinear
-
-STATE = "_loradash_state"
-
-
-@dataclass
-class DashState:
-    """What a run must remember besides tensors; travels with the model and in the adapter file."""
-
-    config: DashConfig
-    step: int = 0  # optimizer steps taken
-    dash_only: bool = False  # are A and B frozen?
-    schedules: int = 0  # made for this model; the last one counts
-
-    def claim(self) -> int:
-        """The number of a new schedule."""
-        self.schedules += 1
-        return self.schedules
-
-
-# --- finding ---------------------------------------------------------------------------------------------------------
-
-
-def unwrap(model: nn.Module) -> nn.Module:
-    """The module that `apply_dash` was called on, wherever it sits in `model` (inside DistributedDataParallel, an engine,
-    torch.compile, a larger model); `model` itself where there is none. Raises ValueError where there are several."""
-    found = [module for module in model.modules() if STATE in module.__dict__]
-    if len(found) > 1:
-        kinds = ", ".join(type(module).__name__ for module in found)
-        raise ValueError(f"{len(found)} parts of the model were adapted apart ({kinds}); pass one of them")
-    return found[0] if found else model
-
-
-def dash_state(model: nn.Module) -> DashState:
-    """The state that `apply_dash` left on a model. Raises ValueError where there is none."""
-    state = unwrap(model).__dict__.get(STATE)
-    if state is None:
-        raise ValueError("the model has no LoRA-Dash adapters; call apply_dash(model, config) first")
-    return state
-
-
-_WRAPPERS = re.compile(r"(^|\.)(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)(?=\.|$)")
-
-
-def plain_name(name: str) -> str:
-    """A module's name without the names that torch.compile, FSDP and activation checkpointing put into it."""
-    return _WRAPPERS.sub("", name).lstrip(".")
-
-
-def dash_layers(model: nn.Module) -> dict[str, DashLinear]:
-    """All adapted layers by plain name; a layer that occurs twice, under its first name."""
-    return {plain_name(name): m for name, m in unwrap(model).named_modules() if isinstance(m, DashLinear)}
-
-
-def reshard(model: nn.Module) -> None:
-    """Sends parameters that FSDP2 left gathered after a forward pass back to their shards, which are the ones that last."""
-    for module in model.modules():
-        if hasattr(module, "reshard") and hasattr(module, "unshard"):
-            module.reshard()  # type: ignore[operator]
-
-
-# --- adapting --------------------------------------------------------------------------------------------------------
+from .state import STATE, DashState, dash_layers, dash_state, unwrap
+from .targets import check_patterns, target_layers, trainable_modules
 
 
 def apply_dash(model: nn.Module, config: DashConfig | None = None) -> nn.Module:
@@ -91,9 +32,10 @@ def apply_dash(model: nn.Module, config: DashConfig | None = None) -> nn.Module:
     """
     config = config or DashConfig()
     given = model
-    model = model._modules.get("_orig_mod") or model  # torch.compile traces the changed module anew
+    # torch.compile traces the changed module anew.
+    model = model._modules.get("_orig_mod") or model
     _check_model(model)
-    _check_patterns(model, config)
+    check_patterns(model, config)
     chosen = target_layers(model, config)
     _check_parents(model, chosen, config)
     adapted = {module: _around(name, module, config) for name, module in chosen.items()}
@@ -105,7 +47,8 @@ def apply_dash(model: nn.Module, config: DashConfig | None = None) -> nn.Module:
     for layer in adapted.values():
         layer.freeze_base()
     for parent in list(model.modules()):
-        for child, module in parent._modules.items():  # named_children would skip a module's second name
+        # named_children would skip a module's second name.
+        for child, module in parent._modules.items():
             if module in adapted:
                 parent._modules[child] = adapted[module]
     for parent in list(model.modules()):
@@ -132,40 +75,13 @@ def _check_model(model: nn.Module) -> None:
 
 
 def _wrappers() -> tuple[type[nn.Module], ...]:
-    """Wrappers that have taken note of the parameters: those of adapters would never be reduced over processes."""
+    """Wrappers that have taken note of the parameters: the adapters' gradients would never be reduced over processes."""
     found: list[type[nn.Module]] = [nn.parallel.DistributedDataParallel, nn.DataParallel]
     if torch.distributed.is_available():
         from torch.distributed.fsdp import FullyShardedDataParallel
 
         found.append(FullyShardedDataParallel)
     return tuple(found)
-
-
-def _linear_layers(model: nn.Module) -> dict[str, nn.Module]:
-    return {plain_name(name): module for name, module in model.named_modules() if is_linear(module)}
-
-
-def _check_patterns(model: nn.Module, config: DashConfig) -> None:
-    linears = _linear_layers(model)
-    if not target_layers(model, config):
-        raise ValueError(
-            f"target_modules={config.target_modules!r} matches none of the {len(linears)} linear layers: "
-            f"{', '.join(list(linears)[:8])}{', ...' if len(linears) > 8 else ''}"
-        )
-    problems = unmatched(config, list(linears), [plain_name(name) for name, _ in model.named_modules()])
-    if problems:
-        raise ValueError("; ".join(problems))
-
-
-def target_layers(model: nn.Module, config: DashConfig) -> dict[str, nn.Module]:
-    """The layers that these settings adapt in a model without adapters, by plain name. Not what is part of another one."""
-    found: dict[str, nn.Module] = {}
-    inside: set[nn.Module] = set()
-    for name, module in _linear_layers(model).items():  # the outer ones come first
-        if is_target(name, config) and module not in inside:
-            found[name] = module
-            inside.update(module.modules())
-    return found
 
 
 def _check_parents(model: nn.Module, chosen: dict[str, nn.Module], config: DashConfig) -> None:
@@ -220,38 +136,10 @@ def _check_ties(adapted: Iterable[DashLinear], trained: list[nn.Parameter]) -> N
         )
 
 
-def is_target(name: str, config: DashConfig) -> bool:
-    """Do these settings adapt a linear layer of this name?"""
-    wanted = config.target_modules is None or matches(name, config.target_modules)
-    return wanted and not matches(name, config.exclude_modules) and not _trains_whole(name, config)
-
-
-def _trains_whole(name: str, config: DashConfig) -> bool:
-    parts = name.split(".")
-    return any(matches(".".join(parts[: i + 1]), config.trainable_modules) for i in range(len(parts)))
-
-
-def trainable_modules(model: nn.Module, config: DashConfig) -> dict[str, nn.Module]:
-    """The modules that train as a whole, outermost only, by plain name."""
-    found: dict[str, nn.Module] = {}
-    for wrapped, module in unwrap(model).named_modules():
-        name = plain_name(wrapped)
-        if (
-            name not in found
-            and matches(name, config.trainable_modules)
-            and not any(name.startswith(f + ".") for f in found)
-        ):
-            found[name] = module
-    return found
-
-
-# --- switches --------------------------------------------------------------------------------------------------------
-
-
 def merge(model: nn.Module) -> None:
     """Adds every layer's ΔW to its weight, for inference without adapters. All layers or, where one cannot, none.
 
-    Of a model sharded by FSDP2 every process must call this. Raises ValueError, naming the layer (`DashLinear.merge`).
+    Every process must call this for a model sharded by FSDP2. Raises ValueError, naming the layer (`DashLinear.merge`).
     """
     reshard(model)
     done: list[DashLinear] = []
@@ -300,9 +188,6 @@ def dash_only(model: nn.Module) -> None:
         layer.lora_a.requires_grad_(False)
         layer.lora_b.requires_grad_(False)
     dash_state(model).dash_only = True
-
-
-# --- summary ---------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Pictures of a fine-tuning run. Needs matplotlib: `pip install loradash-kernels[plots]`."""
+"""Pictures of change rates and of how adapters agree. Needs matplotlib: `pip install loradash-kernels[plots]`."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ if TYPE_CHECKING:
 BLUE, RED, GREY = "#2b6cb0", "#c53030", "#a0aec0"
 
 
-def _axes(columns: int = 1, width: float = 6.0) -> tuple[Any, Any]:
+def new_axes(columns: int = 1, width: float = 6.0) -> tuple[Any, Any]:
+    """A figure and its axes, (columns,). Raises ImportError that names the extra where matplotlib is missing."""
     try:
         import matplotlib
     except ImportError as error:
@@ -25,7 +26,8 @@ def _axes(columns: int = 1, width: float = 6.0) -> tuple[Any, Any]:
     return figure, axes[0]
 
 
-def _save(figure: Any, path: Path) -> Path:
+def save_figure(figure: Any, path: Path) -> Path:
+    """Writes a figure, its folder too, and closes it."""
     from matplotlib import pyplot
 
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -36,30 +38,30 @@ def _save(figure: Any, path: Path) -> Path:
 
 def change_rates(rates: dict[str, tuple[Tensor, Tensor]], path: Path) -> Path:
     """Change rate by singular index (0: largest σ) for some layers; values are (rate (n,), chosen indices (s,))."""
-    figure, axes = _axes(len(rates), 5.0)
+    figure, axes = new_axes(len(rates), 5.0)
     for axis, (name, (rate, chosen)) in zip(axes, rates.items(), strict=True):
         axis.semilogy(range(len(rate)), rate.clamp_min(1e-12), color=GREY, lw=0.8)
         axis.semilogy(chosen, rate[chosen].clamp_min(1e-12), "o", color=RED, ms=4, label=f"chosen ({len(chosen)})")
         axis.set(title=name, xlabel="singular index, largest σ first", ylabel="change rate")
         axis.legend(frameon=False)
-    return _save(figure, path)
+    return save_figure(figure, path)
 
 
 def sorted_rates(rates: dict[str, Tensor], path: Path) -> Path:
     """Change rates of every layer, sorted, over the largest of the layer; one line a layer."""
-    figure, (axis,) = _axes(width=7)
+    figure, (axis,) = new_axes(width=7)
     for rate in rates.values():
         ordered = rate.sort(descending=True).values
         axis.loglog(range(1, len(ordered) + 1), (ordered / ordered[0]).clamp_min(1e-9), color=BLUE, lw=0.6, alpha=0.5)
     axis.set(
         xlabel="rank of the direction", ylabel="change rate over the layer's largest", title=f"{len(rates)} layers"
     )
-    return _save(figure, path)
+    return save_figure(figure, path)
 
 
 def overlap_map(names: list[str], overlaps: Tensor, s: int, path: Path) -> Path:
     """Share of common directions of every two adapters, (adapters, adapters), as a heat map."""
-    figure, (axis,) = _axes(width=max(4.5, 0.7 * len(names) + 3))
+    figure, (axis,) = new_axes(width=max(4.5, 0.7 * len(names) + 3))
     image = axis.imshow(overlaps.numpy(), vmin=0, vmax=1, cmap="viridis")
     for i in range(len(names)):
         for j in range(len(names)):
@@ -70,12 +72,12 @@ def overlap_map(names: list[str], overlaps: Tensor, s: int, path: Path) -> Path:
     axis.set_yticks(range(len(names)), names, fontsize=8)
     axis.set_title(f"common directions among the top {s}, mean of the layers", fontsize=10)
     figure.colorbar(image, ax=axis, shrink=0.8)
-    return _save(figure, path)
+    return save_figure(figure, path)
 
 
 def agreement_lines(names: list[str], scores: list[tuple[float, float]], path: Path) -> Path:
     """Accuracy and recall of adapters, in the order given, against the last."""
-    figure, (axis,) = _axes(width=6)
+    figure, (axis,) = new_axes(width=6)
     for i, (label, color) in enumerate(
         (("accuracy, top 8 in the last's top 16", BLUE), ("recall of the last's top 4", RED))
     ):
@@ -83,45 +85,4 @@ def agreement_lines(names: list[str], scores: list[tuple[float, float]], path: P
     axis.set_xticks(range(len(names)), names, rotation=30, ha="right", fontsize=8)
     axis.set_ylim(0, 1.05)
     axis.legend(frameon=False)
-    return _save(figure, path)
-
-
-def loss_curves(losses: dict[str, list[list[float]]], launch: int, path: Path, window: int = 20) -> Path:
-    """Training loss by step, one line a seed, running means; a dotted line where the directions launch."""
-    figure, (axis,) = _axes(width=7)
-    for (name, runs), color in zip(losses.items(), (BLUE, RED, GREY), strict=False):
-        for i, run in enumerate(runs):
-            smooth = [
-                sum(run[max(0, j - window) : j + 1]) / len(run[max(0, j - window) : j + 1]) for j in range(len(run))
-            ]
-            axis.plot(smooth, color=color, lw=1, alpha=0.8, label=name if i == 0 else None)
-    axis.axvline(launch, color="k", ls=":", lw=0.8)
-    axis.set(xlabel="optimizer step", ylabel=f"training loss (mean of {window})", yscale="log")
-    axis.legend(frameon=False)
-    return _save(figure, path)
-
-
-def sigma_paths(paths: dict[str, Tensor], path: Path) -> Path:
-    """Δσ of some layers by step; values are (steps, s)."""
-    figure, axes = _axes(len(paths), 5.0)
-    for axis, (name, values) in zip(axes, paths.items(), strict=True):
-        axis.plot(values.numpy(), lw=0.9)
-        axis.set(title=name, xlabel="optimizer step", ylabel="Δσ")
-        axis.axhline(0, color="k", lw=0.5)
-    return _save(figure, path)
-
-
-def ratio_bars(rows: dict[str, dict[str, float]], title: str, path: Path) -> Path:
-    """Time over a frozen nn.Linear: groups of bars; rows: group -> variant -> ratio."""
-    figure, (axis,) = _axes(width=max(7, 1.5 * len(rows)))
-    variants = list(next(iter(rows.values())))
-    width = 0.8 / max(1, len(variants))
-    for i, variant in enumerate(variants):
-        values = [row.get(variant, float("nan")) for row in rows.values()]
-        color = RED if variant == "ours" else None
-        axis.bar([g + i * width for g in range(len(rows))], values, width, label=variant, color=color)
-    axis.axhline(1, color="k", lw=0.6)
-    axis.set_xticks([g + 0.4 - width / 2 for g in range(len(rows))], list(rows), fontsize=7)
-    axis.set(title=title, ylabel="time / frozen nn.Linear")
-    axis.legend(frameon=False, fontsize=7)
-    return _save(figure, path)
+    return save_figure(figure, path)

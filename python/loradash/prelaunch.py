@@ -12,14 +12,25 @@ from tqdm.auto import tqdm
 
 from loradash_kernels import Directions, task_specific_directions
 
-from .base_layers import is_sharded, whole
 from .cache import SpectralCache
+from .distributed import (
+    exchange_directions,
+    gather_in_turns,
+    gathered,
+    is_sharded,
+    place,
+    raise_everywhere,
+    reshard,
+    share_out,
+)
 from .linear import DashLinear
-from .model import dash_layers, dash_state, reshard
+from .state import dash_layers, dash_state
 
 BATCH_ELEMENTS = 2**26
 """Weights decomposed at a time on the CPU: 256 MB in float32."""
-_COPIES = 8  # of a batch that a decomposition on a GPU may need at once, in float32
+
+_COPIES = 8
+"""A decomposition on a GPU may need this many copies of a batch at once, in float32."""
 
 
 @dataclass(frozen=True)
@@ -43,12 +54,13 @@ def prelaunch(
 
     Layers of one shape are decomposed together, with the method `config.svd`. Nothing is written before all are found: a
     failure or an interrupt leaves the model in pre-launch. Layers whose ΔW is still zero (unused ones) stay plain LoRA,
-    with a warning. Under torch.distributed every process must call this; the layers are shared out by cost, parameters
-    sharded by FSDP2 are gathered a few layers at a time, quantised ones made plain one at a time, and all processes end with the same directions, or all raise.
+    with a warning. Under torch.distributed every process must call this: the layers are shared out by cost, and all
+    processes end with the same directions, or all raise. Parameters sharded by FSDP2 are gathered one layer of every share
+    at a time; the weights of quantised layers are made plain one at a time.
 
     Args:
         cache: takes decompositions from there, and keeps those it has to make.
-        device: where to decompose; that of each layer by default. A GPU for a model whose weights are on the CPU.
+        device: where to decompose, for instance a GPU for a model whose weights are on the CPU; each layer's own by default.
 
     Returns one report a layer. Raises ValueError for a model without adapters, weights that are not finite or not there
     (meta), merged layers, and layers that are launched already; RuntimeError, naming the process, when another one failed.
@@ -57,7 +69,7 @@ def prelaunch(
     layers = dash_layers(model)
     reshard(model)
     _check_phase(layers)
-    adapters = {name: (whole(layer.lora_a), whole(layer.lora_b)) for name, layer in layers.items()}
+    adapters = {name: (gathered(layer.lora_a), gathered(layer.lora_b)) for name, layer in layers.items()}
     idle = [name for name, (a, b) in adapters.items() if not bool(a.any()) or not bool(b.any())]
     if idle:
         warnings.warn(
@@ -65,11 +77,13 @@ def prelaunch(
         )
     names = [name for name, layer in layers.items() if name not in set(idle) and layer.dash_sigma.numel()]
     finder = _Finder(layers, adapters, method, cache, device)
-    rank, world = _place()
-    shares = share_out({name: _cost(layers[name]) for name in names}, world)
+    rank, processes = place()
+    shares = share_out({name: _cost(layers[name]) for name in names}, processes)
     with tqdm(total=len(shares[rank]), desc="pre-launch", unit="layer", disable=not progress or rank != 0) as bar:
         found = _find(finder, shares, rank, bar)
-    found = _exchange(found, shares, layers) if world > 1 else found
+    if processes > 1:
+        buffers = {name: (layers[name].dash_u, layers[name].dash_vt) for name in names}
+        found = exchange_directions(found, shares, rank, buffers)
     for name in names:
         layers[name].launch(found[name])
     return [LayerReport(n, found[n].routes[0], found[n].rate, found[n].sigma, found[n].index) for n in names]
@@ -103,7 +117,7 @@ class _Finder:
         self.layers, self.adapters, self.method, self.cache, self.device = layers, adapters, method, cache, device
 
     def batches(self, names: Sequence[str]) -> list[list[str]]:
-        """Layers of one shape, rank and device together, in batches of bounded size; singly from a cache."""
+        """Layers of one shape, rank and device together, in batches of bounded size; with a cache one at a time."""
         groups: dict[tuple, list[str]] = {}
         for name in names:
             layer = self.layers[name]
@@ -117,16 +131,18 @@ class _Finder:
             batches += [members[i : i + size] for i in range(0, len(members), size)]
         return batches
 
-    def named(self, names: Sequence[str], weight_of: Callable[[str], Tensor]) -> dict[str, Directions]:
-        """`find`, whose errors about values name the layers."""
+    def find(self, names: Sequence[str], weight_of: Callable[[str], Tensor]) -> dict[str, Directions]:
+        """Directions of the layers of a batch; weight_of gives a whole weight (N, K), asked for one layer at a time.
+
+        Errors about values name the layers.
+        """
         try:
-            return self.find(names, weight_of)
+            return self._decompose(names, weight_of)
         except ValueError as error:
             raise ValueError(f"{', '.join(names[:4])}{', ...' if len(names) > 4 else ''}: {error}") from error
 
     @torch.no_grad()
-    def find(self, names: Sequence[str], weight_of: Callable[[str], Tensor]) -> dict[str, Directions]:
-        """Directions of the layers of a batch; weight_of gives a whole weight (N, K), asked for one layer at a time."""
+    def _decompose(self, names: Sequence[str], weight_of: Callable[[str], Tensor]) -> dict[str, Directions]:
         layer = self.layers[names[0]]
         device, s, scaling = torch.device(self.device or layer.lora_a.device), layer.dash_sigma.numel(), layer.scaling
         if self.cache is not None:
@@ -153,95 +169,32 @@ def batch_elements(device: torch.device | str) -> int:
     return max(1, free // (4 * _COPIES))
 
 
-def share_out(costs: dict[str, float], parts: int) -> list[list[str]]:
-    """Names in `parts` shares of nearly equal cost: the dearest first, each to the share that has least."""
-    shares: list[list[str]] = [[] for _ in range(parts)]
-    totals = [0.0] * parts
-    for name in sorted(costs, key=lambda n: -costs[n]):
-        least = totals.index(min(totals))
-        shares[least].append(name)
-        totals[least] += costs[name]
-    return shares
-
-
 def _cost(layer: DashLinear) -> float:
     n, k = layer.out_features, layer.in_features
     return float(n * k * min(n, k))
 
 
 def _find(finder: _Finder, shares: list[list[str]], rank: int, bar: tqdm) -> dict[str, Directions]:
-    """This process's share. Errors are told to the others before they are raised: nobody waits for the dead."""
+    """This process's share. An error is raised in all processes."""
     found: dict[str, Directions] = {}
     error: BaseException | None = None
-    sharded = any(layer.base is None and is_sharded(layer.weight) for layer in finder.layers.values())
+
+    def take(names: list[str], weight_of: Callable[[str], Tensor]) -> None:
+        found.update(finder.find(names, weight_of))
+        bar.update(len(names))
+
+    def whole_weight(name: str) -> Tensor:
+        layer = finder.layers[name]
+        return layer.oriented(gathered(layer.weight)) if is_sharded(layer.weight) else layer.weight_nk()
+
+    # Ctrl-C too is told to the other processes.
     try:
-        if sharded:
-            _find_sharded(finder, shares, rank, found, bar)
+        if any(layer.base is None and is_sharded(layer.weight) for layer in finder.layers.values()):
+            gather_in_turns(shares, rank, whole_weight, lambda name, weight: take([name], lambda _: weight))
         else:
             for batch in finder.batches(shares[rank]):
-                found |= finder.named(batch, lambda name: finder.layers[name].weight_nk())
-                bar.update(len(batch))
-    except BaseException as caught:  # Ctrl-C too
+                take(batch, lambda name: finder.layers[name].weight_nk())
+    except BaseException as caught:
         error = caught
-    if len(shares) > 1:
-        errors: list[str | None] = [None] * len(shares)
-        torch.distributed.all_gather_object(errors, error and f"{type(error).__name__}: {error}")
-        failed = next((i for i, text in enumerate(errors) if text), None)
-        if failed is not None and error is None:
-            raise RuntimeError(f"pre-launch failed in process {failed}, the model is unchanged: {errors[failed]}")
-    if error is not None:
-        raise error
+    raise_everywhere(error, len(shares))
     return found
-
-
-def _find_sharded(finder: _Finder, shares: list[list[str]], rank: int, found: dict[str, Directions], bar: tqdm) -> None:
-    """One layer of every share at a time: gathering is everybody's, decomposing then each one's own."""
-    error: BaseException | None = None
-    for turn in range(max(len(share) for share in shares)):
-        mine: Tensor | None = None
-        for owner, share in enumerate(shares):
-            if turn < len(share):
-                layer = finder.layers[share[turn]]
-                gathered = layer.oriented(whole(layer.weight))
-                mine = gathered if owner == rank else mine
-                del gathered
-        if mine is not None and error is None:
-            try:
-                found |= finder.named([shares[rank][turn]], lambda _, weight=mine: weight)  # type: ignore[misc]
-            except BaseException as caught:  # the others still gather with us
-                error = caught
-            bar.update(1)
-    if error is not None:
-        raise error
-
-
-def _place() -> tuple[int, int]:
-    dist = torch.distributed
-    if dist.is_available() and dist.is_initialized():
-        return dist.get_rank(), dist.get_world_size()
-    return 0, 1
-
-
-def _exchange(
-    found: dict[str, Directions], shares: list[list[str]], layers: dict[str, DashLinear]
-) -> dict[str, Directions]:
-    """Everybody's directions, from whoever found them."""
-    rank = torch.distributed.get_rank()
-    everything: dict[str, Directions] = {}
-    for owner, share in enumerate(shares):
-        for name in share:
-            layer = layers[name]
-            device, (n, s), k = layer.dash_u.device, layer.dash_u.shape, layer.dash_vt.shape[1]
-            if owner == rank:
-                mine = found[name]
-                tensors = [t.to(device).contiguous() for t in (mine.u, mine.vt, mine.sigma, mine.rate, mine.index)]
-                tensors = [t if t.dtype == torch.int64 else t.float() for t in tensors]
-            else:
-                tensors = [torch.empty(shape, device=device) for shape in ((n, s), (s, k), (s,), (s,))]
-                tensors.append(torch.empty(s, dtype=torch.int64, device=device))
-            for tensor in tensors:
-                torch.distributed.broadcast(tensor, src=owner)
-            routes = [found[name].routes if owner == rank else None]
-            torch.distributed.broadcast_object_list(routes, src=owner)
-            everything[name] = Directions(*tensors, routes[0])  # type: ignore[arg-type, call-arg]
-    return everything

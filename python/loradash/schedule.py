@@ -5,17 +5,18 @@ from __future__ import annotations
 import functools
 import warnings
 import weakref
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import nn
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
-from .base_layers import is_sharded, whole
 from .cache import SpectralCache
+from .distributed import gathered, is_sharded
 from .linear import DashLinear
-from .model import dash_layers, dash_state
 from .prelaunch import LayerReport, prelaunch
+from .state import dash_layers, dash_state
 
 
 class DashSchedule:
@@ -53,7 +54,7 @@ class DashSchedule:
         self._gradients = _GradientWatch(self._layers) if gradients else None
 
     def __getstate__(self) -> dict[str, Any]:
-        """A copy, made with its model's, watches for itself."""
+        """A copy, made together with a copy of the model, watches that one."""
         return {**vars(self), "_watch": None, "_gradients": self._gradients is not None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -80,19 +81,21 @@ class DashSchedule:
         self._look_after_layers()
         if self.state.step < self.state.config.prelaunch_steps or self._is_settled():
             return False
+        # A skipped step, or a learning rate of 0, leaves B at zero.
         if not self._has_update():
-            return False  # no step was taken so far, or all with a learning rate of 0
+            return False
         self.reports = prelaunch(self.model, self.progress, self.cache)
         self._settled = True
         return True
 
     def _has_update(self) -> bool:
-        return any(bool(whole(layer.lora_b).any()) for layer in self._layers.values())
+        return any(bool(gathered(layer.lora_b).any()) for layer in self._layers.values())
 
     def _is_settled(self) -> bool:
         """`launched`, but read from the device only after somebody wrote it: this is asked before every optimizer step.
 
-        Prelaunch, load_adapter and load_state_dict write it at any time; one that found nothing to launch is not repeated.
+        Prelaunch, load_adapter and load_state_dict may write it at any time. A prelaunch that found nothing to launch
+        settles the matter too.
         """
         flags = [(id(layer.launched), layer.launched._version) for layer in self._layers.values()]
         if flags != self._flags:
@@ -122,7 +125,7 @@ class DashSchedule:
 class _OptimizerWatch:
     """Counts the steps that torch.optim's optimizers take on the adapters, by hooks on all of them."""
 
-    def __init__(self, layers: dict[str, DashLinear], before: Any) -> None:
+    def __init__(self, layers: dict[str, DashLinear], before: Callable[[], None]) -> None:
         self._layers = layers
         self._before = weakref.WeakMethod(before)
         self._taken = 0
@@ -130,8 +133,8 @@ class _OptimizerWatch:
         self.seen = False
         watch = weakref.ref(self)
         handles = (
-            register_optimizer_step_pre_hook(functools.partial(_forward, watch, "_about_to_step")),
-            register_optimizer_step_post_hook(functools.partial(_forward, watch, "_stepped")),
+            register_optimizer_step_pre_hook(functools.partial(_call, watch, "_about_to_step")),
+            register_optimizer_step_post_hook(functools.partial(_call, watch, "_stepped")),
         )
         weakref.finalize(self, _remove, handles)
 
@@ -154,7 +157,7 @@ class _OptimizerWatch:
         if before is None or not self._is_ours(optimizer):
             return None
         before()
-        # args holds the optimizer itself first, and then what its step was called with
+        # args holds the optimizer itself first, and then what its step was called with.
         closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
         if not callable(closure):
             return None
@@ -180,7 +183,8 @@ class _OptimizerWatch:
         return any(id(p) in ours for group in optimizer.param_groups for p in group["params"])
 
 
-def _forward(watch: weakref.ref, method: str, optimizer: torch.optim.Optimizer, *arguments: Any) -> Any:
+def _call(watch: weakref.ref, method: str, optimizer: torch.optim.Optimizer, *arguments: Any) -> Any:
+    """A hook on all optimizers must not keep the watch, and by it the model, alive."""
     found = watch()
     return None if found is None else getattr(found, method)(optimizer, *arguments)
 
@@ -209,11 +213,8 @@ class _GradientWatch:
             handle.remove()
         if not self._layers:
             warnings.warn("loradash: no adapter trains, every lora_b is frozen (requires_grad=False)", stacklevel=4)
-        missing = [
-            name
-            for name, layer in self._layers.items()
-            if name not in self._arrived and not is_sharded(layer.lora_b)  # FSDP2 sets gradients without hooks
-        ]
+        # FSDP2 sets the gradients of sharded parameters without calling hooks.
+        missing = [n for n, layer in self._layers.items() if n not in self._arrived and not is_sharded(layer.lora_b)]
         if missing and (trained or self._arrived):
             warnings.warn(
                 f"loradash: no gradient for {len(missing)} of {len(self._layers)} adapted layers in the first step: "

@@ -8,7 +8,7 @@ import loradash
 import pytest
 import torch
 from loradash import apply_dash, dash_layers, export_lora
-from loradash.export import PREFIX
+from loradash.peft_layout import PREFIX
 from safetensors.torch import load_file
 from support.exported import X, config, served_like, settings_of, trained
 from torch import nn
@@ -95,9 +95,6 @@ def test_names_after_wrapping(tmp_path):
     torch.testing.assert_close(served(X), wanted, rtol=1e-5, atol=1e-5)
 
 
-# --- names that PEFT could mistake -----------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(
     ("names", "targets"),
     [
@@ -146,7 +143,8 @@ def test_many_layers_with_one_left_out(tmp_path):
         (["default", "b"], "default", r"b\.lora_A\.default"),
         (["model", "b"], "model", "base_model"),
         (["out", "b"], "out", r"b\.lora_dropout"),
-        (["a[b]", "ab"], "a[b]", "ab"),  # to PEFT an expression too
+        # PEFT takes this name for an expression too.
+        (["a[b]", "ab"], "a[b]", "ab"),
     ],
 )
 def test_modules_kept_whole_that_peft_would_mistake(tmp_path, names, whole, other):
@@ -181,9 +179,6 @@ def test_whole_modules_with_parts_and_buffers(tmp_path):
     model = apply_dash(build(), config(trainable_modules=["2"]))
     model.train()(X)
     served_like(build(), trained(model), tmp_path)
-
-
-# --- shared and tied -------------------------------------------------------------------------------------------------
 
 
 class Twice(nn.Module):
@@ -238,7 +233,8 @@ TOKENS = torch.arange(11)
 @pytest.mark.parametrize("merged", [True, False])
 @pytest.mark.parametrize("whole", ["embed", "head"])
 def test_a_trained_module_tied_to_another_is_refused(tmp_path, one, merged, whole):
-    targets = ["mid"] if one and whole == "embed" else None  # the head's own weight cannot be frozen then
+    # The head shares the weight that trains here: it cannot be adapted as well.
+    targets = ["mid"] if one and whole == "embed" else None
     model = trained(apply_dash(Tied(one), config(trainable_modules=[whole], target_modules=targets)))
     if merged:
         loradash.merge(model)
@@ -256,9 +252,6 @@ def test_an_adapted_layer_over_a_tied_weight(tmp_path):
     model = trained(apply_dash(Tied(), config()))
     with pytest.warns(UserWarning, match="weight of head is tied.*merge_and_unload"):
         served_like(Tied(), model, tmp_path, TOKENS)
-
-
-# --- layers of other kinds -------------------------------------------------------------------------------------------
 
 
 def test_parents_that_read_weights_are_refused(tmp_path):

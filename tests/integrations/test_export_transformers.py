@@ -80,7 +80,8 @@ def test_transformers_models(tmp_path, monkeypatch, kind):
     inputs = SEQ2SEQ if task == "SEQ_2_SEQ_LM" else {"input_ids": IDS}
     model = trained(apply_dash(copy.deepcopy(base), config(**adapters)))
     with warnings.catch_warnings():
-        warnings.simplefilter("error", UserWarning)  # of ours; PEFT's come afterwards
+        # No warning of ours may come; PEFT's own come afterwards.
+        warnings.simplefilter("error", UserWarning)
         export_lora(model, tmp_path / "peft")
     served_like(base, model, tmp_path / "peft", inputs, 1e-4)
     written = settings_of(tmp_path / "peft")

@@ -56,8 +56,6 @@ def test_damaged_files(tmp_path, kind, adapted):
     assert adapted == any(isinstance(m, loradash.DashLinear) for m in model.modules())
 
 
-# --- headers ---------------------------------------------------------------------------------------------------------
-
 GOOD = {"config": CONFIG.to_dict(), "step": 6, "dash_only": False}
 
 
@@ -159,9 +157,6 @@ def test_an_adapter_too_large_for_half_precision(tmp_path):
     assert torch.equal(fitting[0].lora_b, trained()[0].lora_b.half())
 
 
-# --- files -----------------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(("mask", "mode"), [(0o022, 0o644), (0o077, 0o600), (0o002, 0o664), (0o027, 0o640)])
 def test_files_take_the_permissions_of_new_ones(tmp_path, mask, mode):
     model, old = trained(), os.umask(mask)
@@ -179,9 +174,12 @@ def test_files_take_the_permissions_of_new_ones(tmp_path, mask, mode):
 def test_no_settings_can_make_a_file_that_does_not_load(tmp_path):
     numpy = pytest.importorskip("numpy")
     config = DashConfig(
-        r=numpy.int64(3), alpha=numpy.float32(0.3), target_modules={"2", "0"}, exclude_modules=frozenset({"4"}),
+        r=numpy.int64(3),
+        alpha=numpy.float32(0.3),
+        target_modules={"2", "0"},
+        exclude_modules=frozenset({"4"}),
         overrides={"2": {"r": numpy.int32(5), "alpha": numpy.float64(2)}},
-    )  # fmt: skip
+    )
     model = train(apply_dash(network(), config), 2)
     file = save_adapter(model, tmp_path)
     with safe_open(file, "pt") as opened:

@@ -63,9 +63,8 @@ def test_rates_from_disk(trained):
     rates = layer_rates(Weights(folder), factors, progress=False)
     layer = model.up
     wanted = change_rates(layer.weight, layer.lora_a, layer.lora_b, scaling=2.0, method="exact").rate
-    torch.testing.assert_close(
-        rates["up"].rate, wanted, rtol=1e-3, atol=1e-3
-    )  # by the SVD of a copy elsewhere in memory
+    # The rates from disk are those of a copy elsewhere in memory, whose SVD may differ in its last bits.
+    torch.testing.assert_close(rates["up"].rate, wanted, rtol=1e-3, atol=1e-3)
     early, late = (layer_rates(Weights(folder), load_factors(folder / n), progress=False) for n in ("early", "late"))
     assert overlap(late, late, 8) == 1 and overlap(early, late, 8) > overlap(rates, late, 8)
     assert agreement([late], late) == [(1.0, 1.0)]
@@ -74,7 +73,8 @@ def test_rates_from_disk(trained):
 def test_peft_adapters(trained, tmp_path):
     folder, model = trained
     ours = load_factors(folder / "other")
-    export_lora(model, tmp_path / "peft")  # before launch: U is zero, so the ranks added carry nothing
+    # Before launch U is zero, so the ranks added carry nothing.
+    export_lora(model, tmp_path / "peft")
     theirs = load_factors(tmp_path / "peft")
     assert theirs.keys() == ours.keys()
     for name, (a, b, scaling) in ours.items():
@@ -104,7 +104,8 @@ def test_decompose_command(trained, tmp_path, monkeypatch):
     assert code == 0 and "2 weights" in text, text
     cache = SpectralCache()
     assert cache.has(model.up.weight) and cache.has(model.down.weight)
-    monkeypatch.setattr("loradash.cache.decompose", None)  # launch needs none
+    # A launch from the cache decomposes nothing.
+    monkeypatch.setattr("loradash.cache.decompose", None)
     assert len(prelaunch(model, progress=False, cache=cache)) == 2
 
 
@@ -129,7 +130,13 @@ def test_bad_files(trained, tmp_path, what):
         adapter = tmp_path / "fresh"
     code, text = run("directions", base, adapter)
     assert code == 1 and "Traceback" not in text
-    words = {"missing": "nowhere", "foreign": "safetensors", "truncated": "cannot be read", "no layer": "0 weights for layer", "untrained": "every B is zero"}  # fmt: skip
+    words = {
+        "missing": "nowhere",
+        "foreign": "safetensors",
+        "truncated": "cannot be read",
+        "no layer": "0 weights for layer",
+        "untrained": "every B is zero",
+    }
     assert words[what] in text.replace("\n", " "), text
 
 
@@ -204,9 +211,6 @@ def test_mistakes_get_a_message(trained, kind):
     assert code == 1 and "Traceback" not in text and wanted in message(text), text
 
 
-# --- PEFT's adapters -------------------------------------------------------------------------------------------------
-
-
 class Two(nn.Module):
     """Layers whose names end alike."""
 
@@ -266,7 +270,9 @@ def test_damaged_settings(tmp_path, damage):
         load_factors(tmp_path)
 
 
-@pytest.mark.parametrize("settings", ["{", "[]", '{"config": []}', '{"config": {"r": "x"}}', '{"config": {"overrides": {"(": {"r": 2}}}}'])  # fmt: skip
+@pytest.mark.parametrize(
+    "settings", ["{", "[]", '{"config": []}', '{"config": {"r": "x"}}', '{"config": {"overrides": {"(": {"r": 2}}}}']
+)
 def test_damaged_settings_of_ours(tmp_path, settings):
     save_file(
         {"up.lora_a": torch.randn(4, 8), "up.lora_b": torch.randn(6, 4)},
@@ -275,9 +281,6 @@ def test_damaged_settings_of_ours(tmp_path, settings):
     )
     with pytest.raises(AdapterError, match=r"a\.safetensors: cannot be read as"):
         load_factors(tmp_path / "a.safetensors")
-
-
-# --- models that store (K, N) ----------------------------------------------------------------------------------------
 
 
 def stored_by_columns(folder):
@@ -296,9 +299,7 @@ def test_rates_of_square_weights_stored_by_columns(tmp_path):
     save_adapter(model, tmp_path / "adapter")
     rates = layer_rates(Weights(tmp_path / "base.safetensors"), load_factors(tmp_path / "adapter"), progress=False)
     for name, layer in dash_layers(model).items():
-        wanted = change_rates(
-            layer.weight_nk(), layer.lora_a, layer.lora_b, scaling=layer.scaling, method="exact"
-        )  # fmt: skip
+        wanted = change_rates(layer.weight_nk(), layer.lora_a, layer.lora_b, scaling=layer.scaling, method="exact")
         torch.testing.assert_close(rates[name].rate, wanted.rate, rtol=1e-4, atol=1e-4)
 
 

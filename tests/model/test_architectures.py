@@ -30,8 +30,10 @@ class Trial:
     inputs: dict[str, torch.Tensor]
     targets: tuple[str, ...] | None = None
     exclude: tuple[str, ...] | None = None
-    stays: str | None = None  # what apply_dash says of the model as a whole, where it refuses
-    unserved: str | None = None  # what export_lora says, where PEFT would give other outputs
+    # What apply_dash says of the model as a whole, where it refuses.
+    stays: str | None = None
+    # What export_lora says, where PEFT would give other outputs.
+    unserved: str | None = None
 
 
 def text(
@@ -153,7 +155,7 @@ def test_whole_models(name, tmp_path, record_property):
             loradash.export_lora(model, tmp_path / "peft")
     else:
         with warnings.catch_warnings():
-            # Of models with tied embeddings: beside the model, as here, the adapter is right.
+            # Models with tied embeddings warn of merging in PEFT; served beside the model, as here, the adapter is right.
             warnings.filterwarnings("ignore", "loradash: the weight of .* is tied to another module's")
             folder = loradash.export_lora(model, tmp_path / "peft")
         served = peft.PeftModel.from_pretrained(build(trial), str(folder)).eval()

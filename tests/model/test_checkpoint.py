@@ -78,9 +78,6 @@ def test_no_adapters(tmp_path):
         save_adapter(network(), tmp_path)
 
 
-# --- models that cannot take an adapter, or only with care ------------------------------------------------------------
-
-
 @pytest.mark.parametrize("adapted", [False, True])
 def test_a_model_without_values_is_refused(tmp_path, adapted):
     file = save_adapter(trained(), tmp_path)
@@ -199,13 +196,11 @@ def test_names_do_not_depend_on_wrappers(tmp_path):
 
 def test_parameters_in_pieces_are_not_saved(tmp_path):
     model = trained()
-    model[0].lora_a = nn.Parameter(model[0].lora_a.detach().flatten()[:7])  # what FSDP1 leaves between two forwards
+    # FSDP1 leaves such pieces between two forward passes.
+    model[0].lora_a = nn.Parameter(model[0].lora_a.detach().flatten()[:7])
     with pytest.raises(ValueError, match=r"0\.lora_a has shape \(7,\), wanted \(3, 20\).*summon_full_params"):
         save_adapter(model, tmp_path)
     assert not list(tmp_path.iterdir())
-
-
-# --- state -----------------------------------------------------------------------------------------------------------
 
 
 def trains(model):

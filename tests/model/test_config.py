@@ -65,7 +65,8 @@ ACCEPTED = [
 @pytest.mark.parametrize("values", ACCEPTED)
 def test_what_is_accepted_survives_a_dict_and_json(values):
     if "exclude_modules" in values:
-        values = {**values, "exclude_modules": list(values["exclude_modules"])}  # a generator serves once
+        # A generator serves once.
+        values = {**values, "exclude_modules": list(values["exclude_modules"])}
     config = DashConfig(**values)
     assert DashConfig.from_dict(config.to_dict()) == config
     written = json.loads(json.dumps(config.to_dict()))

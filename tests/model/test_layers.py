@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import re
+import sys
 import warnings
 
 import loradash
@@ -116,7 +117,8 @@ def test_a_layer_kept_whole_answers_for_its_weight():
     assert (dash.in_features, dash.out_features) == (WIDTH, 8)
     assert isinstance(next(m for m in dash.modules() if isinstance(m, nn.Linear)).weight, nn.Parameter)
     other = nn.Parameter(torch.randn(8, WIDTH), requires_grad=False)
-    dash.weight = other  # as tied embeddings are set
+    # Tied embeddings are set like this.
+    dash.weight = other
     assert layer.weight is other and "weight" not in dash._parameters
     with pytest.raises(AttributeError, match="nothing_of_that_name"):
         dash.nothing_of_that_name  # noqa: B018
@@ -250,9 +252,6 @@ def test_a_sharded_layer_is_refused():
         torch.distributed.destroy_process_group()
 
 
-# --- code around the layers ------------------------------------------------------------------------------------------
-
-
 def test_weights_that_are_plain_attributes():
     """DataParallel's replicas, pruning and parametrizations keep tensors outside of the module's parameters."""
     x = torch.randn(3, WIDTH)
@@ -320,3 +319,14 @@ def test_no_warning_where_nothing_is_wrong():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         apply_dash(Model(), config())
+
+
+def test_a_layer_kept_whole_beside_sharded_ones(monkeypatch):
+    """Where other layers are gathered, its W is still that of its own products."""
+    model = apply_dash(nn.Sequential(linear(), Scaled(WIDTH, WIDTH)), config(svd="exact"))
+    for layer in dash_layers(model).values():
+        nn.init.normal_(layer.lora_b)
+    monkeypatch.setattr(sys.modules["loradash.prelaunch"], "is_sharded", lambda tensor: tensor is model[0].weight)
+    _, report = loradash.prelaunch(model, progress=False)
+    sigma = torch.linalg.svdvals(3 * model[1].base.weight)
+    torch.testing.assert_close(report.sigma, sigma[report.index], rtol=1e-4, atol=1e-4)

@@ -57,9 +57,6 @@ def launched_model(steps=6):
     return model, schedule
 
 
-# --- injection -------------------------------------------------------------------------------------------------------
-
-
 def test_a_fresh_adapter_changes_nothing():
     torch.manual_seed(0)
     model = Net()
@@ -149,9 +146,6 @@ def test_transposed_weights():
         DashLinear.from_linear(nn.Embedding(2, 2))
 
 
-# --- schedule --------------------------------------------------------------------------------------------------------
-
-
 def test_schedule_launches_once_at_its_step():
     torch.manual_seed(0)
     model = apply_dash(Net(), CONFIG)
@@ -165,7 +159,8 @@ def test_schedule_launches_once_at_its_step():
     for report in schedule.reports:
         layer = loradash.dash_layers(model)[report.name]
         assert bool(layer.launched)
-        assert layer.dash_sigma.abs().min() > 0  # trained since
+        # Δσ has trained since launch.
+        assert layer.dash_sigma.abs().min() > 0
     assert not bool(model.unused.launched)
     assert "phase=dash" in repr(model.inner[0])
 
@@ -178,7 +173,8 @@ def test_launch_writes_what_was_found():
     x = torch.randn(4, 24)
     before = layer(x)
     layer.launch(found)
-    assert torch.equal(layer(x), before)  # coordinates start at zero
+    # The coordinates start at zero.
+    assert torch.equal(layer(x), before)
     assert torch.equal(layer.dash_u, found.u)
     with pytest.raises(ValueError, match=r"directions\.u has shape"):
         layer.launch(task_specific_directions(layer.weight, layer.lora_a, layer.lora_b, 2))
@@ -214,9 +210,6 @@ def _without_unused(model):
     return model
 
 
-# --- merge and disable -----------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_merge_and_exact_restore(dtype):
     model, _ = launched_model()
@@ -226,7 +219,8 @@ def test_merge_and_exact_restore(dtype):
     loradash.merge(model)
     tolerance = 1e-4 if dtype == torch.float32 else 0.1
     torch.testing.assert_close(model(IDS), expected, rtol=tolerance, atol=tolerance)
-    assert torch.equal(model.embed.weight, original["embed.weight"])  # tied to a merged layer
+    # The embedding is tied to a merged layer.
+    assert torch.equal(model.embed.weight, original["embed.weight"])
     loradash.unmerge(model)
     assert model.out.weight is model.embed.weight
     assert all(torch.equal(p, original[n]) for n, p in model.state_dict().items())

@@ -50,10 +50,17 @@ def mamba():
 def wavlm():
     transformers = pytest.importorskip("transformers")
     settings = transformers.WavLMConfig(
-        hidden_size=32, num_hidden_layers=1, num_attention_heads=4, intermediate_size=48, conv_dim=(32,),
-        conv_stride=(5,), conv_kernel=(10,), num_feat_extract_layers=1, num_conv_pos_embeddings=4,
+        hidden_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        intermediate_size=48,
+        conv_dim=(32,),
+        conv_stride=(5,),
+        conv_kernel=(10,),
+        num_feat_extract_layers=1,
+        num_conv_pos_embeddings=4,
         num_conv_pos_embedding_groups=2,
-    )  # fmt: skip
+    )
     return transformers.WavLMModel(settings)
 
 

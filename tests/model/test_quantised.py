@@ -5,7 +5,7 @@ from __future__ import annotations
 import loradash
 import pytest
 import torch
-from loradash.base_layers import is_quantised, weight_of
+from loradash.quantised import is_quantised, weight_of
 from torch import nn
 from torch.nn import functional as F
 
@@ -51,7 +51,8 @@ def test_told_apart(quantised):
 
 def test_the_weight_it_stands_for(quantised, monkeypatch):
     layer, truth = quantised
-    monkeypatch.setattr("loradash.base_layers.ROWS", 50)  # several chunks, the last one smaller
+    # The products come in several chunks, the last one smaller.
+    monkeypatch.setattr("loradash.quantised.ROWS", 50)
     found = weight_of(layer)
     torch.testing.assert_close(found, truth(layer).float(), atol=1e-6, rtol=1e-6)
     assert layer.bias is not None

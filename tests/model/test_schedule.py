@@ -47,7 +47,8 @@ def test_sigma_starts_with_a_fresh_optimizer(name):
     while not schedule.launched:
         optimizer.zero_grad()
         backward(model)
-        assert all(layer.dash_sigma.grad is not None for layer in loradash.dash_layers(model).values())  # DDP wants it
+        # DDP wants a gradient for every parameter.
+        assert all(layer.dash_sigma.grad is not None for layer in loradash.dash_layers(model).values())
         optimizer.step()
         assert all(not optimizer.state[layer.dash_sigma] for layer in loradash.dash_layers(model).values())
         schedule.step()
@@ -74,7 +75,8 @@ def test_a_resumed_run_trains_sigma_at_once(tmp_path):
         optimizer.step()
         schedule.step()
     file = save_adapter(model, tmp_path)
-    for early in (True, False):  # a schedule made before the adapter is loaded counts on as well
+    # A schedule made before the adapter is loaded counts on as well.
+    for early in (True, False):
         other = adapted(steps=1)
         schedule = DashSchedule(other, progress=False) if early else None
         load_adapter(other, file)
@@ -86,9 +88,6 @@ def test_a_resumed_run_trains_sigma_at_once(tmp_path):
         assert not torch.equal(other[0].dash_sigma, before)
         assert not schedule.step()
         assert loradash.dash_state(other).step == 4
-
-
-# --- which steps count -----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("skipped", [1, 4])
@@ -270,9 +269,6 @@ def test_a_schedule_is_copied_with_its_model(tmp_path):
         assert not bool(model[0].launched)
 
 
-# --- layers that do not learn ----------------------------------------------------------------------------------------
-
-
 class Passing(nn.Module):
     """Uses one child's weight by a way that no reader of its code sees, and leaves another unused."""
 
@@ -291,7 +287,8 @@ def test_layers_without_a_gradient_are_named_once():
     for step in range(3):
         backward(model)
         optimizer.step()
-        optimizer.zero_grad()  # before the schedule looks: the gradients are gone
+        # The gradients are gone before the schedule looks.
+        optimizer.zero_grad()
         with warnings.catch_warnings(record=True) as said:
             warnings.simplefilter("always")
             schedule.step()
@@ -303,7 +300,8 @@ def test_layers_without_a_gradient_are_named_once():
 
 def test_frozen_adapters_are_told():
     model = adapted(steps=50)
-    model.requires_grad_(False)  # as get_peft_model and prepare_model_for_kbit_training do
+    # get_peft_model and prepare_model_for_kbit_training freeze everything like this.
+    model.requires_grad_(False)
     schedule = DashSchedule(model, progress=False)
     with pytest.warns(UserWarning, match="no adapter trains"):
         schedule.step()
@@ -341,9 +339,6 @@ def test_compiled_training_with_a_schedule(backend):
         schedule.step()
         graphs.append(counter["unique_graphs"])
     assert schedule.launched and graphs[0] == graphs[-1]
-
-
-# --- pre-launch and its states ---------------------------------------------------------------------------------------
 
 
 def test_prelaunch_keeps_what_was_trained():

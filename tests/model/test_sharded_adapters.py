@@ -21,7 +21,8 @@ from loradash import DashConfig, DashSchedule, apply_dash, export_lora, load_ada
 rank, folder = int(sys.argv[1]), sys.argv[2]
 dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
 mesh = init_device_mesh("cpu", (2,))
-config = DashConfig(r=3, directions=3, prelaunch_steps=2, trainable_modules=["4"], train_bias=True)  # 3 rows: uneven shards
+# 3 rows over 2 processes make uneven shards.
+config = DashConfig(r=3, directions=3, prelaunch_steps=2, trainable_modules=["4"], train_bias=True)
 
 def network():
     torch.manual_seed(0)
@@ -34,7 +35,8 @@ def sharded(layers):
     return fully_shard(model, mesh=mesh)
 
 x = torch.randn(6, 7, generator=torch.Generator().manual_seed(1))
-for layers in (True, False):  # of the root's own parameters, a forward leaves gathered copies behind
+# Where only the root is sharded, a forward pass leaves its parameters gathered.
+for layers in (True, False):
     model = sharded(layers)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], 1e-2)
     schedule = DashSchedule(model, progress=False)
@@ -91,10 +93,13 @@ def test_sharded_models_save_load_merge_and_export(tmp_path):
     processes = [
         subprocess.Popen(
             [sys.executable, str(tmp_path / "script.py"), str(rank), str(tmp_path)],
-            env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
         )
         for rank in range(2)
-    ]  # fmt: skip
+    ]
     try:
         outputs = [p.communicate(timeout=600)[0] for p in processes]
     finally:

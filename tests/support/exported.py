@@ -9,7 +9,7 @@ import loradash
 import pytest
 import torch
 from loradash import DashConfig, dash_layers, export_lora
-from loradash.model import trainable_modules
+from loradash.targets import trainable_modules
 
 peft = pytest.importorskip("peft")
 
@@ -51,6 +51,3 @@ def served_like(base, model, folder, inputs=X, tolerance=1e-5):
 
 def settings_of(folder):
     return json.loads((folder / "adapter_config.json").read_text())
-
-
-# --- plain modules ---------------------------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ CONFIG = DashConfig(r=3, directions=2, prelaunch_steps=4, trainable_modules=["4"
 X, LABELS = torch.randn(16, 20, generator=torch.Generator().manual_seed(1)), torch.arange(16) % 3
 
 
-def train(model, steps, momentum=None):
+def train(model, steps):
     schedule = DashSchedule(model, progress=False)
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
     for _ in range(steps):

@@ -1,0 +1,128 @@
+"""Parameters sharded over processes (FSDP2, DTensor), and one job shared out among processes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from loradash_kernels import Directions
+
+
+def is_sharded(t: Tensor) -> bool:
+    """Is a tensor one of torch.distributed's, of which this process holds a part (DTensor)?"""
+    return hasattr(t, "device_mesh")
+
+
+def gathered(t: Tensor) -> Tensor:
+    """A detached tensor, whole: a sharded one is gathered, for which every process must call this."""
+    return t.full_tensor().detach() if is_sharded(t) else t.detach()  # type: ignore[attr-defined]
+
+
+def shard_of(values: Tensor, like: Tensor) -> Tensor:
+    """A whole tensor as `like` holds it: each process takes its own part, without communication."""
+    if not is_sharded(like) or is_sharded(values):
+        return values
+    from torch.distributed.tensor import distribute_tensor
+
+    sharded: Any = like
+    return distribute_tensor(values.to(like.device), sharded.device_mesh, sharded.placements, src_data_rank=None)
+
+
+def reshard(model: nn.Module) -> None:
+    """Sends parameters that FSDP2 left gathered after a forward pass back to their shards, which are the ones that last."""
+    for module in model.modules():
+        if hasattr(module, "reshard") and hasattr(module, "unshard"):
+            module.reshard()  # type: ignore[operator]
+
+
+def place() -> tuple[int, int]:
+    """(rank, number of processes); (0, 1) without torch.distributed."""
+    dist = torch.distributed
+    if dist.is_available() and dist.is_initialized():
+        return dist.get_rank(), dist.get_world_size()
+    return 0, 1
+
+
+def share_out(costs: Mapping[str, float], parts: int) -> list[list[str]]:
+    """Names in `parts` shares of nearly equal cost: the dearest first, each to the share that has least."""
+    shares: list[list[str]] = [[] for _ in range(parts)]
+    totals = [0.0] * parts
+    for name in sorted(costs, key=lambda n: -costs[n]):
+        least = totals.index(min(totals))
+        shares[least].append(name)
+        totals[least] += costs[name]
+    return shares
+
+
+def gather_in_turns(
+    shares: list[list[str]], rank: int, gather: Callable[[str], Tensor], use: Callable[[str, Tensor], None]
+) -> None:
+    """Calls use(name, whole tensor) for this process's share.
+
+    Gathering takes all processes, so they go through the shares together: a turn gathers one tensor of every share, each
+    process keeps its own and uses it while no other tensor is held. Where `use` fails, the process takes part in the
+    remaining turns, which the others cannot do without it, and raises after the last.
+    """
+    error: BaseException | None = None
+    for turn in range(max(map(len, shares))):
+        mine: Tensor | None = None
+        for owner, share in enumerate(shares):
+            if turn < len(share):
+                tensor = gather(share[turn])
+                mine = tensor if owner == rank else mine
+                del tensor
+        if mine is not None and error is None:
+            try:
+                use(shares[rank][turn], mine)
+            except BaseException as caught:
+                error = caught
+    if error is not None:
+        raise error
+
+
+def raise_everywhere(error: BaseException | None, processes: int) -> None:
+    """Raises this process's error, or RuntimeError for another's: a process that went on would wait for the failed one.
+
+    Every process must call this, with None where all went well.
+    """
+    errors: list[str | None] = [None] * processes
+    if processes > 1:
+        torch.distributed.all_gather_object(errors, error and f"{type(error).__name__}: {error}")
+    if error is not None:
+        raise error
+    for process, text in enumerate(errors):
+        if text:
+            raise RuntimeError(f"pre-launch failed in process {process}, the model is unchanged: {text}")
+
+
+def exchange_directions(
+    found: Mapping[str, Directions], shares: list[list[str]], rank: int, buffers: Mapping[str, tuple[Tensor, Tensor]]
+) -> dict[str, Directions]:
+    """The directions of all shares, each sent by the process that found them.
+
+    Args:
+        found: this process's.
+        buffers: u (N, s) and vt (s, K) of every layer, for shapes and device.
+    """
+    everything: dict[str, Directions] = {}
+    for owner, share in enumerate(shares):
+        for name in share:
+            u, vt = buffers[name]
+            if owner == rank:
+                ours = found[name]
+                tensors = [t.to(u.device, torch.float32).contiguous() for t in (ours.u, ours.vt, ours.sigma, ours.rate)]
+                tensors.append(ours.index.to(u.device).contiguous())
+                routes = [ours.routes]
+            else:
+                shapes = (u.shape, vt.shape, vt.shape[:1], vt.shape[:1])
+                tensors = [torch.empty(shape, device=u.device) for shape in shapes]
+                tensors.append(torch.empty(vt.shape[0], dtype=torch.int64, device=u.device))
+                routes = [()]
+            for tensor in tensors:
+                torch.distributed.broadcast(tensor, src=owner)
+            torch.distributed.broadcast_object_list(routes, src=owner)
+            everything[name] = Directions(*tensors, routes[0])  # type: ignore[arg-type, call-arg]
+    return everything

@@ -1,0 +1,70 @@
+"""The modules of a model that a `DashConfig` names: layers to adapt, and modules that train as a whole."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from .base_layers import is_linear
+from .config import DashConfig, matches, unmatched
+from .state import plain_name, unwrap
+
+
+def target_layers(model: nn.Module, config: DashConfig) -> dict[str, nn.Module]:
+    """The layers that these settings adapt in a model without adapters, by plain name. Not what is part of another one."""
+    found: dict[str, nn.Module] = {}
+    inside: set[nn.Module] = set()
+    # A layer comes before its own parts.
+    for name, module in _linear_layers(model).items():
+        if is_target(name, config) and module not in inside:
+            found[name] = module
+            inside.update(module.modules())
+    return found
+
+
+def is_target(name: str, config: DashConfig) -> bool:
+    """Do these settings adapt a linear layer of this name?"""
+    wanted = config.target_modules is None or matches(name, config.target_modules)
+    return wanted and not matches(name, config.exclude_modules) and not _trains_whole(name, config)
+
+
+def _linear_layers(model: nn.Module) -> dict[str, nn.Module]:
+    return {plain_name(name): module for name, module in model.named_modules() if is_linear(module)}
+
+
+def _trains_whole(name: str, config: DashConfig) -> bool:
+    parts = name.split(".")
+    return any(matches(".".join(parts[: i + 1]), config.trainable_modules) for i in range(len(parts)))
+
+
+def check_patterns(model: nn.Module, config: DashConfig) -> None:
+    """Raises ValueError where the settings adapt nothing, or a pattern of theirs matches nothing in the model."""
+    linears = _linear_layers(model)
+    if not target_layers(model, config):
+        raise ValueError(
+            f"target_modules={config.target_modules!r} matches none of the {len(linears)} linear layers: "
+            f"{', '.join(list(linears)[:8])}{', ...' if len(linears) > 8 else ''}"
+        )
+    problems = unmatched(config, list(linears), [plain_name(name) for name, _ in model.named_modules()])
+    if problems:
+        raise ValueError("; ".join(problems))
+
+
+def trainable_modules(model: nn.Module, config: DashConfig) -> dict[str, nn.Module]:
+    """The modules that train as a whole, outermost only, by plain name."""
+    found: dict[str, nn.Module] = {}
+    for wrapped, module in unwrap(model).named_modules():
+        name = plain_name(wrapped)
+        inside = name in found or any(name.startswith(f"{outer}.") for outer in found)
+        if not inside and matches(name, config.trainable_modules):
+            found[name] = module
+    return found
+
+
+def module_tensors(name: str, module: nn.Module) -> dict[str, Tensor]:
+    """The state of a module that trains as a whole, under its name. Raises ValueError for state that is no tensor."""
+    tensors: dict[str, Tensor] = {}
+    for key, value in module.state_dict().items():
+        if not isinstance(value, Tensor):
+            raise ValueError(f"{name}.{key} is a {type(value).__name__}; only tensors can be saved")
+        tensors[f"{name}.{plain_name(key)}"] = value
+    return tensors
