@@ -1,12 +1,13 @@
-"""What the CUDA kernels execute, counted by the emulator, and the bounds that follow for an A100 and an RTX 3090. No GPU is used.
+"""What the CUDA kernels execute, counted by the emulator, and the bounds that follow for two cards. No GPU is used.
 
-    python benchmarks/cuda_counters.py [--out benchmarks/results]
+    python -m benchmarks.counters.cuda_counters [--out benchmarks/results]
 
 1. The product's tiles beside CUTLASS's sm_80 GEMM of the same tile (pip install --no-deps nvidia-cutlass==4.2.0.0), one run.
 2. The passes: bytes over those of their one large operand.
-3. MODELLED: the sum of our launches' bounds over the bound of the frozen product alone, LLaMA-7B shapes. Every launch is
-   emulated at two small depths; its counters are lines in the depth, which are continued to the full size. A bound is the
-   busiest resource of the card at its published rate (tests/ptxsim/ptxsim/model.py): latency, fill and drain cost nothing.
+3. MODELLED, for an A100 and an RTX 3090: the sum of our launches' bounds over the bound of the frozen product alone, at
+   LLaMA-7B shapes. Every launch is emulated at two small depths; its counters are lines in the depth, which are continued
+   to the full size. A bound is the busiest resource of the card at its published rate (ptxsim/model.py in tools/ptxsim):
+   latency, fill and drain cost nothing.
 """
 
 from __future__ import annotations
@@ -37,17 +38,28 @@ SHAPES = [(m, k, n) for m in (4096, 8192) for k, n in ((4096, 4096), (4096, 1100
 
 
 def launches(
-    m: int, k: int, n: int, card: tuple[int, int], tile: str, directions: str = "forward backward", rank: int = RANK,
-    dash: int = DIRECTIONS, dropout: float = DROPOUT,
-) -> list[tuple[str, list[tuple], list[torch.Tensor]]]:  # fmt: skip
-    """(direction, launches, buffers) of a case without bias."""
+    m: int,
+    k: int,
+    n: int,
+    card: tuple[int, int],
+    tile: str,
+    directions: str = "forward backward",
+    rank: int = RANK,
+    dash: int = DIRECTIONS,
+    dropout: float = DROPOUT,
+) -> list[tuple[str, list[tuple], list[torch.Tensor]]]:
+    """(pass, launches, buffers) for each pass of a case without bias."""
     case = make_case(m, k, n, rank, dash, BF16, adapter_dtype=F32, bias=False, dropout_p=dropout)
     seed = torch.tensor([1, 2]) if dropout else None
     out: dict[str, Any] = {
-        "y": torch.zeros(m, n, dtype=BF16), "p": torch.zeros(m, rank + dash), "x": torch.zeros(m, k, dtype=BF16),
-        "lora_a": torch.zeros(rank, k) if rank else None, "lora_b": torch.zeros(n, rank) if rank else None,
-        "dash_sigma": torch.zeros(dash) if dash else None, "bias": None,
-    }  # fmt: skip
+        "y": torch.zeros(m, n, dtype=BF16),
+        "p": torch.zeros(m, rank + dash),
+        "x": torch.zeros(m, k, dtype=BF16),
+        "lora_a": torch.zeros(rank, k) if rank else None,
+        "lora_b": torch.zeros(n, rank) if rank else None,
+        "dash_sigma": torch.zeros(dash) if dash else None,
+        "bias": None,
+    }
     found = []
     for direction in directions.split():
         planned, kept = emulation.plan(case, out, direction, seed, None, card, tile)
@@ -56,15 +68,13 @@ def launches(
     return found
 
 
-# --- 1: beside CUTLASS -----------------------------------------------------------------------------------------------
-
-
 def main_loop_conflicts(stats: Any) -> int:
-    """Of copies into shared memory and of ldmatrix."""
+    """Bank conflicts of copies into shared memory and of ldmatrix."""
     return sum(stats.smem["by_op"].get(kind, {}).get("conflicts", 0) for kind in ("cp_async", "ldmatrix"))
 
 
 def beside_cutlass(size: int = 512) -> list[dict[str, Any]]:
+    """Our products over CUTLASS's, tile by tile, all of size x size x size."""
     rows: list[dict[str, Any]] = []
     for shape, stages in (((128, 128, 32), 3), ((128, 256, 32), 3)):
         name = f"{shape[0]}x{shape[1]}"
@@ -80,20 +90,24 @@ def beside_cutlass(size: int = 512) -> list[dict[str, Any]]:
             ]
         base = counted[0][1].warp_insts / counted[0][1].insts["mma"]
         for who, s in counted:
-            rows.append({
-                "tile": name, "kernel": who, "tensor / plain": s.insts["mma"] / counted[0][1].insts["mma"],
-                "warp instructions / mma": s.warp_insts / s.insts["mma"],
-                "over CUTLASS": s.warp_insts / s.insts["mma"] / base, "conflicts in the main loop": main_loop_conflicts(s),
-                "conflicts": s.smem["conflicts"], "sectors / plain": (s.gld["sectors"] + s.gst["sectors"])
-                / (counted[0][1].gld["sectors"] + counted[0][1].gst["sectors"]),
-            })  # fmt: skip
+            rows.append(
+                {
+                    "tile": name,
+                    "kernel": who,
+                    "tensor / plain": s.insts["mma"] / counted[0][1].insts["mma"],
+                    "warp instructions / mma": s.warp_insts / s.insts["mma"],
+                    "over CUTLASS": s.warp_insts / s.insts["mma"] / base,
+                    "conflicts in the main loop": main_loop_conflicts(s),
+                    "conflicts": s.smem["conflicts"],
+                    "sectors / plain": (s.gld["sectors"] + s.gst["sectors"])
+                    / (counted[0][1].gld["sectors"] + counted[0][1].gst["sectors"]),
+                }
+            )
     return rows
 
 
-# --- 2: the passes ---------------------------------------------------------------------------------------------------
-
-
 def passes(m: int = 2048, size: int = 1024) -> list[dict[str, Any]]:
+    """Bytes that each pass requests and touches, over those of its one large operand."""
     rows = []
     for _, planned, buffers in launches(m, size, size, emulation.CARDS["sm_80"], ""):
         stats = emulation.emulate(planned, buffers, "sm_80")
@@ -103,19 +117,22 @@ def passes(m: int = 2048, size: int = 1024) -> list[dict[str, Any]]:
                     32 * (s.gld["sectors"] + s.gst["sectors"]),
                     s.unique_load_bytes + s.unique_store_bytes,
                 )
-                rows.append({
-                    "kernel": kernel, "requested / operand": requested / (2 * m * size),
-                    "touched / operand": touched / (2 * m * size), "conflicts in the main loop": main_loop_conflicts(s),
-                })  # fmt: skip
+                rows.append(
+                    {
+                        "kernel": kernel,
+                        "requested / operand": requested / (2 * m * size),
+                        "touched / operand": touched / (2 * m * size),
+                        "conflicts in the main loop": main_loop_conflicts(s),
+                    }
+                )
     return rows
 
 
-# --- 3: bounds -------------------------------------------------------------------------------------------------------
-
-
 def line(one: Any, two: Any, steps: tuple[int, int], target: float, ctas: int, moved: float) -> Any:
-    """Counters per program as a line through two measurements, continued to `target` steps and `ctas` programs; `moved` bytes
-    are what DRAM sees."""
+    """Counters per program as a line through two measurements, continued to `target` steps and `ctas` programs.
+
+    `moved` bytes are what DRAM sees.
+    """
 
     def at(a: float, b: float) -> float:
         a, b = a / one.ctas, b / two.ctas
@@ -137,7 +154,7 @@ def line(one: Any, two: Any, steps: tuple[int, int], target: float, ctas: int, m
 
 
 class Model:
-    """Bounds of single launches on one card, from emulations that are made once."""
+    """Bounds of single launches on one card, in us, from emulations that are made once."""
 
     def __init__(self, architecture: str) -> None:
         self.architecture, self.gpu = architecture, CARDS[architecture]
@@ -148,7 +165,8 @@ class Model:
     def count(self, family: str, direction: str, m: int, k: int, n: int, tile: str, rank: int) -> Any:
         key = (family, direction, m, k, n, tile, rank)
         if key not in self._counted:
-            few = (4, self.card[1])  # processors: programs as tall as on the card
+            # Four processors make programs as tall as they are on the card.
+            few = (4, self.card[1])
             options = {} if rank else {"rank": 0, "dash": 0, "dropout": 0.0}
             ((_, planned, buffers),) = launches(m, k, n, few, tile, direction, **options)
             stats = emulation.emulate(planned, buffers, self.architecture)
@@ -235,17 +253,27 @@ class Model:
         dx, _ = self.best_product("backward", m, k, n)
         dy, x, finish = self.dy(m, k, n), self.x(m, k, n), self.finish(m, k, n)
         return {
-            "card": self.gpu.name, "M": m, "K": k, "N": n, "plain tile": tile, "plain forward, us": plain_forward,
+            "card": self.gpu.name,
+            "M": m,
+            "K": k,
+            "N": n,
+            "plain tile": tile,
+            "plain forward, us": plain_forward,
             "forward, two launches": (pack + down + product) / plain_forward,
-            "forward, one launch": (pack + self.one_launch(m, k, n)) / min(plain_forward, self.product("forward", m, k, n, "128x128", 0)),
+            "forward, one launch": (pack + self.one_launch(m, k, n))
+            / min(plain_forward, self.product("forward", m, k, n, "128x128", 0)),
             "backward, apart": (packed + dy + dx + x + finish) / plain_backward,
-            "backward, dx with dy": self.one_launch_backward(m, k, n) / min(plain_backward, self.product("backward", m, k, n, "128x128", 0)),
-            "of which down": down / plain_forward, "dy pass": dy / plain_backward, "x pass": x / plain_backward, "dx": dx / plain_backward,
+            "backward, dx with dy": self.one_launch_backward(m, k, n)
+            / min(plain_backward, self.product("backward", m, k, n, "128x128", 0)),
+            "of which down": down / plain_forward,
+            "dy pass": dy / plain_backward,
+            "x pass": x / plain_backward,
+            "dx": dx / plain_backward,
             "small ones": (packed + finish) / plain_backward,
-        }  # fmt: skip
+        }
 
     def together(self, product: Any, over: Any) -> float:
-        """Of a product and a pass in one launch: resources add up, then the busiest counts."""
+        """The bound of a product and a pass in one launch: resources add up, then the busiest counts."""
         for name in ("insts", "mma_types", "gld", "gst", "smem"):
             mine, theirs = getattr(product, name), getattr(over, name)
             setattr(product, name, {key: mine.get(key, 0) + theirs.get(key, 0) for key in {*mine, *theirs}})

@@ -1,6 +1,6 @@
 """What the GPU kernels request, counted by the emulator beside a plain Triton GEMM of the same tile. No GPU is needed.
 
-    python benchmarks/gpu_counters.py [--out benchmarks/results]
+    python -m benchmarks.counters.triton_counters [--architecture sm_80] [--out benchmarks/results]
 
 Per kernel and tile: tensor instructions, warp instructions, bytes requested (32-byte sectors) and touched (each once),
 bank conflicts. Products are given over a plain GEMM, passes over their one large operand. These are counts of executed
@@ -37,9 +37,18 @@ BF16, F32 = torch.bfloat16, torch.float32
 
 @triton.jit
 def plain_gemm(
-    x, w, y, M, N, K, stride_xm, stride_wn,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-):  # fmt: skip
+    x,
+    w,
+    y,
+    M,
+    N,
+    K,
+    stride_xm,
+    stride_wn,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
     """y = x W^T, with nothing else."""
     m0, n0 = tl.program_id(0) * BLOCK_M, tl.program_id(1) * BLOCK_N
     rows, columns, ks = tl.arange(0, BLOCK_M)[:, None], tl.arange(0, BLOCK_N)[None, :], tl.arange(0, BLOCK_K)
@@ -71,12 +80,13 @@ def count(launch: KernelLaunch, architecture: str) -> dict[str, float]:
     compiled = emulation.compile_launch(launch, architecture)
     stats = emulation.emulate(launch, compiled)
     return {
-        "tensor": stats.insts.get("mma", 0), "warp": stats.warp_insts,
+        "tensor": stats.insts.get("mma", 0),
+        "warp": stats.warp_insts,
         "requested": 32 * (stats.gld["sectors"] + stats.gst["sectors"]),
         "touched": stats.unique_load_bytes + stats.unique_store_bytes,
         "conflicts": stats.smem["conflicts"] / max(stats.smem["wavefronts"], 1),
         "registers": emulation.resources(compiled, tiles.TARGETS[architecture]).registers,
-    }  # fmt: skip
+    }
 
 
 def launches(problems: tuple[Problem, Problem], strategy: Strategy) -> list[KernelLaunch]:
@@ -119,9 +129,14 @@ def products(architecture: str) -> Iterator[dict[str, Any]]:
             }
             name = f"{tile.block_m}x{tile.block_n}x{tile.block_k}, {tile.num_warps} warps, {tile.num_stages} stages"
             yield {
-                "architecture": architecture, "kernel": kernel, "tile": name, "M": M_PRODUCTS, **found, **ratios,
+                "architecture": architecture,
+                "kernel": kernel,
+                "tile": name,
+                "M": M_PRODUCTS,
+                **found,
+                **ratios,
                 "conflicts of plain": reference["conflicts"],
-            }  # fmt: skip
+            }
 
 
 def passes(architecture: str) -> Iterator[dict[str, Any]]:
@@ -141,7 +156,7 @@ def passes(architecture: str) -> Iterator[dict[str, Any]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, help="folder for triton_counters.csv")
+    parser.add_argument("--out", type=Path, help="folder for triton_counters_<architecture>.csv")
     parser.add_argument("--architecture", choices=["sm_80", "sm_86", "sm_90"], default="sm_80")
     arguments = parser.parse_args()
     reason = emulation.missing_tools()

@@ -1,6 +1,6 @@
 """Prints what it costs that packed weights are never stale: the fingerprint of W over the rest of a forward call.
 
-    OMP_NUM_THREADS=1 python benchmarks/packed_weights.py [--rounds 7]
+    OMP_NUM_THREADS=1 python -m benchmarks.layers.packed_weights [--rounds 7]
 
 With one thread the clock is that thread's own time, which other programs on the machine do not lengthen.
 """
@@ -21,7 +21,8 @@ from tqdm import tqdm
 from benchmarks.support.measure import environment, interleaved
 from loradash_kernels.backends import extension
 
-SIZES = ((768, 768), (1024, 1024), (2048, 2048), (4096, 4096), (1024, 4096))  # N, K
+# Each size is (N, K).
+SIZES = ((768, 768), (1024, 1024), (2048, 2048), (4096, 4096), (1024, 4096))
 ROWS = (8, 16, 64, 256, 512, 2048)
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 

@@ -1,6 +1,6 @@
 """Prints what a layer costs over a frozen nn.Linear: time by variant, call overhead, bytes saved for backward.
 
-    OMP_NUM_THREADS=1 python benchmarks/ratios.py [--quick] [--compiled] [--out benchmarks/results]
+    OMP_NUM_THREADS=1 python -m benchmarks.layers.ratios [--quick] [--compiled] [--out benchmarks/results]
 
 One thread unless OMP_NUM_THREADS says otherwise: on a busy machine a second thread waits for its time slice in every
 parallel region. Ratios within one run are what to quote; absolute times depend on the machine's mood.
@@ -9,6 +9,7 @@ parallel region. Ratios within one run are what to quote; absolute times depend 
 from __future__ import annotations
 
 import argparse
+import os
 import statistics
 import sys
 from pathlib import Path
@@ -39,6 +40,7 @@ console = Console(width=140)
 
 
 def layer_rows(names: list[str], rounds: int) -> list[dict[str, Any]]:
+    """Times and saved bytes of every variant at every dtype and shape."""
     rows = []
     cases = [(d, s) for d in DTYPES for s in SHAPES]
     for dtype, shape in tqdm(cases, desc="layers", file=sys.stderr):
@@ -47,11 +49,17 @@ def layer_rows(names: list[str], rounds: int) -> list[dict[str, Any]]:
         both = interleaved({n: c.step for n, c in built.items()}, rounds, per_block)
         forward = interleaved({n: c.forward for n, c in built.items()}, max(2, rounds // 3), per_block)
         for name, case in built.items():
-            rows.append({
-                "dtype": dtype, "shape": "x".join(map(str, shape)), "variant": name, "forward+backward ms": 1e3 * both[name],
-                "ratio": both[name] / both[FROZEN], "forward ratio": forward[name] / forward[FROZEN],
-                "saved bytes": case.saved_bytes(),
-            })  # fmt: skip
+            rows.append(
+                {
+                    "dtype": dtype,
+                    "shape": "x".join(map(str, shape)),
+                    "variant": name,
+                    "forward+backward ms": 1e3 * both[name],
+                    "ratio": both[name] / both[FROZEN],
+                    "forward ratio": forward[name] / forward[FROZEN],
+                    "saved bytes": case.saved_bytes(),
+                }
+            )
     return rows
 
 
@@ -103,14 +111,14 @@ def main() -> None:
     if options.out:
         write_csv(options.out / "layers.csv", rows)
         write_csv(options.out / "overhead.csv", [{"variant": n, "microseconds": t} for n, t in calls.items()])
-        groups = {f"{r['dtype']}\n{r['shape']}": {} for r in rows}
+        groups: dict[str, dict[str, float]] = {}
         for r in rows:
             if r["variant"] != FROZEN:
-                groups[f"{r['dtype']}\n{r['shape']}"][r["variant"]] = r["ratio"]
+                groups.setdefault(f"{r['dtype']}\n{r['shape']}", {})[r["variant"]] = r["ratio"]
         plots.ratio_bars(groups, "LoRA-Dash layers, forward + backward, one thread", options.out / "layers.png")
 
 
 if __name__ == "__main__":
-    if "OMP_NUM_THREADS" not in __import__("os").environ:
+    if "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(1)
     main()

@@ -13,14 +13,13 @@ from torch import Tensor, nn
 
 from examples.sentiment.baselines import DenseDash, FactoredDash
 
-SHAPES = ((512, 1024, 1024), (2048, 768, 768), (512, 2048, 2048), (256, 4096, 4096))  # M, K, N
+# Each shape is (M, K, N).
+SHAPES = ((512, 1024, 1024), (2048, 768, 768), (512, 2048, 2048), (256, 4096, 4096))
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 RANK, DIRECTIONS, ALPHA, DROPOUT = 16, 8, 32, 0.05
 
-FROZEN, PEFT, DENSE, FACTORED, COMPILED, OURS = (
-    "frozen nn.Linear", "PEFT LoRA", "paper's form", "factored, eager", "factored, compiled", "ours",
-)  # fmt: skip
-VARIANTS = (FROZEN, PEFT, DENSE, FACTORED, COMPILED, OURS)
+VARIANTS = ("frozen nn.Linear", "PEFT LoRA", "paper's form", "factored, eager", "factored, compiled", "ours")
+FROZEN, PEFT, DENSE, FACTORED, COMPILED, OURS = VARIANTS
 
 
 @dataclass
@@ -61,7 +60,7 @@ class Case:
 
 
 def flops(m: int, k: int, n: int) -> int:
-    """Of forward and backward of a frozen linear layer; the low-rank terms add 2 M (2 R + r)(K + N)."""
+    """FLOPs of a frozen linear layer, forward and backward; the low-rank terms add 2 M (2 R + r)(K + N)."""
     return 4 * m * k * n
 
 
@@ -72,7 +71,8 @@ def _peft(linear: nn.Linear, dropout: float) -> nn.Module:
 
 def _ours(linear: nn.Linear, dropout: float) -> DashLinear:
     layer = DashLinear.from_linear(linear, DashConfig(r=RANK, alpha=ALPHA, directions=DIRECTIONS, dropout=dropout))
-    with torch.no_grad():  # as after launch: orthonormal directions, coordinates that are not zero
+    # The layer is as after launch: its directions are orthonormal and its coordinates are not zero.
+    with torch.no_grad():
         layer.dash_u.copy_(torch.linalg.qr(torch.randn_like(layer.dash_u))[0])
         layer.dash_vt.copy_(torch.linalg.qr(torch.randn_like(layer.dash_vt.mT))[0].mT)
         layer.dash_sigma.normal_()

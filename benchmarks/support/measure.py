@@ -14,6 +14,31 @@ from typing import Any
 import torch
 
 import loradash_kernels
+from loradash_kernels.backends import extension
+
+ROOT = Path(__file__).parents[2]
+RESULTS = "benchmarks/results"
+
+
+def commit_of(repository: Path) -> str:
+    """The short hash of a repository's HEAD, with -dirty where a tracked file outside benchmarks/results differs from it.
+
+    Results do not count: the first file that a run writes would mark the second one.
+    """
+
+    def git(*arguments: str) -> str:
+        return subprocess.run(["git", *arguments], capture_output=True, text=True, cwd=repository).stdout.strip()
+
+    try:
+        commit = git("describe", "--always")
+        changed = git("status", "--porcelain", "--untracked-files=no", "--", ":/", f":(top,exclude){RESULTS}")
+    except FileNotFoundError:
+        return "unknown"
+    return f"{commit}{'-dirty' if changed else ''}" if commit else "unknown"
+
+
+# The commit belongs to the code that was loaded, so it is taken once, when the program starts.
+COMMIT = commit_of(ROOT)
 
 
 def interleaved(
@@ -37,33 +62,25 @@ def interleaved(
     return {name: statistics.median(values) for name, values in times.items()}
 
 
+def _cpu() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())
+
+
 def environment() -> dict[str, str]:
     """Machine, versions and commit."""
-    cpu = next(
-        (line.split(":")[1].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")),
-        platform.processor(),
-    )
-    commit = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], capture_output=True, text=True, cwd=Path(__file__).parent
-    )
-    from loradash_kernels.backends import extension
-
     isa = "/".join(extension.compiled().isa(i) for i in range(3)) if extension.is_compiled() else "reference"
     return {
-        "cpu": cpu,
+        "cpu": _cpu(),
         "isa (fp32/bf16/fp16)": isa,
         "threads": str(torch.get_num_threads()),
         "torch": torch.__version__,
         "loradash": loradash_kernels.__version__,
-        "commit": commit.stdout.strip() or "unknown",
+        "commit": COMMIT,
     }
-
-
-def _lines(path: str) -> list[str]:
-    try:
-        return Path(path).read_text().splitlines()
-    except OSError:
-        return []
 
 
 def write_csv(path: Path, rows: list[dict[str, Any]]) -> None:

@@ -8,11 +8,12 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent
 RECORD = ROOT / "TESTED"
+SOURCES = (".py", ".h", ".c", ".cpp", ".cu")
 
 
 def source_hash() -> str:
     digest = hashlib.sha256()
-    files = (f for room in ("ptxsim", "tests") for f in (ROOT / room).rglob("*") if f.suffix in (".py", ".h", ".cpp", ".cu"))
+    files = (f for room in ("ptxsim", "tests") for f in (ROOT / room).rglob("*") if f.suffix in SOURCES)
     for file in sorted(files):
         digest.update(file.relative_to(ROOT).as_posix().encode() + b"\0" + file.read_bytes())
     return digest.hexdigest()
