@@ -7,23 +7,11 @@ import copy
 import statistics
 from pathlib import Path
 
+import loradash
 import pictures
 import torch
 from data import BATCH, Ratings, load_model, load_ratings
-from loradash import (
-    DashConfig,
-    DashSchedule,
-    apply_dash,
-    dash_layers,
-    disable,
-    export_lora,
-    load_adapter,
-    merge,
-    plots,
-    save_adapter,
-    summary,
-    unmerge,
-)
+from loradash import DashConfig, DashSchedule, dash_layers, plots
 from report import Report, Run
 from timing import step_times
 from torch import Tensor, nn
@@ -57,8 +45,8 @@ def finetune(folder: Path, steps: int = 300, seeds: int = 3, rate: float = 1e-3,
             torch.manual_seed(seed)
             model = copy.deepcopy(pristine)
             nn.init.zeros_(model.head.weight)
-            apply_dash(model, config)
-            parameters[name] = str(summary(model))
+            loradash.apply_dash(model, config)
+            parameters[name] = str(loradash.summary(model))
             watched = _some_layers(model) if config.directions else []
             runs[name].append(train(model, data, steps, seed, rate, f"{name}, seed {seed}", watched))
     folder.mkdir(parents=True, exist_ok=True)
@@ -140,14 +128,15 @@ def check_artifacts(model: nn.Module, pristine: nn.Module, data: Ratings, folder
     def gap(other: nn.Module) -> float:
         return float((other.eval()(*batch) - expected).abs().max())
 
-    gaps = {"reloaded": gap(load_adapter(copy.deepcopy(pristine), save_adapter(model, folder / "adapter")))}
-    merge(model)
+    saved = loradash.save_adapter(model, folder / "adapter")
+    gaps = {"reloaded": gap(loradash.load_adapter(copy.deepcopy(pristine), saved))}
+    loradash.merge(model)
     gaps["merged"] = gap(model)
-    unmerge(model)
+    loradash.unmerge(model)
     gaps["unmerged"] = gap(model)
-    export_lora(model, folder / "lora")
+    loradash.export_lora(model, folder / "lora")
     gaps["exported, in PEFT"] = gap(PeftModel.from_pretrained(copy.deepcopy(pristine), str(folder / "lora")))
-    with disable(model):
+    with loradash.disable(model):
         untouched = copy.deepcopy(pristine).eval()
         untouched.head.load_state_dict(model.head.state_dict())
         gaps["disabled, against the base model"] = float((model(*batch) - untouched(*batch)).abs().max())
