@@ -1,12 +1,15 @@
-# Every target sets up its own virtual environment on first use. PYTHON=... and VENV=... change which and where.
+# Every target sets up the virtual environment that it needs on first use. PYTHON=... says which Python makes it, VENV=... where.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 TORCH ?= torch==2.13.0
-# Without an NVIDIA GPU the CPU build of PyTorch will do, a tenth of the download; its index first, the default one else.
+# Without an NVIDIA GPU the CPU build of PyTorch will do, a tenth of the download; its index is tried first, then the default one.
 CPU_INDEX ?= https://download.pytorch.org/whl/cpu
 PIP := $(BIN)/python -m pip --disable-pip-version-check
-CXX_FILES = $(shell find csrc examples -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
+CXX_FILES = $(shell find csrc examples tools -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' -o -name '*.c')
+# CUTLASS's headers are the emulator's yardstick. Their wheel wants packages of CUDA that nobody needs here.
+CUTLASS := $(PIP) install --quiet --no-deps "nvidia-cutlass==4.2.0.0"
+RESULTS := benchmarks/results
 STAMP := $(VENV)/.installed
 
 .PHONY: demo test cuda-check cuda-counters test-ptxsim bench bench-all counters lint format docs clean
@@ -17,40 +20,43 @@ demo: $(STAMP)
 test: $(STAMP)
 	$(BIN)/python -m pytest
 
-# The build with CUDA: an environment of its own, whose PyTorch (5 GB) matches the toolkit at CUDA_HOME. Needs no GPU; where
-# there is one, the operator's tests run on it.
+# The build with CUDA has an environment of its own, whose PyTorch (5 GB) matches the toolkit at CUDA_HOME. It needs no GPU; where
+# there is one, the operator's tests run on it. The tests run against the installed package: pytest is told neither of
+# pyproject.toml nor of this folder, and PYTHONPATH names only the helpers of tests.
 CUDA_TORCH ?= torch==2.14.1
 CUDA_VENV ?= .venv-cuda
+CUDA_PYTHON := $(abspath $(CUDA_VENV))/bin/python
+CUDA_PYTEST := PYTHONPATH=. $(CUDA_PYTHON) -m pytest -q -c /dev/null --rootdir . --import-mode=importlib -p no:cacheprovider
 cuda-check:
-	test -x $(CUDA_VENV)/bin/python || $(PYTHON) -m venv $(CUDA_VENV)
-	$(CUDA_VENV)/bin/python -m pip install --quiet "setuptools>=77" wheel ninja pytest hypothesis "$(CUDA_TORCH)"
-	LORADASH_CUDA=1 LORADASH_REQUIRE_EXTENSION=1 $(CUDA_VENV)/bin/python -m pip install --quiet --no-build-isolation .
-	cd tests && $(abspath $(CUDA_VENV))/bin/python -m pytest -q -c /dev/null --rootdir . -p no:cacheprovider cuda_leg.py
-	cd tests && ! $(abspath $(CUDA_VENV))/bin/python -c "import sys, torch; sys.exit(not torch.cuda.is_available())" \
-		|| $(abspath $(CUDA_VENV))/bin/python -m pytest -q -c /dev/null --rootdir . -p no:cacheprovider -k cuda test_error_rule.py
+	test -x $(CUDA_PYTHON) || $(PYTHON) -m venv $(CUDA_VENV)
+	$(CUDA_PYTHON) -m pip install --quiet "setuptools>=77" wheel ninja pytest hypothesis "$(CUDA_TORCH)"
+	LORADASH_CUDA=1 LORADASH_REQUIRE_EXTENSION=1 $(CUDA_PYTHON) -m pip install --quiet --no-build-isolation .
+	cd tests && $(CUDA_PYTEST) backends/cuda/cuda_leg.py
+	cd tests && ! $(CUDA_PYTHON) -c "import sys, torch; sys.exit(not torch.cuda.is_available())" \
+		|| $(CUDA_PYTEST) -k cuda operator/test_error_rule.py
 
-# The emulator's own tests; run them when it changes. CUTLASS's headers serve as their yardstick.
+# The emulator has tests of its own, which run when it changes; what they passed with is recorded in tools/ptxsim/TESTED.
 test-ptxsim: $(STAMP)
-	$(PIP) install --quiet --no-deps "nvidia-cutlass==4.2.0.0"
-	cd tools/ptxsim && ../../$(BIN)/python -m pytest -q tests
+	$(CUTLASS)
+	cd tools/ptxsim && $(abspath $(BIN))/python -m pytest -q
 	$(BIN)/python tools/ptxsim/source_hash.py
 
-# What the GPU kernels request, counted by the emulator: needs no GPU.
+# The emulator counts what the GPU kernels request; no GPU is needed.
 counters: $(STAMP)
-	$(BIN)/python -m benchmarks.counters.triton_counters --architecture sm_80 --out benchmarks/results
-	$(BIN)/python -m benchmarks.counters.triton_counters --architecture sm_90 --out benchmarks/results
+	$(BIN)/python -m benchmarks.counters.triton_counters --architecture sm_80 --out $(RESULTS)
+	$(BIN)/python -m benchmarks.counters.triton_counters --architecture sm_90 --out $(RESULTS)
 
 cuda-counters: $(STAMP)
-	$(PIP) install --quiet --no-deps "nvidia-cutlass==4.2.0.0"
-	$(BIN)/python -m benchmarks.counters.cuda_counters --out benchmarks/results
+	$(CUTLASS)
+	$(BIN)/python -m benchmarks.counters.cuda_counters --out $(RESULTS)
 
 bench: $(STAMP)
-	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.layers.ratios --out benchmarks/results
-	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.prelaunch.speed --out benchmarks/results $(if $(FACTORS),--factors $(FACTORS))
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.layers.ratios --out $(RESULTS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.prelaunch.speed --out $(RESULTS) $(if $(FACTORS),--factors $(FACTORS))
 
 bench-all: bench
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.layers.ratios --compiled
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest benchmarks --benchmark-enable --benchmark-group-by=group --benchmark-json=benchmarks/results/pytest.json
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest benchmarks --benchmark-enable --benchmark-group-by=group --benchmark-json=$(RESULTS)/pytest.json
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
@@ -67,9 +73,9 @@ docs: $(STAMP)
 	$(BIN)/python -m pydoc -w loradash loradash_kernels && mkdir -p docs/api && mv loradash.html loradash_kernels.html docs/api/
 
 clean:
-	rm -rf build dist *.egg-info loradash_kernels/*.so runs
+	rm -rf build dist *.egg-info tools/ptxsim/*.egg-info loradash_kernels/*.so runs
 
-# Kernels compile once, against the PyTorch of this environment: no build isolation.
+# Kernels compile once, against the PyTorch of this environment, which is why the build is not isolated.
 $(STAMP): pyproject.toml setup.py tools/ptxsim/pyproject.toml $(shell find csrc -type f)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(PIP) install --quiet --upgrade pip "setuptools>=77" wheel ninja

@@ -1,4 +1,4 @@
-"""Common fixtures. Tests state no times; large products run on two threads at most."""
+"""Common fixtures: one seed, every backend that can run here, and real LoRA factors where there are any."""
 
 from __future__ import annotations
 
@@ -16,12 +16,9 @@ if triton_backend.interpreted():
 
     repair_bf16()
 
-# Real LoRA factors for judging pre-launch selection; optional.
-FACTORS = Path(
-    os.environ.get(
-        "LORADASH_FACTORS", Path(__file__).parents[2] / "shared" / "data" / "minilm_boolq_lora_r8_step100.safetensors"
-    )
-)
+# Pre-launch selection is judged on real LoRA factors, which are optional.
+KEPT_FACTORS = Path(__file__).parents[2] / "shared" / "data" / "minilm_boolq_lora_r8_step100.safetensors"
+FACTORS = Path(os.environ.get("LORADASH_FACTORS", KEPT_FACTORS))
 
 
 @pytest.fixture(autouse=True)
@@ -37,6 +34,7 @@ def backend(request):
 
 @pytest.fixture
 def factors():
+    """A file of LoRA factors that were trained on all-MiniLM-L6-v2."""
     if not FACTORS.is_file():
         pytest.skip(f"real LoRA factors are not at {FACTORS}; set LORADASH_FACTORS to a file of them")
     return FACTORS

@@ -17,6 +17,7 @@ import collections
 import copy
 import math
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ from rich.table import Table
 from tqdm import tqdm
 
 from benchmarks.support.measure import write_csv
-from loradash_kernels.testing import make_case
+from loradash_kernels.testing import Case, make_case
 from tests.support import cuda_emulation as emulation
 
 BF16, F32 = torch.bfloat16, torch.float32
@@ -37,13 +38,29 @@ CARDS = {"sm_80": A100_SXM_80GB, "sm_86": RTX_3090}
 SHAPES = [(m, k, n) for m in (4096, 8192) for k, n in ((4096, 4096), (4096, 11008), (11008, 4096))]
 
 
+def outputs(case: Case, make: Callable[..., torch.Tensor]) -> dict[str, Any]:
+    """Whatever the kernels of a case without bias write, by name."""
+    t: dict[str, Any] = case.tensors
+    (m, k), n = case.x.shape, case.dy.shape[1]
+    rank, dash = (0 if t[name] is None else t[name].shape[0] for name in ("lora_a", "dash_sigma"))
+    return {
+        "y": make(m, n, dtype=BF16),
+        "p": make(m, rank + dash),
+        "x": make(m, k, dtype=BF16),
+        "lora_a": make(rank, k) if rank else None,
+        "lora_b": make(n, rank) if rank else None,
+        "dash_sigma": make(dash) if dash else None,
+        "bias": None,
+    }
+
+
 def launches(
     m: int,
     k: int,
     n: int,
     card: tuple[int, int],
     tile: str,
-    directions: str = "forward backward",
+    passes: tuple[str, ...] = ("forward", "backward"),
     rank: int = RANK,
     dash: int = DIRECTIONS,
     dropout: float = DROPOUT,
@@ -51,21 +68,30 @@ def launches(
     """(pass, launches, buffers) for each pass of a case without bias."""
     case = make_case(m, k, n, rank, dash, BF16, adapter_dtype=F32, bias=False, dropout_p=dropout)
     seed = torch.tensor([1, 2]) if dropout else None
-    out: dict[str, Any] = {
-        "y": torch.zeros(m, n, dtype=BF16),
-        "p": torch.zeros(m, rank + dash),
-        "x": torch.zeros(m, k, dtype=BF16),
-        "lora_a": torch.zeros(rank, k) if rank else None,
-        "lora_b": torch.zeros(n, rank) if rank else None,
-        "dash_sigma": torch.zeros(dash) if dash else None,
-        "bias": None,
-    }
+    out = outputs(case, torch.zeros)
     found = []
-    for direction in directions.split():
-        planned, kept = emulation.plan(case, out, direction, seed, None, card, tile)
+    for pass_ in passes:
+        planned, kept = emulation.plan(case, out, pass_, seed, None, card, tile)
         buffers = [t for t in (*out.values(), seed, case.dy, case.x, *kept) if t is not None]
-        found.append((direction, planned, buffers))
+        found.append((pass_, planned, buffers))
     return found
+
+
+def planned_grids(m: int, k: int, n: int, card: tuple[int, int]) -> dict[str, tuple[int, ...]]:
+    """The grid of every launch as planned for a card, by family. The tensors are reserved, never touched."""
+    shapes = {
+        "lora_a": (RANK, k),
+        "lora_b": (n, RANK),
+        "dash_u": (n, DIRECTIONS),
+        "dash_vt": (DIRECTIONS, k),
+        "dash_sigma": (DIRECTIONS,),
+    }
+    tensors: dict[str, torch.Tensor | None] = {name: torch.empty(shape) for name, shape in shapes.items()}
+    tensors |= {"x": torch.empty(m, k, dtype=BF16), "weight": torch.empty(n, k, dtype=BF16), "bias": None}
+    case = Case(tensors, torch.empty(m, n, dtype=BF16), scaling=2.0, dropout_p=DROPOUT, seed=0)
+    out = outputs(case, torch.empty)
+    plans = [emulation.plan(case, out, p, torch.tensor([1, 2]), None, card, "")[0] for p in ("forward", "backward")]
+    return {name.split("_")[0]: tuple(grid) for planned in plans for name, grid, *_ in planned}
 
 
 def main_loop_conflicts(stats: Any) -> int:
@@ -83,10 +109,10 @@ def beside_cutlass(size: int = 512) -> list[dict[str, Any]]:
         x, w = (torch.randn(size, size).to(BF16) for _ in range(2))
         c, d = (torch.zeros(size, size, dtype=BF16) for _ in range(2))
         counted = [("CUTLASS", theirs(size, size, size, x, w, c, d))]
-        for direction, planned, buffers in launches(size, size, size, emulation.CARDS["sm_80"], name, dropout=0.0):
+        for pass_, planned, buffers in launches(size, size, size, emulation.CARDS["sm_80"], name, dropout=0.0):
             stats = emulation.emulate(planned, buffers, "sm_80")
             counted += [
-                (f"ours, {direction}", s) for (kernel, *_), s in zip(planned, stats, strict=True) if "gemm" in kernel
+                (f"ours, {pass_}", s) for (kernel, *_), s in zip(planned, stats, strict=True) if "gemm" in kernel
             ]
         base = counted[0][1].warp_insts / counted[0][1].insts["mma"]
         for who, s in counted:
@@ -162,13 +188,13 @@ class Model:
         self._counted: dict[tuple, Any] = {}
         self._grids: dict[tuple, dict[str, tuple[int, ...]]] = {}
 
-    def count(self, family: str, direction: str, m: int, k: int, n: int, tile: str, rank: int) -> Any:
-        key = (family, direction, m, k, n, tile, rank)
+    def count(self, family: str, pass_: str, m: int, k: int, n: int, tile: str, rank: int) -> Any:
+        key = (family, pass_, m, k, n, tile, rank)
         if key not in self._counted:
             # Four processors make programs as tall as they are on the card.
             few = (4, self.card[1])
             options = {} if rank else {"rank": 0, "dash": 0, "dropout": 0.0}
-            ((_, planned, buffers),) = launches(m, k, n, few, tile, direction, **options)
+            ((_, planned, buffers),) = launches(m, k, n, few, tile, (pass_,), **options)
             stats = emulation.emulate(planned, buffers, self.architecture)
             self._counted[key] = next(
                 s for (name, *_), s in zip(planned, stats, strict=True) if name.startswith(family)
@@ -178,40 +204,24 @@ class Model:
     def bound(self, stats: Any) -> float:
         return estimate(stats, self.gpu).time_us
 
-    def product(self, direction: str, m: int, k: int, n: int, tile: str, rank: int = RANK) -> float:
+    def product(self, pass_: str, m: int, k: int, n: int, tile: str, rank: int = RANK) -> float:
         rows, columns = (int(side) for side in tile.split("x"))
-        depth, wide = (k, n) if direction == "forward" else (n, k)
+        depth, wide = (k, n) if pass_ == "forward" else (n, k)
         small = [
-            self.count("gemm", direction, rows, *((d, columns) if direction == "forward" else (columns, d)), tile, rank)
+            self.count("gemm", pass_, rows, *((d, columns) if pass_ == "forward" else (columns, d)), tile, rank)
             for d in (512, 1024)
         ]
         ctas = math.ceil(m / rows) * math.ceil(wide / columns)
         moved = 2.0 * (m * depth + depth * wide + m * wide + (m + wide) * 32 * bool(rank))
         return self.bound(line(*small, (512, 1024), depth, ctas, moved))
 
-    def best_product(self, direction: str, m: int, k: int, n: int, rank: int = RANK) -> tuple[float, str]:
+    def best_product(self, pass_: str, m: int, k: int, n: int, rank: int = RANK) -> tuple[float, str]:
         tiles = [t for t in ("128x256", "128x128") if t in emulation.extension.compiled().cuda_tiles(self.card)]
-        return min((self.product(direction, m, k, n, tile, rank), tile) for tile in tiles)
+        return min((self.product(pass_, m, k, n, tile, rank), tile) for tile in tiles)
 
     def grids(self, m: int, k: int, n: int) -> dict[str, tuple[int, ...]]:
-        """Grids of the passes as planned for the card, by family. The tensors are reserved, never touched."""
         if (m, k, n) not in self._grids:
-            half = {"dtype": BF16}
-            tensors = (torch.empty(m, k, **half), torch.empty(n, k, **half))
-            adapters = [torch.empty(s) for s in ((RANK, k), (n, RANK), (n, DIRECTIONS), (DIRECTIONS, k), (DIRECTIONS,))]
-            p, seed = torch.empty(m, RANK + DIRECTIONS), torch.tensor([1, 2])
-            options = (seed, 2.0, 3277)
-            extension = emulation.extension.compiled()
-            y, dx, da, db = (
-                torch.empty(m, n, **half),
-                torch.empty(m, k, **half),
-                torch.empty(RANK, k),
-                torch.empty(n, RANK),
-            )
-            found = extension.cuda_plan_forward(*tensors, None, *adapters, *options, None, y, p, self.card, "")[0]
-            grads = (dx, da, db, torch.empty(DIRECTIONS), None)
-            found += extension.cuda_plan_backward(y, *tensors, *adapters, p, *options, *grads, self.card, "")[0]
-            self._grids[m, k, n] = {name.split("_")[0]: tuple(grid) for name, grid, *_ in found}
+            self._grids[m, k, n] = planned_grids(m, k, n, self.card)
         return self._grids[m, k, n]
 
     def down(self, m: int, k: int, n: int) -> float:

@@ -18,12 +18,14 @@ dist.init_process_group("gloo", init_method=f"file://{sys.argv[2]}", rank=rank, 
 torch.manual_seed(0)
 model = nn.Sequential(nn.Linear(16, 24), nn.Tanh(), nn.Linear(24, 4))
 loradash.apply_dash(model, loradash.DashConfig(r=2, directions=2, prelaunch_steps=3, dropout=0.1))
-ddp = nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=sys.argv[3] == "view")  # find_unused_parameters stays off: none is unused in either phase
+# find_unused_parameters stays off: none is unused in either phase.
+ddp = nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=sys.argv[3] == "view")
 schedule = loradash.DashSchedule(ddp, progress=False)
 optimizer = torch.optim.AdamW([p for p in ddp.parameters() if p.requires_grad], lr=1e-2)
 torch.manual_seed(rank)
+layers = loradash.dash_layers(model).values()
 for step in range(6):
-    assert schedule.launched or not any(optimizer.state[layer.dash_sigma] for layer in loradash.dash_layers(model).values())
+    assert schedule.launched or not any(optimizer.state[layer.dash_sigma] for layer in layers)
     optimizer.zero_grad()
     ddp(torch.randn(5, 16)).square().mean().backward()
     optimizer.step()
@@ -32,10 +34,11 @@ for name, tensor in model.state_dict().items():
     both = [torch.zeros_like(tensor.float()) for _ in range(2)]
     dist.all_gather(both, tensor.float().contiguous())
     assert torch.equal(*both), name
-assert schedule.launched and all(layer.dash_sigma.abs().min() > 0 for layer in loradash.dash_layers(model).values())
+assert schedule.launched and all(layer.dash_sigma.abs().min() > 0 for layer in layers)
 dist.barrier()
 dist.destroy_process_group()
-os._exit(0)  # every assertion has passed; the interpreter's exit now and then aborts in gloo's threads ("terminate called")
+# Every assertion has passed; the interpreter's exit now and then aborts in gloo's threads ("terminate called").
+os._exit(0)
 """
 
 
@@ -43,16 +46,9 @@ os._exit(0)  # every assertion has passed; the interpreter's exit now and then a
 @pytest.mark.parametrize("gradients", ["own", "view"])
 def test_ddp_before_and_after_launch(tmp_path, gradients):
     """Two gloo processes: every parameter gets a gradient in both phases, and both end with equal weights."""
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
-    workers = [
-        subprocess.Popen(
-            [sys.executable, "-c", WORKER, str(rank), str(tmp_path / "store"), gradients],
-            env=env,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(2)
-    ]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+    commands = [[sys.executable, "-c", WORKER, str(rank), str(tmp_path / "store"), gradients] for rank in range(2)]
+    workers = [subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True) for command in commands]
     for worker in workers:
         _, errors = worker.communicate(timeout=600)
         assert worker.returncode == 0, errors

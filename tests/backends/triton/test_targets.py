@@ -21,21 +21,14 @@ else:
     TARGETS = {}
 
 TESTS = Path(__file__).parents[2]
-PRODUCTS = (
-    "extended_gemm",
-    "dx_gemm",
-    "descriptor_forward",
-    "descriptor_dx",
-)  # their tiles are high enough for the target's own instruction
+# Tiles of the products are high enough for the target's own matrix instruction.
+PRODUCTS = ("extended_gemm", "dx_gemm", "descriptor_forward", "descriptor_dx")
 PASSES = ("down_projection", "dy_pass", "x_pass")
 PRELAUNCH = ("sketch_product", "jacobi_sweeps", "highest_rates")
-BRIEF = ("sm_103", "sm_110", "sm_120", "sm_121")  # which take another target's tiles: the largest ones are compiled
-SUMS = (
-    "sum_g",
-    "finish",
-    "jacobi_sweeps",
-    "highest_rates",
-)  # which have no products of matrices, or only full fp32 ones
+# These have no products of matrices, or only full fp32 ones.
+SUMS = ("sum_g", "finish", "jacobi_sweeps", "highest_rates")
+# These take another target's tiles: only the largest ones are compiled.
+BRIEF = ("sm_103", "sm_110", "sm_120", "sm_121")
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +54,8 @@ def test_target(compilations, target):
     assert names == (wanted if target in BRIEF else {*wanted, *PRELAUNCH})
     assert [kernel for kernel in kernels if kernel["problems"]] == []
     for kernel in kernels:
+        # Full fp32 products run on the vector units.
         if kernel["dtype"] == "fp32" or kernel["kernel"] in SUMS:
-            continue  # full fp32 products run on the vector units
+            continue
         found = kernel["matrix"] + (0 if kernel["kernel"] in PRODUCTS else kernel["warp_matrix"])
         assert found > 0, kernel
