@@ -57,7 +57,7 @@ class Operator:
         self.packet, self.run, self.count = packet, run, len(names)
 
         def places(*wanted: str) -> tuple[int, ...]:
-            """Those of arguments; one behind the last, where there is None, of what this operator does not have."""
+            """Positions of arguments; that behind the last, where None is put, for one that this operator lacks."""
             return tuple(names.index(name) if name in names else self.count for name in wanted)
 
         self.frozen = [(name, names.index(name)) for name in _FROZEN if name in names]
