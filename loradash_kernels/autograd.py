@@ -71,7 +71,7 @@ class Operator:
         )
 
     def setup_context(self, ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
-        """Raises ValueError where a gradient is wanted that no kernel computes."""
+        """Saves what backward needs. Raises ValueError where a gradient is wanted that no kernel computes."""
         needs, inputs, p = ctx.needs_input_grad, (*inputs, None), output[1]
         for name, place in self.frozen:
             if needs[place]:
@@ -96,13 +96,8 @@ class Operator:
         needed = (*ctx.needs_input_grad, False)
         needs = list(self.leaves_of(needed))
         grads = _gradients(getattr(ctx, "direct", False), dy, *tensors, seed, scaling, threshold, needs, backend)
-        dtypes = (
-            x.dtype,
-            lora_a.dtype,
-            lora_b.dtype,
-            None if dash_sigma is None else dash_sigma.dtype,
-            ctx.bias_dtype,
-        )
+        sigma_dtype = None if dash_sigma is None else dash_sigma.dtype
+        dtypes = (x.dtype, lora_a.dtype, lora_b.dtype, sigma_dtype, ctx.bias_dtype)
         for place, grad, dtype, need in zip(self.leaves, grads, dtypes, needs, strict=True):
             if need:
                 found[place] = grad if grad.dtype == dtype else grad.to(dtype)

@@ -58,7 +58,7 @@ def test_launch_errors_name_the_kernel():
     if torch.cuda.is_available():
         pytest.skip("there is a GPU")
     x, weight, y = (torch.zeros(shape, dtype=torch.bfloat16) for shape in ((8, 16), (8, 16), (8, 8)))
-    absent = {name: None for name in ("bias", "dash_u", "dash_vt", "dash_sigma", "seed", "base")}
+    absent = dict.fromkeys(("bias", "dash_u", "dash_vt", "dash_sigma", "seed", "base"))
     adapters = {"lora_a": torch.zeros(2, 16), "lora_b": torch.zeros(8, 2), "scaling": 1.0, "threshold": 0}
     call = ForwardCall(x=x, weight=weight, y=y, p=torch.empty(8, 2), **adapters, **absent)
     with pytest.raises(Exception, match=r"[Cc][Uu][Dd][Aa]|device"):
