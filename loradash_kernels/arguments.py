@@ -19,13 +19,13 @@ def autocast_dtype(x: Tensor) -> torch.dtype | None:
 
 
 def autocast(t: Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """As `nn.functional.linear` has its arguments cast: those of a floating dtype other than float64, on this device."""
+    """t as autocast gives it to `nn.functional.linear`: cast from a floating dtype other than float64, on this device."""
     eligible = t.dtype.is_floating_point and t.dtype != torch.float64 and t.device.type == device.type
     return t.to(dtype) if eligible else t
 
 
 def check_base(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
-    """Those of the base product; x has passed `check_adapters`."""
+    """Checks weight and bias, the arguments of the base product; x has passed `check_adapters`."""
     if weight.requires_grad:
         raise ValueError(
             "weight requires grad; the base weight of a LoRA-Dash layer is frozen: weight.requires_grad_(False)"
@@ -45,7 +45,7 @@ def check_base(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
 
 
 def check_sum(y: Tensor, x: Tensor) -> None:
-    """Those of an update: y (..., N), the output of a base layer, and x, which has passed `check_adapters`."""
+    """Checks y (..., N), the output of a base layer, beside x, which has passed `check_adapters`."""
     if y.dtype != x.dtype:
         raise ValueError(f"y is {y.dtype}, x is {x.dtype}; they must be of one dtype")
     if y.device != x.device or y.layout is not _DENSE:
@@ -71,7 +71,7 @@ def check_adapters(
     dash_vt: Tensor | None,
     dash_sigma: Tensor | None,
 ) -> None:
-    """x, and the adapters of a base layer of this shape (N, K)."""
+    """Checks x, and the adapters of a base layer of this shape (N, K)."""
     if x.is_nested or x.layout is not _DENSE:
         raise ValueError(f"x is a nested tensor or of the layout {x.layout}; wanted a dense tensor (..., K)")
     if x.dim() == 0 or x.dtype not in _FLOATS:

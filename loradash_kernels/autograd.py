@@ -7,6 +7,7 @@ x (an alias), P in fp32, the parameters and 16 bytes of seed.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from operator import itemgetter
 from typing import Any
 
@@ -22,7 +23,6 @@ _TWICE = "loradash: second derivatives are not implemented; the gradients of das
 _LEAVES = ("x", "lora_a", "lora_b", "dash_sigma", "bias")
 _SAVED = ("x", "weight", "lora_a", "lora_b", "dash_u", "dash_vt", "dash_sigma")
 _FROZEN = ("weight", "dash_u", "dash_vt")
-_OPTIONS = ("scaling", "threshold", "backend")
 
 
 def _gradients(direct: bool, *args: Any) -> tuple[Tensor, ...]:
@@ -46,25 +46,32 @@ def _gradients(direct: bool, *args: Any) -> tuple[Tensor, ...]:
     return ops.dash_linear_backward(*args)
 
 
-class _Rule:
-    """The setup_context and the backward of one forward operator, whose arguments are found by their names."""
+class Operator:
+    """A forward operator with its gradients. Its arguments are found by their names in the schema.
 
-    def __init__(self, operator: torch._ops.OpOverloadPacket) -> None:
-        names = [argument.name for argument in operator.default._schema.arguments]
-        self.count = len(names)
+    packet: what the dispatcher calls. run: the same without the dispatcher. function: `run` as a torch.autograd.Function.
+    """
 
-        def places(wanted: tuple[str, ...]) -> tuple[int, ...]:
-            """Of an argument that this operator has not: one behind the last, where there is None."""
+    def __init__(self, packet: torch._ops.OpOverloadPacket, run: Callable[..., tuple[Tensor, Tensor]]) -> None:
+        names = [argument.name for argument in packet.default._schema.arguments]
+        self.packet, self.run, self.count = packet, run, len(names)
+
+        def places(*wanted: str) -> tuple[int, ...]:
+            """Positions of arguments; that behind the last, where None is put, for one that this operator lacks."""
             return tuple(names.index(name) if name in names else self.count for name in wanted)
 
         self.frozen = [(name, names.index(name)) for name in _FROZEN if name in names]
-        self.leaves = places(_LEAVES)
-        self.base, self.seed = places(("y",))[0], names.index("seed")
-        self.leaves_of, self.saved_of = itemgetter(*self.leaves), itemgetter(*places(_SAVED))
-        self.options_of = itemgetter(*places(_OPTIONS))
+        (self.seed, self.bias, self.base), self.leaves = places("seed", "bias", "y"), places(*_LEAVES)
+        self.leaves_of, self.saved_of = itemgetter(*self.leaves), itemgetter(*places(*_SAVED))
+        self.options_of = itemgetter(*places("scaling", "threshold", "backend"))
+        self.differentiable_of = itemgetter(*(i for i in (*self.leaves, self.base) if i < self.count))
+        self.function = self._function()
+        torch.library.register_autograd(
+            packet._qualified_op_name, self.backward, setup_context=self.setup_context, lib=ops.LIBRARY
+        )
 
     def setup_context(self, ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
-        """Raises ValueError where a gradient is wanted that no kernel computes."""
+        """Saves what backward needs. Raises ValueError where a gradient is wanted that no kernel computes."""
         needs, inputs, p = ctx.needs_input_grad, (*inputs, None), output[1]
         for name, place in self.frozen:
             if needs[place]:
@@ -73,7 +80,7 @@ class _Rule:
                 )
         ctx.save_for_backward(*self.saved_of(inputs), p, inputs[self.seed])
         ctx.options = self.options_of(inputs)
-        bias = self.leaves_of(inputs)[4]
+        bias = inputs[self.bias]
         ctx.bias_dtype = None if bias is None else bias.dtype
         ctx.mark_non_differentiable(p)
         ctx.set_materialize_grads(False)
@@ -89,13 +96,8 @@ class _Rule:
         needed = (*ctx.needs_input_grad, False)
         needs = list(self.leaves_of(needed))
         grads = _gradients(getattr(ctx, "direct", False), dy, *tensors, seed, scaling, threshold, needs, backend)
-        dtypes = (
-            x.dtype,
-            lora_a.dtype,
-            lora_b.dtype,
-            None if dash_sigma is None else dash_sigma.dtype,
-            ctx.bias_dtype,
-        )
+        sigma_dtype = None if dash_sigma is None else dash_sigma.dtype
+        dtypes = (x.dtype, lora_a.dtype, lora_b.dtype, sigma_dtype, ctx.bias_dtype)
         for place, grad, dtype, need in zip(self.leaves, grads, dtypes, needs, strict=True):
             if need:
                 found[place] = grad if grad.dtype == dtype else grad.to(dtype)
@@ -103,28 +105,24 @@ class _Rule:
             found[self.base] = dy
         return tuple(found[:-1])
 
-    def function(self, name: str, plain: Any) -> Any:
-        """The torch.autograd.Function around `plain`, which computes the operator's outputs without the dispatcher."""
-
+    def _function(self) -> Any:
         def forward(ctx: Any, *args: Any) -> tuple[Tensor, Tensor]:
             # Not the separate setup_context of torch.autograd.Function: it binds the signature in every call, 40 us.
-            output = plain(*args)
+            output = self.run(*args)
             self.setup_context(ctx, args, output)
             ctx.direct = True
             return output
 
-        members = {"forward": staticmethod(forward), "backward": staticmethod(self.backward)}
-        return type(name, (torch.autograd.Function,), members)
+        # A function of its own: compiled autograd traces no bound method.
+        def backward(ctx: Any, dy: Tensor | None, dp: Tensor | None) -> tuple[Tensor | None, ...]:
+            return self.backward(ctx, dy, dp)
+
+        members = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
+        return type(f"{self.run.__name__}_function", (torch.autograd.Function,), members)
 
 
-_dash_linear, _low_rank_update = _Rule(torch.ops.loradash.dash_linear), _Rule(torch.ops.loradash.low_rank_update)
-DashLinearFunction = _dash_linear.function("DashLinearFunction", ops.dash_linear)
-LowRankUpdateFunction = _low_rank_update.function("LowRankUpdateFunction", ops.low_rank_update)
-
-for _name, _rule in (("dash_linear", _dash_linear), ("low_rank_update", _low_rank_update)):
-    torch.library.register_autograd(
-        f"loradash::{_name}", _rule.backward, setup_context=_rule.setup_context, lib=ops.LIBRARY
-    )
+DASH_LINEAR = Operator(torch.ops.loradash.dash_linear, ops.dash_linear)
+LOW_RANK_UPDATE = Operator(torch.ops.loradash.low_rank_update, ops.low_rank_update)
 
 
 def _no_second_derivative(ctx: Any, *grads: Tensor) -> tuple[None, ...]:

@@ -26,9 +26,9 @@ class ForwardCall(NamedTuple):
     dash_u: Tensor | None  # (N, s)
     dash_vt: Tensor | None  # (s, K)
     dash_sigma: Tensor | None  # (s,)
-    seed: Tensor | None  # (2,) int64; None: nothing is dropped
+    seed: Tensor | None  # (2,) int64; None or threshold 0: nothing is dropped
     scaling: float
-    threshold: int  # dropout_p in 16 bits; 0: nothing is dropped
+    threshold: int  # 16 bits of dropout_p
     base: Tensor | None  # (M, N)
     y: Tensor  # (M, N), written
     p: Tensor  # (M, R), written, in the accumulator's dtype

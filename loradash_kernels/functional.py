@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from . import arguments, composite, ops
-from .autograd import DashLinearFunction, LowRankUpdateFunction
+from . import arguments, composite
+from .autograd import DASH_LINEAR, LOW_RANK_UPDATE, Operator
 from .random import draw_seed, dropout_threshold
 
 
@@ -42,7 +41,8 @@ def dash_linear(
             frozen, and their trainable coordinates. Zero u and vt make the layer plain LoRA.
         scaling: alpha / r, or alpha / sqrt(r) for rsLoRA.
         dropout_p: probability in [0, 1), rounded to 1/65536; one mask, drawn from torch's generator, for both terms.
-        backend: a name of `available_backends()`; None takes the first that can run (`explain_backend` tells which).
+        backend: a name of `available_backends()`, which is obeyed or raises; None takes the first that can run
+            (`explain_backend` tells which), or the one that LORADASH_TUNE=1 measured to be faster here.
 
     Under autocast x, weight and bias are cast to its dtype as `nn.functional.linear` casts them: not from float64. Under
     torch.func transforms and forward-mode differentiation the plain formula is computed in their place, without dropout.
@@ -67,8 +67,7 @@ def dash_linear(
         return composite.dash_linear(x, weight, bias, *adapters, scaling)
     seed = draw_seed(x.device) if threshold else None
     args = (_rows(x), weight, bias, *adapters, seed, float(scaling), threshold, backend)
-    leaves = (x, lora_a, lora_b, dash_sigma, bias)
-    y = _call(torch.ops.loradash.dash_linear, DashLinearFunction, ops.dash_linear, args, leaves)
+    y = _call(DASH_LINEAR, args)
     return y if x.dim() == 2 else y.view(*x.shape[:-1], weight.shape[0])
 
 
@@ -103,8 +102,7 @@ def low_rank_update(
         return composite.low_rank_update(y, x, *adapters, scaling)
     seed = draw_seed(x.device) if threshold else None
     args = (_rows(y), _rows(x), *adapters, seed, float(scaling), threshold, backend)
-    leaves = (x, y, lora_a, lora_b, dash_sigma)
-    out = _call(torch.ops.loradash.low_rank_update, LowRankUpdateFunction, ops.low_rank_update, args, leaves)
+    out = _call(LOW_RANK_UPDATE, args)
     return out if y.dim() == 2 else out.view(y.shape)
 
 
@@ -123,25 +121,20 @@ def _threshold(p: float, training: bool) -> int:
 _PLAIN = frozenset({Tensor, torch.nn.Parameter, torch.nn.parameter.Buffer, type(None), float, int, str})
 
 
-def _call(
-    op: torch._ops.OpOverloadPacket, function: Any, plain: Any, args: tuple, leaves: tuple[Tensor | None, ...]
-) -> Tensor:
+def _call(operator: Operator, args: tuple) -> Tensor:
     """Whatever looks at operations (compile, export, tracing, dispatch modes, tensor subclasses) sees the operator; eager
-    training takes the Function, everything else neither.
-
-    leaves: the arguments that a gradient may be wanted for, x first.
-    """
+    training takes the Function, everything else neither."""
     if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() or torch._C._is_tracing():
-        return op(*args)[0]
+        return operator.packet(*args)[0]
     if not _PLAIN.issuperset(map(type, args)):
-        return _call_with_subclasses(op, args)
+        return _call_with_subclasses(operator.packet, args)
     if args[0].is_meta:
-        return op(*args)[0]
+        return operator.packet(*args)[0]
     if torch.is_grad_enabled():
-        for leaf in leaves:
-            if leaf is not None and leaf.requires_grad:
-                return function.apply(*args)[0]
-    return plain(*args)[0]
+        for tensor in operator.differentiable_of(args):
+            if tensor is not None and tensor.requires_grad:
+                return operator.function.apply(*args)[0]
+    return operator.run(*args)[0]
 
 
 def _call_with_subclasses(op: torch._ops.OpOverloadPacket, args: tuple) -> Tensor:

@@ -1,7 +1,7 @@
 """The cache of packed frozen weights.
 
-Where the CPU kernels compute the base product themselves, they read W in panels. A frozen weight is packed once per
-direction and the copies are kept while its memory lives: as many bytes as W for the forward pass, and again for the
+Where the CPU kernels compute the base product themselves, they read W in panels. A frozen weight is packed once for
+each pass and the copies are kept while its memory lives: as many bytes as W for the forward pass, and again for the
 backward pass, and 0.2% for fingerprints.
 
 A copy never outlives what it is a copy of: every call that uses one reads all of W first and compares its fingerprint
@@ -10,7 +10,7 @@ operators, `.data`, NumPy, DLPack, another view. Two different weights have the 
 at most 2^-64 over keys that are drawn anew in every process (NH; Black et al., "UMAC", CRYPTO 1999). What remains the
 caller's to prevent is a write by another thread while a call runs.
 
-Only memory that is seen a second time in the same direction is packed to be kept: casts by autocast and dequantised
+Only memory that is seen a second time in the same pass is packed to be kept: casts by autocast and dequantised
 weights, which are made for one call, are not. Calls on few rows let the library read W itself.
 """
 

@@ -27,7 +27,8 @@ def keep_scale(threshold: int) -> float:
 
 def draw_seed(device: torch.device | str = "cpu") -> Tensor:
     """(2,) int64: the key of Philox and the offset of its counter, 63 random bits each, from torch's generator."""
-    if torch.compiler.is_compiling():  # which knows no in-place draws
+    if torch.compiler.is_compiling():
+        # The compiler knows no in-place draws.
         return torch.randint(0, 2**63 - 1, (2,), dtype=torch.int64, device=device)
     return torch.empty(2, dtype=torch.int64, device=device).random_()
 

@@ -37,7 +37,8 @@ class Case:
     scaling: float
     dropout_p: float
     seed: int
-    device: str = "cpu"  # where `run` ran it, and so whose generator drew the seed of dropout
+    # Where `run` ran it, and so whose generator drew the seed of dropout.
+    device: str = "cpu"
 
     @property
     def x(self) -> Tensor:
@@ -138,8 +139,6 @@ def formula(case: Case, dtype: torch.dtype, mask: Tensor | None = None) -> dict[
     y.backward(case.dy.to(dtype))
     return {"y": y.detach(), **{n: v.grad for n in GRADIENTS if (v := t[n]) is not None and v.grad is not None}}
 
-
-# --- the error rule --------------------------------------------------------------------------------------------------
 
 # N. J. Higham and T. Mary, A New Approach to Probabilistic Rounding Error Analysis, SIAM J. Sci. Comput. 41(5), 2019,
 # theorem 3.1: where rounding errors are independent and of mean zero, a sum of n products errs by more than
@@ -272,7 +271,8 @@ def error_ratios(case: Case, ours: dict[str, Tensor]) -> dict[str, Tensor]:
     Raises AssertionError where a tensor is missing, is one too many or has another shape, and where the case may overflow.
     """
     exact, allowed = formula(case, torch.float64), allowances(case)
-    oracle = torch.finfo(torch.float64).eps / torch.finfo(accumulator(case.x.dtype)).eps  # its own share of the error
+    # The oracle errs too: its unit roundoff over that of our sums.
+    oracle = torch.finfo(torch.float64).eps / torch.finfo(accumulator(case.x.dtype)).eps
     assert ours.keys() == exact.keys(), f"got {sorted(ours)}, wanted {sorted(exact)}"
     found = {}
     for name, value in ours.items():

@@ -1,1 +1,1 @@
-"""Sets of kernels for the same calls."""
+"""Sets of kernels for the same calls: a module each, of the shape of `registry.Backend`."""

@@ -26,7 +26,8 @@ def _load() -> tuple[ModuleType | None, str | None]:
         if not others:
             return None, f"the compiled part is missing ({error}); build it with {_BUILD}"
         broken = f"{', '.join(others)} was compiled for another Python"
-    except ImportError as error:  # an undefined symbol after an upgrade of PyTorch, a library that is gone
+    except ImportError as error:
+        # A symbol is undefined after an upgrade of PyTorch, or a library is gone.
         broken = str(error)
     reason = f"the compiled part is there but does not load ({broken}); rebuild it with {_BUILD}"
     warnings.warn(f"loradash_kernels: {reason}. Until then other backends run, slower", RuntimeWarning, stacklevel=2)

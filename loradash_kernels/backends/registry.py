@@ -81,25 +81,29 @@ def _first(x: Tensor, width: int) -> Backend:
 
 
 def _named(name: str, x: Tensor, width: int) -> Backend:
+    backend = _by_name(name)
+    reason = _reason_against(backend, x, width)
+    if reason is not None:
+        raise RuntimeError(f"backend={name!r} cannot run: {reason}")
+    return backend
+
+
+def _by_name(name: str) -> Backend:
     for backend in BACKENDS:
         if backend.name == name:
-            reason = _reason_against(backend, x, width)
-            if reason is not None:
-                raise RuntimeError(f"backend={name!r} cannot run: {reason}")
             return backend
     raise ValueError(f"backend must be one of {[b.name for b in BACKENDS]}, got {name!r}")
 
 
 def _measured(call: Call) -> Backend | None:
-    """The fastest of the backends for this device, where that was measured or is to be measured now."""
+    """The fastest of the kernels that take this call, where that was measured or is to be measured now."""
 
     def candidates() -> list[str]:
         x, width = call.x, call.p.shape[1]
-        return [b.name for b in _KERNELS["cuda"] if _reason_against(b, x, width) is None]
+        return [b.name for b in BACKENDS if b is not reference and _reason_against(b, x, width) is None]
 
-    by_name = {backend.name: backend for backend in _KERNELS["cuda"]}
-    found = tuning.choose("backend", call, candidates, lambda name: getattr(by_name[name], call.pass_)(call))
-    return None if found is None else by_name[found]
+    found = tuning.choose("backend", call, candidates, lambda name: getattr(_by_name(name), call.pass_)(call))
+    return None if found is None else _by_name(found)
 
 
 def _reason_against(backend: Backend, x: Tensor, width: int) -> str | None:

@@ -29,7 +29,8 @@ from ..files import replace_file
 from ..notices import warn_once
 
 S = TypeVar("S")
-_FLUSHED_BYTES = 1 << 28  # more than any card's L2 holds
+# More than any card's L2 cache holds.
+_FLUSHED_BYTES = 1 << 28
 _ROUNDS = 10
 
 
@@ -75,7 +76,8 @@ class Measurements:
         try:
             path = self.path()
             text = path.read_text()
-        except (OSError, RuntimeError):  # not there, not readable, or no home: nothing was measured
+        except (OSError, RuntimeError):
+            # The file is not there or not readable, or there is no home: nothing was measured.
             return {}
         try:
             found = json.loads(text)["fastest"]
@@ -193,7 +195,8 @@ def _fastest(candidates: Sequence[S], run: Callable[[S], None], timer: Callable[
     for index, candidate in enumerate(candidates):
         try:
             times[index] = timer(functools.partial(run, candidate))
-        except Exception as error:  # out of registers, shared memory, ...: whatever the compiler or driver says
+        except Exception as error:
+            # The compiler or the driver says what is short: registers, shared memory, ...
             errors.append(f"{candidate}: {error}")
     if not times:
         raise RuntimeError("no candidate ran:\n" + "\n".join(errors))
@@ -201,7 +204,7 @@ def _fastest(candidates: Sequence[S], run: Callable[[S], None], timer: Callable[
 
 
 def milliseconds(run: Callable[[], None]) -> float:
-    """Of one run by CUDA events, the median of some rounds after one that compiles and tunes what it must.
+    """The time of one run by CUDA events: the median of some rounds, after one that compiles and tunes what it must.
 
     Before each round the L2 cache is overwritten: operands come from memory, as in a model, and the program, which is done
     with launching before the card is done with writing, does not enter the time.

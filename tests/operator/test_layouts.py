@@ -39,9 +39,6 @@ def test_dimensions(case, backend):
     assert call(case, case.x[:0].view(3, 0, 40), backend=backend).shape == (3, 0, 56)
 
 
-# --- strides ---------------------------------------------------------------------------------------------------------
-
-
 def sliced(t):
     """Columns of a wider matrix, that begin at an odd one, among NaN."""
     wide = torch.full((t.shape[0], t.shape[1] + 60), torch.nan, dtype=t.dtype)
@@ -86,9 +83,6 @@ def test_strides_of_vectors(case, backend, name):
     moved = with_tensor(case, name, torch.stack((t, torch.full_like(t, torch.nan)), 1)[:, 0])
     assert not moved.tensors[name].is_contiguous()
     check_same(case, backend, run(case, backend), run(moved, backend), moved=True)
-
-
-# --- modes -----------------------------------------------------------------------------------------------------------
 
 
 def test_eval_and_p_zero_draw_nothing(case):

@@ -65,9 +65,6 @@ def test_no_allowance_where_numbers_overflow():
         check_error_rule(case, results(case, torch.float16))
 
 
-# --- mutants ---------------------------------------------------------------------------------------------------------
-
-
 def scaled(case: Case, name: str, factor: float, index=...) -> Case:
     """Elements of a tensor times `factor`: 0 leaves them out, 2 counts them twice."""
     t = case.tensors[name].clone()

@@ -103,9 +103,6 @@ def test_gradients_asked_without_grad_mode(backend):
         call(made_here, backend=backend)
 
 
-# --- subclasses ------------------------------------------------------------------------------------------------------
-
-
 class Tagged(torch.Tensor):
     """A subclass with the behaviour that every subclass inherits."""
 
@@ -181,9 +178,6 @@ def test_quantised_weight():
         call({**make_case(5, 8, 6, 2, 3).tensors, "weight": model[0].weight})
 
 
-# --- layouts and dtypes ----------------------------------------------------------------------------------------------
-
-
 def either(name, t):
     """`dash_linear`, or `low_rank_update` where y is what matters."""
     y = t.pop("y")
@@ -220,9 +214,6 @@ def test_dtypes_are_named(dtype, name):
     t[name] = t[name].to(dtype)
     with pytest.raises(ValueError, match=rf"{name} .*{dtype}"):
         either(name, t)
-
-
-# --- autocast --------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("inside", [False, True])

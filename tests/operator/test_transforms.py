@@ -150,9 +150,6 @@ def test_compiled_transforms(tensors, name):
     torch.testing.assert_close(tree_leaves(compiled(values)), tree_leaves(expected))
 
 
-# --- frozen tensors --------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("name", ["weight", "dash_u", "dash_vt"])
 def test_gradients_of_frozen_tensors_are_refused(tensors, name):
     asked = {**tensors, name: tensors[name].clone().requires_grad_()}
@@ -169,9 +166,6 @@ def test_gradients_of_frozen_tensors_are_refused(tensors, name):
         adapters = list(asked.values())[3:]
         with pytest.raises(ValueError, match=f"{name} requires grad"):
             torch.ops.loradash.low_rank_update(formula(tensors), tensors["x"], *adapters, None, 2.0, 0, None)
-
-
-# --- tracing and export ----------------------------------------------------------------------------------------------
 
 
 class Layer(torch.nn.Module):
@@ -193,9 +187,6 @@ def test_traced_and_exported_layers(tensors):
         torch.testing.assert_close(f(x[:3]), layer(x[:3]))
         gradients = [torch.autograd.grad(g(x[:3]).square().sum(), g.parameters())[0] for g in (f, layer)]
         torch.testing.assert_close(*gradients)
-
-
-# --- FLOPs, meta and fake tensors ------------------------------------------------------------------------------------
 
 
 def counted(function, tensors, wanted):

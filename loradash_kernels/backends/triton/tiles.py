@@ -11,8 +11,11 @@ from dataclasses import replace
 
 from .target import Target, TileConfig
 
-MAX_WIDTH = 256  # of r + s
-ONE_LAUNCH_WIDTH = 32  # of the one-launch forward, whose accumulator of P stands beside that of the tile
+MAX_WIDTH = 256
+"""The largest r + s that the kernels take."""
+
+ONE_LAUNCH_WIDTH = 32
+"""The largest r + s, rounded up, of the one-launch forward: its accumulator of P stands beside that of the tile."""
 
 KB = 1024
 TARGETS = {
@@ -85,7 +88,8 @@ _GEMM_FP32_BLACKWELL = (TileConfig(64, 64, 16, 8, 3, tight=True), GEMM_FP32[1])
 
 # The one-launch forward holds the accumulator of P beside the tile's, and draws the mask inside its K loop. Not on AMD,
 # where a barrier does not wait for other waves' stores: T would be released before it is written.
-_ONE_LAUNCH_SMALL = (TileConfig(128, 64, 32, 8, 3), TileConfig(64, 64, 32, 4, 3))  # within 99 KB
+# These stay within 99 KB of shared memory.
+_ONE_LAUNCH_SMALL = (TileConfig(128, 64, 32, 8, 3), TileConfig(64, 64, 32, 4, 3))
 _ONE_LAUNCH_HOPPER = (TileConfig(128, 128, 32, 8, 4), TileConfig(64, 64, 32, 4, 4))
 ONE_LAUNCH = {
     "sm_80": (TileConfig(128, 64, 32, 8, 4), TileConfig(64, 64, 32, 4, 4)),
@@ -97,7 +101,8 @@ ONE_LAUNCH_FP32 = (TileConfig(32, 32, 16, 4, 2),)
 # The passes over one large operand. down: rows x block_k of x; dy: rows x block_n of dy; x: rows x block_k of x.
 # Wide rank blocks take registers and shared memory: narrower tiles from 64 on.
 _DOWN = (TileConfig(64, 0, 64, 8, 3), TileConfig(32, 0, 128, 4, 3), TileConfig(16, 0, 128, 4, 3))
-_DY = TileConfig(32, 256, 0, 8, 3)  # G takes 4 R / (2 block_n) of the bytes of dy in partial sums
+# Partial sums of G take 4 R / (2 block_n) of the bytes of dy.
+_DY = TileConfig(32, 256, 0, 8, 3)
 _DY_CDNA = TileConfig(32, 128, 0, 4, 3)
 _X = TileConfig(64, 0, 128, 8, 3)
 
@@ -134,7 +139,7 @@ def pick_one_launch(target: Target, itemsize: int, rows: int, columns: int) -> T
 
 
 def pick_down(target: Target, itemsize: int, rows: int, rank_block: int) -> TileConfig:
-    """Of the down-projection: block_m rows of x, block_k columns at a time.
+    """The tile of the down-projection: block_m rows of x, block_k columns at a time.
 
     D is read once per block of rows, from L2: 16 rows of 16-bit x are outweighed three times by an fp32 D of R = 24, so
     low blocks are for those M that would leave most processors idle.
@@ -147,7 +152,7 @@ def pick_down(target: Target, itemsize: int, rows: int, rank_block: int) -> Tile
 
 
 def pick_dy(target: Target, itemsize: int, rank_block: int) -> TileConfig:
-    """Of the pass over dy: block_m rows at a time, block_n columns."""
+    """The tile of the pass over dy: block_m rows at a time, block_n columns."""
     config = _narrowed(_DY if target.warp_size == 32 else _DY_CDNA, target, itemsize, rank_block)
     # Triton 3.8 gives the tile of dy a buffer too few where dB is an asynchronous product with an operand in registers,
     # which it becomes at 64 ranks: a copy overwrites what the product still reads.
@@ -155,7 +160,7 @@ def pick_dy(target: Target, itemsize: int, rank_block: int) -> TileConfig:
 
 
 def pick_x(target: Target, itemsize: int, rank_block: int) -> TileConfig:
-    """Of the pass over x: block_m rows at a time, block_k columns."""
+    """The tile of the pass over x: block_m rows at a time, block_k columns."""
     config = _narrowed(_X, target, itemsize, rank_block)
     return replace(config, num_stages=3) if itemsize == 2 else config
 

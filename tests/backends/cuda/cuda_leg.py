@@ -1,5 +1,7 @@
-"""What a build with CUDA must pass where there is no GPU: links, imports, registers, traces. Run by `make cuda-check`; on a
-machine with a GPU the operator's own tests follow with backend="cuda"."""
+"""What a build with CUDA must pass where there is no GPU: links, imports, registers, traces.
+
+`make cuda-check` runs it; on a machine with a GPU the operator's own tests follow with backend="cuda".
+"""
 
 from __future__ import annotations
 
@@ -9,6 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import loradash_kernels as lk
 from loradash_kernels.backends import extension
+from loradash_kernels.calls import ForwardCall
 from loradash_kernels.testing import make_case
 
 
@@ -54,9 +57,9 @@ def test_launch_errors_name_the_kernel():
     """Without a GPU the first launch must fail, in words."""
     if torch.cuda.is_available():
         pytest.skip("there is a GPU")
-    x = torch.zeros(8, 16, dtype=torch.bfloat16)
+    x, weight, y = (torch.zeros(shape, dtype=torch.bfloat16) for shape in ((8, 16), (8, 16), (8, 8)))
+    absent = dict.fromkeys(("bias", "dash_u", "dash_vt", "dash_sigma", "seed", "base"))
+    adapters = {"lora_a": torch.zeros(2, 16), "lora_b": torch.zeros(8, 2), "scaling": 1.0, "threshold": 0}
+    call = ForwardCall(x=x, weight=weight, y=y, p=torch.empty(8, 2), **adapters, **absent)
     with pytest.raises(Exception, match=r"[Cc][Uu][Dd][Aa]|device"):
-        torch.ops.loradash_cuda.forward(
-            x, torch.zeros(8, 16, dtype=torch.bfloat16), None, torch.zeros(2, 16), torch.zeros(8, 2), None, None, None,
-            None, 1.0, 0, None, torch.empty(8, 8, dtype=torch.bfloat16), torch.empty(8, 2),
-        )  # fmt: skip
+        torch.ops.loradash_cuda.forward(*call)

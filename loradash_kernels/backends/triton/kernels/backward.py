@@ -23,7 +23,7 @@ def dy_pass(
     RANK: tl.constexpr, DIRECTIONS: tl.constexpr, R_BLOCK: tl.constexpr, RANK_BLOCK: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, EVEN_N: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Of BLOCK_N columns and rows_per_split rows of dy: G partial over N, dB and db partial over M.
+    """From BLOCK_N columns and rows_per_split rows of dy: G partial over N, dB and db partial over M.
 
     g_part (tiles of N, M, R), db_part (splits, r, N), dbias_part (splits, N), fp32; null where not wanted.
     FLOPs: 2 M N (R_BLOCK + RANK_BLOCK). Bytes: dy once, Q once per split; partial sums of 4 R M N / BLOCK_N and
@@ -61,7 +61,8 @@ def dy_pass(
             db = tl.dot(tl.trans(p_tile.to(dtype)), tile, db, input_precision=PRECISION)
         if dbias_part is not None:
             if dtype == tl.float32:
-                dbias += tl.sum(tile, axis=0)[None, :]  # a tree: one running sum over M would round 16 times as much
+                # A tree of sums: one running sum over M would round 16 times as much.
+                dbias += tl.sum(tile, axis=0)[None, :]
             else:
                 # A product with ones, the same sum in 16 rows: a sum over registers wants a layout of the tile in shared
                 # memory that costs every other product of it bank conflicts.

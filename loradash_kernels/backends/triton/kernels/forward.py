@@ -187,7 +187,8 @@ def one_launch_forward(
             _store_low_rank(
                 low, p, t, dash_sigma, m0, M, scaling, keep_scale, RANK, DIRECTIONS, R_BLOCK, R_BLOCK, BLOCK_M
             )  # fmt: skip
-            tl.debug_barrier()  # every warp's part of T is written before one thread releases it
+            # Every warp's part of T is written before one thread releases it.
+            tl.debug_barrier()
             tl.atomic_xchg(state + tiles_m + pid_m, 1, sem="release")
         else:
             for k0 in tl.range(0, K, BLOCK_K):
