@@ -70,7 +70,7 @@ struct BackwardCall {
   }
 };
 
-// The schema of the operator that takes a call, and more.
+// The schema of the operator that takes a call and, where `more` names some, further arguments.
 template <typename Call>
 std::string operator_schema(const char* name, const char* more = "") {
   return std::string(name) + "(" + Call::kSchema + more + ") -> ()";
@@ -96,7 +96,7 @@ auto fields_of(Result (*)(const Call&, More...)) -> decltype(std::declval<Call>(
 template <auto kFunction>
 constexpr auto* flat = &FlatFunction<kFunction, decltype(kFunction), decltype(fields_of(kFunction))>::call;
 
-// `taken` ends the sentence where it is none of these.
+// The error that another dtype raises begins with `taken`: what the kernels of a device take.
 inline DType dtype_of(const Tensor& t, const char* taken) {
   switch (t.scalar_type()) {
     case at::kFloat:

@@ -11,10 +11,10 @@
 namespace loradash::cpu {
 namespace {
 
-// Memory that holds what the tensor says: a view with the negative bit is written out.
+// Returns memory that holds what the tensor says: a view with the negative bit is written out.
 Tensor plain(const Tensor& t) { return t.is_neg() ? t.resolve_neg() : t; }
 
-// Rows of unit stride; the distance between rows is free.
+// The kernels take rows of unit stride; the distance between rows is free.
 Tensor unit_rows(const Tensor& t) { return t.size(1) <= 1 || t.stride(1) == 1 ? plain(t) : plain(t).contiguous(); }
 
 Tensor fp32(const OptionalTensor& t) { return t ? plain(*t).to(at::kFloat).contiguous() : Tensor(); }
@@ -23,7 +23,7 @@ const void* data(const Tensor& t) { return t.defined() ? t.const_data_ptr() : nu
 const float* float_data(const Tensor& t) { return static_cast<const float*>(data(t)); }
 float* float_out(const OptionalTensor& t) { return t ? t->mutable_data_ptr<float>() : nullptr; }
 
-// fp32 copies of the adapters where they are not fp32 already; holds them for the length of a call.
+// Copies the adapters where they are not fp32 already, and holds the copies for the length of a call.
 struct AdapterTensors {
   Tensor a, b, u, vt, sigma;
   Fp32Adapters params;
@@ -50,7 +50,7 @@ Dropout dropout_of(const OptionalTensor& seed, int64_t threshold) {
   return {static_cast<uint64_t>(words[0]), static_cast<uint64_t>(words[1]), static_cast<uint32_t>(threshold)};
 }
 
-// The weight as the kernels want it, or undefined: then the library computes the base product.
+// Returns the weight as the kernels want it, or undefined: then the library computes the base product.
 Tensor packed_or_undefined(const OptionalTensor& weight, int64_t rows, Pass pass) {
   if (!weight) return {};
   const int64_t min_rows = min_base_rows(dtype_of(*weight));
@@ -125,7 +125,7 @@ TORCH_LIBRARY(loradash_cpu, m) {
 
 }  // namespace
 
-// What is not an operator: facts about the machine, and the switch of the packed weights.
+// Python reaches here what is not an operator: facts about the machine, and the switch of the packed weights.
 void define_cpu(pybind11::module_& m) {
   m.def("isa", [](int dtype) { return isa_name(static_cast<DType>(dtype)); }, "Instruction set that serves a dtype.");
   m.def(

@@ -36,7 +36,7 @@ T* out(const OptionalTensor& t) {
   return t && t->numel() > 0 ? static_cast<T*>(t->mutable_data_ptr()) : nullptr;
 }
 
-// What a call asks for, and the tensors that had to be copied for it.
+// Holds what a call asks for, and the tensors that had to be copied for it.
 class Request {
  public:
   Problem problem{};
@@ -61,7 +61,7 @@ class Request {
     problem.card = card;
   }
 
-  // The plan of this call, in a workspace that is kept with it.
+  // Plans the call in a workspace that is kept with it.
   Plan plan(const ForwardCall& call, const std::string& tile) {
     ForwardOut o{};
     if (call.bias) o.bias = data(keep(call.bias->to(kept_.front().scalar_type()).contiguous()));
@@ -87,7 +87,7 @@ class Request {
  private:
   const Tensor& keep(Tensor t) { return kept_.emplace_back(std::move(t)); }
 
-  // Rows of unit stride; the distance between rows is free.
+  // The kernels take rows of unit stride; the distance between rows is free.
   const Tensor& keep_rows(const Tensor& t) { return keep(t.size(1) <= 1 || t.stride(1) == 1 ? t : t.contiguous()); }
 
   static void check(const Shape& shape, const Tensor& x) {
@@ -123,11 +123,12 @@ class Request {
   std::vector<Tensor> kept_;
 };
 
-// Processors, and bytes of shared memory that a block may take.
+// They are a Card: processors, and bytes of shared memory that a block may take.
 using CardNumbers = std::pair<int32_t, int32_t>;
 using LaunchTuple = std::tuple<std::string, std::array<uint32_t, 3>, uint32_t, uint32_t, pybind11::bytes>;
 
-// Kernel, grid, threads, shared bytes, parameters; and the tensors that these point to, the workspace last.
+// Returns, for each launch, kernel, grid, threads, shared bytes and parameters; and the tensors that these point to,
+// the workspace last.
 template <typename Call>
 std::pair<std::vector<LaunchTuple>, std::vector<Tensor>> planned(const Call& call, CardNumbers card,
                                                                  const std::string& tile) {

@@ -31,7 +31,7 @@ bool same(const Tensor& a, const Tensor& b) {
   return std::memcmp(a.const_data_ptr(), b.const_data_ptr(), a.nbytes()) == 0;
 }
 
-// Packing moves N K elements: not worth it for one call on few rows.
+// Packing moves N K elements: it is not worth that for one call on fewer rows.
 constexpr int64_t kMinRowsToPack = 64;
 
 }  // namespace
@@ -45,7 +45,7 @@ Tensor fingerprint_of(const Tensor& weight) {
 }
 
 PackedWeights& packed_weights() {
-  // Never destroyed: tensors may outlive static destructors.
+  // It is never destroyed: tensors may outlive static destructors.
   static PackedWeights* weights = new PackedWeights;
   return *weights;
 }
@@ -67,7 +67,7 @@ Tensor PackedWeights::get(const Tensor& weight, Pass pass, int64_t rows) {
   if (!look_up(key, weight, pass, copy)) return pack(weight, pass);
   Tensor now = fingerprint_of(weight);
   if (!copy || !same(copy->fingerprint, now)) {
-    // Packed after it was fingerprinted: a write in between is found by the next call.
+    // The weight is packed after it was fingerprinted: the next call finds a write in between.
     copy = std::make_shared<const Copy>(Copy{std::move(now), pack(weight, pass)});
     keep(key, pass, copy);
   }

@@ -15,7 +15,7 @@ namespace loradash::cpu {
 
 using at::Tensor;
 
-// The weights in the order the kernels read them. Copies of frozen ones are kept, one per pass, as long as the
+// Gives the weights in the order the kernels read them. Copies of frozen ones are kept, one per pass, as long as the
 // memory they were made from lives.
 //
 // A kept copy serves a call only after the whole weight was read in that call and its fingerprint (cpu/cpu.h) found
@@ -28,10 +28,11 @@ using at::Tensor;
 // for one call, never are.
 class PackedWeights {
  public:
-  // The packed weight (N, K) for a call on so many rows; undefined where the library had better read the weight itself.
+  // Returns the packed weight (N, K) for a call on so many rows; undefined where the library had better read the weight
+  // itself.
   Tensor get(const Tensor& weight, Pass pass, int64_t rows);
 
-  // Keep copies from now on, or drop all and keep none.
+  // Keeps copies from now on, or drops all and keeps none.
   void enable(bool on);
   // Drops the copies of the memory behind a weight, whichever view of it they were made from.
   void invalidate(const Tensor& weight);
@@ -57,7 +58,8 @@ class PackedWeights {
     std::shared_ptr<const Copy> copies[2];
   };
 
-  // Has this memory been seen in this pass before? And the copy, if there is one. From now on it has been.
+  // Tells whether this memory has been seen in this pass before, and from now on it has been; `copy` becomes the kept
+  // one, or null.
   bool look_up(const Key& key, const Tensor& weight, Pass pass, std::shared_ptr<const Copy>& copy);
   void keep(const Key& key, Pass pass, std::shared_ptr<const Copy> copy);
   void drop_dead();
@@ -70,7 +72,7 @@ class PackedWeights {
 
 PackedWeights& packed_weights();
 
-// The fingerprint of a weight of which one stride is 1, int64.
+// Returns the fingerprint, int64, of a weight of which one stride is 1.
 Tensor fingerprint_of(const Tensor& weight);
 
 }  // namespace loradash::cpu

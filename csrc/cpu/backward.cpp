@@ -97,7 +97,7 @@ class Backward {
 
   bool needs_mask() const { return p_.dropout.active() && width_ && (p_.da || p_.dx); }
 
-  // Words of keep bits, one a row and panel of 32 columns.
+  // Returns words of keep bits, one for each row and panel of 32 columns.
   const uint32_t* draw_mask(int64_t m0, int64_t rows, int64_t first, int64_t last) const {
     if (!needs_mask()) return nullptr;
     uint32_t* bits = scratch<uint32_t>(kBits, rows * (last - first));
@@ -106,7 +106,7 @@ class Backward {
     return bits;
   }
 
-  // dy as left operand of dy Q and dy W.
+  // dy is the left operand of dy Q and dy W.
   RowOperand<E> stage_dy(int64_t m0, int64_t rows) const {
     return row_operand(kernels_, dy(m0), p_.lddy, rows, p_.shape.n, nullptr, 0);
   }
@@ -146,9 +146,9 @@ class Backward {
                          partial_a_ + split * k_panels_ * rank_ * kPanel);
   }
 
-  // partial (panel, r, 32) += narrow (rows, R)[:, :r]^T wide (rows, 32), for panels first to last. Bits from `first`
-  // on. A few rows at a time: a panel is 128 bytes of each, and more rows than the TLB has pages would miss on every
-  // one.
+  // partial (panel, r, 32) += narrow (rows, R)[:, :r]^T wide (rows, 32), for panels first to last; `bits`
+  // begin at panel `first`. It takes a few rows at a time: a panel is 128 bytes of each, and more rows than the TLB has
+  // pages would miss on every one.
   void gradient_of_factor(const float* narrow, int64_t rows, const T* wide, int64_t ld, int64_t size, int64_t first,
                           int64_t last, const uint32_t* bits, int64_t bits_stride, float* partial) const {
     constexpr int64_t kRows = 64;
@@ -178,7 +178,7 @@ class Backward {
     }
   }
 
-  // dx (rows, panels): dy W and the masked low-rank term.
+  // dx (rows, panels) = dy W + the masked low-rank term
   void gradient_of_x(int64_t m0, int64_t rows, RowOperand<E> dy, int64_t first, int64_t last, const uint32_t* bits,
                      int64_t bits_stride) const {
     if (!p_.dx) return;
@@ -202,7 +202,7 @@ class Backward {
     }
   }
 
-  // The second stage of the sums over M: splits in order, then to the gradients' layouts.
+  // The second stage of the sums over M adds the splits in order and writes the gradients in their layouts.
   void reduce(const ThreadPool& pool) const {
     const float scaling = p_.adapters.scaling;
     if (p_.db_lora) reduce_factor(pool, partial_b_, n_panels_, p_.shape.n, scaling, p_.db_lora, 1, rank_);
@@ -218,7 +218,7 @@ class Backward {
     }
   }
 
-  // out (count) += the partial sums of every split, `stride` apart.
+  // Adds to out (count) the partial sums of every split, which lie `stride` apart.
   void add_splits(const float* partial, int64_t stride, int64_t count, float* out) const {
     for (int64_t split = 0; split < blocks_.splits; ++split)
       for (int64_t j = 0; j < count; ++j) out[j] += partial[split * stride + j];

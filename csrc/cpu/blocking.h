@@ -68,8 +68,8 @@ void for_tiles(const K& kernels, int64_t rows, const F& body) {
   for (int64_t i = 0; i < rows; i += height) body(i, static_cast<int>(std::min(height, rows - i)));
 }
 
-// A block of rows as the left operand of a product: memory itself where it will do, else staged tiles. The tile that
-// starts at row i is at data + i * ld, steps of depth are `step` apart for a tile of so many rows.
+// A block of rows is the left operand of a product: memory itself where it will do, else staged tiles. The tile that
+// starts at row i is at data + i * ld; a step of depth is one element of bf16, or as many of fp32 as the tile has rows.
 template <typename E>
 struct RowOperand {
   const E* data;
@@ -93,7 +93,7 @@ RowOperand<E> row_operand(const Kernels<T, E>& kernels, const T* src, int64_t ld
   return {staged, pitch};
 }
 
-// The block of rows (rows, R) of P or G, times one factor a column.
+// Stages a block of rows (rows, R) of P or G, times one factor a column.
 template <typename T, typename E>
 RowOperand<E> scaled_operand(const Kernels<T, E>& kernels, const float* src, int64_t rows, int64_t width,
                              const float* factors) {
@@ -105,7 +105,7 @@ RowOperand<E> scaled_operand(const Kernels<T, E>& kernels, const float* src, int
   return {staged, pitch};
 }
 
-// The right operand of a product: panels of equal depth, one after the other.
+// The right operand of a product is panels of equal depth, one after the other.
 template <typename E>
 struct Panels {
   const E* data;
@@ -122,7 +122,7 @@ E* zeroed_panels(Slot slot, int64_t depth, int64_t columns) {
   return data;
 }
 
-// D = [A; Vt] as right operand with depth K (for x D^T) or depth R (for G D), packed once per call.
+// Packs D = [A; Vt] as right operand with depth K (for x D^T) or depth R (for G D), once per call.
 template <typename T, typename E>
 Panels<E> pack_d(const Kernels<T, E>& kernels, const Fp32Adapters& a, int64_t k, bool depth_is_k) {
   const int64_t columns = depth_is_k ? a.width() : k, depth = padded_depth<E>(depth_is_k ? k : a.width());
@@ -137,7 +137,7 @@ Panels<E> pack_d(const Kernels<T, E>& kernels, const Fp32Adapters& a, int64_t k,
   return {data, depth};
 }
 
-// Q = [B | U] as right operand with depth R (for P Q^T) or depth N (for dy Q).
+// Packs Q = [B | U] as right operand with depth R (for P Q^T) or depth N (for dy Q).
 template <typename T, typename E>
 Panels<E> pack_q(const Kernels<T, E>& kernels, const Fp32Adapters& a, int64_t n, bool depth_is_n) {
   const int64_t columns = depth_is_n ? a.width() : n, depth = padded_depth<E>(depth_is_n ? n : a.width());
@@ -152,7 +152,7 @@ Panels<E> pack_q(const Kernels<T, E>& kernels, const Fp32Adapters& a, int64_t n,
   return {data, depth};
 }
 
-// c = [scaling * 1_r ; dash_sigma] * factor, in a caller's array of R.
+// Writes c = [scaling * 1_r ; dash_sigma] * factor into a caller's array of R.
 inline void column_factors(const Fp32Adapters& a, float factor, float* c) {
   for (int64_t i = 0; i < a.rank; ++i) c[i] = a.scaling * factor;
   for (int64_t i = 0; i < a.directions; ++i) c[a.rank + i] = a.dash_sigma[i] * factor;
@@ -170,7 +170,7 @@ void fetch_tile(const T* dst, int64_t ld, int rows, int columns) {
     for (int j = 0; j < columns; j += 64 / static_cast<int>(sizeof(T))) __builtin_prefetch(dst + i * ld + j, 1);
 }
 
-// The low-rank and the base term of a block of rows and a panel, the former masked by `bits` if there are any:
+// Adds the low-rank and the base term of a block of rows and a panel, the former masked by `bits` if there are any:
 // c = base_a base_b + mask * (low_a low_b), in this order (the rank columns are few and large: a running sum that began
 // with them would round every one of the many small base products at their magnitude), a tile at a time; finish(i,
 // height, c) takes each, and prepare(i, height) is called when its last pass begins. `c` has room for the block. While

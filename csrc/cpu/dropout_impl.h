@@ -63,7 +63,7 @@ inline uint64_t keep_bits(const VecU c[4], uint32_t threshold) {
 #endif
 }
 
-// Of so many Philox blocks the first rounds are kept for all rows: 8 KB.
+// The first rounds of so many Philox blocks are kept for all rows: 8 KB.
 constexpr int64_t kColumnBlocks = 256;
 
 void dropout_bits(const Dropout& dropout, int64_t row, int64_t rows, int64_t k_begin, int64_t k_end, uint32_t* bits,

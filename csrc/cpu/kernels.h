@@ -29,7 +29,7 @@ struct fp16 {
 template <typename E>
 constexpr int64_t kDepthStep = sizeof(E) == 2 ? 32 : 1;
 
-// Internal linkage, as in kernels_impl.h: these are compiled for several instruction sets.
+// These have internal linkage, as all in kernels_impl.h: they are compiled for several instruction sets.
 static inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 template <typename E>
@@ -85,13 +85,13 @@ struct Kernels {
   // c (rows, kPanel) = (accumulate ? c : 0) + sum of the terms.
   void (*multiply)(const Term<E>* terms, int count, int rows, float* c, bool accumulate);
 
-  // A tile of a left operand, rows <= tile_rows: src (rows, k), dropped elements (bits) and padding zero. bits: one
-  // word per 32 elements, bits_stride words a row. Rows of bf16 are tile_pitch<E>(k) apart.
+  // Stages a tile of a left operand, rows <= tile_rows: src (rows, k), with zeros where elements are dropped (`bits`)
+  // and padded. bits: one word per 32 elements, bits_stride words a row. Rows of bf16 are tile_pitch<E>(k) apart.
   void (*stage_tile)(const T* src, int64_t ld, int rows, int64_t k, const uint32_t* bits, int64_t bits_stride, E* dst);
-  // One packed panel whose depth runs over the rows of src: B(d, j) = src[d * ld + j], j < columns <= kPanel.
+  // Packs one panel whose depth runs over the rows of src: B(d, j) = src[d * ld + j], j < columns <= kPanel.
   void (*stage_panel)(const T* src, int64_t ld, int64_t rows, int columns, const uint32_t* bits, int64_t bits_stride,
                       E* dst);
-  // One packed panel whose columns run over the rows of src: B(d, j) = src[j * ld + d].
+  // Packs one panel whose columns run over the rows of src: B(d, j) = src[j * ld + d].
   void (*stage_transposed)(const T* src, int64_t ld, int64_t depth, int columns, E* dst);
   // sums[j] += sum over rows of src[row * ld + j]
   void (*column_sums)(const T* src, int64_t ld, int64_t rows, int columns, float* sums);
@@ -101,29 +101,31 @@ struct Kernels {
   // dst = c + bias + base; bias and base may be null.
   void (*store_tile)(const float* c, int rows, int columns, const float* bias, const T* base, T* dst, int64_t ld);
 
-  // The small operands, from fp32. A tile of src (rows, columns) * factor, one factor a column.
+  // The small operands come from fp32. This stages a tile of src (rows, columns) * factor, one factor a column.
   void (*scale_tile)(const float* src, int rows, int64_t columns, const float* factor, E* dst);
-  // A tile of src^T: its rows are `columns` columns of src, its depth runs over the rows of src. pitch: bf16 only.
+  // Stages a tile of src^T: its rows are `columns` columns of src, its depth runs over the rows of src. Only bf16
+  // needs the pitch.
   void (*transpose_tile)(const float* src, int64_t ld, int64_t rows, int columns, int64_t pitch, E* dst);
-  // Packed B(d0 + d, c0 + j) = src[d * stride_d + j * stride_c], in a matrix that was zero.
+  // Packs B(d0 + d, c0 + j) = src[d * stride_d + j * stride_c] into a matrix that was zero.
   void (*pack_block)(const float* src, int64_t stride_d, int64_t stride_c, int64_t depth, int64_t columns,
                      int64_t depth_padded, int64_t d0, int64_t c0, E* dst);
 
-  // Keep bits of elements (row + i, k_begin + k), i < rows: bit k % 32 of bits[i * bits_stride + k / 32].
+  // Draws the keep bits of elements (row + i, k_begin + k), i < rows: bit k % 32 of bits[i * bits_stride + k / 32].
   // k_begin is a multiple of 32; bits beyond k_end in the last word are arbitrary.
   void (*dropout_bits)(const Dropout& dropout, int64_t row, int64_t rows, int64_t k_begin, int64_t k_end,
                        uint32_t* bits, int64_t bits_stride);
 
-  // The fingerprint of a block of memory; `keys` are random, as many bytes rounded up to lines, and one line more.
+  // Takes the fingerprint of a block of memory; `keys` are random, as many bytes rounded up to lines, and one line
+  // more.
   void (*fingerprint_block)(const char* block, int64_t bytes, const char* keys, uint64_t out[2]);
 };
 
-// The best table this CPU runs, chosen once; LORADASH_CPU_ISA may ask for a lower one. Operands of type T in memory
-// are multiplied as E; there is no table for bf16 operands on CPUs without bf16 products.
+// Returns the best table this CPU runs, chosen once; LORADASH_CPU_ISA may ask for a lower one. Operands of type T in
+// memory are multiplied as E; there is no table for bf16 operands on CPUs without bf16 products.
 template <typename T, typename E>
 const Kernels<T, E>* kernels();
 
-// One definition per instruction set, in kernels_<isa>.cpp; null for (T, E) that the set does not serve.
+// Each instruction set defines its own, in kernels_<isa>.cpp; null for (T, E) that the set does not serve.
 #define LORADASH_DECLARE_ISA(isa)   \
   namespace isa {                   \
   template <typename T, typename E> \

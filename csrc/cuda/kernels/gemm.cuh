@@ -15,7 +15,7 @@
 
 namespace loradash::cuda {
 
-// kColumns: B is stored (depth, n), rows along n; else (n, depth), rows along the depth.
+// With kColumns B is stored (depth, n), its rows along n; else (n, depth), its rows along the depth.
 template <typename T, int kM_, int kN_, int kDepth_, int kWarpsM_, int kWarpsN_, int kStages_, bool kColumns_,
           bool kAligned_>
 struct GemmTile {
@@ -196,14 +196,14 @@ struct Accumulator {
                                                    const PhiloxColumn& column, float scale, int m0) {
     const int lane = threadIdx.x % 32, part = lane % 4;
     const uint4 drawn = dropout.masks(dropout.row(m0 + lane / 4 + part % 2 * 8), column);
-    // Bits 8 part to 8 part + 7 of a word that the four lanes of a row put together.
+    // These are bits 8 part to 8 part + 7 of a word that the four lanes of a row put together.
     uint32_t bits =
         (drawn.x & 0x00020001u) | (drawn.y & 0x00080004u) | (drawn.z & 0x00200010u) | (drawn.w & 0x00800040u);
     bits = ((bits | bits >> 16) & 0xFF) << (8 * part);
     bits |= __shfl_xor_sync(0xFFFFFFFFu, bits, 1);
     bits |= __shfl_xor_sync(0xFFFFFFFFu, bits, 2);
 #pragma unroll
-    // Column 2 part + e % 2, row + 8 from element 2 on.
+    // Element e is in column 2 part + e % 2, eight rows further down from element 2 on.
     for (int e = 0; e < 8; ++e) {
       float& value = e < 4 ? left[e % 4] : right[e % 4];
       const int bit = 16 * (e / 4) + 8 * (e % 4 / 2) + 2 * part + e % 2;
@@ -223,7 +223,7 @@ __device__ __forceinline__ void add_base(float (&values)[kChunk], const T* base,
   }
 }
 
-// Rounds once, after bias and base: rows of fp32 go through shared memory, so that a lane stores 16 bytes of a row.
+// Rounds C once, after bias and base: rows of fp32 go through shared memory, so that a lane stores 16 bytes of a row.
 template <typename Tile>
 __device__ __forceinline__ void store_output(const Accumulator<Tile>& acc, const GemmParams& p, char* shared, int m0,
                                              int n0) {
@@ -233,8 +233,8 @@ __device__ __forceinline__ void store_output(const Accumulator<Tile>& acc, const
   m0 += warp / Tile::kWarpsN * Tile::kWarpM, n0 += warp % Tile::kWarpsN * Tile::kWarpN;
   // So many lanes store a row, so many rows at a time.
   constexpr int kLanes = Tile::kWarpN / kChunk, kRows = 32 / kLanes;
-  // First the first four of every eight columns, then the others: a lane then reads both halves of its eight beside
-  // those of its neighbours.
+  // The first four of every eight columns are staged first, then the others: a lane then reads both halves of its eight
+  // beside those of its neighbours.
   constexpr int kHalf = Tile::kStageRow / 2;
   const int column = n0 + lane % kLanes * kChunk, rows = p.m, columns = p.n;
   const bool whole = p.whole;
@@ -283,7 +283,7 @@ __device__ __forceinline__ void store_output(const Accumulator<Tile>& acc, const
   }
 }
 
-// Tile (m, n) of a program: group_m rows of tiles at a time, so that neighbours share operands in L2.
+// Finds the tile (m, n) of a program: group_m rows of tiles at a time, so that neighbours share operands in L2.
 __device__ __forceinline__ void rasterise(const GemmParams& p, int pid, int& tile_m, int& tile_n) {
   const int group = pid / (p.group_m * p.tiles_n), first = group * p.group_m;
   const int height = min(p.tiles_m - first, p.group_m), inside = pid % (p.group_m * p.tiles_n);
@@ -300,8 +300,8 @@ enum class Second {
   kMasked,
 };
 
-// One tile of C, at (m0, n0). `before_second` is called by all threads before the first copy of the second pair of
-// operands.
+// Computes one tile of C, at (m0, n0). `before_second` is called by all threads before the first copy of the second
+// pair of operands.
 template <typename Tile, Second kSecond, typename Before>
 __device__ __forceinline__ void multiply(const GemmParams& p, char* shared, int m0, int n0,
                                          const Before& before_second) {

@@ -28,7 +28,7 @@
   LORADASH_PASS_ENTRY(bf16, __nv_bfloat16, _any, false, __VA_ARGS__) \
   LORADASH_PASS_ENTRY(f16, __half, _any, false, __VA_ARGS__)
 
-// prefix: "" for the forward pass, "dx_" for dx. pass: one of the PassKinds that share a launch.
+// The prefix is "" in the forward pass and "dx_" for dx; `pass` is one of the PassKinds that share a launch.
 #define LORADASH_ONE_LAUNCH_ENTRY(dtype, T, order, columns, prefix, second, pass, name, m, n, depth, warps_m, warps_n, \
                                   stages)                                                                              \
   extern "C" __global__ void __launch_bounds__(loradash::cuda::gemm_threads(warps_m, warps_n), 2)                      \
@@ -49,7 +49,7 @@
     loradash::cuda::call(params);                                             \
   }
 
-// A kernel in a table, by its name; the entries of a list follow with every dtype, order and alignment.
+// These write lines of a table of kernels: one by its name, or a list's entry in every dtype, order and alignment.
 #define LORADASH_LISTED(kernel) {#kernel, reinterpret_cast<const void*>(&kernel)},
 #define LORADASH_LIST_PASS(name, ...) \
   LORADASH_LISTED(name##_bf16)        \

@@ -3,8 +3,9 @@
 //
 // The first program to arrive at a block of rows runs the pass over these rows, releases a flag, and then takes its own
 // tile, whose rows it finds in L2. The others wait for the flag when the large part of their tile is done. Only the
-// first to arrive is ever waited for, and it waits for nobody: programs need not be resident together. FLOPs and bytes
-// of separate launches, but the left operand once from memory and one launch less to fill and drain.
+// first to arrive is ever waited for, and it waits for none: programs need not be resident together. FLOPs and bytes
+// are those of separate launches, except that the left operand comes once from memory, and one launch less fills and
+// drains.
 #pragma once
 
 #include "gemm.cuh"
@@ -12,7 +13,7 @@
 
 namespace loradash::cuda {
 
-// Not inlined: its addresses would be worked out before the loop over tiles, and held through the product.
+// This is not inlined: its addresses would be worked out before the loop over tiles, and held through the product.
 template <typename Over>
 __device__ __noinline__ void pass_rows(const PassParams& p, char* shared, int chunk, int chunks, int tile_m) {
   Pass<Over>(p, shared, chunk, chunks, tile_m, 0).run();

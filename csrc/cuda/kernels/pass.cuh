@@ -36,7 +36,7 @@ struct PassTile {
   static_assert(kStageBytes == X::kBytes + (kFactorStreams ? F::kBytes : 0));
 };
 
-// c of a rank: scaling for those of LoRA, Δσ for the directions.
+// The factor c of a rank is scaling for those of LoRA, Δσ for the directions.
 __device__ __forceinline__ float column_factor(const PassParams& p, int rank) {
   if (rank < p.rank) return p.scaling;
   return rank < p.rank + p.directions ? p.dash_sigma[rank - p.rank] : 0.0f;
@@ -278,7 +278,7 @@ struct Pass {
     __threadfence();
     __syncthreads();
     if (threadIdx.x == 0) {
-      // For what the other threads stored, too.
+      // This orders what the other threads stored, too.
       __threadfence();
       last = atomicAdd(p.arrived + group * row_blocks + row_block, 1) == chunks - 1;
     }

@@ -1,5 +1,5 @@
-// Dropout: the keep bits of eight neighbours in k, by one call of Philox4x32-10 (Salmon et al., SC 2011). The same bits
-// as on the CPU: counter (k / 8, m, offset), key seed, half-word k % 8 against a 16-bit threshold.
+// Dropout: one call of Philox4x32-10 (Salmon et al., SC 2011) draws the keep bits of eight neighbours in k, the same
+// bits as on the CPU: counter (k / 8, m, offset), key seed, half-word k % 8 against a 16-bit threshold.
 #pragma once
 
 #include <cstdint>
@@ -63,7 +63,7 @@ struct Dropout16 {
     return r;
   }
 
-  // Masks of two elements a word: 0xFFFF where an element is kept, in the order of the elements.
+  // Returns masks of two elements a word: 0xFFFF where an element is kept, in the order of the elements.
   __device__ __forceinline__ uint4 masks(const PhiloxRow& r, const PhiloxColumn& k) const {
     uint32_t c0, c1, c2 = r.low ^ k.c, c3 = k.d;
     multiply_wide(kM1, r.high ^ k.a, c0, c1);
@@ -80,8 +80,9 @@ struct Dropout16 {
   }
 
  private:
-  // Both halves of a word against the threshold. With bit 15 set beforehand, a difference of the lower bits borrows
-  // from no neighbour, and keeps bit 15 where they are at least the threshold's; prmt spreads bit 15 over its half.
+  // Compares both halves of a word with the threshold. With bit 15 set beforehand, a difference of the lower bits
+  // borrows from no neighbour, and keeps bit 15 where they are at least the threshold's; prmt spreads bit 15 over its
+  // half.
   __device__ __forceinline__ uint32_t kept(uint32_t word) const {
     const uint32_t lower = (word | 0x80008000u) - low_threshold;
     const uint32_t sign = high_bit ? word & lower : word | lower;

@@ -18,7 +18,7 @@ __device__ __forceinline__ uint32_t shared_address(const void* pointer) {
 __device__ __forceinline__ void pin(uint32_t& value) { asm volatile("" : "+r"(value)); }
 __device__ __forceinline__ void pin(int64_t& value) { asm volatile("" : "+l"(value)); }
 
-// f(0), ..., f(kCount - 1) with constants: offsets that are constants become part of an instruction.
+// Calls f(0), ..., f(kCount - 1) with constants: offsets that are constants become part of an instruction.
 template <int kValue>
 struct Index {
   __host__ __device__ constexpr operator int() const { return kValue; }

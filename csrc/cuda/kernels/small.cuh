@@ -18,7 +18,7 @@ __device__ __forceinline__ float adapter_value(const void* data, int32_t dtype, 
   }
 }
 
-// Element (rank, i) of D = [A; Vt], i < K, or of Q^T = [B | U]^T, i < N.
+// These return element (rank, i) of D = [A; Vt], i < K, and of Q^T = [B | U]^T, i < N.
 __device__ __forceinline__ float d_value(const PackParams& p, int rank, int64_t i) {
   if (i >= p.k) return 0.0f;
   if (rank < p.rank) return adapter_value(p.lora_a, p.adapter_dtype[kLoraA], rank * p.k + i);

@@ -79,8 +79,8 @@ class BackwardPlanner : Planner {
     sums_.dy_columns = static_cast<int32_t>(right_columns_);
   }
 
-  // G = dy Q, as T = G * c, and the parts of d(sigma). Always computed: a pass without it would be one more kernel for
-  // a case that nobody trains.
+  // G = dy Q, as T = G * c, and the parts of d(sigma). It is always computed: a pass without it would be one more
+  // kernel, for a case that nobody trains.
   void project_dy(PassParams& dy, int64_t chunks, int64_t row_blocks) {
     const int64_t m = problem_.shape.m;
     packed_.q_rows = workspace_.take<void>(width_ * packed_.ldq * kElementBytes);

@@ -17,7 +17,7 @@ constexpr Tile kOneLaunchTiles[] = {LORADASH_ONE_LAUNCH_TILES(LORADASH_ONE_LAUNC
 std::string suffix(const Problem& problem) { return problem.dtype == DType::kBFloat16 ? "bf16" : "f16"; }
 const char* order(bool columns) { return columns ? "columns_" : "rows_"; }
 
-// Rows that 16-byte copies can read: whole chunks, from aligned addresses.
+// Can 16-byte copies read these rows? They take whole chunks, from aligned addresses.
 bool aligned(const void* data, int64_t ld, int64_t columns) {
   return reinterpret_cast<uintptr_t>(data) % kChunkBytes == 0 && ld % kChunk == 0 && columns % kChunk == 0;
 }
@@ -30,11 +30,11 @@ bool operands_aligned(const GemmParams& params, bool columns) {
   return true;
 }
 
-// The share of its tensor cores that a tile can keep busy, by the operands it reads for its FLOPs: an assumption until
-// measured.
+// Returns the share of its tensor cores that a tile can keep busy, by the operands it reads for its FLOPs: an
+// assumption until measured.
 double efficiency(const Tile& t) { return 1.0 / (1.0 + 12.0 / t.m + 12.0 / t.n); }
 
-// The tile that is done first when each processor takes its equal number of them.
+// Picks the tile that is done first when each processor takes its equal number of them.
 const Tile& pick_tile(const Card& card, int64_t m, int64_t n, bool is_aligned, const std::string& wanted) {
   const Tile* best = nullptr;
   double least = 0.0;

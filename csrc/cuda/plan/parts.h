@@ -64,16 +64,16 @@ constexpr NamedPass kDyPasses[] = {LORADASH_DY_PASSES(LORADASH_NAMED_PASS)};
 constexpr NamedPass kXPasses[] = {LORADASH_X_PASSES(LORADASH_NAMED_PASS)};
 #undef LORADASH_NAMED_PASS
 
-// The first pass of a family that holds all ranks, or the last, over groups of ranks.
+// Picks the first pass of a family that holds all ranks, or the last, which takes them in groups.
 const NamedPass& pick_pass(std::span<const NamedPass> family, int64_t width, int64_t reduced);
-// How many programs share these ranks.
+// Returns how many programs share these ranks.
 int64_t rank_groups(const PassKind& kind, int64_t ranks);
 
-// Rows of a program of a pass over (m, n), of which a processor holds `resident`: splits of M that the processors
-// divide evenly, against the partial sums that splits cost.
+// Returns the rows that a program of a pass over (m, n) takes, of which a processor holds `resident`: it weighs splits
+// of M that the processors divide evenly against the partial sums that splits cost.
 int64_t rows_per_program(const Card& card, int64_t m, int64_t n, int64_t columns, int64_t resident, int64_t reduced);
-// Chunks of K for the projection: programs that the processors divide evenly, against the partial sums that chunks
-// cost.
+// Returns the chunks of K for the projection: it weighs programs that the processors divide evenly against the partial
+// sums that chunks cost.
 int64_t projection_chunks(const Card& card, int64_t m, int64_t k, int64_t width);
 
 // What planning a forward and planning a backward call have in common: a launch of the packing first, then passes and
@@ -82,14 +82,14 @@ class Planner {
  protected:
   Planner(const Problem& problem, void* workspace, const std::string& tile, bool columns);
 
-  // The one-launch tile where that is what was asked for and what the problem allows; else null. It lays
-  // the product out in such tiles.
+  // Returns the one-launch tile where that is what was asked for and what the problem allows, and lays the product out
+  // in such tiles; else null.
   const Tile* take_one_launch_tile();
 
   Segment segment(const void* a, int64_t lda, const void* b, int64_t ldb, int64_t depth) const {
     return {a, b, lda, ldb, static_cast<int32_t>(depth)};
   }
-  // Counters in the workspace, which packing sets to zero.
+  // Takes counters from the workspace, which packing sets to zero.
   void take_counters(int64_t count);
   PassParams pass_params(const void* x, int64_t ldx, int64_t columns) const;
 

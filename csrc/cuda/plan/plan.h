@@ -73,7 +73,7 @@ struct BackwardOut {
   float* dbias;    // (N)
 };
 
-// Launches in order, and the workspace that they use, which is known with workspace = null too.
+// The launches are in order; the workspace that they use is known with workspace = null too.
 struct Plan {
   std::vector<KernelLaunch> launches;
   int64_t workspace_bytes;
@@ -81,11 +81,11 @@ struct Plan {
 
 // `tile` forces one of `gemm_tiles` by name ("128x128", "one_launch_128x128"); "" leaves the choice to the table, which
 // knows nothing of one launch: only a measurement chooses that. A tile that the problem does not allow is not taken.
-// No rows: no launches, and gradients are the caller's to zero (those of N = 0 too).
+// Where there are no rows, there are no launches, and gradients are the caller's to zero (those of N = 0 too).
 Plan plan_forward(const Problem& problem, const ForwardOut& out, void* workspace, const std::string& tile = "");
 Plan plan_backward(const Problem& problem, const BackwardOut& out, void* workspace, const std::string& tile = "");
 
-// Names of the tiles that fit a card, largest first.
+// Returns the names of the tiles that fit a card, largest first.
 std::vector<std::string> gemm_tiles(const Card& card);
 
 }  // namespace loradash::cuda
