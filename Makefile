@@ -26,7 +26,7 @@ test: $(STAMP)
 CUDA_TORCH ?= torch==2.14.1
 CUDA_VENV ?= .venv-cuda
 CUDA_PYTHON := $(abspath $(CUDA_VENV))/bin/python
-CUDA_PYTEST := PYTHONPATH=. $(CUDA_PYTHON) -m pytest -q -c /dev/null --rootdir . --import-mode=importlib -p no:cacheprovider
+CUDA_PYTEST := PYTHONPATH=. $(CUDA_PYTHON) -m pytest -q -c /dev/null --rootdir .. --import-mode=importlib -p no:cacheprovider
 cuda-check:
 	test -x $(CUDA_PYTHON) || $(PYTHON) -m venv $(CUDA_VENV)
 	$(CUDA_PYTHON) -m pip install --quiet "setuptools>=77" wheel ninja pytest hypothesis "$(CUDA_TORCH)"
