@@ -90,7 +90,7 @@ def count(launch: KernelLaunch, architecture: str) -> dict[str, float]:
 
 
 def launches(problems: tuple[Problem, Problem], strategy: Strategy) -> list[KernelLaunch]:
-    """Those of one forward and backward pass that are kernels of ours."""
+    """The launches of one forward and backward pass that are kernels of ours."""
     found = [*plan_forward(problems[0], strategy), *plan_backward(problems[1], strategy)]
     return [launch for launch in found if isinstance(launch, KernelLaunch)]
 

@@ -93,7 +93,7 @@ def decompose_to_keep(
 
 
 def _is_worth_keeping(attempt: Attempt, found: Decomposition) -> Sequence[bool]:
-    # Of all triplets, those that are chosen later are checked then.
+    # Where all triplets are kept, the check waits for those that are chosen.
     if attempt.route.kind != "tail":
         return [True] * len(attempt.which)
     u, _, vt = found.full()

@@ -16,9 +16,23 @@ from .attention import are_made_to_call
 
 # A read of one of these asks about the weight and does not use it.
 _FACTS = (
-    "dtype", "device", "shape", "size", "dim", "ndim", "numel", "is_meta", "requires_grad", "grad", "is_cuda",
-    "new_empty", "new_zeros", "new_ones", "new_full", "new_tensor",
-)  # fmt: skip
+    "dtype",
+    "device",
+    "shape",
+    "size",
+    "dim",
+    "ndim",
+    "numel",
+    "is_meta",
+    "requires_grad",
+    "grad",
+    "is_cuda",
+    "new_empty",
+    "new_zeros",
+    "new_ones",
+    "new_full",
+    "new_tensor",
+)
 # Methods that run once, or write weights.
 _SETUP = re.compile(r"^(__init__|extra_repr)$|init|reset|tie|load|save|prune|resize")
 _QUESTIONS = ("isinstance", "hasattr", "getattr", "setattr", "id", "type")

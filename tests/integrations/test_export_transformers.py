@@ -36,30 +36,55 @@ def build(name, settings, **changes):
 MODELS = {
     "llama": ("LlamaForCausalLM", "LlamaConfig", SIZES, {}, "CAUSAL_LM", None),
     "gpt2": ("GPT2LMHeadModel", "GPT2Config", GPT2, {"exclude_modules": ["lm_head"]}, "CAUSAL_LM", None),
-    "gpt2 and lm_head": ("GPT2LMHeadModel", "GPT2Config", {**GPT2, "tie_word_embeddings": False}, {}, "CAUSAL_LM", None),
+    "gpt2 and lm_head": (
+        "GPT2LMHeadModel",
+        "GPT2Config",
+        {**GPT2, "tie_word_embeddings": False},
+        {},
+        "CAUSAL_LM",
+        None,
+    ),
     "gpt2 score": ("GPT2ForSequenceClassification", "GPT2Config", GPT2, {}, "SEQ_CLS", ["score"]),
     "t5": ("T5ForConditionalGeneration", "T5Config", T5, {"target_modules": ["q", "v", "wo"]}, "SEQ_2_SEQ_LM", None),
     "bert": ("BertModel", "BertConfig", SIZES, {}, None, None),
     "classes, head adapted": ("BertForSequenceClassification", "BertConfig", SIZES, {}, "SEQ_CLS", ["classifier"]),
     "classes, head trained": ("BertForSequenceClassification", "BertConfig", SIZES, WHOLE, "SEQ_CLS", ["classifier"]),
     "classes, head frozen": (
-        "BertForSequenceClassification", "BertConfig", SIZES, {"exclude_modules": ["classifier"]}, "SEQ_CLS", ["classifier"]
+        "BertForSequenceClassification",
+        "BertConfig",
+        SIZES,
+        {"exclude_modules": ["classifier"]},
+        "SEQ_CLS",
+        ["classifier"],
     ),
     "classes, head of layers": (
-        "RobertaForSequenceClassification", "RobertaConfig", {**SIZES, "pad_token_id": 0}, {}, "SEQ_CLS", ["classifier"]
+        "RobertaForSequenceClassification",
+        "RobertaConfig",
+        {**SIZES, "pad_token_id": 0},
+        {},
+        "SEQ_CLS",
+        ["classifier"],
     ),
     "classes, part of the head trained": (
-        "RobertaForSequenceClassification", "RobertaConfig", {**SIZES, "pad_token_id": 0},
-        {"trainable_modules": ["classifier.out_proj"]}, "SEQ_CLS", ["classifier"],
+        "RobertaForSequenceClassification",
+        "RobertaConfig",
+        {**SIZES, "pad_token_id": 0},
+        {"trainable_modules": ["classifier.out_proj"]},
+        "SEQ_CLS",
+        ["classifier"],
     ),
     "tokens": ("BertForTokenClassification", "BertConfig", SIZES, {}, "TOKEN_CLS", ["classifier"]),
     "questions": ("BertForQuestionAnswering", "BertConfig", SIZES, {}, "QUESTION_ANS", ["qa_outputs"]),
     "mixtral": ("MixtralForCausalLM", "MixtralConfig", {**MOE, "num_local_experts": 4}, {}, "CAUSAL_LM", None),
     "mixtral, one block": (
-        "MixtralForCausalLM", "MixtralConfig", {**MOE, "num_local_experts": 4},
-        {"target_modules": r"model\.layers\.1\..*"}, "CAUSAL_LM", None,
+        "MixtralForCausalLM",
+        "MixtralConfig",
+        {**MOE, "num_local_experts": 4},
+        {"target_modules": r"model\.layers\.1\..*"},
+        "CAUSAL_LM",
+        None,
     ),
-}  # fmt: skip
+}
 AUTO = {
     "CAUSAL_LM": "AutoPeftModelForCausalLM",
     "SEQ_2_SEQ_LM": "AutoPeftModelForSeq2SeqLM",
@@ -105,10 +130,16 @@ def test_transformers_own_loader(tmp_path):
 def test_models_that_take_no_tokens_have_no_task(tmp_path):
     sizes = ("layers", "attention_heads", "ffn_dim")
     audio = {
-        "vocab_size": 97, "d_model": 32, "num_mel_bins": 8, "max_source_positions": 8, "decoder_start_token_id": 1,
-        "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
+        "vocab_size": 97,
+        "d_model": 32,
+        "num_mel_bins": 8,
+        "max_source_positions": 8,
+        "decoder_start_token_id": 1,
+        "pad_token_id": 0,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
         **{f"{half}_{size}": n for half in ("encoder", "decoder") for size, n in zip(sizes, (1, 4, 48), strict=True)},
-    }  # fmt: skip
+    }
     base = build("WhisperForConditionalGeneration", "WhisperConfig", **audio)
     model = trained(apply_dash(copy.deepcopy(base), config(exclude_modules=["proj_out"])))
     inputs = {"input_features": torch.randn(2, 8, 16), "decoder_input_ids": IDS}
@@ -128,10 +159,20 @@ def test_a_head_that_cannot_be_kept_whole_has_no_task(tmp_path):
 def test_layers_that_peft_takes_for_experts_are_refused(tmp_path):
     """PEFT turns the names of dense and shared layers into those of the fused experts, and loses their adapters."""
     sizes = {
-        **MOE, "n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "n_shared_experts": 1,
-        "first_k_dense_replace": 1, "n_group": 1, "topk_group": 1, "kv_lora_rank": 8, "q_lora_rank": 8,
-        "qk_rope_head_dim": 4, "qk_nope_head_dim": 4, "v_head_dim": 8,
-    }  # fmt: skip
+        **MOE,
+        "n_routed_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 16,
+        "n_shared_experts": 1,
+        "first_k_dense_replace": 1,
+        "n_group": 1,
+        "topk_group": 1,
+        "kv_lora_rank": 8,
+        "q_lora_rank": 8,
+        "qk_rope_head_dim": 4,
+        "qk_nope_head_dim": 4,
+        "v_head_dim": 8,
+    }
     base = build("DeepseekV3ForCausalLM", "DeepseekV3Config", **sizes)
     with pytest.raises(ValueError, match=r"model\.layers\.0\.mlp\.gate_proj: PEFT takes a layer of this name"):
         export_lora(trained(apply_dash(copy.deepcopy(base), config())), tmp_path)

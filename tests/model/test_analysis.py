@@ -187,16 +187,25 @@ MISTAKES = {
     "no model": (["decompose", "{folder}/nowhere"], "nowhere: no matrices"),
     "text": (["decompose", "{folder}/text.safetensors"], "cannot be read as safetensors"),
     "target": (["decompose", "{folder}/base.safetensors", "--target", "["], "--target '[' is no regular expression"),
-    "exclude": (["decompose", "{folder}/base.safetensors", "--exclude", "(a"], "--exclude '(a' is no regular expression"),
+    "exclude": (
+        ["decompose", "{folder}/base.safetensors", "--exclude", "(a"],
+        "--exclude '(a' is no regular expression",
+    ),
     "no match": (["decompose", "{folder}/base.safetensors", "--target", "x"], "matches 'x': model."),
     "nan": (["decompose", "{folder}/nan.safetensors"], "sick.weight: weight has values that are not finite"),
     "overflow": (["decompose", "{folder}/large.safetensors", "--dtype", "float16"], "big.weight: weight has values"),
-    "cache": (["decompose", "{folder}/base.safetensors", "--cache", "{folder}/text.safetensors/x"], "text.safetensors/x"),
+    "cache": (
+        ["decompose", "{folder}/base.safetensors", "--cache", "{folder}/text.safetensors/x"],
+        "text.safetensors/x",
+    ),
     "no adapter": (["directions", "{folder}/base.safetensors", "{folder}/nowhere"], "nowhere: cannot be read as"),
     "model as adapter": (["directions", "{folder}/base.safetensors", "{folder}/base.safetensors"], "cannot be read as"),
-    "shapes": (["directions", "{folder}/shapes.safetensors", "{folder}/late"], "down: lora_a has shape (3, 56); wanted"),
+    "shapes": (
+        ["directions", "{folder}/shapes.safetensors", "{folder}/late"],
+        "down: lora_a has shape (3, 56); wanted",
+    ),
     "out": (["directions", "{folder}/base.safetensors", "{folder}/late", "--out", "{folder}/text.safetensors"], "text"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("kind", MISTAKES)

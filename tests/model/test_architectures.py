@@ -44,13 +44,36 @@ def text(
 
 IMAGES = {"pixel_values": torch.randn(4, 3, 16, 16, generator=torch.Generator().manual_seed(1))}
 AUDIO = {"input_values": torch.randn(4, 400, generator=torch.Generator().manual_seed(1))}
-VISION = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48, "image_size": 16,
-          "patch_size": 8}  # fmt: skip
-SEQ2SEQ = {"vocab_size": 97, "d_model": 32, "encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 4,
-           "decoder_attention_heads": 4, "encoder_ffn_dim": 48, "decoder_ffn_dim": 48}  # fmt: skip
-WAVES = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 48, "conv_dim": (32,),
-         "conv_stride": (5,), "conv_kernel": (10,), "num_feat_extract_layers": 1, "num_conv_pos_embeddings": 4,
-         "num_conv_pos_embedding_groups": 2}  # fmt: skip
+VISION = {
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "intermediate_size": 48,
+    "image_size": 16,
+    "patch_size": 8,
+}
+SEQ2SEQ = {
+    "vocab_size": 97,
+    "d_model": 32,
+    "encoder_layers": 1,
+    "decoder_layers": 1,
+    "encoder_attention_heads": 4,
+    "decoder_attention_heads": 4,
+    "encoder_ffn_dim": 48,
+    "decoder_ffn_dim": 48,
+}
+WAVES = {
+    "hidden_size": 32,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 4,
+    "intermediate_size": 48,
+    "conv_dim": (32,),
+    "conv_stride": (5,),
+    "conv_kernel": (10,),
+    "num_feat_extract_layers": 1,
+    "num_conv_pos_embeddings": 4,
+    "num_conv_pos_embedding_groups": 2,
+}
 
 TRIALS = {
     "llama": text("LlamaForCausalLM", **LLAMA),
@@ -67,12 +90,22 @@ TRIALS = {
     "opt": text("OPTForCausalLM", ffn_dim=48, word_embed_proj_dim=32, **DECODER),
     "falcon": text("FalconForCausalLM", **DECODER),
     "bloom": text(
-        "BloomForCausalLM", stays="BloomAttention.forward", exclude=("dense", "dense_4h_to_h"), vocab_size=97, hidden_size=32,
-        n_layer=2, n_head=4,
+        "BloomForCausalLM",
+        stays="BloomAttention.forward",
+        exclude=("dense", "dense_4h_to_h"),
+        vocab_size=97,
+        hidden_size=32,
+        n_layer=2,
+        n_head=4,
     ),
     "mamba": text(
-        "MambaForCausalLM", stays="MambaMixer", exclude=("x_proj", "dt_proj", "out_proj"), vocab_size=97, hidden_size=32,
-        num_hidden_layers=2, state_size=8,
+        "MambaForCausalLM",
+        stays="MambaMixer",
+        exclude=("x_proj", "dt_proj", "out_proj"),
+        vocab_size=97,
+        hidden_size=32,
+        num_hidden_layers=2,
+        state_size=8,
     ),
     "bert": text("BertForSequenceClassification", intermediate_size=48, num_labels=3, **DECODER),
     "roberta": text("RobertaForTokenClassification", intermediate_size=48, max_position_embeddings=64, **DECODER),
@@ -81,24 +114,46 @@ TRIALS = {
     "electra": text("ElectraForPreTraining", intermediate_size=48, embedding_size=24, **DECODER),
     "t5": Trial(
         "T5ForConditionalGeneration",
-        {"vocab_size": 97, "d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 1, "num_heads": 4, "decoder_start_token_id": 0},
+        {
+            "vocab_size": 97,
+            "d_model": 32,
+            "d_kv": 8,
+            "d_ff": 48,
+            "num_layers": 1,
+            "num_heads": 4,
+            "decoder_start_token_id": 0,
+        },
         {"input_ids": IDS, "decoder_input_ids": IDS[:, :6]},
     ),
     "bart": Trial("BartForConditionalGeneration", SEQ2SEQ, {"input_ids": IDS, "decoder_input_ids": IDS[:, :6]}),
     "whisper": Trial(
         "WhisperForConditionalGeneration",
-        {**SEQ2SEQ, "num_mel_bins": 8, "max_source_positions": 10, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
-         "decoder_start_token_id": 1},
-        {"input_features": torch.randn(4, 8, 20, generator=torch.Generator().manual_seed(1)), "decoder_input_ids": IDS[:, :6]},
+        {
+            **SEQ2SEQ,
+            "num_mel_bins": 8,
+            "max_source_positions": 10,
+            "pad_token_id": 0,
+            "bos_token_id": 1,
+            "eos_token_id": 2,
+            "decoder_start_token_id": 1,
+        },
+        {
+            "input_features": torch.randn(4, 8, 20, generator=torch.Generator().manual_seed(1)),
+            "decoder_input_ids": IDS[:, :6],
+        },
     ),
     "vit": Trial("ViTForImageClassification", {**VISION, "num_labels": 3}, IMAGES),
     "dinov2": Trial("Dinov2Model", VISION, IMAGES),
     "siglip": Trial("SiglipVisionModel", VISION, IMAGES, unserved="MultiheadAttention reads the weight of this layer"),
     "wav2vec2": Trial("Wav2Vec2Model", WAVES, AUDIO),
     "wavlm": Trial(
-        "WavLMModel", WAVES, AUDIO, stays="WavLMAttention", exclude=("q_proj", "k_proj", "v_proj", "out_proj", "projection")
+        "WavLMModel",
+        WAVES,
+        AUDIO,
+        stays="WavLMAttention",
+        exclude=("q_proj", "k_proj", "v_proj", "out_proj", "projection"),
     ),
-}  # fmt: skip
+}
 
 
 def build(trial: Trial) -> nn.Module:

@@ -27,13 +27,22 @@ NAN, INF = float("nan"), float("inf")
         ("use_rslora", [1, 0, "False", None]),
         ("train_bias", [1, 0.0, "True", None]),
         ("svd", ["lanczos", None, 1, ["auto"]]),
-        ("target_modules", ["", "layer(", "*", [""], ["a", 1], [None], 3, b"ab", {"q": 1}, [b"ab"], "(?P<a", np.array("a")]),
+        (
+            "target_modules",
+            ["", "layer(", "*", [""], ["a", 1], [None], 3, b"ab", {"q": 1}, [b"ab"], "(?P<a", np.array("a")],
+        ),
         ("exclude_modules", ["", "[", {"a", ""}, 1.5]),
         ("trainable_modules", ["", "a{2,1}", ("a", None), True]),
-        ("overrides", [None, [("a", {})], {"": {}}, {1: {}}, {"(": {}}, {"a": 4}, {"a": None}, {"a": {"dropout": 0.5}}]),
-        ("overrides", [{"a": {"r": 4.5}}, {"a": {"r": 0}}, {"a": {"alpha": NAN}}, {"a": {"directions": "2"}}, {"a": {1: 2}}]),
+        (
+            "overrides",
+            [None, [("a", {})], {"": {}}, {1: {}}, {"(": {}}, {"a": 4}, {"a": None}, {"a": {"dropout": 0.5}}],
+        ),
+        (
+            "overrides",
+            [{"a": {"r": 4.5}}, {"a": {"r": 0}}, {"a": {"alpha": NAN}}, {"a": {"directions": "2"}}, {"a": {1: 2}}],
+        ),
     ],
-)  # fmt: skip
+)
 def test_refused_values_are_named(setting, values):
     for value in values:
         with pytest.raises(ValueError, match=setting):

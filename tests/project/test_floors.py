@@ -70,8 +70,6 @@ def test_only_autograd_saves_tensors():
 
 def test_only_bindings_know_torch():
     users = [
-        f.name
-        for f in (ROOT / "csrc").rglob("*")
-        if f.is_file() and ("torch/" in f.read_text() or "ATen/" in f.read_text())
+        f for f in (ROOT / "csrc").rglob("*") if f.is_file() and ("torch/" in f.read_text() or "ATen/" in f.read_text())
     ]
-    assert sorted(users) == ["cpu.cpp", "cuda.cpp", "packed_weights.cpp", "packed_weights.h"]
+    assert {f.parent.name for f in users} == {"bindings"}

@@ -28,11 +28,14 @@ def outputs(case: Case, base: bool = True) -> Outputs:
         return torch.full(shape, float("nan"), dtype=dtype)
 
     return {
-        "y": poisoned(m, n, dtype=case.x.dtype), "p": poisoned(m, rank + directions),
-        "x": poisoned(m, k, dtype=case.x.dtype), "lora_a": poisoned(rank, k), "lora_b": poisoned(n, rank),
+        "y": poisoned(m, n, dtype=case.x.dtype),
+        "p": poisoned(m, rank + directions),
+        "x": poisoned(m, k, dtype=case.x.dtype),
+        "lora_a": poisoned(rank, k),
+        "lora_b": poisoned(n, rank),
         "dash_sigma": poisoned(directions) if directions else None,
         "bias": poisoned(n) if t["bias"] is not None and base else None,
-    }  # fmt: skip
+    }
 
 
 def calls(

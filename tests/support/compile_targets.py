@@ -30,10 +30,17 @@ M, K, N = 8192, 4096, 4096
 
 
 def launches(
-    target: str, dtype: torch.dtype, strategy: Strategy, r: int = 16, s: int = 8, k: int = K, n: int = N, m: int = M,
+    target: str,
+    dtype: torch.dtype,
+    strategy: Strategy,
+    r: int = 16,
+    s: int = 8,
+    k: int = K,
+    n: int = N,
+    m: int = M,
     backward: bool = True,
-) -> Iterator[KernelLaunch]:  # fmt: skip
-    """Of a forward and a backward call with dropout, bias and fp32 adapters: the launches that are kernels of ours."""
+) -> Iterator[KernelLaunch]:
+    """The launches of a forward and a backward call with dropout, bias and fp32 adapters: the launches that are kernels of ours."""
 
     def empty(*shape: int, of: torch.dtype = torch.float32) -> torch.Tensor:
         return torch.empty(*shape, dtype=of)
@@ -121,11 +128,16 @@ def main(target: str, brief: bool = False) -> None:
         constants = {k: v for k, v in launch.constants.items() if k.startswith(("BLOCK", "R_BLOCK", "EVEN"))}
         tile = {**constants, "warps": launch.num_warps, "stages": launch.num_stages}
         line = {
-            "kernel": launch.kernel.__name__, "dtype": dtype, "tile": tile, "registers": found.registers,
-            "spilled": found.spilled, "shared": found.shared, "matrix": found.matrix_instructions,
+            "kernel": launch.kernel.__name__,
+            "dtype": dtype,
+            "tile": tile,
+            "registers": found.registers,
+            "spilled": found.spilled,
+            "shared": found.shared,
+            "matrix": found.matrix_instructions,
             "warp_matrix": found.warp_instructions,
             "problems": found.problems(tiles.TARGETS[target]),
-        }  # fmt: skip
+        }
         print(json.dumps(line), flush=True)
 
 

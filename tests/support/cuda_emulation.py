@@ -83,9 +83,14 @@ def planned_names(case: Case, tile: str, architecture: str = "sm_80") -> list[li
 
 
 def emulated_run(
-    case: Case, architecture: str = "sm_80", base: bool = True, tile: str = "", processors: int = 0,
-    only: str | None = None, **options: Any,
-) -> dict[str, torch.Tensor]:  # fmt: skip
+    case: Case,
+    architecture: str = "sm_80",
+    base: bool = True,
+    tile: str = "",
+    processors: int = 0,
+    only: str | None = None,
+    **options: Any,
+) -> dict[str, torch.Tensor]:
     """Output and gradients of a case (or `only` one of these), as `testing.run`; outputs are NaN before."""
     seed, product = drawn_seed(case), None if base else base_product(case)
     card = (processors or CARDS[architecture][0], CARDS[architecture][1])

@@ -28,8 +28,12 @@ from loradash_kernels.testing import Case
 from .calls import Outputs, base_product, calls, drawn_seed, outputs, results
 
 _POINTERS = {
-    torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.int64: "*i64", torch.int32: "*i32",
-}  # fmt: skip
+    torch.float32: "*fp32",
+    torch.float16: "*fp16",
+    torch.bfloat16: "*bf16",
+    torch.int64: "*i64",
+    torch.int32: "*i32",
+}
 
 
 def missing_tools() -> str | None:
@@ -73,9 +77,14 @@ def problems_of(
 
 
 def emulated_run(
-    case: Case, architecture: str, forward: Strategy | None = None, backward: Strategy | None = None, base: bool = True,
-    processors: int = 0, **options: Any,
-) -> dict[str, torch.Tensor]:  # fmt: skip
+    case: Case,
+    architecture: str,
+    forward: Strategy | None = None,
+    backward: Strategy | None = None,
+    base: bool = True,
+    processors: int = 0,
+    **options: Any,
+) -> dict[str, torch.Tensor]:
     """Output and gradients of a case, every kernel executed from its PTX; outputs are NaN before. As `testing.run`."""
     out = outputs(case, base)
     one, two = problems_of(case, architecture, out, None if base else base_product(case), processors)

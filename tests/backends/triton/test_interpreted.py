@@ -189,11 +189,20 @@ def test_guessed_tiles_are_said_once(card, unwarned):
 @pytest.mark.parametrize(
     ("architecture", "shared_kb", "expected"),
     [
-        ("sm_75", 64, None), ("sm_87", 163, "sm_86"), ("sm_91", 227, "sm_90"), ("sm_101", 227, "sm_100"),
-        ("sm_101", 99, "sm_89"), ("sm_101", None, "sm_89"), ("sm_130", 227, "sm_121"), ("sm_130", 64, None),
-        ("gfx950", 160, "gfx942"), ("gfx908", 64, None), ("gfx1100", 64, None), ("xe", None, None),
+        ("sm_75", 64, None),
+        ("sm_87", 163, "sm_86"),
+        ("sm_91", 227, "sm_90"),
+        ("sm_101", 227, "sm_100"),
+        ("sm_101", 99, "sm_89"),
+        ("sm_101", None, "sm_89"),
+        ("sm_130", 227, "sm_121"),
+        ("sm_130", 64, None),
+        ("gfx950", 160, "gfx942"),
+        ("gfx908", 64, None),
+        ("gfx1100", 64, None),
+        ("xe", None, None),
     ],
-)  # fmt: skip
+)
 def test_unlisted_cards_take_the_nearest_older_table(architecture, shared_kb, expected):
     found = tiles.nearest(architecture, shared_kb and shared_kb * 1024)
     assert (found and found.name) == expected
