@@ -1,15 +1,22 @@
-"""The choice of directions: the triplets of a decomposition that an update changes most, and the check of them."""
+"""What is taken from a decomposition, and the check of it: the directions that an update changes most, or all triplets."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from .checks import are_resolved, are_triplets
-from .decompositions import Decomposition
+from .attempts import Attempt
+from .checks import are_orthonormal, are_resolved, are_triplets
+from .decompositions import Decomposition, TwoSided
 from .kernels import kernels_for
+from .linalg import select
+
+# The triplets of the small end by which all are checked: a route that fails fails there first.
+ENDS = 8
 
 
 class Choice(NamedTuple):
@@ -58,3 +65,51 @@ def choice_holds(route_kind: str, w: Tensor, norms: Tensor, sigma: Tensor, choic
     if route_kind == "tail":
         return are_resolved(w, norms, sigma, u, vt, chosen_sigma, index)
     return are_triplets(w, norms, u, vt, chosen_sigma)
+
+
+@dataclass(frozen=True)
+class BestDirections:
+    """Takes the s directions of highest change rate under the updates a (L, r, K), b (L, N, r) of a batch."""
+
+    a: Tensor
+    b: Tensor
+    s: int
+    scaling: float
+    eps: float
+
+    def choose(self, attempt: Attempt) -> Choice:
+        a, b = select(self.a, attempt.which), select(self.b, attempt.which)
+        return choose(attempt.found, a, b, self.s, self.scaling, self.eps)
+
+    def holds(self, attempt: Attempt, choice: Choice) -> Sequence[bool]:
+        return choice_holds(attempt.route.kind, attempt.w, attempt.norms, attempt.found.sigma, choice)
+
+
+class AllTriplets:
+    """Takes all triplets that a route gives, both sides of them, in the dtype of the matrices."""
+
+    @staticmethod
+    def choose(attempt: Attempt) -> TwoSided:
+        return TwoSided(*(t.to(attempt.w.dtype) for t in attempt.found.full()))
+
+    @staticmethod
+    def holds(attempt: Attempt, found: TwoSided) -> Sequence[bool]:
+        u, sigma, vt = found.full()
+        if attempt.route.kind == "tail":
+            return are_orthonormal(u, vt).tolist()
+        return are_triplets(attempt.w, sigma[:, 0], u[..., -ENDS:], vt[..., -ENDS:, :], sigma[..., -ENDS:])
+
+
+class Untouched:
+    """Takes a decomposition as a route gives it. The check of all triplets waits for those that are chosen later."""
+
+    @staticmethod
+    def choose(attempt: Attempt) -> Decomposition:
+        return attempt.found
+
+    @staticmethod
+    def holds(attempt: Attempt, found: Decomposition) -> Sequence[bool]:
+        if attempt.route.kind != "tail":
+            return [True] * len(attempt.which)
+        u, _, vt = found.full()
+        return are_orthonormal(u, vt).tolist()

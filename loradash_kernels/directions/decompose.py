@@ -9,24 +9,12 @@ from typing import Generic, TypeVar
 import torch
 from torch import Tensor
 
+from .attempts import Attempt, follow
 from .checks import norms_of, spectrum_allows
-from .decompositions import Decomposition, TwoSided, gram_decomposition
 from .linalg import select
-from .policy import Route, tail_power_iters
-from .randomized_svd import batched_randomized_svd
+from .policy import Route
 
 T = TypeVar("T")
-
-
-@dataclass(frozen=True)
-class Attempt:
-    """What one route found for the matrices `which` of a batch: those that had nothing yet and whose spectrum allows it."""
-
-    route: Route
-    which: list[int]
-    w: Tensor  # (L, N, K), these matrices
-    norms: Tensor  # (L,), their largest σ
-    found: Decomposition
 
 
 @dataclass(frozen=True)
@@ -86,15 +74,3 @@ def in_order(settled: Sequence[Settled[T]]) -> Iterator[tuple[Route, T, int]]:
     for i in sorted(places):
         part, position = places[i]
         yield part.route, part.result, position
-
-
-def follow(route: Route, w: Tensor, generator: torch.Generator | None = None) -> Decomposition:
-    """Triplets of w (L, N, K) by one route, in its precision."""
-    if route.kind == "tail":
-        generator = generator or torch.Generator(w.device).manual_seed(0)
-        power_iters = tail_power_iters(min(w.shape[-2:]))
-        return TwoSided(*batched_randomized_svd(w, route.rank, power_iters=power_iters, generator=generator))
-    assert route.precision is not None
-    if route.kind == "gram":
-        return gram_decomposition(w, route.precision)
-    return TwoSided(*torch.linalg.svd(w.to(route.precision), full_matrices=False))

@@ -9,16 +9,15 @@ for that, all triplets are kept in float32.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from .arguments import checked_batch, checked_weight
-from .checks import are_orthonormal, norms_of
-from .choice import choice_holds, choose, highest_rates
-from .decompose import Attempt, decompose, in_order
+from .checks import norms_of
+from .choice import Untouched, choice_holds, choose, highest_rates
+from .decompose import decompose, in_order
 from .decompositions import Decomposition, OneSided, TwoSided, chosen
 from .linalg import full_precision
 from .policy import routes_for
@@ -84,20 +83,12 @@ def decompose_to_keep(
     # The tail of a flat spectrum, which rectangular weights have, holds too few directions to be worth keeping.
     if method == "randomized" and w.shape[-2] != w.shape[-1]:
         method = "auto"
-    settled = decompose(w, routes_for(w, method), lambda attempt: attempt.found, _is_worth_keeping, generator)
+    settled = decompose(w, routes_for(w, method), Untouched.choose, Untouched.holds, generator)
     kept = []
     for route, found, position in in_order(settled):
         u, sigma, vt = found.take([position]).compact(w.dtype)
         kept.append(KeptDecomposition(str(route), sigma, u, vt))
     return kept
-
-
-def _is_worth_keeping(attempt: Attempt, found: Decomposition) -> Sequence[bool]:
-    # Where all triplets are kept, the check waits for those that are chosen.
-    if attempt.route.kind != "tail":
-        return [True] * len(attempt.which)
-    u, _, vt = found.full()
-    return are_orthonormal(u, vt).tolist()
 
 
 @full_precision()

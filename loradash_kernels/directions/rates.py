@@ -6,22 +6,16 @@ For every singular triplet (u_i, σ_i, v_i) of a frozen weight W (N, K), the cha
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from .arguments import checked_batch
-from .checks import are_orthonormal, are_triplets
-from .choice import Choice, choice_holds, choose
-from .decompose import Attempt, decompose, in_order
-from .decompositions import TwoSided
-from .linalg import full_precision, select
+from .choice import AllTriplets, BestDirections
+from .decompose import decompose, in_order
+from .linalg import full_precision
 from .policy import routes_for, tail_rank
-
-# The triplets of the small end that `change_rates` checks: a route that fails fails there first.
-ENDS = 8
 
 
 class ChangeRates(NamedTuple):
@@ -75,23 +69,15 @@ def change_rates(
     """
     w, a, b = checked_batch(weight, lora_a, lora_b, method)
 
-    def with_both_sides(attempt: Attempt) -> TwoSided:
-        return TwoSided(*(t.to(w.dtype) for t in attempt.found.full()))
-
-    (settled,) = decompose(w, routes_for(w, method, rank), with_both_sides, _ends_hold, generator, together=True)
+    (settled,) = decompose(
+        w, routes_for(w, method, rank), AllTriplets.choose, AllTriplets.holds, generator, together=True
+    )
     found = settled.result
     delta = scaling * found.overlap(a, b)
     rate = delta.abs() / (found.sigma + eps)
     batch = weight.shape[:-2]
     u, sigma, vt, delta, rate = (t.reshape(*batch, *t.shape[1:]) for t in (*found.full(), delta, rate))
     return ChangeRates(u, sigma, vt, delta, rate, str(settled.route))
-
-
-def _ends_hold(attempt: Attempt, found: TwoSided) -> Sequence[bool]:
-    u, sigma, vt = found.full()
-    if attempt.route.kind == "tail":
-        return are_orthonormal(u, vt).tolist()
-    return are_triplets(attempt.w, sigma[:, 0], u[..., -ENDS:], vt[..., -ENDS:, :], sigma[..., -ENDS:])
 
 
 @full_precision()
@@ -121,14 +107,9 @@ def task_specific_directions(
     if rank is not None and rank < s:
         raise ValueError(f"rank is {rank}; it must be at least s = {s}")
 
-    def chosen(attempt: Attempt) -> Choice:
-        return choose(attempt.found, select(a, attempt.which), select(b, attempt.which), s, scaling, eps)
-
-    def holds(attempt: Attempt, choice: Choice) -> Sequence[bool]:
-        return choice_holds(attempt.route.kind, attempt.w, attempt.norms, attempt.found.sigma, choice)
-
+    best = BestDirections(a, b, s, scaling, eps)
     routes = routes_for(w, method, max(rank or tail_rank(n), s))
-    found = list(in_order(decompose(w, routes, chosen, holds, generator)))
+    found = list(in_order(decompose(w, routes, best.choose, best.holds, generator)))
     tensors = (torch.stack([choice[field][position] for _, choice, position in found]) for field in range(5))
     u, vt, sigma, rate, index = (t.reshape(*weight.shape[:-2], *t.shape[1:]) for t in tensors)
     # A graded matrix that comes to an SVD was given up by the tail.

@@ -23,8 +23,8 @@ FLOORS = {
     "loradash_kernels/backends/triton/plan": ("__init__", "forward", "backward"),
     "loradash_kernels/backends/triton/kernels": ("__init__", "common", "forward", "backward", "descriptor", "prelaunch"),
     "loradash_kernels/directions": (
-        "__init__", "kernels", "linalg", "randomized_svd", "decompositions", "policy", "arguments", "checks", "decompose", "choice",
-        "rates", "kept",
+        "__init__", "kernels", "linalg", "randomized_svd", "decompositions", "policy", "arguments", "checks", "attempts", "choice",
+        "decompose", "rates", "kept",
     ),
     "python/loradash": (
         "config", "distributed", "base_layers", "quantised", "linear", "state", "targets", "attention", "bypass", "model",
