@@ -102,12 +102,22 @@ inline Inst::Fn cmp_fn(Dec& d, int c, Ty t, bool ftz) {
   switch (c) {
 #define C(k) \
   case k:    \
-    return setp_fn<Cmp<k>>(d, t, ftz);
-    C(kEq)
-    C(kNe)
-    C(kLt)
-    C(kLe) C(kGt) C(kGe) C(kEqu) C(kNeu) C(kLtu) C(kLeu) C(kGtu) C(kGeu) C(kNum) default
-        : return setp_fn<Cmp<kNan>>(d, t, ftz);
+    return setp_fn<Cmp<k>>(d, t, ftz)
+    C(kEq);
+    C(kNe);
+    C(kLt);
+    C(kLe);
+    C(kGt);
+    C(kGe);
+    C(kEqu);
+    C(kNeu);
+    C(kLtu);
+    C(kLeu);
+    C(kGtu);
+    C(kGeu);
+    C(kNum);
+    default:
+      return setp_fn<Cmp<kNan>>(d, t, ftz);
 #undef C
   }
 }
