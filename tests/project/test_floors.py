@@ -28,9 +28,10 @@ FLOORS = {
     ),
     "python/loradash": (
         "config", "distributed", "base_layers", "quantised", "linear", "state", "targets", "attention", "bypass", "model",
-        "checkpoint", "peft_layout", "export", "background", "cache", "background_process", "prelaunch", "schedule", "plots",
+        "checkpoint", "integrations", "export", "background", "cache", "background_process", "prelaunch", "schedule", "plots",
         "analysis", "cli", "__init__",
     ),
+    "python/loradash/integrations": ("__init__", "peft_layout"),
 }  # fmt: skip
 
 
