@@ -72,7 +72,8 @@ def test_too_wide_for_the_kernels():
     assert "at most 256" in lk.explain_backend(case.x, width=308).reasons["triton"]
     with pytest.raises(RuntimeError, match="r \\+ s is 308"):
         run(case, "triton")
-    check_error_rule(case, run(case))  # another backend takes it
+    # Another backend takes it.
+    check_error_rule(case, run(case))
     with pytest.raises(ValueError, match="at most 32"), tuning.forced("triton", forward=Strategy("one_launch")):
         run(make_case(8, 16, 16, 40, 8), "triton")
 
@@ -155,7 +156,8 @@ def test_candidates():
     for of, kinds in ((forward_call, {"one_launch"}), (backward_call, set())):
         found = candidates(problem(64, 64, of=of))
         assert {c.kind for c in found} == {"fused", "library", *kinds}
-        assert len({str(c) for c in found}) == len(found)  # their names in the file
+        # Strings are their names in the file of measurements, so no two may be the same.
+        assert len({str(c) for c in found}) == len(found)
     assert "descriptors" in {c.kind for c in candidates(problem(64, 64, dtype=torch.float16))}
     assert "descriptors" not in {c.kind for c in candidates(problem(64, 63, dtype=torch.float16))}
     alone = parts.Problem(forward_call(torch.empty(64, 64))._replace(weight=None), tiles.TARGETS["sm_90"])
