@@ -1,1 +1,1 @@
-"""Programs to run and to read; packages only so that benchmarks and tests can import them from the repository root."""
+"""Programs to run and to read; packages only so that parts of them (data, baselines, pictures) can be imported from the root."""

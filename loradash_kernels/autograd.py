@@ -57,7 +57,7 @@ class Operator:
         self.packet, self.run, self.count = packet, run, len(names)
 
         def places(*wanted: str) -> tuple[int, ...]:
-            """Positions of arguments; that behind the last, where None is put, for one that this operator lacks."""
+            """Where these arguments stand. One that this operator lacks stands behind the last, where None is put."""
             return tuple(names.index(name) if name in names else self.count for name in wanted)
 
         self.frozen = [(name, names.index(name)) for name in _FROZEN if name in names]
@@ -107,18 +107,19 @@ class Operator:
 
     def _function(self) -> Any:
         def forward(ctx: Any, *args: Any) -> tuple[Tensor, Tensor]:
-            # Not the separate setup_context of torch.autograd.Function: it binds the signature in every call, 40 us.
+            # The separate setup_context of torch.autograd.Function would bind the signature in every call, 40 us.
             output = self.run(*args)
             self.setup_context(ctx, args, output)
             ctx.direct = True
             return output
 
-        # A function of its own: compiled autograd traces no bound method.
+        # Compiled autograd traces no bound method, so backward is a function.
         def backward(ctx: Any, dy: Tensor | None, dp: Tensor | None) -> tuple[Tensor | None, ...]:
             return self.backward(ctx, dy, dp)
 
         members = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
-        return type(f"{self.run.__name__}_function", (torch.autograd.Function,), members)
+        name = "".join(part.title() for part in self.run.__name__.split("_"))
+        return type(f"{name}Function", (torch.autograd.Function,), members)
 
 
 DASH_LINEAR = Operator(torch.ops.loradash.dash_linear, ops.dash_linear)

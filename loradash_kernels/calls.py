@@ -1,7 +1,7 @@
 """What a backend is asked to do: one pass of one layer, with the memory of its results.
 
 The fields are those of the compiled operators (`loradash_cpu::forward`, `loradash_cuda::forward`, ...) in their order: a
-backend in Python reads `call.lora_a`, a compiled operator takes `*call`. Letters: M tokens, K in_features, N out_features,
+backend in Python reads `call.lora_a`, a compiled operator takes `*call` (those for CUDA the name of a tile besides). Letters: M tokens, K in_features, N out_features,
 r LoRA rank, s directions, R = r + s.
 """
 
@@ -71,6 +71,10 @@ Adapters = tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]
 def adapters(call: Call) -> Adapters:
     """lora_a, lora_b, dash_u, dash_vt, dash_sigma."""
     return call.lora_a, call.lora_b, call.dash_u, call.dash_vt, call.dash_sigma
+
+
+KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+"""The dtypes of x that kernels are there for; plain PyTorch serves the others."""
 
 
 def accumulator(dtype: torch.dtype) -> torch.dtype:

@@ -22,7 +22,8 @@ def replace_file(path: Path, write: Callable[[str], None]) -> None:
     os.close(descriptor)
     try:
         write(temporary)
-        os.chmod(temporary, mode)  # a writer may have put a file of its own in the place of this one
+        # A writer may have put a file of its own in the place of this one.
+        os.chmod(temporary, mode)
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
@@ -30,3 +31,12 @@ def replace_file(path: Path, write: Callable[[str], None]) -> None:
         with contextlib.suppress(OSError):
             os.unlink(temporary)
         raise
+
+
+def replace_bytes(path: Path, data: bytes) -> None:
+    """`replace_file` with these bytes."""
+
+    def write(temporary: str) -> None:
+        Path(temporary).write_bytes(data)
+
+    replace_file(path, write)

@@ -37,7 +37,7 @@ class Case:
     scaling: float
     dropout_p: float
     seed: int
-    # Where `run` ran it, and so whose generator drew the seed of dropout.
+    # The device on which `run` ran it, whose generator drew the seed.
     device: str = "cpu"
 
     @property
@@ -218,7 +218,7 @@ def allowances(case: Case) -> dict[str, Tensor]:
     """How far each element of the output and of the gradients may be from its value in float64; not finite where a value
     of the dtype of x may overflow.
 
-    Letters and formulas are those of the compiled backends (reference.py). The base product and the low-rank terms may be
+    Letters and formulas are those of backends/reference.py. The base product and the low-rank terms may be
     rounded before they are added: where a library computes the former they are, as in the plain formula. The factors of
     dash_sigma's gradient may not: few numbers, each a sum over all tokens, are not worth 16 bits.
     """

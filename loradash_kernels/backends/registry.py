@@ -9,10 +9,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Protocol
 
-import torch
 from torch import Tensor
 
-from ..calls import BackwardCall, Call, ForwardCall
+from ..calls import KERNEL_DTYPES, BackwardCall, Call, ForwardCall
 from ..notices import warn_once
 from . import cpu, cuda, reference, tuning
 from .triton import backend as triton
@@ -39,9 +38,8 @@ class Backend(Protocol):
 BACKENDS: tuple[Backend, ...] = (cpu, cuda, triton, reference)
 """In order of preference."""
 
-# The backends that are there for a type of device, and the dtypes that they are there for.
+# Each type of device has backends that are made for it.
 _KERNELS: dict[str, tuple[Backend, ...]] = {"cpu": (cpu,), "cuda": (cuda, triton)}
-_KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 @dataclass(frozen=True)
@@ -66,7 +64,7 @@ def pick(call: Call, requested: str | None = None) -> Backend:
         return _named(requested, x, width)
     chosen = _first(x, width)
     if chosen is reference:
-        if x.dtype in _KERNEL_DTYPES:
+        if x.dtype in KERNEL_DTYPES:
             _warn_of_reference(x, width)
     elif x.is_cuda:
         return _measured(call) or chosen

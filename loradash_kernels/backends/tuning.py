@@ -25,22 +25,23 @@ from torch import Tensor
 
 from .._version import __version__
 from ..calls import Call, ForwardCall
-from ..files import replace_file
+from ..files import replace_bytes
 from ..notices import warn_once
 
 S = TypeVar("S")
-# More than any card's L2 cache holds.
+# No card's L2 cache holds so many bytes.
 _FLUSHED_BYTES = 1 << 28
 _ROUNDS = 10
+_UNSEEN: Any = object()
 
 
 class Measurements:
-    """The file: by key the name, which is str(), of the candidate that was fastest."""
+    """A file that maps a key to the candidate that was fastest, by its str()."""
 
     def __init__(self, file: str) -> None:
         self._file = file
         self._known: dict[str, str] | None = None
-        # What calls take in this process, by their traits: no text to make for a call that was seen before.
+        # Calls that were seen before are found by their traits: making the text of a key would take longer.
         self.chosen: dict[tuple, Any] = {}
 
     def path(self) -> Path:
@@ -68,14 +69,16 @@ class Measurements:
             path.parent.mkdir(parents=True, exist_ok=True)
             with _locked(path.with_suffix(".lock")):
                 text = json.dumps({"fastest": {**self._read(), key: name}}, indent=1, sort_keys=True)
-                replace_file(path, functools.partial(_write, text))
+                replace_bytes(path, text.encode())
+                # A shared cache is for all its readers.
+                path.chmod(0o644)
         except (OSError, RuntimeError) as error:
             warn_once(f"{path} cannot be written ({error}); measurements last as long as this process")
 
     def _read(self) -> dict[str, str]:
         try:
             path = self.path()
-            text = path.read_text()
+            text = path.read_bytes()
         except (OSError, RuntimeError):
             # The file is not there or not readable, or there is no home: nothing was measured.
             return {}
@@ -99,7 +102,7 @@ def choose(
     """The candidate that was measured to be the fastest for such a call, or None: the default of the owner holds.
 
     owner: who asks. run: runs the whole call by a candidate; measuring writes the call's results again and again.
-    extra: what tells calls apart that look the same to `key`.
+    extra: what else tells calls apart; it becomes part of the key.
     """
     if _forced and (owner, call.pass_) in _forced:
         return _forced[owner, call.pass_]
@@ -107,8 +110,9 @@ def choose(
     if not tune_now and not MEASURED.known():
         return None
     traits = (tune_now, *_traits(owner, call, extra))
-    if traits in MEASURED.chosen:
-        return MEASURED.chosen[traits]
+    seen = MEASURED.chosen.get(traits, _UNSEEN)
+    if seen is not _UNSEEN:
+        return seen
     name = key(owner, call, *extra)
     found, best = MEASURED.known().get(name), None
     if found is not None:
@@ -179,10 +183,15 @@ def tune(
     timer: seconds (or any unit) of a callable; `milliseconds` unless given. Where no candidate runs the default is taken
     for this process, with a warning: the call itself may well fit.
     """
+    # Nothing is measured where there is no choice, and nothing is noted: another candidate may come.
+    if len(candidates) == 1:
+        return candidates[0]
     try:
-        best = candidates[0] if len(candidates) == 1 else _fastest(candidates, run, timer or milliseconds)
+        best = _fastest(candidates, run, timer or milliseconds)
     except RuntimeError as error:
         warn_once(f"tuning failed, the table decides for {name}: {error}")
+        # A name that no candidate has, in memory alone: the failure is not repeated in this process.
+        MEASURED.known()[name] = ""
         return None
     MEASURED.remember(name, str(best))
     return best
@@ -206,8 +215,8 @@ def _fastest(candidates: Sequence[S], run: Callable[[S], None], timer: Callable[
 def milliseconds(run: Callable[[], None]) -> float:
     """The time of one run by CUDA events: the median of some rounds, after one that compiles and tunes what it must.
 
-    Before each round the L2 cache is overwritten: operands come from memory, as in a model, and the program, which is done
-    with launching before the card is done with writing, does not enter the time.
+    Before each round the L2 cache is overwritten: operands come from memory, as in a model. As long as that takes, about
+    0.1 ms, the launching of the run is hidden behind it.
     """
     run()
     flushed = torch.empty(_FLUSHED_BYTES, dtype=torch.int8, device="cuda")
@@ -221,10 +230,6 @@ def milliseconds(run: Callable[[], None]) -> float:
         end.synchronize()
         times.append(start.elapsed_time(end))
     return sorted(times)[_ROUNDS // 2]
-
-
-def _write(text: str, path: str) -> None:
-    Path(path).write_text(text)
 
 
 @contextlib.contextmanager

@@ -24,9 +24,9 @@ MAX_RESIDUAL = 1e-2
 MAX_ORTHOGONALITY_LOSS = 1e-3
 
 
-def norms_of(route_kind: str, w: Tensor, sigma: Tensor) -> Tensor:
+def norms_of(route: str, w: Tensor, sigma: Tensor) -> Tensor:
     """The largest σ (L,) of w (L, N, K): the first of all σ (L, n), an estimate where these are a tail's."""
-    return norm_estimate(w) if route_kind == "tail" else sigma[:, 0]
+    return norm_estimate(w) if route == "tail" else sigma[:, 0]
 
 
 def norm_estimate(w: Tensor, steps: int = 3) -> Tensor:

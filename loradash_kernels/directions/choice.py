@@ -56,13 +56,13 @@ def highest_rates(
     return torch.topk(rates, s, dim=-1)
 
 
-def choice_holds(route_kind: str, w: Tensor, norms: Tensor, sigma: Tensor, choice: Choice) -> list[bool]:
+def choice_holds(route: str, w: Tensor, norms: Tensor, sigma: Tensor, choice: Choice) -> list[bool]:
     """For each matrix w (L, N, K), of norms (L,): are these its directions? sigma (L, n) are those they were chosen from.
 
     A tail's residuals are held against the gaps between its σ, those of triplets chosen from all against their own σ.
     """
     u, vt, chosen_sigma, _, index = choice
-    if route_kind == "tail":
+    if route == "tail":
         return are_resolved(w, norms, sigma, u, vt, chosen_sigma, index)
     return are_triplets(w, norms, u, vt, chosen_sigma)
 

@@ -35,7 +35,7 @@ class Route(NamedTuple):
     rank: int = 0
 
     def __str__(self) -> str:
-        """As in "gram float32", or "tail"."""
+        """The route's name: "gram float32", or "tail"."""
         return self.kind if self.precision is None else f"{self.kind} {str(self.precision).removeprefix('torch.')}"
 
 

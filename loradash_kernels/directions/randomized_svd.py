@@ -100,7 +100,7 @@ def _tail(inverse: Inverse, sketch: Tensor, rank: int, power_iters: int) -> tupl
     # Where W is singular, the null space's vectors, first here and exact, stand in all the others by rounding.
     image = c @ v / norms[..., None, :]
     u = aligned(orthonormal(image), image)
-    # Largest of the inverse first: descending σ is the other way round.
+    # The inverse has its largest first; descending σ is the other way round.
     return inverse.left(u.flip(-1)), 1 / norms.flip(-1), (z @ v).flip(-1).mT
 
 

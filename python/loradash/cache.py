@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from loradash_kernels import Directions, task_specific_directions
 from loradash_kernels.directions.kept import KeptDecomposition, choose_directions, decompose_to_keep
-from loradash_kernels.files import replace_file
+from loradash_kernels.files import replace_bytes
 
 from .background import BackgroundDecomposition
 from .distributed import is_sharded
@@ -206,7 +206,7 @@ class SpectralCache:
         tensors = {name: t.cpu().contiguous() for name, t in kept.tensors().items()}
         header = {"format": FORMAT, "route": kept.route, "checksum": _checksum(tensors)}
         data = save(tensors, metadata=header)
-        replace_file(path, lambda temporary: _write_bytes(temporary, data))
+        replace_bytes(path, data)
         self._trim(path)
 
     def _trim(self, written: Path) -> None:
@@ -285,10 +285,6 @@ def weight_hash(matrix: Tensor) -> str:
 
 def _bytes(t: Tensor) -> memoryview:
     return t.contiguous().flatten().view(torch.uint8).numpy().data
-
-
-def _write_bytes(path: str, data: bytes) -> None:
-    Path(path).write_bytes(data)
 
 
 def _checksum(tensors: dict[str, Tensor]) -> str:

@@ -62,9 +62,9 @@ def finetune(context: typer.Context) -> None:
 
 
 def _example() -> Path:
-    """The folder of the demonstration: in the checkout that this package runs from, or under the current folder."""
+    """The folder of the demonstration: in the checkout that this package runs from, or in a clone that is the current folder."""
     for root in (Path(__file__).parents[2], Path.cwd()):
-        if (root / EXAMPLE / "__main__.py").is_file():
+        if (root / "python" / "loradash").is_dir() and (root / EXAMPLE / "__main__.py").is_file():
             return root / EXAMPLE
     raise FileNotFoundError(
         "the demonstration comes with the source, not with the installed package: run this in a clone of the repository, "

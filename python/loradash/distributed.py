@@ -21,14 +21,14 @@ def gathered(t: Tensor) -> Tensor:
     return t.full_tensor().detach() if is_sharded(t) else t.detach()  # type: ignore[attr-defined]
 
 
-def shard_of(values: Tensor, like: Tensor) -> Tensor:
-    """A whole tensor as `like` holds it: each process takes its own part, without communication."""
+def shard_of(values: Tensor, like: Tensor, source: int | None = None) -> Tensor:
+    """A whole tensor as `like` holds it: each process takes its own part, or that of process `source`'s values."""
     if not is_sharded(like) or is_sharded(values):
         return values
     from torch.distributed.tensor import distribute_tensor
 
     sharded: Any = like
-    return distribute_tensor(values.to(like.device), sharded.device_mesh, sharded.placements, src_data_rank=None)
+    return distribute_tensor(values.to(like.device), sharded.device_mesh, sharded.placements, src_data_rank=source)
 
 
 def reshard(model: nn.Module) -> None:
@@ -83,10 +83,10 @@ def gather_in_turns(
         raise error
 
 
-def raise_everywhere(error: BaseException | None, processes: int) -> None:
+def raise_everywhere(error: BaseException | None, processes: int, what: str) -> None:
     """Raises this process's error, or RuntimeError for another's: a process that went on would wait for the failed one.
 
-    Every process must call this, with None where all went well.
+    Every process must call this, with None where all went well. what: what failed, for the message.
     """
     errors: list[str | None] = [None] * processes
     if processes > 1:
@@ -95,7 +95,7 @@ def raise_everywhere(error: BaseException | None, processes: int) -> None:
         raise error
     for process, text in enumerate(errors):
         if text:
-            raise RuntimeError(f"pre-launch failed in process {process}, the model is unchanged: {text}")
+            raise RuntimeError(f"{what} failed in process {process}, the model is unchanged: {text}")
 
 
 def exchange_directions(

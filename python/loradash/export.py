@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from loradash_kernels.files import replace_file
+from loradash_kernels.files import replace_bytes, replace_file
 
 from .distributed import gathered, reshard
 from .integrations.peft_layout import (
@@ -59,12 +59,8 @@ def export_lora(model: nn.Module, path: str | os.PathLike) -> Path:
     settings = _settings(root, layout, config.dropout)
     folder = Path(path)
     replace_file(folder / "adapter_model.safetensors", lambda f: save_file(tensors, f, metadata={"format": "pt"}))
-    replace_file(folder / "adapter_config.json", lambda f: _write_text(f, json.dumps(settings, indent=2)))
+    replace_bytes(folder / "adapter_config.json", json.dumps(settings, indent=2).encode())
     return folder
-
-
-def _write_text(path: str, text: str) -> None:
-    Path(path).write_text(text, encoding="utf-8")
 
 
 def _contents(model: nn.Module, root: nn.Module) -> tuple[Layout, dict[str, Tensor]]:

@@ -103,7 +103,7 @@ class DashLinear(nn.Module):
         self.transposed = is_transposed(linear) and not kept
         self.in_features, self.out_features = features(linear)
         self.config, self.name, self.enabled = config, "", True
-        # The weight before `merge`.
+        # This is the weight before `merge`.
         self._unmerged: Tensor | None = None
         if not kept:
             self.register_parameter("weight", cast(nn.Parameter, linear.weight))
@@ -337,7 +337,8 @@ class DashLinear(nn.Module):
         weight: Tensor = holder.weight  # type: ignore[assignment]
         if is_sharded(weight):
             self._keep(weight.detach().clone())
-            weight.copy_(shard_of(merged, weight))
+            # One process's values for all, where machines round differently.
+            weight.copy_(shard_of(merged, weight, source=0))
         else:
             holder.weight = nn.Parameter(merged, requires_grad=False)
             self._keep(weight)

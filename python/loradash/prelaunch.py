@@ -196,5 +196,5 @@ def _find(finder: _Finder, shares: list[list[str]], rank: int, bar: tqdm) -> dic
                 take(batch, lambda name: finder.layers[name].weight_nk())
     except BaseException as caught:
         error = caught
-    raise_everywhere(error, len(shares))
+    raise_everywhere(error, len(shares), "pre-launch")
     return found

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...calls import BackwardCall, ForwardCall
+from ...calls import KERNEL_DTYPES, BackwardCall, ForwardCall
 from ...notices import warn_once
 from .. import tuning
 from .problem import C, Plan, Problem
@@ -22,7 +22,6 @@ from .tiles import MAX_WIDTH, TARGETS, nearest
 
 name = "triton"
 MINIMUM = (3, 6)
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 @functools.cache
@@ -53,7 +52,7 @@ def refuses(x: Tensor, width: int = 0) -> str | None:
         return "x is on the CPU (TRITON_INTERPRET=1 would run the kernels there, slowly)"
     if x.device.type not in ("cpu", "cuda"):
         return f"x is on {x.device}"
-    if x.dtype not in _DTYPES:
+    if x.dtype not in KERNEL_DTYPES:
         return f"x is {x.dtype}, the Triton kernels take float32, bfloat16 and float16"
     if width > MAX_WIDTH:
         return f"r + s is {width}, the Triton kernels take at most {MAX_WIDTH}"

@@ -1,1 +1,1 @@
-"""What belongs to other people's frameworks: one file for each, which imports its framework inside its functions."""
+"""Other people's frameworks, a file for each. One that needs its framework imports it inside its functions."""

@@ -156,7 +156,8 @@ def one_launch_forward(
 
     FLOPs: those of two launches. Bytes: x, W, y once, P and T (M, R_BLOCK) once. state[b] counts arrivals at block b of
     rows, state[tiles + b] says that its T is there. Only the first to arrive is ever waited for, and it waits for
-    nobody: programs need not be resident together. FIRST_STAGES: of the pipeline of the first, which has two products.
+    nobody: programs need not be resident together. FIRST_STAGES is the depth of the first program's
+    pipeline, which has two products.
     """
     tiles_m, tiles_n = tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N)
     dtype: tl.constexpr = x.dtype.element_ty
