@@ -36,7 +36,7 @@ FLOORS = {
 }  # fmt: skip
 
 
-# These stand below every file, and the page has no room for them.
+# A package's face and its version go without saying: the page does not draw them.
 UNDRAWN = {"__init__", "_version"}
 
 
@@ -53,19 +53,15 @@ def imported(source: str, package: str) -> set[str]:
     return found
 
 
-def neighbours(source: str, package: str, floors: str) -> set[str]:
-    """Which files and rooms of the package `floors` a file of `package` imports; what is neither is its __init__'s."""
-    names = {
-        f"{name}.".removeprefix(f"{floors}.")
-        for name in imported(source, package)
-        if f"{name}.".startswith(f"{floors}.")
-    }
-    order = next(order for folder, order in FLOORS.items() if dotted(folder) == floors)
-    return {first if (first := name.split(".")[0]) in order else "__init__" for name in names}
-
-
 def dotted(folder: str) -> str:
     return folder.removeprefix("python/").replace("/", ".")
+
+
+def neighbours(source: str, package: str, folder: str) -> set[str]:
+    """Which names of FLOORS[folder] a file of `package` imports; what stands for no file there is its __init__'s."""
+    inside = [f"{name}." for name in imported(source, package) if f"{name}.".startswith(f"{dotted(folder)}.")]
+    firsts = {name.removeprefix(f"{dotted(folder)}.").split(".")[0] for name in inside}
+    return {first if first in FLOORS[folder] else "__init__" for first in firsts}
 
 
 @pytest.mark.parametrize("package", FLOORS)
@@ -78,7 +74,7 @@ def test_arrows_point_down(package):
         for file in [path] if path.suffix else path.rglob("*.py"):
             inside = dotted(file.parent.relative_to(ROOT).as_posix())
             # The files of a room may import each other, which is for the room's own floors to judge.
-            for other in neighbours(file.read_text(), inside, dotted(package)) - {name}:
+            for other in neighbours(file.read_text(), inside, package) - {name}:
                 assert order.index(other) < order.index(name), f"{file} imports {other}"
             if package.startswith("loradash_kernels"):
                 assert not {n for n in imported(file.read_text(), inside) if n.split(".")[0] == "loradash"}, file
@@ -103,18 +99,18 @@ def test_every_way_of_importing_is_seen(line, expected):
     assert neighbours(line, "loradash_kernels.backends.triton", "loradash_kernels") == expected
 
 
-def drawn(picture: str) -> set[str]:
-    """The names in the first column: what stands before the first two spaces that follow the indentation."""
-    return {name for line in picture.splitlines() for name in re.findall(r"\w+", re.split(r"\s{2,}", line.strip())[0])}
+def drawn(picture: str) -> list[str]:
+    """The names in the first column, which ends at the first two spaces after the indentation."""
+    columns = [re.split(r"\s{2,}", line.strip())[0] for line in picture.splitlines()]
+    return [name for column in columns for name in re.findall(r"\w+", column)]
 
 
 def test_the_page_draws_the_floors():
+    """Top first. What stands beside a package's own name, on the line that is split here, says what it is about."""
     picture = (ROOT / "docs" / "design.md").read_text().split("\n    python/loradash/")[1].split("\n    csrc/")[0]
-    stateful, stateless = picture.split("\n    loradash_kernels/")
+    stateful, stateless = (part.partition("\n")[2] for part in picture.split("\n    loradash_kernels/"))
     for package, part in (("python/loradash", stateful), ("loradash_kernels", stateless)):
-        # What the package is about stands beside its name, on the line that was split.
-        names = drawn(part.partition("\n")[2])
-        assert {*FLOORS[package]} - UNDRAWN <= names, f"{package}: docs/design.md does not draw these"
+        assert drawn(part) == [name for name in reversed(FLOORS[package]) if name not in UNDRAWN], package
 
 
 def test_only_autograd_saves_tensors():
