@@ -72,8 +72,9 @@ format: $(STAMP)
 docs: $(STAMP)
 	$(BIN)/python -m pydoc -w loradash loradash_kernels && mkdir -p docs/api && mv loradash.html loradash_kernels.html docs/api/
 
+# The stamp goes with the compiled part, so that the next `make test` builds it again.
 clean:
-	rm -rf build dist *.egg-info tools/ptxsim/*.egg-info loradash_kernels/*.so runs
+	rm -rf build dist *.egg-info tools/ptxsim/*.egg-info loradash_kernels/*.so runs $(STAMP)
 
 # Kernels compile once, against the PyTorch of this environment, which is why the build is not isolated.
 $(STAMP): pyproject.toml setup.py tools/ptxsim/pyproject.toml $(shell find csrc -type f)

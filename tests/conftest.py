@@ -16,7 +16,8 @@ if triton_backend.interpreted():
 
     repair_bf16()
 
-# Pre-launch selection is judged on real LoRA factors, which are optional.
+# Pre-launch selection is judged on real LoRA factors, which are no part of the repository: LORADASH_FACTORS names a file of
+# them, by default one in a folder shared/ beside the checkout, which CI lays there; without a file these tests are skipped.
 KEPT_FACTORS = Path(__file__).parents[2] / "shared" / "data" / "minilm_boolq_lora_r8_step100.safetensors"
 FACTORS = Path(os.environ.get("LORADASH_FACTORS", KEPT_FACTORS))
 

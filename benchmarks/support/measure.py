@@ -30,7 +30,7 @@ def commit_of(repository: Path) -> str:
         return subprocess.run(["git", *arguments], capture_output=True, text=True, cwd=repository).stdout.strip()
 
     try:
-        commit = git("describe", "--always")
+        commit = git("rev-parse", "--short", "HEAD")
         changed = git("status", "--porcelain", "--untracked-files=no", "--", ":/", f":(top,exclude){RESULTS}")
     except FileNotFoundError:
         return "unknown"

@@ -105,7 +105,7 @@ def test_decompose_command(trained, tmp_path, monkeypatch):
     cache = SpectralCache()
     assert cache.has(model.up.weight) and cache.has(model.down.weight)
     # A launch from the cache decomposes nothing.
-    monkeypatch.setattr("loradash.cache.decompose", None)
+    monkeypatch.setattr("loradash.cache.decompose_to_keep", None)
     assert len(prelaunch(model, progress=False, cache=cache)) == 2
 
 
@@ -322,7 +322,7 @@ def test_decompose_serves_models_stored_by_columns(tmp_path, dtype, monkeypatch)
     code, text = run("decompose", tmp_path / "base.safetensors", "--cache", tmp_path / "cache", *options)
     assert code == 0 and "3 weights" in text, text
     made = set(os.listdir(tmp_path / "cache"))
-    for name in ("decompose", "task_specific_directions"):
+    for name in ("decompose_to_keep", "task_specific_directions"):
         monkeypatch.setattr(f"loradash.cache.{name}", None)
     reports = prelaunch(model, progress=False, cache=SpectralCache(tmp_path / "cache"))
     assert len(reports) == 3 and set(os.listdir(tmp_path / "cache")) == made

@@ -1,4 +1,4 @@
-"""DashLinear, injection and schedule."""
+"""DashLinear, apply_dash and DashSchedule."""
 
 from __future__ import annotations
 

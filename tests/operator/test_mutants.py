@@ -36,7 +36,8 @@ def test_the_plain_formula_keeps_the_rule(shape, dtype):
     for seed in range(12):
         for case, sums in both_ways(shape, dtype, (0.0, 0.1, 0.5)[seed % 3], seed):
             found = results(case, sums)
-            if sums != torch.float32:  # 16 bits will not do for the factors of this one
+            # 16 bits will not do for the factors of this gradient.
+            if sums != torch.float32:
                 found["dash_sigma"] = results(case, torch.float32)["dash_sigma"]
             check_error_rule(case, found)
 

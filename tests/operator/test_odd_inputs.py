@@ -186,7 +186,8 @@ def either(name, t):
     return low_rank_update(y, t["x"], **{n: v for n, v in t.items() if n not in ("x", "weight", "bias")})
 
 
-@pytest.mark.filterwarnings("ignore::UserWarning")  # PyTorch's, about layouts in a beta state
+# PyTorch warns that these layouts are in a beta state.
+@pytest.mark.filterwarnings("ignore::UserWarning")
 @pytest.mark.parametrize("layout", ["to_sparse", "to_sparse_csr", "to_mkldnn"])
 @pytest.mark.parametrize("name", [*NAMES, "y"])
 def test_layouts_are_named(layout, name):
@@ -198,7 +199,8 @@ def test_layouts_are_named(layout, name):
         either(name, t)
 
 
-@pytest.mark.filterwarnings("ignore::UserWarning")  # PyTorch's, about nested tensors being a prototype
+# PyTorch warns that nested tensors are a prototype.
+@pytest.mark.filterwarnings("ignore::UserWarning")
 def test_nested_x():
     t = make_case(5, 8, 6, 2, 3).tensors
     for layout in (torch.strided, torch.jagged):

@@ -119,7 +119,8 @@ def test_per_sample_gradients_of_a_module():
             torch.testing.assert_close(found[name][index], layer.get_parameter(name).grad)
 
 
-@pytest.mark.filterwarnings("ignore:There is a performance drop")  # PyTorch calls the operator once for each
+# PyTorch calls the operator once for each gradient, and says that this is slow.
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
 def test_batched_gradients_of_an_eager_call(tensors, backend):
     """The forward pass ran a kernel; its backward pass is asked for many gradients at once."""
     t = {n: v.float() for n, v in tensors.items()}
@@ -241,7 +242,8 @@ def test_meta_layers(dropout):
     assert x.grad.is_meta and x.grad.shape == x.shape and layer.lora_b.grad.shape == (N, 2)
     with torch.no_grad():
         assert layer(x).is_meta
-    with torch.autocast("cpu", torch.bfloat16):  # which is not for the meta device
+    # Autocast does not know the meta device.
+    with torch.autocast("cpu", torch.bfloat16):
         assert layer(x).dtype == torch.float32
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from pathlib import Path
 
 import pytest
@@ -35,16 +36,32 @@ FLOORS = {
 }  # fmt: skip
 
 
-def imports(file: Path) -> set[tuple[int, str]]:
-    """(level, module) of every import statement in a file; level 0 is absolute."""
+# A package's face and its version go without saying: the page does not draw them.
+UNDRAWN = {"__init__", "_version"}
+
+
+def imported(source: str, package: str) -> set[str]:
+    """Full names of what a file of `package` imports, however it is written."""
     found = set()
-    for node in ast.walk(ast.parse(file.read_text())):
+    for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
-            found |= {(0, alias.name) for alias in node.names}
+            found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
-            names = [node.module] if node.module else [alias.name for alias in node.names]
-            found |= {(node.level, name or "") for name in names}
+            above = package.split(".")[: package.count(".") + 2 - node.level] if node.level else []
+            module = ".".join([*above, *([node.module] if node.module else [])])
+            found |= {f"{module}.{alias.name}" for alias in node.names}
     return found
+
+
+def dotted(folder: str) -> str:
+    return folder.removeprefix("python/").replace("/", ".")
+
+
+def neighbours(source: str, package: str, folder: str) -> set[str]:
+    """Which names of FLOORS[folder] a file of `package` imports; what stands for no file there is its __init__'s."""
+    inside = [f"{name}." for name in imported(source, package) if f"{name}.".startswith(f"{dotted(folder)}.")]
+    firsts = {name.removeprefix(f"{dotted(folder)}.").split(".")[0] for name in inside}
+    return {first if first in FLOORS[folder] else "__init__" for first in firsts}
 
 
 @pytest.mark.parametrize("package", FLOORS)
@@ -55,18 +72,50 @@ def test_arrows_point_down(package):
     assert {*files, *rooms} == set(order), "a new file takes its place in the order of floors"
     for name, path in {**files, **rooms}.items():
         for file in [path] if path.suffix else path.rglob("*.py"):
-            for level, module in imports(file):
-                above = level - len(file.relative_to(folder).parts)
-                first = module.split(".")[0]
-                if level and above == 0:
-                    assert order.index(first) < order.index(name), f"{file} imports {module}"
-                elif not level and package.startswith("loradash_kernels"):
-                    assert first != "loradash", f"{file} imports {module}"
+            inside = dotted(file.parent.relative_to(ROOT).as_posix())
+            # The files of a room may import each other, which is for the room's own floors to judge.
+            for other in neighbours(file.read_text(), inside, package) - {name}:
+                assert order.index(other) < order.index(name), f"{file} imports {other}"
+            if package.startswith("loradash_kernels"):
+                assert not {n for n in imported(file.read_text(), inside) if n.split(".")[0] == "loradash"}, file
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        ("from ... import calls", {"calls"}),
+        ("from ...calls import ForwardCall", {"calls"}),
+        ("from .. import tuning", {"backends"}),
+        ("from .tiles import TARGETS", {"backends"}),
+        ("from loradash_kernels import functional", {"functional"}),
+        ("from loradash_kernels import dash_linear", {"__init__"}),
+        ("from loradash_kernels.functional import dash_linear", {"functional"}),
+        ("import loradash_kernels", {"__init__"}),
+        ("def f():\n    import loradash_kernels.ops as o", {"ops"}),
+        ("from loradash import DashLinear", set()),
+    ],
+)
+def test_every_way_of_importing_is_seen(line, expected):
+    assert neighbours(line, "loradash_kernels.backends.triton", "loradash_kernels") == expected
+
+
+def drawn(picture: str) -> list[str]:
+    """The names in the first column, which ends at the first two spaces after the indentation."""
+    columns = [re.split(r"\s{2,}", line.strip())[0] for line in picture.splitlines()]
+    return [name for column in columns for name in re.findall(r"\w+", column)]
+
+
+def test_the_page_draws_the_floors():
+    """Top first. What stands beside a package's own name, on the line that is split here, says what it is about."""
+    picture = (ROOT / "docs" / "design.md").read_text().split("\n    python/loradash/")[1].split("\n    csrc/")[0]
+    stateful, stateless = (part.partition("\n")[2] for part in picture.split("\n    loradash_kernels/"))
+    for package, part in (("python/loradash", stateful), ("loradash_kernels", stateless)):
+        assert drawn(part) == [name for name in reversed(FLOORS[package]) if name not in UNDRAWN], package
 
 
 def test_only_autograd_saves_tensors():
-    users = [f.name for f in (ROOT / "loradash_kernels").glob("*.py") if "save_for_backward" in f.read_text()]
-    assert users == ["autograd.py"]
+    users = [f for f in (ROOT / "loradash_kernels").rglob("*.py") if "save_for_backward" in f.read_text()]
+    assert [f.relative_to(ROOT).as_posix() for f in users] == ["loradash_kernels/autograd.py"]
 
 
 def test_only_bindings_know_torch():

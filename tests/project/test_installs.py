@@ -7,7 +7,8 @@ import sys
 
 PURE = """
 import sys, warnings
-sys.modules["loradash_kernels._C"] = None  # as where nothing was compiled
+# This is how it looks where nothing was compiled.
+sys.modules["loradash_kernels._C"] = None
 import torch, loradash, loradash_kernels as lk
 assert "compiled part is missing" in lk.available_backends()["cpu"]
 choice = lk.explain_backend(torch.zeros(1, 1))
@@ -15,7 +16,8 @@ assert choice.backend == "reference" and "pip install" in choice.reasons["cpu"]
 layer = loradash.DashLinear(8, 8, config=loradash.DashConfig(dropout=0.1))
 with warnings.catch_warnings(record=True) as said:
     warnings.simplefilter("always")
-    loradash.DashLinear(8, 8).double()(torch.randn(3, 8).double())  # documented: no kernel takes float64
+    # No kernel takes float64, which is documented and no reason to warn.
+    loradash.DashLinear(8, 8).double()(torch.randn(3, 8).double())
     assert not said, said
     for _ in range(2):
         layer(torch.randn(3, 8, requires_grad=True)).sum().backward()

@@ -66,13 +66,17 @@ def docstrings(file: Path) -> Iterator[tuple[int, str]]:
                 yield getattr(node, "lineno", 1), text
 
 
-def imported(file: Path) -> Iterator[str]:
-    for node in ast.walk(tree(file)):
-        if isinstance(node, ast.Import):
+def imported(module: ast.Module) -> Iterator[str]:
+    """The modules that a file imports, and every name that it takes from one."""
+    for node in ast.walk(module):
+        if isinstance(node, (ast.Import, ast.ImportFrom)):
             yield from (alias.name for alias in node.names)
-        elif isinstance(node, ast.ImportFrom):
+        if isinstance(node, ast.ImportFrom):
             yield node.module or ""
-            yield from (alias.name for alias in node.names if node.module is None)
+
+
+def imported_tests(module: ast.Module) -> list[str]:
+    return [name for name in imported(module) if any(part.startswith("test_") for part in name.split("."))]
 
 
 @pytest.mark.parametrize("room", ROOMS)
@@ -126,27 +130,56 @@ def test_the_formatter_formats(room):
 
 def test_no_test_imports_a_test():
     """What tests share lies in tests/support and, for the emulator, in tools/ptxsim/tests/kernels."""
-    found = [
-        f"{name_of(f)} imports {module}"
-        for f in python_files("tests/", "tools/", "benchmarks/")
-        for module in imported(f)
-        if any(part.startswith("test_") for part in module.split("."))
-    ]
-    assert found == []
+    found = {name_of(f): imported_tests(tree(f)) for f in python_files("tests/", "tools/", "benchmarks/")}
+    assert {name: tests for name, tests in found.items() if tests} == {}
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "import operator.test_layouts",
+        "from operator import test_layouts as layouts",
+        "from . import test_layouts",
+        "from .test_layouts import SHAPES",
+        "from support.layouts import test_slices",
+    ],
+)
+def test_imported_tests_are_found(line):
+    assert imported_tests(ast.parse(f"def late():\n    {line}"))
 
 
 def edits_search_path(node: ast.AST) -> bool:
-    """A call of a method of sys.path, or an assignment to it."""
+    """A call of a method of sys.path, an assignment to it or a deletion from it; or sys.path under another name."""
+    targets: list[ast.expr] = []
+    if isinstance(node, ast.ImportFrom):
+        return node.module == "sys" and any(alias.name == "path" for alias in node.names)
     if isinstance(node, ast.Call):
         targets = [node.func.value] if isinstance(node.func, ast.Attribute) else []
-    elif isinstance(node, ast.Assign):
+    elif isinstance(node, (ast.Assign, ast.Delete)):
         targets = node.targets
-    else:
-        targets = [node.target] if isinstance(node, ast.AugAssign) else []
+    elif isinstance(node, (ast.AugAssign, ast.AnnAssign)):
+        targets = [node.target]
     return any(ast.unparse(target).split("[")[0] == "sys.path" for target in targets)
 
 
 def test_nobody_edits_the_search_path():
-    """Packages are installed, and pytest's `pythonpath` names the rooms of helpers."""
-    files = python_files("tests/", "benchmarks/", "tools/")
-    assert [name_of(f) for f in files if any(map(edits_search_path, ast.walk(tree(f))))] == []
+    """Packages are installed, pytest's `pythonpath` names the rooms of helpers, and Python that of a program it runs."""
+    assert [name_of(f) for f in python_files() if any(map(edits_search_path, ast.walk(tree(f))))] == []
+
+
+@pytest.mark.parametrize(
+    ("line", "edits"),
+    [
+        ("sys.path.insert(0, folder)", True),
+        ("sys.path[:0] = [folder]", True),
+        ("sys.path += [folder]", True),
+        ("sys.path: list[str] = []", True),
+        ("del sys.path[0]", True),
+        ("from sys import path", True),
+        ("from sys import argv, path as places", True),
+        ("print(sys.path, os.path.join(folder))", False),
+        ("from os import path", False),
+    ],
+)
+def test_edits_of_the_search_path_are_found(line, edits):
+    assert any(map(edits_search_path, ast.walk(ast.parse(line)))) is edits

@@ -16,7 +16,7 @@ from collections.abc import Iterator
 
 import torch
 
-from loradash_kernels.backends.triton import prelaunch as spectral
+from loradash_kernels.backends.triton import prelaunch as prelaunch_kernels
 from loradash_kernels.backends.triton import tiles
 from loradash_kernels.backends.triton.plan.backward import plan_backward
 from loradash_kernels.backends.triton.plan.forward import plan_forward
@@ -105,16 +105,16 @@ def prelaunch(target: str) -> Iterator[tuple[str, KernelLaunch]]:
     for dtype, name in ((torch.bfloat16, "bf16"), (torch.float32, "fp32")):
         for width in (16, 178):
             w, seed, y = empty(2, N, K, dtype=dtype), torch.zeros(2, dtype=torch.int64), empty(2, N, width)
-            yield name, spectral.plan_sketch(w, seed, y)
+            yield name, prelaunch_kernels.plan_sketch(w, seed, y)
             if name == "fp32" and target in ("sm_80", "sm_86", "sm_89", "sm_90"):
-                yield name, spectral.plan_sketch(w, seed, y, "tf32x3")
+                yield name, prelaunch_kernels.plan_sketch(w, seed, y, "tf32x3")
     for width in (40, 178, 690):
-        yield "fp32", spectral.plan_jacobi(empty(2, width, width), empty(2))
-    for n in (349, spectral.MAX_TRIPLETS):
-        for rank in (8, spectral.MAX_RANK):
+        yield "fp32", prelaunch_kernels.plan_jacobi(empty(2, width, width), empty(2))
+    for n in (349, prelaunch_kernels.MAX_TRIPLETS):
+        for rank in (8, prelaunch_kernels.MAX_RANK):
             out = empty(2, n), empty(2, 8), empty(2, 8, dtype=torch.int64)
             basis, factors = (empty(2, N, n), empty(2, K, n), empty(2, n)), (empty(2, N, rank), empty(2, K, rank))
-            yield "fp32", spectral.plan_rates(*basis, *factors, 2.0, 1e-6, False, out)
+            yield "fp32", prelaunch_kernels.plan_rates(*basis, *factors, 2.0, 1e-6, False, out)
 
 
 def main(target: str, brief: bool = False) -> None:

@@ -24,6 +24,8 @@ from loradash_kernels.backends.triton.target import Target
 from loradash_kernels.testing import check_error_rule, make_case, run
 
 TESTS = Path(__file__).parents[2]
+# Only these need the interpreter. A bare "triton" would match the folder of this file and all that ran outside already.
+INTERPRETED = "[triton or -triton or TestTritonInterpreted or test_strategies or test_too_wide_for_the_kernels"
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
 if importlib.util.find_spec("triton"):
     from loradash_kernels.backends.triton import problem as parts
@@ -48,7 +50,7 @@ def test_operator_in_the_interpreter():
         "backends/triton/test_prelaunch_kernels.py",
         "project/test_walks.py",
     ]
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-k", "triton", *(str(TESTS / name) for name in files)]
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-k", INTERPRETED, *(str(TESTS / name) for name in files)]
     env = {**os.environ, "TRITON_INTERPRET": "1"}
     done = subprocess.run(command, env=env, capture_output=True, text=True, cwd=TESTS.parent)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
@@ -72,7 +74,8 @@ def test_too_wide_for_the_kernels():
     assert "at most 256" in lk.explain_backend(case.x, width=308).reasons["triton"]
     with pytest.raises(RuntimeError, match="r \\+ s is 308"):
         run(case, "triton")
-    check_error_rule(case, run(case))  # another backend takes it
+    # Another backend takes it.
+    check_error_rule(case, run(case))
     with pytest.raises(ValueError, match="at most 32"), tuning.forced("triton", forward=Strategy("one_launch")):
         run(make_case(8, 16, 16, 40, 8), "triton")
 
@@ -155,7 +158,8 @@ def test_candidates():
     for of, kinds in ((forward_call, {"one_launch"}), (backward_call, set())):
         found = candidates(problem(64, 64, of=of))
         assert {c.kind for c in found} == {"fused", "library", *kinds}
-        assert len({str(c) for c in found}) == len(found)  # their names in the file
+        # Strings are their names in the file of measurements, so no two may be the same.
+        assert len({str(c) for c in found}) == len(found)
     assert "descriptors" in {c.kind for c in candidates(problem(64, 64, dtype=torch.float16))}
     assert "descriptors" not in {c.kind for c in candidates(problem(64, 63, dtype=torch.float16))}
     alone = parts.Problem(forward_call(torch.empty(64, 64))._replace(weight=None), tiles.TARGETS["sm_90"])
