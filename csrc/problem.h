@@ -32,9 +32,18 @@ struct Adapters {
   int64_t width() const { return rank + directions; }
 };
 
-// Dropout is Philox4x32-10: element (m, k) of x takes half-word k % 8 of the block with counter
-// (k / 8, m, offset_lo, offset_hi) and key (seed_lo, seed_hi); it is dropped when that half-word is below a threshold,
-// round(p * 65536). A threshold of 0 switches dropout off. What is kept is scaled by this:
+// Dropout is Philox4x32-10 (Salmon et al., SC 2011): element (m, k) of x takes half-word k % 8 of the block with
+// counter (k / 8, m, offset_lo, offset_hi) and key (seed_lo, seed_hi); it is dropped when that half-word is below a
+// threshold, round(p * 65536). A threshold of 0 switches dropout off.
+//
+// Every round multiplies two words of the counter by M0 and M1, and adds W0 and W1 to the two words of the key.
+constexpr uint32_t kPhiloxM0 = 0xD2511F53u, kPhiloxM1 = 0xCD9E8D57u;
+constexpr uint32_t kPhiloxW0 = 0x9E3779B9u, kPhiloxW1 = 0xBB67AE85u;
+constexpr int kPhiloxRounds = 10;
+// One block of 128 bits serves 8 neighbours in k, 16 bits each.
+constexpr int kPhiloxElements = 8;
+
+// Returns the factor of what dropout keeps.
 inline float keep_scale(uint32_t threshold) { return 65536.0f / static_cast<float>(65536 - threshold); }
 
 }  // namespace loradash

@@ -123,7 +123,7 @@ class Request {
   std::vector<Tensor> kept_;
 };
 
-// They are a Card: processors, and bytes of shared memory that a block may take.
+// A Card as Python gives it: processors, and bytes of shared memory that a block may take.
 using CardNumbers = std::pair<int32_t, int32_t>;
 using LaunchTuple = std::tuple<std::string, std::array<uint32_t, 3>, uint32_t, uint32_t, pybind11::bytes>;
 

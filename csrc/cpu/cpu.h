@@ -16,41 +16,42 @@ struct Dropout {
 
 using Fp32Adapters = Adapters<const float*>;
 
-// y = x W^T + b + (dropout(x) D^T * c) Q^T, and P = dropout(x) D^T, unscaled.
+// The forward pass computes y = x W^T + b + (dropout(x) D^T * c) Q^T, and P = dropout(x) D^T, unscaled.
 struct ForwardParams {
   Shape shape;
   Fp32Adapters adapters;
   Dropout dropout;
-  // The dtype of x, base and y.
+  // x, base and y have this dtype.
   DType dtype;
   const void* x;  // (M, K), row stride ldx
   int64_t ldx;
-  // What pack_weight made for the forward pass, or null: then the base product is already in `base`.
+  // This is what pack_weight made for the forward pass, or null: then the base product is already in `base`.
   const void* packed;
-  // Null, or (N); it is added only where the weight is packed.
+  // The bias is null, or (N); it is added only where the weight is packed.
   const float* bias;
-  // Null, or (M, N) contiguous; it may be y itself.
+  // The base is null, or (M, N) contiguous; it may be y itself.
   const void* base;
   void* y;   // (M, N)
   float* p;  // (M, R)
 };
 
-// dx = dy W + mask * (G * c) D / (1 - p), dA, dB, d(dash_sigma), db; null outputs are not computed.
+// The backward pass computes dx = dy W + mask * (G * c) D / (1 - p), dA, dB, d(dash_sigma) and db, except where the
+// output is null.
 struct BackwardParams {
   Shape shape;
   Fp32Adapters adapters;
   Dropout dropout;
-  // The dtype of x, dy, base and dx.
+  // x, dy, base and dx have this dtype.
   DType dtype;
   const void* dy;  // (M, N), row stride lddy
   int64_t lddy;
   const void* x;  // (M, K), row stride ldx
   int64_t ldx;
-  // What pack_weight made for the backward pass, or null: then dy W is already in `base`, or there is none.
+  // This is what pack_weight made for the backward pass, or null: then dy W is already in `base`, or there is none.
   const void* packed;
-  // Null, or (M, K) contiguous; it may be dx itself.
+  // The base is null, or (M, K) contiguous; it may be dx itself.
   const void* base;
-  // P of the forward pass.
+  // The forward pass returned this P.
   const float* p;  // (M, R)
   void* dx;        // (M, K)
   float* da;       // (r, K)

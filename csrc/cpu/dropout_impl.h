@@ -11,7 +11,7 @@
 namespace loradash::cpu::LORADASH_ISA {
 namespace {
 
-// The keys of all rounds in every lane.
+// Every lane holds the keys of all rounds.
 struct KeyVectors {
   VecU k0[kPhiloxRounds], k1[kPhiloxRounds];
 
@@ -20,11 +20,11 @@ struct KeyVectors {
   }
 };
 
-// Rounds 3 to 10 for kVectorBytes / 8 blocks at once, each in a 64-bit lane; upper halves of c hold what the
-// multiplications ignore. 6 vector operations a round.
+// Runs rounds 3 to 10 for kVectorBytes / 8 blocks at once, each in a 64-bit lane; upper halves of c hold what the
+// multiplications ignore. A round takes 6 vector operations.
 inline void philox_rounds(const VecU column[4], PhiloxRow row, const KeyVectors& keys, VecU c[4]) {
   const VecU m0 = VecU{} + kPhiloxM0, m1 = VecU{} + kPhiloxM1;
-  // The second half of round 3.
+  // Round 3 has its first product from the column; this is its second.
   const VecU product = multiply_low32(m1, (column[1] ^ row.word2_m));
   c[0] = xor3(high_word(product), column[0], keys.k0[2]);
   c[1] = product;
@@ -40,10 +40,10 @@ inline void philox_rounds(const VecU column[4], PhiloxRow row, const KeyVectors&
   }
 }
 
-// Keep bits of the 8 half-words of each block, in order of k, from one vector per word: 8 bits a block.
+// Returns the keep bits of the 8 half-words of each block, in order of k, from one vector per word: 8 bits a block.
 inline uint64_t keep_bits(const VecU c[4], uint32_t threshold) {
 #if LORADASH_VECTOR_BYTES == 64
-  // In every 64-bit lane the low 32 bits of even, then those of odd.
+  // Every 64-bit lane gets the low 32 bits of even, then those of odd.
   const auto pairs = [](VecU even, VecU odd) {
     return _mm512_mask_shuffle_epi32((__m512i)even, 0xaaaa, (__m512i)odd, static_cast<_MM_PERM_ENUM>(0xa0));
   };
@@ -83,7 +83,7 @@ void dropout_bits(const Dropout& dropout, int64_t row, int64_t rows, int64_t k_b
     for (int64_t i = 0; i < rows; ++i) {
       const PhiloxRow shared = philox_row(static_cast<uint32_t>(row + i), dropout, keys);
       uint32_t* out = bits + i * bits_stride + (b0 * kPhiloxElements - k_begin) / 32;
-      // 64 elements at a time.
+      // Each step draws the bits of 64 elements.
       for (int64_t b = 0; b < count; b += 8, out += 2) {
         uint64_t keep = 0;
         for (int part = 0; part < 8; part += kBlocksPerVector) {

@@ -1,4 +1,5 @@
-// Philox4x32-10 (Salmon et al., SC 2011), counter (k / 8, m, offset_lo, offset_hi), key (seed_lo, seed_hi).
+// Philox4x32-10 as far as the elements of a column or of a row share its rounds; problem.h gives counter, key and
+// constants.
 #pragma once
 
 #include <cstdint>
@@ -7,15 +8,6 @@
 
 namespace loradash::cpu {
 
-static constexpr uint32_t kPhiloxM0 = 0xD2511F53u, kPhiloxM1 = 0xCD9E8D57u;
-static constexpr uint32_t kPhiloxW0 = 0x9E3779B9u, kPhiloxW1 = 0xBB67AE85u;
-static constexpr int kPhiloxRounds = 10;
-// One block of 128 bits serves 8 neighbours in k, 16 bits each.
-static constexpr int kPhiloxElements = 8;
-
-// The rounds whose inputs depend on k alone or on m alone. Of the ten rounds, the first two cost nothing per element
-// and the third half: with the counter words in this order, round 1 multiplies k and a constant, and round 2 what
-// came from m and what came from k separately. `Column` is computed once per k block, `Row` once per m.
 struct PhiloxKeys {
   uint32_t k0[kPhiloxRounds], k1[kPhiloxRounds];
 
@@ -25,11 +17,15 @@ struct PhiloxKeys {
   }
 };
 
-// Words after round 2 that depend on k alone, and the hi/lo halves of round 3's first product.
+// The first two of the ten rounds cost nothing per element, and the third costs half, because their inputs depend on k
+// alone or on m alone: with the counter words in this order, round 1 multiplies k and a constant, and round 2 what came
+// from m and what came from k separately. A PhiloxColumn is computed once per k block, a PhiloxRow once per m.
+//
+// A column holds the words after round 2 that depend on k alone, and the halves of round 3's first product.
 struct PhiloxColumn {
-  // c1, and the part of c2 that depends on k.
+  // These are c1, and the part of c2 that depends on k.
   uint32_t word1, word2_k;
-  // hi(M0 c0) and lo(M0 c0) of round 3.
+  // These are the high and the low half of M0 c0 in round 3; next2_k already has its key.
   uint32_t next2_k, next3;
 };
 
@@ -48,7 +44,7 @@ static inline PhiloxColumn philox_column(uint32_t block, const Dropout& dropout,
           static_cast<uint32_t>(third)};
 }
 
-// Words after round 2 that depend on m alone: the m part of c2, and c3.
+// A row holds the words after round 2 that depend on m alone: its part of c2, and c3.
 struct PhiloxRow {
   uint32_t word2_m, word3;
 };

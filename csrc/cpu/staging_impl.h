@@ -18,12 +18,12 @@ inline E kept(T x, uint32_t word, int lane) {
   return (word >> lane & 1) ? convert<E>(x) : E{};
 }
 
-// dst[j] = bit j of word ? src[j] : 0, j < 32
+// Sets dst[j] to src[j] where bit j of word is set, else to 0, j < 32.
 template <typename T, typename E>
 inline void keep_32(const T* src, uint32_t word, E* dst) {
   for (int j = 0; j < kPanel; ++j) dst[j] = kept<E>(src[j], word, j);
 }
-// dst[2 j + h] = element j of row h where bit j of word h is set, else 0: one pair row of a bf16 panel
+// Writes one pair row of a bf16 panel: dst[2 j + h] is element j of row h where bit j of word h is set, else 0.
 template <typename T, typename E>
 inline void keep_pairs(const T* const row[2], const uint32_t word[2], E* dst) {
   for (int j = 0; j < kPanel; ++j)
@@ -42,7 +42,8 @@ inline void keep_32(const bf16* src, uint32_t word, bf16* dst) {
 template <>
 inline void keep_pairs(const bf16* const row[2], const uint32_t word[2], bf16* dst) {
   const __m512i even = _mm512_maskz_loadu_epi16(word[0], row[0]), odd = _mm512_maskz_loadu_epi16(word[1], row[1]);
-  // 32-bit lanes of pairs in order: low and high 16-bit words of (even, odd), unpacked per 128 bits and put in order.
+  // Low and high 16-bit words of (even, odd) are unpacked per 128 bits; then the 32-bit lanes of pairs are put in
+  // order.
   const __m512i low = _mm512_unpacklo_epi16(even, odd), high = _mm512_unpackhi_epi16(even, odd);
   const __m512i first = _mm512_setr_epi64(0, 1, 8, 9, 2, 3, 10, 11),
                 second = _mm512_setr_epi64(4, 5, 12, 13, 6, 7, 14, 15);
@@ -51,13 +52,13 @@ inline void keep_pairs(const bf16* const row[2], const uint32_t word[2], bf16* d
 }
 #endif
 
-// Position of (row i, depth d) in a tile of a left operand.
+// Returns the position of (row i, depth d) in a tile of a left operand.
 template <typename E>
 inline int64_t tile_offset(int rows, int64_t pitch, int64_t i, int64_t d) {
   return sizeof(E) == 2 ? i * pitch + d : d * rows + i;
 }
 
-// 32 columns of an fp32 tile, transposed: dst[j * rows + i] = row i kept by word i.
+// Transposes 32 columns of an fp32 tile: dst[j * rows + i] is element j of row i where word i keeps it, else 0.
 template <typename T>
 inline void transpose_32(const T* src, int64_t ld, int rows, const uint32_t* bits, int64_t bits_stride, float* dst) {
   float block[kTileRows][kPanel];
@@ -66,7 +67,7 @@ inline void transpose_32(const T* src, int64_t ld, int rows, const uint32_t* bit
     for (int i = 0; i < rows; ++i) dst[j * rows + i] = block[i][j];
 }
 #if LORADASH_VECTOR_BYTES == 64
-// 16x16 words: within 128-bit lanes by pairs and quadruples of rows, then whole lanes.
+// Transposes 16x16 words: within 128-bit lanes by pairs and quadruples of rows, then whole lanes.
 inline void transpose_words(__m512 r[16]) {
   __m512 t[16];
   for (int i = 0; i < 16; i += 2) {
@@ -127,7 +128,7 @@ void stage_tile(const T* src, int64_t ld, int rows, int64_t k, const uint32_t* b
 // apart, so each step fetches the same columns so many rows on.
 constexpr int64_t kFetchRows = 64;
 
-// A zero row for the missing second half of a pair.
+// Where a pair lacks its second row, this row of zeros takes its place.
 template <typename T>
 const T kZeroRow[kPanel] = {};
 
@@ -160,7 +161,7 @@ void stage_panel(const T* src, int64_t ld, int64_t rows, int columns, const uint
 }
 
 #if LORADASH_VECTOR_BYTES == 64
-// The first `count` elements of a line, the rest zero.
+// Loads the first `count` elements of a line; the rest are zero.
 inline __m512 load_line(const float* src, int64_t count) {
   return _mm512_maskz_loadu_ps(count >= 16 ? 0xffff : static_cast<__mmask16>((1u << count) - 1), src);
 }

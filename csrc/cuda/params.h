@@ -60,7 +60,7 @@ struct PackParams {
   // P_r, then a column of ones (whose products are column sums), then zeros; null where it is not wanted.
   void* p_low;  // (M, p_width)
   int32_t p_width;
-  // Set to zero.
+  // Packing sets these counters to zero.
   int32_t* counters;
   int32_t counter_count;
 };

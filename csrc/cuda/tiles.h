@@ -2,10 +2,13 @@
 // shared memory that each takes. The .cu files instantiate these lists, and the plan chooses from them.
 #pragma once
 
+#include "problem.h"
+
 namespace loradash::cuda {
 
 // Eight neighbouring elements, 16 bytes: the unit of every copy, and of one Philox call.
 constexpr int kChunk = 8, kChunkBytes = 16;
+static_assert(kChunk == kPhiloxElements);
 // An element of x takes so many bytes: bf16 or fp16.
 constexpr int kElementBytes = 2;
 
@@ -15,17 +18,37 @@ constexpr int gemm_shared_bytes(int m, int n, int depth, int stages) {
 }
 constexpr int gemm_threads(int warps_m, int warps_n) { return 32 * warps_m * warps_n; }
 
+// A processor holds this many programs of the one launch: it bounds their registers, and the grid has no more.
+constexpr int kOneLaunchResident = 2;
+
 // A pass streams X through shared memory in tiles of this size.
 constexpr int kPassRows = 64, kPassColumns = 128, kPassStages = 3, kPassThreads = 128;
 
-// What one pass does: ranks in eights that X is projected on and reduced with (0: none), and how many blocks of 128
+// The tensor cores multiply by eight ranks at a time. They are one chunk of a row of the right operand.
+constexpr int kFragmentRanks = 8;
+static_assert(kFragmentRanks == kChunk);
+
+// Partial sums of a pass that projects are added here: one a thread. `last` says whether this program arrived last.
+struct alignas(kChunkBytes) PassScratch {
+  float sums[kPassThreads];
+  bool last;
+};
+
+// What one pass does: fragments of ranks that X is projected on and reduced with (0: none), and how many blocks of 128
 // columns a program reduces (a projection alone takes any number). The methods lay out its shared memory.
 struct PassKind {
   int project, reduce, blocks;
 
+  // A program projects on `projected` ranks and reduces with `reduced`; the next group of ranks begins `ranks` further.
+  constexpr int projected() const { return kFragmentRanks * project; }
+  constexpr int reduced() const { return kFragmentRanks * reduce; }
+  constexpr int ranks() const { return project > reduce ? projected() : reduced(); }
+  // Registers are bounded for this many programs on a processor; its shared memory may allow fewer.
+  constexpr int resident() const { return factor_stays() ? 1 : 3; }
+
   // The factor F stays while the rows stream by where there is a reduction; else it streams along.
   constexpr bool factor_stays() const { return project > 0 && reduce > 0; }
-  constexpr int factor_bytes() const { return 8 * project * kPassColumns * kElementBytes; }
+  constexpr int factor_bytes() const { return projected() * kPassColumns * kElementBytes; }
   constexpr int stage_bytes() const {
     return kPassRows * kPassColumns * kElementBytes + (factor_stays() ? 0 : factor_bytes());
   }
@@ -34,9 +57,8 @@ struct PassKind {
   constexpr int right_bytes() const { return reduce ? kPassRows * right_pitch() : 0; }
   constexpr int right_at() const { return kPassStages * stage_bytes(); }
   constexpr int factor_at() const { return right_at() + kPassStages * right_bytes(); }
-  // Partial sums are added in this scratch memory.
   constexpr int scratch_at() const { return factor_at() + (factor_stays() ? blocks * factor_bytes() : 0); }
-  constexpr int shared_bytes() const { return scratch_at() + (project ? kPassThreads * 4 + 16 : 0); }
+  constexpr int shared_bytes() const { return scratch_at() + (project ? static_cast<int>(sizeof(PassScratch)) : 0); }
 };
 
 // The passes that share a launch with a product: over x in the forward pass, over dy in dx.
@@ -61,7 +83,8 @@ constexpr int kSmallThreads = 256;
   ONE(one_launch_128x128, 128, 128, 32, 2, 2, 3) \
   ONE(one_launch_64x128, 64, 128, 32, 2, 2, 4)
 
-// Passes: name, and the fields of their PassKind. Down: over x in the forward pass, Dy and X: in the backward pass.
+// The lists name passes and give the fields of their PassKind. Down runs over x in the forward pass, Dy and X in the
+// backward pass.
 #define LORADASH_DOWN_PASSES(PASS) \
   PASS(down_32, 4, 0, 1)           \
   PASS(down_64, 8, 0, 1)

@@ -112,15 +112,15 @@ struct FragmentReader {
   // Sixteen rows further down lies the same swizzle: a constant offset.
   template <int kPart, int kRow>
   __device__ __forceinline__ void read_a(uint32_t (&f)[4], uint32_t stage) const {
-    load_matrices<false, kRow * 16 * Tile::A::kChunks * 16>(f, stage + a[kPart]);
+    load_matrices<false, kRow * 16 * Tile::A::kRowBytes>(f, stage + a[kPart]);
   }
   // Reads two fragments: sixteen columns of C.
   template <int kPart, int kPair>
   __device__ __forceinline__ void read_b(uint32_t (&f)[4], uint32_t stage) const {
     if constexpr (Tile::kColumns) {
-      load_matrices<true, kPart * 16 * Tile::B::kChunks * 16>(f, stage + b[kPair]);
+      load_matrices<true, kPart * 16 * Tile::B::kRowBytes>(f, stage + b[kPair]);
     } else {
-      load_matrices<false, kPair * 16 * Tile::B::kChunks * 16>(f, stage + b[kPart]);
+      load_matrices<false, kPair * 16 * Tile::B::kRowBytes>(f, stage + b[kPart]);
     }
   }
   template <int kPart>

@@ -17,10 +17,11 @@
   LORADASH_GEMM_ENTRY(bf16, __nv_bfloat16, __VA_ARGS__) \
   LORADASH_GEMM_ENTRY(f16, __half, __VA_ARGS__)
 
-#define LORADASH_PASS_ENTRY(dtype, T, suffix, aligned, name, project, reduce, blocks)                  \
-  extern "C" __global__ void __launch_bounds__(loradash::cuda::kPassThreads, project&& reduce ? 1 : 3) \
-      name##_##dtype##suffix(const __grid_constant__ loradash::cuda::PassParams params) {              \
-    loradash::cuda::pass<loradash::cuda::PassTile<T, project, reduce, blocks, aligned>>(params);       \
+#define LORADASH_PASS_ENTRY(dtype, T, suffix, aligned, name, project, reduce, blocks)                        \
+  extern "C" __global__ void __launch_bounds__(loradash::cuda::kPassThreads,                                 \
+                                               loradash::cuda::PassKind{project, reduce, blocks}.resident()) \
+      name##_##dtype##suffix(const __grid_constant__ loradash::cuda::PassParams params) {                    \
+    loradash::cuda::pass<loradash::cuda::PassTile<T, project, reduce, blocks, aligned>>(params);             \
   }
 #define LORADASH_PASS(...)                                           \
   LORADASH_PASS_ENTRY(bf16, __nv_bfloat16, , true, __VA_ARGS__)      \
@@ -31,7 +32,8 @@
 // The prefix is "" in the forward pass and "dx_" for dx; `pass` is one of the PassKinds that share a launch.
 #define LORADASH_ONE_LAUNCH_ENTRY(dtype, T, order, columns, prefix, second, pass, name, m, n, depth, warps_m, warps_n, \
                                   stages)                                                                              \
-  extern "C" __global__ void __launch_bounds__(loradash::cuda::gemm_threads(warps_m, warps_n), 2)                      \
+  extern "C" __global__ void __launch_bounds__(loradash::cuda::gemm_threads(warps_m, warps_n),                         \
+                                               loradash::cuda::kOneLaunchResident)                                     \
       prefix##name##_##order##_##dtype(const __grid_constant__ loradash::cuda::OneLaunchParams params) {               \
     using namespace loradash::cuda;                                                                                    \
     one_launch<GemmTile<T, m, n, depth, warps_m, warps_n, stages, columns, true>,                                      \

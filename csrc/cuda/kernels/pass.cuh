@@ -23,16 +23,18 @@ struct PassTile {
   static constexpr int kProject = kProject_, kReduce = kReduce_, kBlocks = kBlocks_;
   static constexpr bool kAligned = kAligned_;
   static constexpr int kM = kPassRows, kN = kPassColumns, kStages = kPassStages, kThreads = kPassThreads;
-  static constexpr bool kFactorStays = PassKind{kProject, kReduce, kBlocks}.factor_stays();
+  static constexpr PassKind kKind{kProject, kReduce, kBlocks};
+  static constexpr int kProjected = kKind.projected(), kRanks = kKind.ranks();
+  static constexpr bool kFactorStays = kKind.factor_stays();
   static constexpr bool kFactorStreams = kProject > 0 && !kFactorStays;
   using X = SharedTile<kM, kN>;
-  using F = SharedTile<kProject ? 8 * kProject : 8, kN>;
-  static constexpr int kRightPitch = PassKind{kProject, kReduce, kBlocks}.right_pitch();
-  static constexpr int kRightBytes = PassKind{kProject, kReduce, kBlocks}.right_bytes();
-  static constexpr int kStageBytes = PassKind{kProject, kReduce, kBlocks}.stage_bytes();
-  static constexpr int kRightAt = PassKind{kProject, kReduce, kBlocks}.right_at();
-  static constexpr int kFactorAt = PassKind{kProject, kReduce, kBlocks}.factor_at();
-  static constexpr int kScratchAt = PassKind{kProject, kReduce, kBlocks}.scratch_at();
+  using F = SharedTile<kProject ? kProjected : kFragmentRanks, kN>;
+  static constexpr int kRightPitch = kKind.right_pitch();
+  static constexpr int kRightBytes = kKind.right_bytes();
+  static constexpr int kStageBytes = kKind.stage_bytes();
+  static constexpr int kRightAt = kKind.right_at();
+  static constexpr int kFactorAt = kKind.factor_at();
+  static constexpr int kScratchAt = kKind.scratch_at();
   static_assert(kStageBytes == X::kBytes + (kFactorStreams ? F::kBytes : 0));
 };
 
@@ -79,7 +81,7 @@ struct Pass {
         row_end(min(params.m, row0 + params.rows_per_cta)),
         blocks(Tile::kReduce ? Tile::kBlocks
                              : (min(params.n - column0, params.columns_per_cta) + Tile::kN - 1) / Tile::kN),
-        first_rank(group * 8 * (Tile::kProject ? Tile::kProject : Tile::kReduce)) {
+        first_rank(group * Tile::kRanks) {
 #pragma unroll
     for (auto& block : reduced)
       for (auto& half : block)
@@ -116,7 +118,8 @@ struct Pass {
       for (int i = threadIdx.x; i < Tile::kM * Tile::kReduce; i += Tile::kThreads) {
         const int r = i / Tile::kReduce, c = i % Tile::kReduce, rank = first_rank + c * kChunk;
         const T* right = static_cast<const T*>(p.right) + (row + r) * p.ld_right + rank;
-        const uint32_t at = shared + Tile::kRightAt + slot * Tile::kRightBytes + r * Tile::kRightPitch + c * 16;
+        const uint32_t at =
+            shared + Tile::kRightAt + slot * Tile::kRightBytes + r * Tile::kRightPitch + c * kChunkBytes;
         copy_async(at, right, row + r < row_end && rank < p.ld_right);
       }
     }
@@ -128,7 +131,7 @@ struct Pass {
     const PhiloxColumn column = dropout.column((column0 + block * Tile::kN + CopyX::column()) / kChunk);
     const uint32_t at = stage(index) + CopyX::place();
     unrolled<CopyX::kCount>([&](auto i) {
-      constexpr int kOffset = i * CopyX::kStep * Tile::X::kChunks * 16;
+      constexpr int kOffset = i * CopyX::kStep * Tile::X::kRowBytes;
       const uint4 chunk = load_shared<kOffset>(at), keep = dropout.masks(rows[i], column);
       store_shared<kOffset>(at, make_uint4(chunk.x & keep.x, chunk.y & keep.y, chunk.z & keep.z, chunk.w & keep.w));
     });
@@ -143,7 +146,7 @@ struct Pass {
       load_matrices<false>(a, from_x ^ (k * 32));
       unrolled<Tile::kProject / 2>([&](auto j) {
         uint32_t b[4];
-        load_matrices<false, j * 16 * Tile::kN * 2>(b, from_f ^ (k * 32));
+        load_matrices<false, j * 16 * Tile::F::kRowBytes>(b, from_f ^ (k * 32));
         Element<T>::mma(projected[2 * j], a, b);
         Element<T>::mma(projected[2 * j + 1], a, b + 2);
       });
@@ -155,8 +158,8 @@ struct Pass {
     const uint32_t from_x = x + reduce_x, from_right = right + reduce_right;
     unrolled<Tile::kM / 16>([&](auto m) {
       uint32_t a[2][4], b[kReduces + 1][2];
-      load_matrices<true, m * 16 * Tile::kN * 2>(a[0], from_x);
-      load_matrices<true, m * 16 * Tile::kN * 2>(a[1], from_x ^ 32);
+      load_matrices<true, m * 16 * Tile::X::kRowBytes>(a[0], from_x);
+      load_matrices<true, m * 16 * Tile::X::kRowBytes>(a[1], from_x ^ 32);
       unrolled<Tile::kReduce / 2>([&](auto j) {
         constexpr int kOffset = m * 16 * Tile::kRightPitch + j * 32;
         load_matrices<true, kOffset>(reinterpret_cast<uint32_t (&)[4]>(b[2 * j]), from_right + lane / 16 * 16);
@@ -246,7 +249,7 @@ struct Pass {
 #pragma unroll
       for (int e = 0; e < 4; ++e) {
         const int64_t m = row + 16 * warp + lane / 4 + e / 2 * 8;
-        const int rank = first_rank + 8 * j + lane % 4 * 2 + e % 2;
+        const int rank = first_rank + kFragmentRanks * j + lane % 4 * 2 + e % 2;
         if (m >= row_end || rank >= p.width) continue;
         const float value = projected[j][e] * p.keep_scale;
         if (rank < all) p.sums[m * all + rank] = value;
@@ -262,7 +265,7 @@ struct Pass {
 #pragma unroll
       for (int e = 0; e < 4; ++e) {
         const int64_t m = row + 16 * warp + lane / 4 + e / 2 * 8;
-        const int rank = first_rank + 8 * j + lane % 4 * 2 + e % 2;
+        const int rank = first_rank + kFragmentRanks * j + lane % 4 * 2 + e % 2;
         if (m < row_end && rank < all)
           p.projected[(static_cast<int64_t>(chunk) * p.m + m) * all + rank] = projected[j][e];
       }
@@ -271,9 +274,10 @@ struct Pass {
 
   // The last chunk of columns to arrive at a block of rows adds all of them, in the order of the columns whoever it is.
   __device__ __forceinline__ void add_partials(int row) const {
-    constexpr int kRanks = 8 * Tile::kProject, kRows = Tile::kThreads / kRanks;
-    float* const sums = reinterpret_cast<float*>(memory + Tile::kScratchAt);
-    volatile bool& last = *reinterpret_cast<bool*>(sums + Tile::kThreads);
+    constexpr int kRanks = Tile::kProjected, kRows = Tile::kThreads / kRanks;
+    PassScratch& scratch = *reinterpret_cast<PassScratch*>(memory + Tile::kScratchAt);
+    float* const sums = scratch.sums;
+    volatile bool& last = scratch.last;
     const int all = p.rank + p.directions, row_block = row / Tile::kM, row_blocks = (p.m + Tile::kM - 1) / Tile::kM;
     __threadfence();
     __syncthreads();
@@ -322,7 +326,7 @@ struct Pass {
 #pragma unroll
           for (int e = 0; e < 4; ++e) {
             const int column = column0 + block * Tile::kN + 32 * warp + 16 * i + lane / 4 + e / 2 * 8;
-            const int rank = first_rank + 8 * j + lane % 4 * 2 + e % 2;
+            const int rank = first_rank + kFragmentRanks * j + lane % 4 * 2 + e % 2;
             if (column >= p.n || rank >= p.right_columns) continue;
             p.reduced[(static_cast<int64_t>(split) * p.right_columns + rank) * p.n + column] = reduced[block][i][j][e];
           }

@@ -4,6 +4,8 @@
 
 #include <cstdint>
 
+#include "problem.h"
+
 namespace loradash::cuda {
 
 // Gives the high and the low half of a product, in one instruction.
@@ -27,12 +29,10 @@ struct PhiloxRow {
 };
 
 struct Dropout16 {
-  static constexpr int kRounds = 10;
-  static constexpr uint32_t kM0 = 0xD2511F53u, kM1 = 0xCD9E8D57u;
-  uint32_t key0[kRounds], key1[kRounds];
-  // M1 times the low offset, in halves, and the high offset.
+  uint32_t key0[kPhiloxRounds], key1[kPhiloxRounds];
+  // These are the halves of M1 times the low offset, and the high offset.
   uint32_t offset_high, offset_low, offset1;
-  // The threshold: its lower 15 bits in both halves of a word, and whether bit 15 is set.
+  // The threshold is kept in two parts: its lower 15 bits, in both halves of a word, and whether bit 15 is set.
   uint32_t low_threshold, high_bit;
   bool active;
 
@@ -40,11 +40,11 @@ struct Dropout16 {
     const uint64_t key = active ? static_cast<uint64_t>(seed[0]) : 0,
                    offset = active ? static_cast<uint64_t>(seed[1]) : 0;
 #pragma unroll
-    for (uint32_t i = 0; i < kRounds; ++i) {
-      key0[i] = static_cast<uint32_t>(key) + i * 0x9E3779B9u;
-      key1[i] = static_cast<uint32_t>(key >> 32) + i * 0xBB67AE85u;
+    for (uint32_t i = 0; i < kPhiloxRounds; ++i) {
+      key0[i] = static_cast<uint32_t>(key) + i * kPhiloxW0;
+      key1[i] = static_cast<uint32_t>(key >> 32) + i * kPhiloxW1;
     }
-    multiply_wide(kM1, static_cast<uint32_t>(offset), offset_high, offset_low);
+    multiply_wide(kPhiloxM1, static_cast<uint32_t>(offset), offset_high, offset_low);
     offset1 = static_cast<uint32_t>(offset >> 32);
     low_threshold = (threshold & 0x7FFF) * 0x00010001u;
     high_bit = threshold >> 15 & 1;
@@ -52,27 +52,27 @@ struct Dropout16 {
 
   __device__ __forceinline__ PhiloxColumn column(uint32_t block) const {
     uint32_t high, low, second_high, second_low, third_high, third_low;
-    multiply_wide(kM0, block, high, low);
-    multiply_wide(kM1, xor_three(high, offset1, key1[0]), second_high, second_low);
-    multiply_wide(kM0, xor_three(second_high, offset_low, key0[1]), third_high, third_low);
+    multiply_wide(kPhiloxM0, block, high, low);
+    multiply_wide(kPhiloxM1, xor_three(high, offset1, key1[0]), second_high, second_low);
+    multiply_wide(kPhiloxM0, xor_three(second_high, offset_low, key0[1]), third_high, third_low);
     return {low ^ key1[1], second_low ^ key0[2], third_high ^ key1[2], third_low};
   }
   __device__ __forceinline__ PhiloxRow row(uint32_t m) const {
     PhiloxRow r;
-    multiply_wide(kM0, xor_three(offset_high, m, key0[0]), r.high, r.low);
+    multiply_wide(kPhiloxM0, xor_three(offset_high, m, key0[0]), r.high, r.low);
     return r;
   }
 
   // Returns masks of two elements a word: 0xFFFF where an element is kept, in the order of the elements.
   __device__ __forceinline__ uint4 masks(const PhiloxRow& r, const PhiloxColumn& k) const {
     uint32_t c0, c1, c2 = r.low ^ k.c, c3 = k.d;
-    multiply_wide(kM1, r.high ^ k.a, c0, c1);
+    multiply_wide(kPhiloxM1, r.high ^ k.a, c0, c1);
     c0 ^= k.b;
 #pragma unroll
-    for (int round = 3; round < kRounds; ++round) {
+    for (int round = 3; round < kPhiloxRounds; ++round) {
       uint32_t high, low, other_high, other_low;
-      multiply_wide(kM0, c0, high, low);
-      multiply_wide(kM1, c2, other_high, other_low);
+      multiply_wide(kPhiloxM0, c0, high, low);
+      multiply_wide(kPhiloxM1, c2, other_high, other_low);
       c0 = xor_three(other_high, c1, key0[round]), c1 = other_low;
       c2 = xor_three(high, c3, key1[round]), c3 = low;
     }

@@ -92,13 +92,13 @@ __device__ __forceinline__ void load_two_matrices(uint32_t (&r)[2], uint32_t fro
 template <int kRows_, int kColumns_>
 struct SharedTile {
   static constexpr int kRows = kRows_, kColumns = kColumns_, kChunks = kColumns / kChunk;
-  static constexpr int kBytes = kRows * kColumns * 2;
+  static constexpr int kRowBytes = kColumns * kElementBytes, kBytes = kRows * kRowBytes;
   static_assert(kChunks == 4 || kChunks % 8 == 0, "rows of 64 bytes or of whole 128-byte lines");
 
   // Rows of 64 bytes share a line in pairs, so that only every second row needs another place.
   static __device__ __forceinline__ int swizzle(int row) { return kChunks == 4 ? (row >> 1) & 3 : row & 7; }
   static __device__ __forceinline__ int offset(int row, int chunk) {
-    return (row * kChunks + (chunk ^ swizzle(row))) * 16;
+    return (row * kChunks + (chunk ^ swizzle(row))) * kChunkBytes;
   }
 };
 
@@ -122,7 +122,7 @@ struct TileCopy {
                                               int columns_left) {
 #pragma unroll
     for (int i = 0; i < kCount; ++i) {
-      const uint32_t to = tile + i * kStep * Tile::kChunks * 16;
+      const uint32_t to = tile + i * kStep * Tile::kRowBytes;
       const bool row_inside = row() + i * kStep < rows_left;
       if constexpr (kAligned) {
         copy_async(to, from + i * kStep * ld, row_inside && column() < columns_left);
@@ -137,11 +137,11 @@ struct TileCopy {
     }
   }
 
-  // The same where all of the tile is inside an aligned matrix; `step` is kStep rows in bytes.
+  // Does the same where all of the tile is inside an aligned matrix; `step` is kStep rows in bytes.
   static __device__ __forceinline__ void load_whole(uint32_t tile, const T* from, int64_t step) {
     const char* row = reinterpret_cast<const char*>(from);
     unrolled<kCount>([&](auto i) {
-      copy_async<i * kStep * Tile::kChunks * 16>(tile, row);
+      copy_async<i * kStep * Tile::kRowBytes>(tile, row);
       row += step;
     });
   }

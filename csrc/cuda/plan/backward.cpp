@@ -31,7 +31,7 @@ class BackwardPlanner : Planner {
   }
 
  private:
-  // dy W, and whether the launch that computes it can also make its low-rank term.
+  // Plans dy W, and decides whether the launch that computes it also makes its low-rank term.
   void large_product() {
     const auto [m, k, n] = problem_.shape;
     const Weight& w = problem_.weight;
@@ -39,7 +39,7 @@ class BackwardPlanner : Planner {
     gemm_.out = out_.dx, gemm_.seed = problem_.dropout.seed, gemm_.threshold = problem_.dropout.threshold;
     gemm_.keep_scale = problem_.dropout.keep_scale();
     if (w.data) gemm_.segments[1] = segment(out_.dy, out_.lddy, w.data, columns_ ? w.stride_n : w.stride_k, n);
-    if (right_columns_ <= 8 * kOneLaunchDy.reduce) one_ = take_one_launch_tile();
+    if (right_columns_ <= kOneLaunchDy.reduced()) one_ = take_one_launch_tile();
   }
 
   void over_dy() {
@@ -47,7 +47,7 @@ class BackwardPlanner : Planner {
     const NamedPass& pass = pick_pass(kDyPasses, width_, right_columns_);
     const PassKind& kind = one_ ? kOneLaunchDy : pass.kind;
     const int64_t per_chunk = kind.blocks * kPassColumns, chunks = ceil_div(n, per_chunk);
-    const int64_t rows = one_ ? one_->m : rows_per_program(problem_.card, m, n, per_chunk, 1, right_columns_);
+    const int64_t rows = one_ ? one_->m : rows_per_program(problem_.card, kind, m, n, right_columns_);
     const int64_t splits = ceil_div(m, rows), row_blocks = ceil_div(m, kPassRows);
     const int64_t ranks = std::max(width_, right_columns_), arrivals = row_blocks * rank_groups(kind, ranks);
     PassParams dy = pass_params(out_.dy, out_.lddy, n);
@@ -67,7 +67,7 @@ class BackwardPlanner : Planner {
     }
   }
 
-  // dB and db: dy^T [P_r | 1].
+  // Plans the reduction dy^T [P_r | 1], which is dB and db.
   void reduce_dy(PassParams& dy, int64_t splits) {
     const auto [m, k, n] = problem_.shape;
     packed_.p = out_.p;
@@ -79,8 +79,8 @@ class BackwardPlanner : Planner {
     sums_.dy_columns = static_cast<int32_t>(right_columns_);
   }
 
-  // G = dy Q, as T = G * c, and the parts of d(sigma). It is always computed: a pass without it would be one more
-  // kernel, for a case that nobody trains.
+  // Plans the projection G = dy Q, as T = G * c, and the parts of d(sigma). It is always computed: a pass without it
+  // would be one more kernel, for a case that nobody trains.
   void project_dy(PassParams& dy, int64_t chunks, int64_t row_blocks) {
     const int64_t m = problem_.shape.m;
     packed_.q_rows = workspace_.take<void>(width_ * packed_.ldq * kElementBytes);
@@ -104,13 +104,11 @@ class BackwardPlanner : Planner {
     }
   }
 
-  // dA: T_r^T x, masked.
+  // Plans the pass over x, which reduces it to dA = T_r^T dropout(x).
   void over_x() {
     const auto [m, k, n] = problem_.shape;
-    const Card& card = problem_.card;
     const NamedPass& pass = pick_pass(kXPasses, 0, rank_);
-    const int64_t resident = std::max(1, card.shared_limit / pass.kind.shared_bytes());
-    const int64_t rows = rows_per_program(card, m, k, kPassColumns, resident, rank_), splits = ceil_div(m, rows);
+    const int64_t rows = rows_per_program(problem_.card, pass.kind, m, k, rank_), splits = ceil_div(m, rows);
     PassParams x = pass_params(problem_.x, problem_.ldx, k);
     x.rows_per_cta = static_cast<int32_t>(rows), x.columns_per_cta = kPassColumns;
     x.seed = problem_.dropout.seed, x.threshold = problem_.dropout.threshold;

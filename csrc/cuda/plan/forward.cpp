@@ -5,7 +5,7 @@
 namespace loradash::cuda {
 namespace {
 
-// The most that a grid's second dimension may be.
+// A grid's second dimension may be no larger than this.
 constexpr int64_t kMostSplits = 65535;
 
 class ForwardPlanner : Planner {
@@ -25,7 +25,7 @@ class ForwardPlanner : Planner {
   }
 
  private:
-  // P = dropout(x) D^T and T = P * c.
+  // Plans the pass over x, which makes P = dropout(x) D^T and T = P * c.
   void down_projection() {
     const auto [m, k, n] = problem_.shape;
     packed_.d_rows = workspace_.take<void>(width_ * packed_.ldd * kElementBytes);
@@ -41,7 +41,7 @@ class ForwardPlanner : Planner {
     down_.sums = out_.p, down_.scaled = workspace_.take<void>(m * width_ * kElementBytes);
   }
 
-  // [x | T] [W | Q]^T, and whether one launch can compute it with T.
+  // Plans [x | T] [W | Q]^T, and decides whether one launch computes it with T.
   void large_product() {
     const auto [m, k, n] = problem_.shape;
     const Weight& w = problem_.weight;

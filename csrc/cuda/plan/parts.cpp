@@ -74,17 +74,18 @@ PackParams pack_params(const Problem& problem, int64_t width) {
 
 const NamedPass& pick_pass(std::span<const NamedPass> family, int64_t width, int64_t reduced) {
   for (const NamedPass& pass : family) {
-    const auto [project, reduce, blocks] = pass.kind;
-    if ((project == 0 || 8 * project >= width) && (reduce == 0 || 8 * reduce >= reduced)) return pass;
+    const PassKind& kind = pass.kind;
+    if ((kind.project == 0 || kind.projected() >= width) && (kind.reduce == 0 || kind.reduced() >= reduced))
+      return pass;
   }
   return family.back();
 }
 
-int64_t rank_groups(const PassKind& kind, int64_t ranks) {
-  return std::max<int64_t>(1, ceil_div(ranks, 8 * std::max(kind.project, kind.reduce)));
-}
+int64_t rank_groups(const PassKind& kind, int64_t ranks) { return std::max<int64_t>(1, ceil_div(ranks, kind.ranks())); }
 
-int64_t rows_per_program(const Card& card, int64_t m, int64_t n, int64_t columns, int64_t resident, int64_t reduced) {
+int64_t rows_per_program(const Card& card, const PassKind& kind, int64_t m, int64_t n, int64_t reduced) {
+  const int64_t columns = kind.blocks * kPassColumns;
+  const int64_t resident = std::clamp(card.shared_limit / kind.shared_bytes(), 1, kind.resident());
   const int64_t chunks = std::max<int64_t>(1, ceil_div(n, columns));
   const int64_t most = std::max<int64_t>(1, ceil_div(2 * resident * card.processors, chunks));
   int64_t best = round_up(m, kPassRows);
@@ -124,7 +125,7 @@ Planner::Planner(const Problem& problem, void* workspace, const std::string& til
 
 const Tile* Planner::take_one_launch_tile() {
   const int64_t width = problem_.adapters.width();
-  if (!problem_.weight.data || gemm_.n == 0 || width == 0 || width > 8 * kOneLaunchX.project) return nullptr;
+  if (!problem_.weight.data || gemm_.n == 0 || width == 0 || width > kOneLaunchX.projected()) return nullptr;
   if (!operands_aligned(gemm_, columns_)) return nullptr;
   const auto tile = std::ranges::find_if(kOneLaunchTiles, [&](const Tile& t) { return tile_ == t.name; });
   if (tile == std::end(kOneLaunchTiles)) return nullptr;
@@ -174,7 +175,7 @@ void Planner::launch_pass(const NamedPass& pass, const PassParams& params, int64
 
 void Planner::launch_one(const char* prefix, const PassKind& kind, const OneLaunchParams& params) {
   const int64_t tiles = static_cast<int64_t>(gemm_.tiles_m) * gemm_.tiles_n;
-  const int64_t programs = std::min<int64_t>(tiles, 2 * problem_.card.processors);
+  const int64_t programs = std::min<int64_t>(tiles, kOneLaunchResident * problem_.card.processors);
   plan_.launches.push_back(kernel_launch(std::string(prefix) + one_->name + "_" + order(columns_) + suffix(problem_),
                                          params, {programs}, one_->threads,
                                          std::max(one_->shared, kind.shared_bytes())));

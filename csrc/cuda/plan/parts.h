@@ -45,14 +45,14 @@ KernelLaunch kernel_launch(std::string kernel, const Params& params, Grid grid, 
   return l;
 }
 
-// A tile of the product.
+// A Tile is one entry of a list of products in tiles.h, with the threads and the bytes of shared memory that it takes.
 struct Tile {
   const char* name;
   int32_t m, n, depth, threads, shared;
   bool aligned;
 };
 
-// A pass by the name of its kernels.
+// A NamedPass is one entry of a list of passes: the kernels' name, and what they do.
 struct NamedPass {
   const char* name;
   PassKind kind;
@@ -69,9 +69,9 @@ const NamedPass& pick_pass(std::span<const NamedPass> family, int64_t width, int
 // Returns how many programs share these ranks.
 int64_t rank_groups(const PassKind& kind, int64_t ranks);
 
-// Returns the rows that a program of a pass over (m, n) takes, of which a processor holds `resident`: it weighs splits
-// of M that the processors divide evenly against the partial sums that splits cost.
-int64_t rows_per_program(const Card& card, int64_t m, int64_t n, int64_t columns, int64_t resident, int64_t reduced);
+// Returns the rows that a program of a pass over (m, n) takes: it weighs splits of M that the processors divide evenly
+// against the partial sums that splits cost.
+int64_t rows_per_program(const Card& card, const PassKind& kind, int64_t m, int64_t n, int64_t reduced);
 // Returns the chunks of K for the projection: it weighs programs that the processors divide evenly against the partial
 // sums that chunks cost.
 int64_t projection_chunks(const Card& card, int64_t m, int64_t k, int64_t width);
@@ -102,7 +102,7 @@ class Planner {
   const Problem& problem_;
   const std::string& tile_;
   Workspace workspace_;
-  // R, padded.
+  // This is R, padded to kRankStep.
   const int64_t width_;
   // Does the product read its right operand down the columns?
   const bool columns_;
