@@ -105,7 +105,8 @@ def products(architecture: str) -> Iterator[dict[str, Any]]:
     problems, case = make(M_PRODUCTS, architecture)
     target, weight = problems[0].target, problems[0].weight
     assert weight is not None
-    turned = weight.t().contiguous()  # dx = dy W, as a plain GEMM y = x W^T
+    # dx = dy W is a plain GEMM y = x W^T of the turned weight.
+    turned = weight.t().contiguous()
     y = torch.empty(M_PRODUCTS, N, dtype=BF16)
     wanted = [("fused", t, ("extended_gemm", "dx_gemm")) for t in tiles.gemm_table(target, 2)]
     wanted += [("one_launch", t, ("one_launch_forward",)) for t in tiles.one_launch_table(target, 2)]

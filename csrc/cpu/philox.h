@@ -17,9 +17,9 @@ struct PhiloxKeys {
   }
 };
 
-// Of the ten rounds, the first two cost nothing per element and the third half, because their inputs depend on k alone
-// or on m alone: with the counter words in this order, round 1 multiplies k and a constant, and round 2 what came from
-// m and what came from k separately. A PhiloxColumn is computed once per k block, a PhiloxRow once per m.
+// The first two of the ten rounds cost nothing per element, and the third costs half, because their inputs depend on k
+// alone or on m alone: with the counter words in this order, round 1 multiplies k and a constant, and round 2 what came
+// from m and what came from k separately. A PhiloxColumn is computed once per k block, a PhiloxRow once per m.
 //
 // A column holds the words after round 2 that depend on k alone, and the halves of round 3's first product.
 struct PhiloxColumn {

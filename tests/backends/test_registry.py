@@ -31,7 +31,8 @@ def test_cuda_first_up_to_ada_then_triton(card):
 @needs_extension
 def test_newer_cards(card, monkeypatch):
     """A kernel of ours runs on every listed card, and on one that is not listed yet."""
-    for capability in ((12, 0), (12, 1), (13, 0)):  # mma.sync on both sides
+    # These cards have mma.sync on both sides.
+    for capability in ((12, 0), (12, 1), (13, 0)):
         card(*capability, shared_limit=99 * 1024)
         assert explain_backend(OnCard()).backend == "cuda"
         assert explain_backend(OnCard(torch.float32)).backend == "triton"

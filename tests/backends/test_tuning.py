@@ -47,10 +47,12 @@ def test_keeps_the_fastest(cache, call):
     assert chosen(call) is None
     assert measured(call) == "fast" == chosen(call)
     MEASURED.forget()
-    assert chosen(call) == "fast"  # from disk
+    # The answer comes from disk.
+    assert chosen(call) == "fast"
     assert chosen(call, "another") is None
     assert chosen(backward_call(call.x)) is None
-    assert chosen(forward_call(torch.empty(128, 64))) == "fast"  # the same bucket of M
+    # M = 128 lies in the same bucket.
+    assert chosen(forward_call(torch.empty(128, 64))) == "fast"
     assert [f.name for f in cache.iterdir() if f.suffix != ".lock"] == ["measurements-1.json"]
 
 
