@@ -66,9 +66,10 @@ def dash_linear(
         composite.refuse(threshold, backend)
         return composite.dash_linear(x, weight, bias, *adapters, scaling)
     seed = draw_seed(x.device) if threshold else None
-    args = (_rows(x), weight, bias, *adapters, seed, float(scaling), threshold, backend)
+    flat = x.dim() == 2
+    args = (x if flat else _rows(x), weight, bias, *adapters, seed, float(scaling), threshold, backend)
     y = _call(DASH_LINEAR, args)
-    return y if x.dim() == 2 else y.view(*x.shape[:-1], weight.shape[0])
+    return y if flat else y.view(*x.shape[:-1], weight.shape[0])
 
 
 def low_rank_update(

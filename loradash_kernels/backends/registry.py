@@ -66,7 +66,7 @@ def pick(call: Call, requested: str | None = None) -> Backend:
     if chosen is reference:
         if x.dtype in KERNEL_DTYPES:
             _warn_of_reference(x, width)
-    elif x.is_cuda:
+    elif chosen is not cpu and x.is_cuda:
         return _measured(call) or chosen
     return chosen
 
