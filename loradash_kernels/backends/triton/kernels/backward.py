@@ -137,12 +137,12 @@ def _masked_low_rank(
 
 @triton.jit(do_not_specialize=["M", "threshold"])
 def dx_gemm(
-    dy, w, t, d, seed, base, dx,
+    dy, w, t, d, seed, dx,
     M, N, K, m_padded, k_padded, stride_ym, stride_yn, stride_wn, stride_wk, keep_scale, threshold,
     R_BLOCK: tl.constexpr, RANK_STEP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     GROUP_M: tl.constexpr, DROPOUT: tl.constexpr, EVEN_N: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """dx (M, K) = mask * (T^T D) * keep_scale + dy W + base. Tiles are BLOCK_M x BLOCK_N of dx; BLOCK_K runs over N.
+    """dx (M, K) = mask * (T^T D) * keep_scale + dy W. Tiles are BLOCK_M x BLOCK_N of dx; BLOCK_K runs over N.
 
     T (R_BLOCK, m_padded), D (R_BLOCK, k_padded) from sum_g, null without adapters. FLOPs: 2 M K (N + R_BLOCK). Bytes: dy,
     W, dx once as far as L2 holds a group of tiles; T and D from L2. The masked low-rank term starts the accumulator:
@@ -160,8 +160,6 @@ def dx_gemm(
         )
     out_rows, out_columns = tl.cast(m0, tl.int64) + tl.arange(0, BLOCK_M)[:, None], k0 + tl.arange(0, BLOCK_N)[None, :]
     inside = (out_rows < M) & (out_columns < K)
-    if base is not None:
-        acc += tl.load(base + out_rows * K + out_columns, mask=inside, other=0.0).to(tl.float32)
     dy += tl.cast(m0, tl.int64) * stride_ym
     w += tl.cast(k0, tl.int64) * stride_wk
     for n0 in tl.range(0, N, BLOCK_K):

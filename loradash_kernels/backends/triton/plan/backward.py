@@ -11,7 +11,7 @@ from .. import tiles
 from ..kernels import backward as bwd
 from ..kernels import descriptor as desc
 from ..problem import KernelLaunch, LibraryProduct, Plan, Problem, descriptor, round_up, strides, tile_count, wide
-from ..strategies import Strategy, descriptors_fit
+from ..strategies import DEFAULT, Strategy, descriptors_fit
 from ..target import TileConfig
 
 PAD = 256
@@ -55,7 +55,7 @@ def plan_backward(problem: Problem[BackwardCall], strategy: Strategy | None = No
         dsigma_part = problem.empty(sum_tiles, problem.r_block, dtype=f32) if dsigma is not None else None
         launches.append(_sum_g(problem, sum_tiles, g_part, t, d, dsigma_part))
     if dx is not None:
-        launches += _dx(problem, t, d, dx, strategy or Strategy())
+        launches += _dx(problem, t, d, dx, strategy or DEFAULT)
     da_part, x_splits = None, 0
     if da is not None and t is not None:
         tile = tiles.pick_x(problem.target, problem.itemsize, problem.rank_block)
@@ -126,14 +126,20 @@ def _sum_g(
 
 def _dx(problem: Problem[BackwardCall], t: Tensor | None, d: Tensor | None, dx: Tensor, strategy: Strategy) -> Plan:
     dy, weight, target = problem.call.dy, problem.weight, problem.target
-    depth = 1 if strategy.kind == "library" else problem.n
+    product = None
+    if strategy.kind == "library" and weight is not None:
+        # The masked low-rank term is written first: the library adds what is there in its own epilogue.
+        product = LibraryProduct(dy, weight, None, dx, transposed=False, accumulate=t is not None)
+        if t is None:
+            return [product]
+        weight = None
+    # Where only rank columns are summed there is no room for the tightest tiles.
+    depth = 1 if weight is None else problem.n
     tile = strategy.tile or tiles.pick_gemm(target, problem.itemsize, problem.m, problem.k, depth, problem.r_block)
     if weight is not None and strategy.kind == "descriptors" and descriptors_fit(problem, dy, weight):
         return [_descriptor_dx(problem, tile, weight, t, d, dx)]
-    if weight is None or strategy.kind != "library":
-        return [_dx_gemm(problem, tile, weight, t, d, None, dx)]
-    product = LibraryProduct(dy, weight, None, dx, False)
-    return [product] if t is None else [product, _dx_gemm(problem, tile, None, t, d, dx, dx)]
+    launch = _dx_gemm(problem, tile, weight, t, d, dx)
+    return [launch, product] if product else [launch]
 
 
 def _dx_gemm(
@@ -142,17 +148,16 @@ def _dx_gemm(
     weight: Tensor | None,
     t: Tensor | None,
     d: Tensor | None,
-    base: Tensor | None,
     dx: Tensor,
 ) -> KernelLaunch:
-    """Without a weight there is no loop over N: `base` or nothing, and the rank terms."""
+    """Without a weight there is no loop over N, but the rank terms alone."""
     dy = problem.call.dy
     w, n = (problem.x, 0) if weight is None else (weight, problem.n)
     return KernelLaunch(
         bwd.dx_gemm,
         (tile_count(problem.m, tile.block_m) * tile_count(problem.k, tile.block_n),),
         {
-            "dy": dy, "w": w, "base": base, "N": n, **_dx_args(problem, t, d, dx), **strides(dy, "ym yn"),
+            "dy": dy, "w": w, "N": n, **_dx_args(problem, t, d, dx), **strides(dy, "ym yn"),
             **strides(w, "wn wk"),
         },
         {
