@@ -14,8 +14,14 @@ def architecture_of(device: torch.device) -> str:
         return device.type
     if torch.version.hip:
         return torch.cuda.get_device_properties(device).gcnArchName.split(":")[0]
-    major, minor = torch.cuda.get_device_capability(device)
+    major, minor = capability_of(device)
     return f"sm_{major}{minor}"
+
+
+@functools.cache
+def capability_of(device: torch.device) -> tuple[int, int]:
+    """(9, 0) for sm_90: asked once, as PyTorch takes microseconds to answer."""
+    return torch.cuda.get_device_capability(device)
 
 
 @functools.cache

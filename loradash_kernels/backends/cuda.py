@@ -41,7 +41,14 @@ def refuses(x: Tensor, width: int = 0) -> str | None:
         return f"x is {x.dtype}, the CUDA kernels take bfloat16 and float16"
     if width > _max_width():
         return f"r + s is {width}, the CUDA kernels take at most {_max_width()}"
-    return _refuses_card(x.device)
+    if cards.capability_of(x.device) < OLDEST:
+        return f"the card is {cards.architecture_of(x.device)}; the CUDA kernels need sm_{OLDEST[0]}{OLDEST[1]}"
+    if not _has_code(x.device):
+        built = extension.compiled().cuda_architectures
+        return (
+            f"the compiled part has code for {built}, not for {cards.architecture_of(x.device)} (TORCH_CUDA_ARCH_LIST)"
+        )
+    return None
 
 
 @functools.cache
@@ -50,17 +57,6 @@ def _max_width() -> int:
 
 
 @functools.cache
-def _refuses_card(device: torch.device) -> str | None:
-    """Why nothing runs on this card, or None: asked once, as the driver takes microseconds to answer."""
-    card, capability = cards.architecture_of(device), torch.cuda.get_device_capability(device)
-    if capability < OLDEST:
-        return f"the card is {card}; the CUDA kernels need sm_{OLDEST[0]}{OLDEST[1]}"
-    if not _has_code(device):
-        built = extension.compiled().cuda_architectures
-        return f"the compiled part has code for {built}, not for {card} (TORCH_CUDA_ARCH_LIST)"
-    return None
-
-
 def _has_code(device: torch.device) -> bool:
     """Was the compiled part built for this card?"""
     return bool(extension.compiled().cuda_runs_on(device.index or 0))
@@ -78,7 +74,7 @@ def candidates(call: Call) -> list[str]:
     """The strategies that could be fastest for a call: the library, where there is a product for it, and every tile."""
     compiled = extension.compiled()
     tiles = list(compiled.cuda_tiles(compiled.cuda_card(call.x.get_device())))
-    return [LIBRARY, *tiles] if _has_base_product(call) else tiles
+    return tiles if _base_product(call) is None else [LIBRARY, *tiles]
 
 
 def _strategy(call: Call) -> str:
@@ -88,25 +84,27 @@ def _strategy(call: Call) -> str:
 
 
 def _run(call: Call, strategy: str) -> None:
-    kernels = _kernels(call.pass_)
-    if strategy != LIBRARY or not _has_base_product(call):
+    kernels, product = _kernels(call.pass_), _base_product(call) if strategy == LIBRARY else None
+    if product is None:
         kernels(*call, "" if strategy in (LIBRARY, FUSED) else strategy)
         return
     # Without a weight they write all but the base product: bias and low-rank terms, or dx of the low-rank terms and every
     # other gradient. y and dx are in the dtype of x, W and dy, as the product wants them.
     place = _WEIGHT[call.pass_]
     kernels(*call[:place], None, *call[place + 1 :], "")
-    # What the product saves for gradients, or casts, is none of its own business.
+    out, left, right = product
+    # Gradients are another file's business, and autocast has cast what it may.
     with torch._C._AutoDispatchBelowAutograd(), torch._C._DisableAutocast():
-        if isinstance(call, ForwardCall):
-            call.y.addmm_(call.x, call.weight.t())
-        else:
-            call.dx.addmm_(call.dy, call.weight)
+        out.addmm_(left, right)
 
 
-def _has_base_product(call: Call) -> bool:
-    """Is there a product with W: the output's, or that of a wanted dx?"""
-    return call.weight is not None and (isinstance(call, ForwardCall) or call.dx is not None)
+def _base_product(call: Call) -> tuple[Tensor, Tensor, Tensor] | None:
+    """Result, left and right of the product with W, where there is one: that of y, or of a wanted dx."""
+    if call.weight is None:
+        return None
+    if isinstance(call, ForwardCall):
+        return call.y, call.x, call.weight.t()
+    return None if call.dx is None else (call.dx, call.dy, call.weight)
 
 
 @functools.cache

@@ -198,7 +198,8 @@ class ShippedTables:
         except (OSError, ValueError, KeyError, TypeError) as error:
             warn_once(f"{path} is damaged ({error!r}); its measurements are ignored")
             return {}
-        self._sources |= dict.fromkeys(table, {name: found["source"][name] for name in SOURCE})
+        source = {name: found["source"][name] for name in SOURCE}
+        self._sources |= dict.fromkeys(table, source)
         return table
 
 

@@ -125,7 +125,7 @@ def _remedy(x: Tensor, width: int) -> str:
     if width > triton.MAX_WIDTH:
         return f"No kernel takes r + s above {triton.MAX_WIDTH}: choose a smaller rank"
     oldest, architecture = ".".join(map(str, triton.MINIMUM)), cards.architecture_of(x.device)
-    if architecture.startswith("sm_") and torch.cuda.get_device_capability(x.device) < cuda.OLDEST:
+    if architecture.startswith("sm_") and cards.capability_of(x.device) < cuda.OLDEST:
         return f"No kernel runs on {architecture}: sm_{cuda.OLDEST[0]}{cuda.OLDEST[1]} or newer is needed"
     install = f"Install Triton {oldest} or newer (`pip install 'triton>={oldest}'`)"
     if torch.version.hip:

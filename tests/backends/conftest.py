@@ -19,18 +19,13 @@ def card(monkeypatch):
     """Pretends that there is a card of a given capability, and that both GPU backends can run on it."""
 
     def forget():
-        for cached in (
-            triton.architecture_of,
-            triton._shared_limit,
-            cards.architecture_of,
-            cards.name_of,
-            cuda._refuses_card,
-        ):
+        devices = (cards.architecture_of, cards.name_of, cards.capability_of)
+        for cached in (*devices, triton.architecture_of, triton._shared_limit):
             getattr(cached, "cache_clear", lambda: None)()
 
     def pretend(*capability, shared_limit=None):
         forget()
-        names = dict(name="a card", major=capability[0], minor=capability[1])
+        names = {"name": "a card", "major": capability[0], "minor": capability[1]}
         properties = SimpleNamespace(shared_memory_per_block_optin=shared_limit, **names)
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
         monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device=None: properties)

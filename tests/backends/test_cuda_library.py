@@ -9,8 +9,8 @@ from __future__ import annotations
 import pytest
 import torch
 from support import cuda_emulation as emulation
-from support.cards import OnCard, backward_call, forward_call
 from support.calls import calls, drawn_seed, outputs, results
+from support.cards import OnCard, backward_call, forward_call
 from support.layouts import slices, transposed
 from support.shapes import SHAPES
 
@@ -18,6 +18,7 @@ from loradash_kernels.backends import cuda, extension, reference, tuning
 from loradash_kernels.calls import BackwardCall, ForwardCall
 from loradash_kernels.testing import check_error_rule, make_case
 
+needs_extension = pytest.mark.skipif(extension.missing_reason is not None, reason=str(extension.missing_reason))
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 
 
@@ -35,7 +36,9 @@ class Doubles:
         if call.weight is None and call.base is None:
             base = torch.zeros_like(call.y) if call.bias is None else call.bias.expand_as(call.y)
             call = call._replace(base=base, bias=None)
-        reference.forward(call)
+        # Compiled operators have no gradients.
+        with torch.no_grad():
+            reference.forward(call)
 
     def backward(self, *arguments):
         reference.backward(self._note(BackwardCall, arguments))
@@ -131,8 +134,9 @@ def test_no_product_where_no_dx_is_wanted(doubles, monkeypatch, wanted):
     forward, backward = calls(case, full, drawn_seed(case))
     for run, call in ((cuda.forward, forward), (cuda.backward, backward)):
         run(call)
-    only = {name: out[name] if name == wanted else None for name in ("x", "lora_a", "lora_b", "dash_sigma", "bias")}
-    backward = backward._replace(dx=None, **dict(zip(("da", "db_lora", "dsigma", "dbias"), list(only.values())[1:])))
+    fields = {"lora_a": "da", "lora_b": "db_lora", "dash_sigma": "dsigma", "bias": "dbias"}
+    grads = {field: out[name] if name == wanted else None for name, field in fields.items()}
+    backward = backward._replace(dx=None, **grads)
     monkeypatch.setattr(torch.Tensor, "addmm_", None)
     cuda.backward(backward)
     assert torch.equal(out[wanted], full[wanted])
@@ -160,15 +164,15 @@ def test_nothing_is_saved_or_cast(doubles):
     case = make_case(8, 16, 24, 4, 2, BF16, adapter_dtype=FP32)
     out = outputs(case)
     forward, _ = calls(case, out, drawn_seed(case))
-    bias = forward.bias.clone().requires_grad_()
     with torch.autocast("cpu", torch.float16):
-        cuda.forward(forward._replace(x=forward.x.clone().requires_grad_(), bias=bias.detach()))
-    assert out["y"].dtype == BF16 and out["y"].grad_fn is None and not out["y"].requires_grad
-    check_error_rule_of_y = {"y": out["y"]}
-    assert torch.allclose(check_error_rule_of_y["y"].float(), library_run(case)["y"].float())
+        cuda.forward(forward._replace(x=forward.x.clone().requires_grad_()))
+    assert out["y"].dtype == BF16 and not out["y"].requires_grad
+    assert torch.equal(out["y"], library_run(case)["y"])
 
 
-def test_each_strategy_can_be_forced_and_measured(doubles):
+@needs_extension
+def test_each_strategy_can_be_forced_and_measured(doubles, monkeypatch):
+    monkeypatch.setattr(extension.compiled(), "cuda_card", lambda index: (82, 99 * 1024), raising=False)
     case = make_case(64, 64, 64, 4, 2, BF16, adapter_dtype=FP32)
     forward, backward = calls(case, outputs(case), drawn_seed(case))
     for strategy, weight, tile in (("library", False, ""), ("fused", True, ""), ("64x128", True, "64x128")):
@@ -182,7 +186,7 @@ def test_each_strategy_can_be_forced_and_measured(doubles):
     assert doubles.asked == [("forward", True, "128x128"), ("backward", False, "")]
 
 
-@pytest.mark.skipif(extension.missing_reason is not None, reason=str(extension.missing_reason))
+@needs_extension
 @pytest.mark.parametrize("make", [forward_call, backward_call])
 def test_candidates(monkeypatch, make):
     """The library beside every tile, where there is a product that it could do."""
@@ -214,7 +218,7 @@ def test_emulated(cache, monkeypatch, shape, columns, dtype):
 
 @pytest.mark.emulated
 @pytest.mark.skipif(emulation.missing_tools() is not None, reason=str(emulation.missing_tools()))
-@pytest.mark.parametrize("shape", [(5, 8, 8, 0, 0), (5, 0, 8, 2, 1), (0, 8, 8, 2, 1)])
+@pytest.mark.parametrize("shape", [(5, 8, 8, 0, 0), (5, 0, 8, 2, 1)])
 def test_emulated_where_little_is_to_be_done(cache, monkeypatch, shape):
     monkeypatch.setattr(cuda, "_kernels", Emulated())
     case = make_case(*shape, BF16, adapter_dtype=FP32)
