@@ -12,9 +12,9 @@ from loradash_kernels import available_backends
 from loradash_kernels.backends.triton import backend as triton_backend
 
 if triton_backend.interpreted():
-    from support.interpreter import repair_bf16
+    from support.interpreter import repair
 
-    repair_bf16()
+    repair()
 
 # Pre-launch selection is judged on real LoRA factors, which are no part of the repository: LORADASH_FACTORS names a file of
 # them, by default one in a folder shared/ beside the checkout, which CI lays there; without a file these tests are skipped.
