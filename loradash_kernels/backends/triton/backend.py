@@ -133,15 +133,15 @@ def _run(call: C) -> None:
 
 
 def _run_here(call: C) -> None:
-    call, traits, addresses = look(call)
-    x, tf32 = call.x, _tf32_wanted(call.x)
+    given, traits, addresses = look(call)
+    x, tf32 = given.x, _tf32_wanted(given.x)
 
     def run(strategy: Strategy | None) -> None:
         key = (strategy, architecture_of(x.device), x.get_device(), tf32, *traits)
-        PLANS.get(key, lambda: _prepare(call, strategy)).run(call, addresses)
+        PLANS.get(key, lambda: _prepare(given, strategy)).run(given, addresses)
 
     precision = "tf32" if tf32 and _target_in_use(x.device).tf32 else "ieee"
-    run(tuning.choose(name, call, lambda: candidates(_problem(call)), run, precision))
+    run(tuning.choose(name, given, lambda: candidates(_problem(given)), run, precision))
 
 
 def _prepare(call: C, strategy: Strategy | None) -> PreparedPlan:
