@@ -39,6 +39,13 @@ if importlib.util.find_spec("triton"):
 ROOT = Path(__file__).parents[3]
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 SIZES = ((40, 64, 96, 8, 4), (1, 16, 16, 4, 0), (33, 50, 70, 0, 3), (300, 64, 640, 16, 8), (20, 24, 28, 0, 0))
+OPTIONS = (
+    {},
+    {"dropout_p": 0.0, "bias": False},
+    {"base": False},
+    {"layout": slices},
+    {"layout": transposed, "dtype": FP32},
+)
 KINDS = ("fused", "library", "one_launch", "descriptors")
 
 
@@ -107,8 +114,7 @@ def workspace_of(plan, given):
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("size", SIZES)
-@pytest.mark.parametrize("options", [{}, {"dropout_p": 0.0, "bias": False}, {"base": False}, {"layout": slices},
-                                     {"layout": transposed, "dtype": FP32}])  # fmt: skip
+@pytest.mark.parametrize("options", OPTIONS)
 def test_the_launches_of_a_plan_made_anew(size, options, kind):
     if size[4] == 0 and "layout" in options:
         options = {"dtype": FP16}
