@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 from support.cards import OnCard, backward_call, forward_call
+from support.layouts import slices, transposed
 
 import loradash_kernels as lk
 from loradash_kernels.backends import tuning
@@ -57,7 +58,7 @@ def test_operator_in_the_interpreter():
 
 
 @pytest.mark.skipif(not triton_backend.interpreted(), reason="runs within test_operator_in_the_interpreter")
-@pytest.mark.parametrize("kind", ["one_launch", "library"])
+@pytest.mark.parametrize("kind", ["fused", "one_launch", "library"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("shape", [(37, 50, 70, 4, 3), (150, 64, 96, 16, 8)])
 def test_strategies(shape, dtype, kind):
@@ -66,6 +67,34 @@ def test_strategies(shape, dtype, kind):
         "triton", forward=Strategy(kind), backward=Strategy("library" if kind == "library" else "fused")
     ):
         check_error_rule(case, run(case, "triton"))
+        # The second time the plans are there.
+        check_error_rule(case, run(case, "triton"))
+
+
+@pytest.mark.skipif(not triton_backend.interpreted(), reason="runs within test_operator_in_the_interpreter")
+@pytest.mark.parametrize("layout", [slices, transposed])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_strategies_by_layout(layout, dtype):
+    """The operator's own tests take the default; these are our tiles."""
+    case = make_case(40, 56, 72, 8, 4, dtype, adapter_dtype=torch.float32, dropout_p=0.1)
+    layout(case)
+    for kind in ("fused", "one_launch"):
+        with tuning.forced("triton", forward=Strategy(kind), backward=Strategy()):
+            check_error_rule(case, run(case, "triton"))
+
+
+@pytest.mark.skipif(not triton_backend.interpreted(), reason="runs within test_operator_in_the_interpreter")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_strategies_in_rounds_over_dy(monkeypatch, dtype):
+    """Partial sums of G for a few columns at a time, the same bits each time."""
+    monkeypatch.setattr(backward_plan, "_G_BYTES", 1)
+    triton_backend.PLANS.clear()
+    case = make_case(100, 64, 700, 16, 8, dtype, adapter_dtype=torch.float32, dropout_p=0.1)
+    with tuning.forced("triton", backward=Strategy()):
+        first, again = (run(case, "triton") for _ in range(2))
+    triton_backend.PLANS.clear()
+    check_error_rule(case, first)
+    assert all(torch.equal(first[name], again[name]) for name in first)
 
 
 @pytest.mark.skipif(not triton_backend.interpreted(), reason="runs within test_operator_in_the_interpreter")

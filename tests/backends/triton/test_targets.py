@@ -24,7 +24,7 @@ PRODUCTS = ("extended_gemm", "dx_gemm", "descriptor_forward", "descriptor_dx")
 PASSES = ("down_projection", "dy_pass", "x_pass")
 PRELAUNCH = ("sketch_product", "jacobi_sweeps", "highest_rates")
 # These have no products of matrices, or only full fp32 ones.
-SUMS = ("sum_g", "finish", "jacobi_sweeps", "highest_rates")
+SUMS = ("sum_g", "add_parts", "finish", "jacobi_sweeps", "highest_rates")
 # These take another target's tiles: only the largest ones are compiled.
 BRIEF = ("sm_103", "sm_110", "sm_120", "sm_121")
 
@@ -47,7 +47,7 @@ def test_target(compilations, target):
     assert done.returncode == 0, done.stderr[-3000:]
     kernels = [json.loads(line) for line in done.stdout.splitlines()]
     names = {kernel["kernel"] for kernel in kernels}
-    wanted = {*(PRODUCTS if TARGETS[target].asynchronous else PRODUCTS[:2]), *PASSES, "sum_g", "finish"}
+    wanted = {*(PRODUCTS if TARGETS[target].asynchronous else PRODUCTS[:2]), *PASSES, "sum_g", "add_parts", "finish"}
     wanted |= {"one_launch_forward"} if TARGETS[target].warp_size == 32 else set()
     assert names == (wanted if target in BRIEF else {*wanted, *PRELAUNCH})
     assert [kernel for kernel in kernels if kernel["problems"]] == []
