@@ -76,7 +76,10 @@ def architecture_of(device: torch.device) -> str:
 def target_of(device: torch.device) -> Target | None:
     """The target whose tiles a device takes: its own, or for an unlisted one the nearest older that is safe; or None."""
     architecture = architecture_of(device)
-    return TARGETS.get(architecture) or nearest(architecture, _shared_limit(device))
+    return TARGETS.get(architecture) or _nearest(architecture, _shared_limit(device))
+
+
+_nearest = functools.cache(nearest)
 
 
 @functools.cache

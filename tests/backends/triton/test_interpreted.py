@@ -10,6 +10,7 @@ import os
 import subprocess
 import sys
 import warnings
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -32,6 +33,7 @@ if importlib.util.find_spec("triton"):
     from loradash_kernels.backends.triton import problem as parts
     from loradash_kernels.backends.triton.plan import backward as backward_plan
     from loradash_kernels.backends.triton.plan import forward as forward_plan
+    from loradash_kernels.backends.triton.prepared import PlanCache
     from loradash_kernels.backends.triton.strategies import Strategy, candidates
 
 
@@ -196,11 +198,29 @@ def test_candidates():
 
 
 @needs_triton
+def test_one_launch_tiles_fit_the_card():
+    """A tile that a card has no shared memory for is no candidate, nor one that would spill at this depth."""
+
+    def kinds(k, **limits):
+        call = forward_call(torch.empty(64, k, dtype=torch.bfloat16))
+        return [
+            c.tile
+            for c in candidates(parts.Problem(call, replace(tiles.TARGETS["sm_90"], **limits)))
+            if c.kind == "one_launch"
+        ]
+
+    table = tiles.one_launch_table(tiles.TARGETS["sm_90"], 2)
+    assert kinds(64) == list(table) and kinds(50) == list(table[1:])
+    assert kinds(64, shared_limit=64 * 1024) == list(table[1:]) and kinds(64, shared_limit=1024) == []
+
+
+@needs_triton
 def test_explicit_strategies_and_measured_ones(cache, monkeypatch):
-    """A plan is made with what was measured for this call, else with the table's."""
+    """A plan is made with what was measured for this call, else with the default."""
     call, told = forward_call(torch.empty(64, 64)), []
     monkeypatch.setattr(triton_backend, "_target_in_use", lambda device: tiles.TARGETS["sm_80"])
     monkeypatch.setattr(forward_plan, "plan_forward", lambda problem, strategy: told.append(strategy) or [])
+    monkeypatch.setattr(triton_backend, "PLANS", PlanCache(4))
     best = candidates(parts.Problem(call, tiles.TARGETS["sm_80"]))[-1]
     triton_backend.forward(call)
     tuning.MEASURED.remember(tuning.key("triton", call, "ieee"), str(best))
