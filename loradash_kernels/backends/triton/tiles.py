@@ -23,6 +23,8 @@ TARGETS = {
     for t in (
         Target("sm_80", 163 * KB, 108),
         Target("sm_86", 99 * KB, 82),
+        # Jetson Orin.
+        Target("sm_87", 163 * KB, 16),
         Target("sm_89", 99 * KB, 128),
         Target("sm_90", 227 * KB, 132, matrix_instruction="HGMMA"),
         Target("sm_100", 227 * KB, 148, matrix_instruction="UTCHMMA"),
@@ -75,7 +77,7 @@ _HOPPER = (
 _CDNA = (TileConfig(128, 128, 32, 4, 2), TileConfig(64, 128, 32, 4, 2), TileConfig(64, 64, 32, 4, 2))
 
 GEMM: dict[str, tuple[TileConfig, ...]] = {
-    "sm_80": (TileConfig(128, 256, 32, 8, 4, tight=True), *_AMPERE),
+    **dict.fromkeys(("sm_80", "sm_87"), (TileConfig(128, 256, 32, 8, 4, tight=True), *_AMPERE)),
     **dict.fromkeys(("sm_86", "sm_89", "sm_120", "sm_121"), _AMPERE),
     "sm_90": _HOPPER,
     **dict.fromkeys(("sm_100", "sm_103", "sm_110"), _HOPPER[1:]),
@@ -92,7 +94,7 @@ _GEMM_FP32_BLACKWELL = (TileConfig(64, 64, 16, 8, 3, tight=True), GEMM_FP32[1])
 _ONE_LAUNCH_SMALL = (TileConfig(128, 64, 32, 8, 3), TileConfig(64, 64, 32, 4, 3))
 _ONE_LAUNCH_HOPPER = (TileConfig(128, 128, 32, 8, 4), TileConfig(64, 64, 32, 4, 4))
 ONE_LAUNCH = {
-    "sm_80": (TileConfig(128, 64, 32, 8, 4), TileConfig(64, 64, 32, 4, 4)),
+    **dict.fromkeys(("sm_80", "sm_87"), (TileConfig(128, 64, 32, 8, 4), TileConfig(64, 64, 32, 4, 4))),
     **dict.fromkeys(("sm_86", "sm_89", "sm_120", "sm_121"), _ONE_LAUNCH_SMALL),
     **dict.fromkeys(("sm_90", "sm_100", "sm_103", "sm_110"), _ONE_LAUNCH_HOPPER),
 }
