@@ -66,7 +66,7 @@ def everything(target: str) -> Iterator[tuple[str, KernelLaunch]]:
             for launch in launches(target, dtype, Strategy("fused", tile)):
                 if index == 0 or launch.kernel.__name__ in ("extended_gemm", "dx_gemm"):
                     yield name, launch
-            if tiles.TARGETS[target].asynchronous and name == "bf16":
+            if tiles.TARGETS[target].descriptors and name == "bf16":
                 for launch in launches(target, dtype, Strategy("descriptors", tile)):
                     if launch.kernel.__name__.startswith("descriptor"):
                         yield name, launch
@@ -91,7 +91,7 @@ def largest(target: str) -> Iterator[tuple[str, KernelLaunch]]:
     for dtype, name in ((torch.bfloat16, "bf16"), (torch.float32, "fp32")):
         tile = tiles.gemm_table(tiles.TARGETS[target], dtype.itemsize)[0]
         yield from ((name, launch) for launch in launches(target, dtype, Strategy("fused", tile)))
-        if tiles.TARGETS[target].asynchronous and name == "bf16":
+        if tiles.TARGETS[target].descriptors and name == "bf16":
             found = launches(target, dtype, Strategy("descriptors", tile))
             yield from ((name, launch) for launch in found if launch.kernel.__name__.startswith("descriptor"))
         tile = tiles.one_launch_table(tiles.TARGETS[target], dtype.itemsize)[0]

@@ -28,14 +28,18 @@ TARGETS = {
         Target("sm_89", 99 * KB, 128),
         Target("sm_90", 227 * KB, 132, matrix_instruction="HGMMA"),
         Target("sm_100", 227 * KB, 148, matrix_instruction="UTCHMMA"),
-        Target("sm_103", 227 * KB, 148, matrix_instruction="UTCHMMA"),
-        Target("sm_110", 227 * KB, 20, matrix_instruction="UTCHMMA"),
+        Target("sm_103", 227 * KB, 148, matrix_instruction="UTCHMMA", triton=(3, 6)),
+        # Jetson Thor.
+        Target("sm_110", 227 * KB, 20, matrix_instruction="UTCHMMA", triton=(3, 7)),
         Target("sm_120", 99 * KB, 170),
-        Target("sm_121", 99 * KB, 48),
+        Target("sm_121", 99 * KB, 48, triton=(3, 6)),
         Target("gfx90a", 64 * KB, 104, warp_size=64, matrix_instruction="v_mfma", tf32=False),
         Target("gfx942", 64 * KB, 304, warp_size=64, matrix_instruction="v_mfma"),
     )
 }
+
+# LLVM in Triton 3.3 to 3.8 ends the process, or its assembler refuses.
+NO_TRITON = ("sm_88",)
 
 
 def _generation(architecture: str) -> tuple[str, int] | None:
@@ -51,7 +55,7 @@ def nearest(architecture: str, shared_limit: int | None) -> Target | None:
 
     shared_limit: bytes that a block may take; None where unknown: as little as any card of the family has.
     """
-    wanted = _generation(architecture)
+    wanted = None if architecture in NO_TRITON else _generation(architecture)
     family = {g: t for t in TARGETS.values() if wanted and (g := _generation(t.name)) and g[0] == wanted[0]}
     if shared_limit is None:
         shared_limit = min((t.shared_limit for t in family.values()), default=0)
