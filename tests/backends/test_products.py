@@ -121,9 +121,22 @@ def test_one_gradient_alone(drawn, wanted):
 
 
 VIEWS = {
-    "view", "t", "transpose", "detach", "slice", "expand", "unsqueeze", "unbind", "select", "alias", "as_strided",
-    "empty", "new_empty", "_unsafe_view", "permute",
-}  # fmt: skip
+    "view",
+    "t",
+    "transpose",
+    "detach",
+    "slice",
+    "expand",
+    "unsqueeze",
+    "unbind",
+    "select",
+    "alias",
+    "as_strided",
+    "empty",
+    "new_empty",
+    "_unsafe_view",
+    "permute",
+}
 
 
 class Launches(TorchDispatchMode):
