@@ -78,7 +78,7 @@ def _factors(call: Call) -> tuple[Tensor, Tensor, Tensor | None]:
     c = call.p.new_full((width,), call.scaling)
     if dash_u is not None and dash_vt is not None and dash_sigma is not None:
         d, q = torch.cat((d, dash_vt.to(dtype))), torch.cat((q, dash_u.to(dtype)), 1)
-        c[lora_a.shape[0] :] = dash_sigma
+        c.narrow(0, lora_a.shape[0], dash_sigma.shape[0]).copy_(dash_sigma)
     return d, q, c
 
 
