@@ -92,11 +92,11 @@ class Cases {
   // sums may take little), and in one launch many blocks of rows whose programs wait for each other.
   void crowds() {
     constexpr DType kDtype = DType::kBFloat16;
-    add("splits", kDtype, {1300, 1040, 1100}, 16, 8);
+    add("splits", kDtype, {1300, 1040, 1104}, 16, 8);
     add("walk-24", kDtype, {1300, 64, 2600}, 16, 8, Layout::kRows, 0.1, "", false, 1);
     add("walk-64", kDtype, {1300, 64, 1000}, 56, 8, Layout::kRows, 0.1, "", false, 1);
-    add("crowd-128", kDtype, {2500, 72, 1100}, 16, 8, Layout::kRows, 0.1, "one_launch_128x128");
-    add("crowd-64", kDtype, {2500, 72, 1100}, 16, 8, Layout::kRows, 0.1, "one_launch_64x128");
+    add("crowd-128", kDtype, {2500, 72, 1104}, 16, 8, Layout::kRows, 0.1, "one_launch_128x128");
+    add("crowd-64", kDtype, {2500, 72, 1104}, 16, 8, Layout::kRows, 0.1, "one_launch_64x128");
     add("one-row", kDtype, {1, 64, 72}, 16, 8);
   }
 };

@@ -5,6 +5,8 @@ namespace {
 
 __global__ void race(int* out) {
   __shared__ int values[64];
+  values[threadIdx.x] = 0;
+  __syncthreads();
   values[threadIdx.x] = static_cast<int>(threadIdx.x);
   out[threadIdx.x] = values[(threadIdx.x + 32) % 64];
 }

@@ -46,12 +46,12 @@ def test_every_kernel_has_a_case(capfd):
 def test_without_a_card_it_lists(capfd, processors):
     """What it would launch is the same as on an A100."""
     assert PretendedCard(processors).run(*(["--list"] if processors else []), "--only", "splits") == 0
-    assert "dy_32_24_bf16 3 " in capfd.readouterr().out
+    assert "  dy_32_24_bf16 3 6 1 threads 128 shared" in capfd.readouterr().out
 
 
 def test_plans_what_the_operators_plan(capfd):
     found = listed(capfd, "--only", "splits-bf16-dropout")["splits-bf16-dropout"]
-    case = make_case(1300, 1040, 1100, 16, 8, torch.bfloat16, adapter_dtype=torch.float32, dropout_p=0.1)
+    case = make_case(1300, 1040, 1104, 16, 8, torch.bfloat16, adapter_dtype=torch.float32, dropout_p=0.1)
     seed = torch.zeros(2, dtype=torch.int64)
     planned = [
         (name, tuple(grid), threads, shared)
