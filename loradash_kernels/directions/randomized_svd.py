@@ -66,8 +66,9 @@ def _tall(
     width = min(k, rank + oversample)
     if end == "head":
         return _head(w, _sketched(w, width, generator), rank, power_iters)
-    sketch = torch.randn(*w.shape[:-2], k, width, dtype=w.dtype, device=w.device, generator=generator)
-    return _tail(Inverse(w), sketch, rank, power_iters)
+    # One for all matrices: what a matrix gets does not depend on the batch that it is in.
+    sketch = torch.randn(k, width, dtype=w.dtype, device=w.device, generator=generator)
+    return _tail(Inverse(w), sketch.expand(*w.shape[:-2], k, width), rank, power_iters)
 
 
 def _sketched(w: Tensor, width: int, generator: torch.Generator | None) -> Tensor:

@@ -9,6 +9,7 @@ save_adapter(model, "adapter")
 
 from loradash_kernels import __version__
 
+from . import data_parallel as _data_parallel  # noqa: F401
 from .background import BackgroundDecomposition
 from .cache import SpectralCache
 from .checkpoint import AdapterError, load_adapter, save_adapter
