@@ -20,6 +20,7 @@ from .model import apply_dash, dash_only, disable, merge, summary, unmerge
 from .prelaunch import LayerReport, prelaunch
 from .schedule import DashSchedule
 from .state import dash_layers, dash_state
+from .warming import WarmedUp, warm_up
 
 __all__ = [
     "AdapterError",
@@ -29,6 +30,7 @@ __all__ = [
     "DashSchedule",
     "LayerReport",
     "SpectralCache",
+    "WarmedUp",
     "__version__",
     "apply_dash",
     "dash_layers",
@@ -42,4 +44,5 @@ __all__ = [
     "save_adapter",
     "summary",
     "unmerge",
+    "warm_up",
 ]

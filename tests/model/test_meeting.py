@@ -102,7 +102,7 @@ def test_processes_that_are_not_heard_of(store, monkeypatch):
     (prefix,) = [here._prefix]
     store.set(f"{prefix}/1/1", ":")
     store.add(f"{prefix}/1/came", 1)
-    with pytest.raises(RuntimeError, match="the job: nothing was heard .* of the processes 2; the model is unchanged"):
+    with pytest.raises(RuntimeError, match=r"the job: nothing was heard .* of the processes 2; the model is unchanged"):
         here.meet()
 
 
