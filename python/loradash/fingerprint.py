@@ -139,7 +139,6 @@ def _keys(length: int) -> Tensor:
 
 def _sample(weight: Tensor) -> bytes:
     """Some elements of a weight, spread over all of it."""
-    n, k = weight.shape
     if not weight.numel():
         return b""
     at = (
@@ -147,4 +146,5 @@ def _sample(weight: Tensor) -> bytes:
         .long()
         .to(weight.device)
     )
+    k = weight.shape[1]
     return weight.detach()[at // k, at % k].cpu().view(torch.uint8).numpy().tobytes()

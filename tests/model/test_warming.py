@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-
 from types import SimpleNamespace
 
 import loradash
@@ -172,5 +171,5 @@ def test_models_that_cannot(monkeypatch):
 def test_a_layer_that_fails_is_named():
     model = adapted()
     model[2].weight = nn.Parameter(torch.randn(40, 41), requires_grad=False)
-    with pytest.raises(RuntimeError, match="warm_up: 2 fails with 7 rows: ValueError: .*41"):
+    with pytest.raises(RuntimeError, match=r"warm_up: 2 fails with 7 rows: ValueError: .*41"):
         warm_up(model, rows=[7], progress=False)
