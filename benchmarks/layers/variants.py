@@ -2,45 +2,79 @@
 
 from __future__ import annotations
 
-import copy
+import contextlib
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from loradash import DashConfig, DashLinear
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
+from benchmarks.layers.in_place import InPlaceLoraLinear
 from examples.sentiment.baselines import DenseDash, FactoredDash
 
 # Each shape is (M, K, N).
 SHAPES = ((512, 1024, 1024), (2048, 768, 768), (512, 2048, 2048), (256, 4096, 4096))
+# On a GPU a layer of these sizes is all launching; LLaMA's first linear layers are not.
+GPU_SHAPES = ((4096, 4096, 4096), (8192, 4096, 4096), (4096, 4096, 11008), (4096, 11008, 4096))
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 RANK, DIRECTIONS, ALPHA, DROPOUT = 16, 8, 32, 0.05
+SCALING = ALPHA / RANK
 
-VARIANTS = ("frozen nn.Linear", "PEFT LoRA", "paper's form", "factored, eager", "factored, compiled", "ours")
-FROZEN, PEFT, DENSE, FACTORED, COMPILED, OURS = VARIANTS
+VARIANTS = (
+    "frozen nn.Linear",
+    "PEFT LoRA",
+    "paper's form",
+    "factored, eager",
+    "factored, compiled",
+    "addmm_ in place",
+    "ours",
+)
+FROZEN, PEFT, DENSE, FACTORED, COMPILED, IN_PLACE, OURS = VARIANTS
 
 
 @dataclass
 class Case:
-    """One variant at one shape: the layer, its input (M, K), requiring grad, and the gradient of its output (M, N)."""
+    """One variant at one shape: the layer, its input (M, K), requiring grad, and the gradient of its output (M, N).
+
+    within: what forward and backward run within, a strategy that is forced say.
+    """
 
     layer: nn.Module
     x: Tensor
     dy: Tensor
+    within: Callable[[], contextlib.AbstractContextManager] = field(default=contextlib.nullcontext)
+    y: Tensor | None = None
 
     def __post_init__(self) -> None:
         self.leaves = [self.x, *(p for p in self.layer.parameters() if p.requires_grad)]
 
     def forward(self) -> Tensor:
-        return self.layer(self.x)
+        with self.within():
+            return self.layer(self.x)
+
+    def keep_forward(self) -> None:
+        """Runs forward and keeps its output, for `backward`."""
+        self.y = self.forward()
+
+    def backward(self) -> None:
+        """Of the output that was kept."""
+        assert self.y is not None, "keep_forward comes before backward"
+        y, self.y = self.y, None
+        with self.within():
+            y.backward(self.dy)
+        self.drop_gradients()
+
+    def drop_gradients(self) -> None:
+        for leaf in self.leaves:
+            leaf.grad = None
 
     def step(self) -> None:
         """Forward and backward; gradients are dropped, as by zero_grad between steps."""
-        self.forward().backward(self.dy)
-        for leaf in self.leaves:
-            leaf.grad = None
+        with self.within():
+            self.layer(self.x).backward(self.dy)
+        self.drop_gradients()
 
     def saved_bytes(self) -> int:
         """Bytes kept for backward beside x, parameters and buffers."""
@@ -64,14 +98,16 @@ def flops(m: int, k: int, n: int) -> int:
     return 4 * m * k * n
 
 
-def _peft(linear: nn.Linear, dropout: float) -> nn.Module:
-    config = LoraConfig(r=RANK, lora_alpha=ALPHA, lora_dropout=dropout, target_modules=["0"])
+def _peft(linear: nn.Linear, rank: int, dropout: float) -> nn.Module:
+    config = LoraConfig(r=rank, lora_alpha=SCALING * rank, lora_dropout=dropout, target_modules=["0"])
     return get_peft_model(nn.Sequential(linear), config, autocast_adapter_dtype=False).base_model.model[0]
 
 
-def _ours(linear: nn.Linear, dropout: float) -> DashLinear:
-    layer = DashLinear.from_linear(linear, DashConfig(r=RANK, alpha=ALPHA, directions=DIRECTIONS, dropout=dropout))
-    # The layer is as after launch: its directions are orthonormal and its coordinates are not zero.
+def ours(linear: nn.Linear, rank: int, dropout: float) -> DashLinear:
+    """A layer as after launch: its directions are orthonormal and its coordinates are not zero."""
+    layer = DashLinear.from_linear(
+        linear, DashConfig(r=rank, alpha=SCALING * rank, directions=DIRECTIONS, dropout=dropout)
+    )
     with torch.no_grad():
         layer.dash_u.copy_(torch.linalg.qr(torch.randn_like(layer.dash_u))[0])
         layer.dash_vt.copy_(torch.linalg.qr(torch.randn_like(layer.dash_vt.mT))[0].mT)
@@ -79,21 +115,46 @@ def _ours(linear: nn.Linear, dropout: float) -> DashLinear:
     return layer
 
 
+def _trained(layer: nn.Module) -> nn.Module:
+    """With B and coordinates that are not zero, as after some steps: a product with zeros can hide a mistake, and takes less
+    power."""
+    with torch.no_grad():
+        for parameter in layer.parameters():
+            if parameter.requires_grad and not parameter.any():
+                parameter.normal_(std=0.1)
+    return layer
+
+
 def build(
-    shape: tuple[int, int, int], dtype: torch.dtype, names: Iterable[str] = VARIANTS, dropout: float = DROPOUT
+    shape: tuple[int, int, int],
+    dtype: torch.dtype,
+    names: Iterable[str] = VARIANTS,
+    dropout: float = DROPOUT,
+    device: torch.device | str = "cpu",
+    rank: int = RANK,
 ) -> dict[str, Case]:
-    """Every variant by name, each with its own copy of one linear layer and one input."""
+    """Every variant by name, around one weight and one input that they share."""
     m, k, n = shape
     torch.manual_seed(0)
-    linear = nn.Linear(k, n, bias=False, dtype=dtype).requires_grad_(False)
-    x, dy = torch.randn(m, k, dtype=dtype), torch.randn(m, n, dtype=dtype)
-    scaling = ALPHA / RANK
+    weight = nn.Linear(k, n, bias=False, dtype=dtype, device=device).requires_grad_(False).weight
+    x, dy = (torch.randn(m, side, dtype=dtype, device=device) for side in (k, n))
     makers: dict[str, Callable[[nn.Linear], nn.Module]] = {
-        FROZEN: lambda layer: layer,
-        PEFT: lambda layer: _peft(layer, dropout),
-        DENSE: lambda layer: DenseDash(layer, RANK, DIRECTIONS, scaling, dropout),
-        FACTORED: lambda layer: FactoredDash(layer, RANK, DIRECTIONS, scaling, dropout),
-        COMPILED: lambda layer: torch.compile(FactoredDash(layer, RANK, DIRECTIONS, scaling, dropout)),
-        OURS: lambda layer: _ours(layer, dropout),
+        FROZEN: lambda linear: linear,
+        PEFT: lambda linear: _peft(linear, rank, dropout),
+        DENSE: lambda linear: DenseDash(linear, rank, DIRECTIONS, SCALING, dropout),
+        FACTORED: lambda linear: FactoredDash(linear, rank, DIRECTIONS, SCALING, dropout),
+        COMPILED: lambda linear: torch.compile(
+            _trained(FactoredDash(linear, rank, DIRECTIONS, SCALING, dropout)), dynamic=False
+        ),
+        IN_PLACE: lambda linear: InPlaceLoraLinear(linear, rank, SCALING, dropout),
+        OURS: lambda linear: ours(linear, rank, dropout),
     }
-    return {name: Case(makers[name](copy.deepcopy(linear)), x.clone().requires_grad_(), dy) for name in names}
+    return {name: Case(_trained(makers[name](_around(weight))), x.detach().requires_grad_(), dy) for name in names}
+
+
+def _around(weight: Tensor) -> nn.Linear:
+    """A linear layer of this very weight."""
+    n, k = weight.shape
+    linear = nn.Linear(k, n, bias=False, device="meta")
+    linear.weight = nn.Parameter(weight, requires_grad=False)
+    return linear
