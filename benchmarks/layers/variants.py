@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 
 import torch
 from loradash import DashConfig, DashLinear
-from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
 from benchmarks.layers.in_place import InPlaceLoraLinear
@@ -99,6 +98,9 @@ def flops(m: int, k: int, n: int) -> int:
 
 
 def _peft(linear: nn.Linear, rank: int, dropout: float) -> nn.Module:
+    # Not every machine that the others are timed on has PEFT.
+    from peft import LoraConfig, get_peft_model
+
     config = LoraConfig(r=rank, lora_alpha=SCALING * rank, lora_dropout=dropout, target_modules=["0"])
     return get_peft_model(nn.Sequential(linear), config, autocast_adapter_dtype=False).base_model.model[0]
 
