@@ -127,36 +127,51 @@ def _trained(layer: nn.Module) -> nn.Module:
     return layer
 
 
+@dataclass
+class Inputs:
+    """What all variants at a shape share: the weight (N, K), x (M, K) and the gradient of the output (M, N)."""
+
+    weight: Tensor
+    x: Tensor
+    dy: Tensor
+
+
+def make_inputs(shape: tuple[int, int, int], dtype: torch.dtype, device: torch.device | str = "cpu") -> Inputs:
+    m, k, n = shape
+    torch.manual_seed(0)
+    weight = nn.Linear(k, n, bias=False, dtype=dtype, device=device).weight.detach()
+    return Inputs(weight, *(torch.randn(m, side, dtype=dtype, device=device) for side in (k, n)))
+
+
+def make_case(
+    name: str, inputs: Inputs, dropout: float = DROPOUT, rank: int = RANK, compiler: str = "inductor"
+) -> Case:
+    """One variant. compiler: the backend of torch.compile for the variant that is compiled."""
+    n, k = inputs.weight.shape
+    linear = nn.Linear(k, n, bias=False, device="meta")
+    linear.weight = nn.Parameter(inputs.weight, requires_grad=False)
+    layer = {
+        FROZEN: lambda: linear,
+        PEFT: lambda: _peft(linear, rank, dropout),
+        DENSE: lambda: DenseDash(linear, rank, DIRECTIONS, SCALING, dropout),
+        FACTORED: lambda: FactoredDash(linear, rank, DIRECTIONS, SCALING, dropout),
+        COMPILED: lambda: FactoredDash(linear, rank, DIRECTIONS, SCALING, dropout),
+        IN_PLACE: lambda: InPlaceLoraLinear(linear, rank, SCALING, dropout),
+        OURS: lambda: ours(linear, rank, dropout),
+    }[name]()
+    layer = _trained(layer)
+    if name == COMPILED:
+        layer = torch.compile(layer, backend=compiler, dynamic=False)
+    return Case(layer, inputs.x.detach().requires_grad_(), inputs.dy)
+
+
 def build(
     shape: tuple[int, int, int],
     dtype: torch.dtype,
     names: Iterable[str] = VARIANTS,
     dropout: float = DROPOUT,
     device: torch.device | str = "cpu",
-    rank: int = RANK,
 ) -> dict[str, Case]:
     """Every variant by name, around one weight and one input that they share."""
-    m, k, n = shape
-    torch.manual_seed(0)
-    weight = nn.Linear(k, n, bias=False, dtype=dtype, device=device).requires_grad_(False).weight
-    x, dy = (torch.randn(m, side, dtype=dtype, device=device) for side in (k, n))
-    makers: dict[str, Callable[[nn.Linear], nn.Module]] = {
-        FROZEN: lambda linear: linear,
-        PEFT: lambda linear: _peft(linear, rank, dropout),
-        DENSE: lambda linear: DenseDash(linear, rank, DIRECTIONS, SCALING, dropout),
-        FACTORED: lambda linear: FactoredDash(linear, rank, DIRECTIONS, SCALING, dropout),
-        COMPILED: lambda linear: torch.compile(
-            _trained(FactoredDash(linear, rank, DIRECTIONS, SCALING, dropout)), dynamic=False
-        ),
-        IN_PLACE: lambda linear: InPlaceLoraLinear(linear, rank, SCALING, dropout),
-        OURS: lambda linear: ours(linear, rank, dropout),
-    }
-    return {name: Case(_trained(makers[name](_around(weight))), x.detach().requires_grad_(), dy) for name in names}
-
-
-def _around(weight: Tensor) -> nn.Linear:
-    """A linear layer of this very weight."""
-    n, k = weight.shape
-    linear = nn.Linear(k, n, bias=False, device="meta")
-    linear.weight = nn.Parameter(weight, requires_grad=False)
-    return linear
+    inputs = make_inputs(shape, dtype, device)
+    return {name: make_case(name, inputs, dropout) for name in names}
