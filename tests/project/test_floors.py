@@ -17,7 +17,9 @@ FLOORS = {
         "_version", "files", "notices", "timing", "random", "calls", "backends", "packed_weights", "composite", "ops", "flops",
         "autograd", "arguments", "functional", "directions", "testing", "__init__",
     ),
-    "loradash_kernels/backends": ("__init__", "extension", "tuning", "reference", "cpu", "cuda", "triton", "registry"),
+    "loradash_kernels/backends": (
+        "__init__", "extension", "cards", "measurements", "tuning", "reference", "cpu", "cuda", "triton", "registry",
+    ),
     "loradash_kernels/backends/triton": (
         "__init__", "target", "kernels", "tiles", "problem", "strategies", "plan", "prelaunch", "backend",
     ),
