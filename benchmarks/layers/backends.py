@@ -19,9 +19,14 @@ from loradash_kernels.backends.triton.problem import Problem
 from loradash_kernels.calls import BackwardCall, Call, ForwardCall
 from loradash_kernels.random import draw_seed, dropout_threshold
 
-NAMES = {"cuda": ("cuda", "triton"), "cpu": ("cpu", "reference")}
-"""By type of device."""
 PASSES = ("forward", "backward")
+
+
+def names(device: torch.device) -> tuple[str, ...]:
+    """The backends that are timed on a device; on the CPU Triton's too, where its interpreter is asked for."""
+    if device.type == "cuda":
+        return "cuda", "triton"
+    return ("cpu", "reference", "triton") if triton.interpreted() else ("cpu", "reference")
 
 
 class ByBackend(nn.Module):
@@ -82,7 +87,7 @@ def _triton_candidates(call: Call) -> list[Any]:
 
 
 CANDIDATES: dict[str, Callable[[Call], list[Any]]] = {
-    "cuda": lambda call: cuda.candidates(call),
+    "cuda": cuda.candidates,
     "triton": _triton_candidates,
 }
 
@@ -111,7 +116,7 @@ def arms_of(case: Case) -> list[Arm]:
     """Every strategy of every backend that takes this case, and each backend as it is."""
     device, width = case.x.device, case.layer.lora_a.shape[0] + case.layer.dash_sigma.shape[0]
     found = []
-    for name in NAMES[device.type]:
+    for name in names(device):
         backend = {b.name: b for b in (cuda, triton)}.get(name)
         if backend is not None and (backend.missing() or backend.refuses(case.x, width)):
             continue

@@ -32,7 +32,7 @@ from benchmarks.layers.variants import FROZEN, OURS, VARIANTS, Case, Inputs, mak
 from benchmarks.layers.workloads import Job, Workload, all_jobs, rehearsal, selected
 from benchmarks.prelaunch.device import prelaunch_row
 from benchmarks.support.journal import ATTEMPTS, Journal, Row
-from benchmarks.support.measure import environment
+from benchmarks.support.measure import environment, wanted_device
 from loradash_kernels.timing import card_facts, stopwatch_for
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "tf32": torch.float32}
@@ -134,7 +134,7 @@ class Program:
 
     def _layer(self, job: Job) -> None:
         workload = _workload(job)
-        variants = [*VARIANTS, *(f"{OURS}, {name}" for name in backends.NAMES[self.device.type])]
+        variants = [*VARIANTS, *(f"{OURS}, {name}" for name in backends.names(self.device))]
         wanted = self.missing(job, [*variants, GEMM])
         if not wanted:
             return
@@ -249,11 +249,10 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--shapes", nargs="*", default=[], metavar="KxN", help="only these, KxN or MxKxN")
     parser.add_argument("--rehearse", action="store_true", help="tiny, on the CPU")
     options = parser.parse_args(arguments)
-    device = wanted_device("cpu" if options.rehearse else options.device)
-    jobs = rehearsal() if options.rehearse else all_jobs()
     try:
-        jobs = selected(jobs, options.shapes)
-    except ValueError as error:
+        device = wanted_device("cpu" if options.rehearse else options.device)
+        jobs = selected(rehearsal() if options.rehearse else all_jobs(), options.shapes)
+    except (ValueError, RuntimeError) as error:
         parser.error(str(error))
     journal = Journal(options.out)
     check_same_card(journal.rows, card_facts(device)["card"])
@@ -266,14 +265,6 @@ def main(arguments: list[str] | None = None) -> int:
         return LOST
     print(f"{done} of {len(jobs)} jobs, {len(journal.rows)} rows in {journal.path}")
     return 0
-
-
-def wanted_device(name: str | None) -> torch.device:
-    """The named device, or the card where there is one. SystemExit in words where it is not there."""
-    device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise SystemExit(f"--device {name}: PyTorch {torch.__version__} sees no GPU")
-    return device
 
 
 def check_same_card(rows: list[Row], card: str) -> None:

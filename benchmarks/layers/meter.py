@@ -86,7 +86,7 @@ class Meter:
     def passes(
         self, cases: Mapping[str, Case], takes: Callable[[str, str], bool] = lambda name, pass_: True
     ) -> dict[str, Found]:
-        """Device time of forward, of backward and of both. takes: is an arm timed in this pass?"""
+        """Device time of forward, of backward and of both ("step"). takes: is an arm timed so? What no arm takes is left out."""
         methods = {
             "forward": (Case.forward, None),
             "backward": (Case.backward, Case.keep_forward),
@@ -95,6 +95,8 @@ class Meter:
         found = {}
         for pass_, (method, first) in methods.items():
             chosen = {name: case for name, case in cases.items() if takes(name, pass_)}
+            if not chosen:
+                continue
             found[pass_] = self.measure(
                 {name: functools.partial(method, case) for name, case in chosen.items()},
                 before=first and {name: functools.partial(first, case) for name, case in chosen.items()},
