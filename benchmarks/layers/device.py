@@ -1,10 +1,11 @@
 """Times layers, training steps and pre-launch on a device, row by row, and can be cut and started again.
 
-    python -m benchmarks.layers.device --out DIR [--device cuda] [--seconds S] [--shapes 4096x11008 ...] [--rehearse]
+    python -m benchmarks.layers.device [--out DIR] [--device cuda] [--seconds S] [--shapes 4096x11008 ...] [--rehearse]
 
-Rows are appended to DIR/rows.jsonl as they finish, the most telling first; rows that are there are not measured again.
---seconds: no row begins after so many. --rehearse: the same program on the CPU at tiny shapes, in seconds; no time in it
-means anything. `python -m benchmarks.layers.device_report DIR` makes tables, a picture and verdicts of the rows.
+Rows are appended to DIR/rows.jsonl as they finish, the most telling first; rows that are there are not measured again. DIR is
+by default a folder of benchmarks/results with the card's name. --seconds: no job, a few rows, begins after so many.
+--rehearse: the same program on the CPU at tiny shapes, in seconds; no time in it means anything. At the end it reports, as
+`python -m benchmarks.layers.device_report DIR` does at any time: tables, a picture, verdicts.
 
 A row has three times: of the device (events behind a spin kernel, L2 flushed, arms in turn in random order), of eager steps
 back to back on the wall, of a CUDA graph's replays. No arm has a time before it passed `checks` at its shape. Exit status: 0
@@ -16,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import re
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -26,13 +28,14 @@ import torch
 
 from benchmarks.layers import backends, training
 from benchmarks.layers.checks import check_by_norms, check_ours
+from benchmarks.layers.device_report import report
 from benchmarks.layers.meter import Found, Meter, products_in, said
 from benchmarks.layers.roofs import roofs
 from benchmarks.layers.variants import FROZEN, OURS, VARIANTS, Case, Inputs, make_case, make_inputs
 from benchmarks.layers.workloads import Job, Workload, all_jobs, rehearsal, selected
 from benchmarks.prelaunch.device import prelaunch_row
 from benchmarks.support.journal import ATTEMPTS, Journal, Row
-from benchmarks.support.measure import environment, wanted_device
+from benchmarks.support.measure import RESULTS, ROOT, environment, wanted_device
 from loradash_kernels.timing import card_facts, stopwatch_for
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "tf32": torch.float32}
@@ -243,7 +246,7 @@ def times_of(name: str, found: Mapping[str, Found]) -> Row:
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True, help="folder of rows.jsonl")
+    parser.add_argument("--out", type=Path, help="folder of rows.jsonl")
     parser.add_argument("--device", help="cuda, cuda:1, cpu; the card where there is one")
     parser.add_argument("--seconds", type=float, default=float("inf"), help="no job begins after so many")
     parser.add_argument("--shapes", nargs="*", default=[], metavar="KxN", help="only these, KxN or MxKxN")
@@ -254,8 +257,10 @@ def main(arguments: list[str] | None = None) -> int:
         jobs = selected(rehearsal() if options.rehearse else all_jobs(), options.shapes)
     except (ValueError, RuntimeError) as error:
         parser.error(str(error))
-    journal = Journal(options.out)
-    check_same_card(journal.rows, card_facts(device)["card"])
+    card = card_facts(device)["card"]
+    folder = options.out or ROOT / RESULTS / re.sub(r"[^a-z0-9]+", "_", card.lower()).strip("_")
+    journal = Journal(folder)
+    check_same_card(journal.rows, card)
     limits = {"seconds": 0.3, "least": 3, "most": 5} if options.rehearse else {}
     program = Program(Meter(device, stopwatch_for(device), **limits), journal, options.rehearse)
     try:
@@ -264,6 +269,9 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"the card no longer answers ({error}); start again to go on", file=sys.stderr)
         return LOST
     print(f"{done} of {len(jobs)} jobs, {len(journal.rows)} rows in {journal.path}")
+    if journal.rows:
+        for verdict in report(folder).values():
+            print(verdict)
     return 0
 
 
