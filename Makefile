@@ -50,12 +50,12 @@ cuda-counters: $(STAMP)
 	$(CUTLASS)
 	$(BIN)/python -m benchmarks.counters.cuda_counters --out $(RESULTS)
 
-# Benchmarks run on the card where PyTorch sees one, else on the CPU. SECONDS=... ends those of a card, which a later `make bench`
+# Benchmarks run on the card where PyTorch sees one, else on the CPU. BENCH_SECONDS=... ends those of a card, which a later `make bench`
 # goes on with.
 ON_CARD := $(BIN)/python -c "import sys, torch; sys.exit(not torch.cuda.is_available())"
 ON_CPU := OMP_NUM_THREADS=1 $(BIN)/python -m
 bench: $(STAMP)
-	if $(ON_CARD); then $(BIN)/python -m benchmarks.layers.device $(if $(SECONDS),--seconds $(SECONDS)); else \
+	if $(ON_CARD); then $(BIN)/python -m benchmarks.layers.device $(if $(BENCH_SECONDS),--seconds $(BENCH_SECONDS)); else \
 		$(ON_CPU) benchmarks.layers.ratios --out $(RESULTS) \
 		&& $(ON_CPU) benchmarks.prelaunch.speed --out $(RESULTS) $(if $(FACTORS),--factors $(FACTORS)); fi
 

@@ -107,15 +107,15 @@ def beside_peers(rows: Iterable[Row]) -> Verdict:
 
 def beside_our_best(rows: Iterable[Row]) -> Verdict:
     """Ours by default over the fastest of every backend and strategy, pass by pass."""
-    numbers = []
-    for where, arms in by_workload(rows, "strategy").items():
+    numbers, groups = [], by_workload(rows, "strategy")
+    for where, arms in groups.items():
         for pass_ in OVER_FROZEN:
             over_ours = [(row[f"{pass_} over ours"], arm) for arm, row in arms.items() if row.get(f"{pass_} over ours")]
             if over_ours:
                 ratio, arm = min(over_ours)
                 numbers.append(Measured(1 / ratio, OVER_OUR_BEST, f"{pass_}, {arm}, {where}"))
     claim = f"ours by default takes at most {OVER_OUR_BEST} of our fastest strategy"
-    return Verdict(claim, tuple(numbers))
+    return Verdict(claim, tuple(numbers), failed=_failures(groups))
 
 
 def beside_frozen(rows: Iterable[Row]) -> Verdict:
