@@ -30,7 +30,7 @@ SAMPLED = 4096
 
 
 class Fingerprint(NamedTuple):
-    """Of a weight (N, K) and of its transpose."""
+    """The names of a weight (N, K) and of its transpose."""
 
     itself: str
     transposed: str

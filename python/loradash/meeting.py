@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -20,17 +19,25 @@ FIRST_PAUSE, LAST_PAUSE = 0.002, 1.0
 SILENCE = 2 * 3600.0
 
 
+class Bar(Protocol):
+    """What this file needs of tqdm."""
+
+    n: Any
+
+    def update(self, steps: int, /) -> Any: ...
+
+
 class Meeting:
     """The processes of the default group, which do one job in shares and meet after it. All must make it at the same time.
 
     Args:
         rank, processes: this one, and how many there are. Alone, nothing waits and nothing is stored.
         what: the job, for messages.
-        show: is told the sum of all processes' steps whenever this process knows it anew.
+        bar: shows the sum of all processes' steps, as far as this process knows it.
     """
 
-    def __init__(self, rank: int, processes: int, what: str, show: Callable[[int], None] = lambda steps: None) -> None:
-        self._rank, self._processes, self._what, self._show = rank, processes, what, show
+    def __init__(self, rank: int, processes: int, what: str, bar: Bar | None = None) -> None:
+        self._rank, self._processes, self._what, self._bar = rank, processes, what, bar
         self._steps = self._rounds = 0
         self._store = _store() if processes > 1 else None
         # A store may outlive the processes that wrote to it, so no two meetings have the same keys.
@@ -43,6 +50,10 @@ class Meeting:
         """Says that this process has done so many more steps of its share."""
         self._steps += steps
         self._show(self._steps if self._store is None else self._store.add(f"{self._prefix}/steps", steps))
+
+    def _show(self, steps: int) -> None:
+        if self._bar is not None:
+            self._bar.update(steps - self._bar.n)
 
     def is_lost(self) -> bool:
         """Has another process failed, so that the rest of this one's share is for nothing?"""

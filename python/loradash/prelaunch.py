@@ -166,7 +166,9 @@ class _Finder:
             a, b = (t.to(device).float() for t in self.adapters[names[0]])
             weight = weight_of(names[0]).to(device)
             return {names[0]: self.cache.directions(weight, a, b, s, scaling, self.method)}
-        weight = torch.empty(len(names), layer.out_features, layer.in_features, device=device)
+        size = len(names), layer.out_features, layer.in_features
+        # Not in the default dtype, which may be of 16 bits.
+        weight = torch.empty(size, dtype=torch.float32, device=device)
         for matrix, name in zip(weight, names, strict=True):
             matrix.copy_(weight_of(name))
         lora_a, lora_b = (torch.stack([self.adapters[name][i].to(device).float() for name in names]) for i in (0, 1))
@@ -187,10 +189,7 @@ def _find(finder: _Finder, shares: list[list[str]], rank: int, bar: tqdm) -> dic
     found: dict[str, Directions] = {}
     error: BaseException | None = None
 
-    def show(layers: int) -> None:
-        bar.update(layers - bar.n)
-
-    meeting = Meeting(rank, len(shares), "pre-launch", show)
+    meeting = Meeting(rank, len(shares), "pre-launch", bar)
 
     def take(names: list[str], weight_of: Callable[[str], Tensor]) -> None:
         found.update(finder.find(names, weight_of))

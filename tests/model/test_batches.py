@@ -145,3 +145,20 @@ def test_other_errors_are_not_tried_again(monkeypatch):
     monkeypatch.setitem(NAMES, "task_specific_directions", broken)
     with pytest.raises(RuntimeError, match="illegal"):
         prelaunch(adapted(), progress=False)
+
+
+def test_weights_are_decomposed_in_float32_whatever_the_default_is(monkeypatch):
+    seen, real = [], NAMES["task_specific_directions"]
+
+    def directions(weight, a, b, *args, **options):
+        seen.append({weight.dtype, a.dtype, b.dtype})
+        return real(weight, a, b, *args, **options)
+
+    monkeypatch.setitem(NAMES, "task_specific_directions", directions)
+    model = adapted(2)
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        prelaunch(model, progress=False)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert seen == [{torch.float32}]

@@ -106,9 +106,20 @@ def test_processes_that_are_not_heard_of(store, monkeypatch):
         here.meet()
 
 
+class Shown:
+    """A bar that remembers what it showed."""
+
+    def __init__(self):
+        self.n, self.steps = 0, []
+
+    def update(self, steps):
+        self.n += steps
+        self.steps.append(self.n)
+
+
 def test_progress_of_all_is_shown_while_one_waits(store, monkeypatch):
-    shown = []
-    here = Meeting(0, 2, "the job", shown.append)
+    bar = Shown()
+    here = Meeting(0, 2, "the job", bar)
     here.advance(2)
 
     def others_work(_seconds):
@@ -119,7 +130,7 @@ def test_progress_of_all_is_shown_while_one_waits(store, monkeypatch):
 
     monkeypatch.setattr("time.sleep", others_work)
     here.meet()
-    assert shown == [2, 2, 3, 4, 5]
+    assert bar.steps == [2, 2, 3, 4, 5]
 
 
 def test_a_failure_is_known_before_the_meeting(store):
@@ -131,10 +142,10 @@ def test_a_failure_is_known_before_the_meeting(store):
 
 def test_one_process_alone_stores_nothing(monkeypatch):
     monkeypatch.setattr(meeting, "_store", None)
-    shown = []
-    alone = Meeting(0, 1, "the job", shown.append)
+    bar = Shown()
+    alone = Meeting(0, 1, "the job", bar)
     alone.advance(3)
     alone.meet()
-    assert shown == [3] and not alone.is_lost()
+    assert bar.steps == [3] and not alone.is_lost()
     with pytest.raises(KeyError):
         alone.meet(KeyError())
