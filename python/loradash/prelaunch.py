@@ -137,10 +137,13 @@ class _Finder:
     def _elements(self, name: str) -> int:
         return self.layers[name].out_features * self.layers[name].in_features
 
-    def find(self, names: Sequence[str], weight_of: Callable[[str], Tensor]) -> dict[str, Directions]:
+    def find(
+        self, names: Sequence[str], weight_of: Callable[[str], Tensor], released: bool = False
+    ) -> dict[str, Directions]:
         """Directions of the layers of a batch; weight_of gives a whole weight (N, K), asked for one layer at a time.
 
-        Where memory does not hold the batch, each half is tried, down to one layer. Errors about values name the layers.
+        Where memory does not hold the batch, each half is tried, down to one layer, which is given up only after unused
+        blocks were `released`. Errors about values name the layers.
         """
         try:
             return self._decompose(names, weight_of)
@@ -150,10 +153,12 @@ class _Finder:
             if not is_out_of_memory(error):
                 raise
             device, layer = self.device_of(names[0]), self.layers[names[0]]
-            if len(names) == 1:
+            if len(names) == 1 and released:
                 raise no_memory(names[0], layer.out_features, layer.in_features, device) from error
-        # The halves come after the handler, whose traceback holds what the whole had allocated.
+        # What follows comes after the handler, whose traceback holds what the attempt had allocated.
         release(device)
+        if len(names) == 1:
+            return self.find(names, weight_of, released=True)
         half = len(names) // 2
         self.bounds[device] = half * self._elements(names[0])
         return {**self.find(names[:half], weight_of), **self.find(names[half:], weight_of)}
