@@ -67,13 +67,18 @@ cuda-counters: $(READY)
 	$(CUTLASS)
 	$(PY) -m benchmarks.counters.cuda_counters --out $(RESULTS)
 
+# Benchmarks run on the card where PyTorch sees one, else on the CPU. BENCH_SECONDS=... ends those of a card, which a later `make bench`
+# goes on with.
+ON_CARD := $(PY) -c "import sys, torch; sys.exit(not torch.cuda.is_available())"
+ON_CPU := OMP_NUM_THREADS=1 $(PY) -m
 bench: $(READY)
-	OMP_NUM_THREADS=1 $(PY) -m benchmarks.layers.ratios --out $(RESULTS)
-	OMP_NUM_THREADS=1 $(PY) -m benchmarks.prelaunch.speed --out $(RESULTS) $(if $(FACTORS),--factors $(FACTORS))
+	if $(ON_CARD); then $(PY) -m benchmarks.layers.device $(if $(BENCH_SECONDS),--seconds $(BENCH_SECONDS)); else \
+		$(ON_CPU) benchmarks.layers.ratios --out $(RESULTS) \
+		&& $(ON_CPU) benchmarks.prelaunch.speed --out $(RESULTS) $(if $(FACTORS),--factors $(FACTORS)); fi
 
 bench-all: bench
-	OMP_NUM_THREADS=1 $(PY) -m benchmarks.layers.ratios --compiled
-	OMP_NUM_THREADS=1 $(PY) -m pytest benchmarks --benchmark-enable --benchmark-group-by=group --benchmark-json=$(RESULTS)/pytest.json
+	$(ON_CARD) || $(ON_CPU) benchmarks.layers.ratios --compiled
+	$(ON_CPU) pytest benchmarks --benchmark-enable --benchmark-group-by=group --benchmark-json=$(RESULTS)/pytest.json
 
 lint: $(READY)
 	$(PY) -m ruff check .

@@ -134,6 +134,7 @@ class ArmError(RuntimeError):
 def measure(
     arms: Mapping[str, Callable[[], object]],
     *,
+    before: Mapping[str, Callable[[], object]] | None = None,
     stopwatch: Stopwatch | None = None,
     warm: int = 2,
     least: int = 10,
@@ -144,6 +145,7 @@ def measure(
 ) -> dict[str, Samples]:
     """Milliseconds of every arm, taken in rounds of all arms, each round in another random order.
 
+    before: what an arm needs done before each of its calls, not measured: forward, where backward is timed.
     stopwatch: that of the GPU, where PyTorch sees one, else the host's. warm: calls of each arm that do not count.
     least, most: rounds. From `least` on, rounds end when the spread of every arm is below `spread`. seconds: of wall time,
     after which no further round begins, be they fewer than `least`. seed: of the orders. Raises ArmError where an arm
@@ -153,29 +155,33 @@ def measure(
         raise ValueError(f"least and most must be 1 <= least <= most, got {least} and {most}")
     stopwatch = stopwatch or stopwatch_for("cuda" if torch.cuda.is_available() else "cpu")
     found = {name: Samples() for name in arms}
+    before = before or {}
     begun, order, names = perf_counter(), random.Random(seed), list(arms)
     for name in names:
         for _ in range(warm):
-            _time(name, arms[name], stopwatch)
+            _time(name, arms[name], before.get(name), stopwatch)
     for done in range(1, most + 1):
         order.shuffle(names)
         for name in names:
-            found[name].milliseconds.append(_time(name, arms[name], stopwatch))
+            found[name].milliseconds.append(_time(name, arms[name], before.get(name), stopwatch))
         settled = done >= least and all(samples.spread < spread for samples in found.values())
         if settled or (seconds is not None and perf_counter() - begun >= seconds):
             break
     return found
 
 
-def _time(name: str, arm: Callable[[], object], stopwatch: Stopwatch) -> float:
-    stopwatch.flush()
-    stopwatch.spin()
-    start = stopwatch.stamp()
+def _time(name: str, arm: Callable[[], object], before: Callable[[], object] | None, stopwatch: Stopwatch) -> float:
     try:
+        if before is not None:
+            before()
+        stopwatch.flush()
+        stopwatch.spin()
+        start = stopwatch.stamp()
         arm()
+        return stopwatch.elapsed(start, stopwatch.stamp())
     except Exception as error:
+        # What a kernel does wrong may show only when the host waits for it.
         raise ArmError(name, error) from error
-    return stopwatch.elapsed(start, stopwatch.stamp())
 
 
 UNKNOWN = "unknown"

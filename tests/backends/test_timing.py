@@ -54,6 +54,20 @@ def test_every_call_is_flushed_spun_and_stamped():
     assert (found["a"].milliseconds, found["b"].milliseconds) == ([3.0] * 5, [4.0] * 5)
 
 
+def test_what_comes_before_a_call_is_not_measured():
+    bench = Bench()
+    found = measure(
+        {"a": bench.arm("a", 2.0), "b": bench.arm("b", 1.0)},
+        before={"a": bench.arm("forward", 50.0)},
+        stopwatch=bench,
+        warm=0,
+        least=1,
+        most=1,
+    )
+    assert "forward flush spin stamp a stamp" in " ".join(bench.events)
+    assert bench.events.count("forward") == 1 and found["a"].milliseconds == [2.0]
+
+
 def orders(seed, names="abcd", rounds=8):
     bench = Bench()
     measure({n: bench.arm(n, 1.0) for n in names}, stopwatch=bench, warm=0, least=rounds, most=rounds, seed=seed)
@@ -105,6 +119,16 @@ def test_an_arm_that_raises_is_named(warm):
     with pytest.raises(ArmError, match="arm 'bad' failed: ValueError: no such tile") as error:
         measure({"good": bench.arm("good", 1.0), "bad": broken}, stopwatch=bench, warm=warm)
     assert error.value.arm == "bad" and isinstance(error.value.__cause__, ValueError)
+
+
+def test_what_shows_only_when_the_host_waits_is_named_too():
+    class Late(Bench):
+        def elapsed(self, start, end):
+            raise RuntimeError("an illegal memory access")
+
+    bench = Late()
+    with pytest.raises(ArmError, match="arm 'a' failed: RuntimeError: an illegal memory access"):
+        measure({"a": bench.arm("a", 1.0)}, stopwatch=bench)
 
 
 @pytest.mark.parametrize(("least", "most"), [(0, 5), (6, 5)])
