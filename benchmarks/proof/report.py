@@ -1,0 +1,123 @@
+"""What the stages left, as files for others: `python -m benchmarks.proof.report FOLDER --out DIR [--rehearse]`.
+
+FOLDER holds the state of a card. DIR receives proof.json, junit.xml, rows.csv, report.md, plots.png, log.txt and, where
+calls were tuned, measurements.json: at most 8 files below 16 MB.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from . import documents, plots, schema
+from .ledger import rows_in
+from .state import Record, State, hash_of
+
+# A log's last bytes are kept: eight stages of eight lanes stay below the limit of a file.
+LOG_BYTES = 200_000
+MEASUREMENTS = "measurements.json"
+
+
+def gather(folder: Path, stages: Sequence[Any], rehearse: bool) -> dict[str, Any]:
+    """proof.json, of the state in `folder` and the `stages` (of .name and .sources) that there should be."""
+    state = State(folder).load()
+    names = [stage.name for stage in stages]
+    records = [state.records[name] for name in names if name in state.records]
+    absent = [name for name in names if name not in state.records]
+    stale = [s.name for s in stages if s.name not in absent and state.records[s.name].sources != hash_of(s.sources)]
+    found = [
+        {**dataclasses.asdict(record), "rows": [dataclasses.asdict(row) for row in rows_in(folder / record.name)]}
+        for record in records
+    ]
+    verdicts = judge(found, rehearse)
+    return {
+        "schema": schema.NAME,
+        "result": result_of(records, absent, stale, verdicts),
+        "rehearsal": rehearse,
+        "facts": state.facts,
+        "absent": absent,
+        "stale": stale,
+        "stages": found,
+        "verdicts": verdicts,
+    }
+
+
+def result_of(records: Sequence[Record], absent: Sequence[str], stale: Sequence[str], verdicts: Sequence[dict]) -> str:
+    """ "passed" where everything did; "unfinished" where a stage has yet to run; else "failed"."""
+    if any(record.ending in ("failed", "over", "missing") for record in records):
+        return "failed"
+    if absent or stale or any(not record.finished for record in records):
+        return "unfinished"
+    return "passed" if all(v["outcome"] in ("passed", "rehearsed") for v in verdicts) else "failed"
+
+
+def judge(stages: Sequence[dict[str, Any]], rehearse: bool) -> list[dict[str, Any]]:
+    """The verdicts over the rows of the benchmarks. Those of a rehearsal are computed and not judged."""
+    rows = [row["values"] for stage in stages if stage["name"] == "bench" for row in stage["rows"] if row["values"]]
+    try:
+        from benchmarks.layers import verdicts
+    except ImportError as error:
+        return [{"name": "all", "rule": str(error), "value": None, "outcome": "not measured", "detail": "no verdicts"}]
+    found = []
+    for verdict in verdicts.judge(rows):
+        outcome = "not measured" if verdict.value is None else "passed" if verdict.passed else "failed"
+        if rehearse and outcome != "not measured":
+            outcome = "rehearsed"
+        found.append(
+            {
+                "name": verdict.name,
+                "rule": verdict.rule,
+                "value": verdict.value,
+                "outcome": outcome,
+                "detail": verdict.detail,
+            }
+        )
+    return found
+
+
+def logs(folder: Path) -> str:
+    """The last of what every process printed, stage by stage."""
+    parts = []
+    for path in sorted(folder.glob("*/log-*.txt"), key=lambda path: path.stat().st_mtime):
+        text = path.read_bytes()[-LOG_BYTES:].decode(errors="replace")
+        parts.append(f"{path.relative_to(folder)}\n\n{text}\n")
+    return "\n".join(parts)
+
+
+def write(proof: dict[str, Any], folder: Path, out: Path) -> list[str]:
+    """Writes the files; returns what could not be."""
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "proof.json").write_text(json.dumps(proof, indent=1))
+    (out / "junit.xml").write_text(documents.junit(proof))
+    (out / "rows.csv").write_text(documents.table(proof))
+    (out / "report.md").write_text(documents.markdown(proof))
+    (out / "log.txt").write_text(logs(folder))
+    said = [plots.draw(proof, out / "plots.png")]
+    measurements = folder / "tune" / MEASUREMENTS
+    if measurements.exists():
+        (out / MEASUREMENTS).write_bytes(measurements.read_bytes())
+    return [text for text in said if text]
+
+
+def main() -> int:
+    from .stages import STAGES
+
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--rehearse", action="store_true")
+    options = parser.parse_args()
+    proof = gather(options.folder, STAGES, options.rehearse)
+    wrong = list(schema.problems(proof))
+    for text in [*write(proof, options.folder, options.out), *wrong]:
+        print(text)
+    return 1 if wrong else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
