@@ -23,6 +23,7 @@ from typing import Any, NoReturn
 from .documents import summary
 from .runner import Process
 from .schedule import PAUSE, Call, run_stage, run_stages
+from .schema import verdicts_hold
 from .screen import Screen, clock, last_lines
 from .stage import ROOT, Context
 from .stages import STAGES
@@ -131,10 +132,10 @@ def report(folder: Path, out: Path, rehearse: bool, screen: Screen) -> None:
 def code_of(proof: dict[str, Any], chosen: list[str], through: bool) -> int:
     """The exit code for the stages that were asked for; verdicts count where the benchmarks were."""
     endings = {stage["ending"] for stage in proof["stages"] if stage["name"] in chosen}
-    verdicts = {verdict["outcome"] for verdict in proof["verdicts"]} if "bench" in chosen else set()
     if not through or "cut" in endings:
         return CUT
-    return FAILED if endings - {"passed"} or verdicts - {"passed", "rehearsed"} else PASSED
+    held = "bench" not in chosen or verdicts_hold(proof["verdicts"], proof["rehearsal"])
+    return PASSED if held and endings == {"passed"} else FAILED
 
 
 def interrupted(number: int, frame: object) -> NoReturn:

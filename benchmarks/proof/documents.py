@@ -80,10 +80,7 @@ def markdown(proof: Proof) -> str:
         lines += [f"The sources have changed since these stages ran: {', '.join(proof['stale'])}.", ""]
     if proof["absent"]:
         lines += [f"These stages were not run: {', '.join(proof['absent'])}.", ""]
-    lines += ["## Verdicts", "", "| verdict | rule | measured | |", "|---|---|---|---|"]
-    for v in proof["verdicts"]:
-        value = "not measured" if v["value"] is None else f"{v['value']:.3f}"
-        lines.append(f"| {cell(v['name'])} | {cell(v['rule'])} | {value} | {v['outcome']}. {cell(v['detail'])} |")
+    lines += ["## Verdicts", "", *(f"- {v['name']}: {v['rule']}. **{v['outcome']}**: {v['detail']}" for v in proof["verdicts"])]
     lines += ["", "## Stages", "", "| stage | ended | seconds | budget | |", "|---|---|---|---|---|"]
     for s in proof["stages"]:
         first = s["detail"].splitlines()[0] if s["detail"] else ""
@@ -120,7 +117,5 @@ def summary(proof: Proof) -> str:
         )
     lines += [f"  {name:10} {'':15}  not run" for name in proof["absent"]]
     lines.append("")
-    for v in proof["verdicts"]:
-        value = "" if v["value"] is None else f"{v['value']:.3f}"
-        lines.append(f"  {v['outcome']:12} {value:>6}  {v['name']}: {v['rule']}. {v['detail']}")
+    lines += [f"  {v['name']:16} {v['outcome']}: {v['rule']}: {v['detail']}" for v in proof["verdicts"]]
     return "\n".join(lines)

@@ -1,44 +1,39 @@
-"""The picture of a proof: what the stages took, the verdicts beside their limits, what was measured of layers."""
+"""The picture of a proof: what the stages took, the verdicts beside their limits, pre-launch beside the exact SVD."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
 
-COLOURS = {"passed": "#2f855a", "failed": "#c53030", "missing": "#a0aec0", "over": "#dd6b20", "cut": "#d69e2e"}
-VERDICT_COLOURS = {"passed": "#2f855a", "failed": "#c53030", "rehearsed": "#2b6cb0", "not measured": "#a0aec0"}
-BASELINE, STEP = "frozen", "step ms"
-MOST_SHAPES = 8
+GREEN, RED, GREY, BLUE = "#2f855a", "#c53030", "#a0aec0", "#2b6cb0"
+ENDINGS = {"passed": GREEN, "failed": RED, "missing": GREY, "over": "#dd6b20", "cut": "#d69e2e"}
+VERDICTS = {"passed": GREEN, "failed": RED, "rehearsed": BLUE, "not measured": GREY}
 
 
-def draw(proof: dict[str, Any], path: Path) -> str | None:
-    """Writes the picture; returns why it could not, or None."""
-    try:
-        import matplotlib
-    except ImportError as error:
-        return f"no picture: {error}"
+def draw(proof: dict[str, Any], path: Path) -> None:
+    """Writes the picture. Raises ImportError where matplotlib is missing."""
+    import matplotlib
+
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    measured = ratios([row["values"] for s in proof["stages"] if s["name"] == "bench" for row in s["rows"]])
-    figure, axes = pyplot.subplots(1, 3, figsize=(19, 5.6), constrained_layout=True)
+    figure, axes = pyplot.subplots(1, 3, figsize=(18, 5), layout="constrained")
     stages(axes[0], proof["stages"])
     verdicts(axes[1], proof["verdicts"])
-    layers(axes[2], measured)
+    prelaunch(axes[2], [row for stage in proof["stages"] if stage["name"] == "prelaunch" for row in stage["rows"]])
     kind = "rehearsal on the CPU, no time means anything" if proof["rehearsal"] else proof["facts"]["card"]["name"]
-    figure.suptitle(f"loradash-kernels: {kind}: {proof['result']}")
+    figure.suptitle(f"loradash-kernels, {kind}: {proof['result']}")
     for axis in axes:
         axis.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=110)
     pyplot.close(figure)
-    return None
 
 
 def stages(axis: Any, found: list[dict[str, Any]]) -> None:
+    """Seconds of each stage over its budget, in the colour of its ending."""
     names = [stage["name"] for stage in found]
     axis.barh(names, [stage["budget"] for stage in found], color="#edf2f7")
-    colours = [COLOURS[stage["ending"]] for stage in found]
-    axis.barh(names, [stage["seconds"] for stage in found], color=colours, height=0.5)
+    axis.barh(names, [stage["seconds"] for stage in found], color=[ENDINGS[s["ending"]] for s in found], height=0.5)
     for place, stage in enumerate(found):
         axis.text(stage["budget"], place, f" {stage['ending']}, {stage['seconds']:.0f} s", va="center", fontsize=8)
     axis.invert_yaxis()
@@ -47,40 +42,28 @@ def stages(axis: Any, found: list[dict[str, Any]]) -> None:
 
 
 def verdicts(axis: Any, found: list[dict[str, Any]]) -> None:
-    """Each verdict's number, with its rule beside it; what was not measured has no bar."""
-    values = [v["value"] or 0.0 for v in found]
-    axis.barh(range(len(found)), values, color=[VERDICT_COLOURS[v["outcome"]] for v in found], height=0.4)
-    for place, v in enumerate(found):
-        number = "not measured" if v["value"] is None else f"{v['value']:.3f}"
-        axis.text(0, place - 0.3, f"{v['name'][:60]}: {number} ({v['outcome']})", va="bottom", fontsize=7)
-    axis.set_yticks([])
-    axis.axvline(1, color="k", lw=0.6)
-    axis.invert_yaxis()
-    axis.set(title="verdicts: what was measured", xlabel="ratio")
+    """Every number that a verdict rests on, over its limit: what lies right of 1 breaks it."""
+    for place, verdict in enumerate(found):
+        values = [number["value"] / number["limit"] for number in verdict["numbers"]]
+        axis.plot(values, [place] * len(values), "o", ms=5, alpha=0.6, color=VERDICTS[verdict["outcome"]])
+    axis.set_yticks(range(len(found)), [f"{v['name']}\n{v['outcome']}" for v in found], fontsize=8)
+    axis.set_ylim(len(found) - 0.5, -0.5)
+    axis.axvline(1, color="k", lw=0.8)
+    if not any(verdict["numbers"] for verdict in found):
+        axis.text(0.5, 0.5, "nothing was measured", ha="center", transform=axis.transAxes)
+    axis.set(title="verdicts: every number over its limit", xlabel="measured / limit")
 
 
-def ratios(rows: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
-    """Forward + backward over the frozen layer's: group of rows (shape, dtype, dropout) -> arm -> ratio."""
-    groups: dict[str, dict[str, float]] = {}
-    for row in rows:
-        if row.get("kind") == "layer" and row.get(STEP):
-            name = f"{row['M']}x{row['K']}x{row['N']}\n{row['dtype']}, dropout {row['dropout']}"
-            groups.setdefault(name, {})[row["arm"]] = row[STEP]
-    kept = {name: arms for name, arms in groups.items() if arms.get(BASELINE)}
-    return {name: {arm: t / arms[BASELINE] for arm, t in arms.items()} for name, arms in [*kept.items()][:MOST_SHAPES]}
-
-
-def layers(axis: Any, groups: dict[str, dict[str, float]]) -> None:
-    """Bars of each arm's ratio, shape by shape."""
-    arms = list(dict.fromkeys(arm for group in groups.values() for arm in group if arm != BASELINE))
-    width = 0.85 / max(1, len(arms))
-    for i, arm in enumerate(arms):
-        values = [group.get(arm, float("nan")) for group in groups.values()]
-        axis.bar([place + i * width for place in range(len(groups))], values, width, label=arm)
+def prelaunch(axis: Any, rows: list[dict[str, Any]]) -> None:
+    """Time over one exact SVD a layer, and the directions that are right."""
+    measured = [row for row in rows if row["values"]]
+    for i, (name, colour) in enumerate((("ratio", BLUE), ("accuracy", GREEN), ("recall", GREY))):
+        values = [row["values"][name] for row in measured]
+        axis.bar([place + 0.25 * i for place in range(len(measured))], values, 0.25, label=name, color=colour)
+    axis.set_xticks([place + 0.25 for place in range(len(measured))], [row["name"] for row in measured], fontsize=8)
     axis.axhline(1, color="k", lw=0.6)
-    axis.set_xticks([place + 0.4 for place in range(len(groups))], list(groups), fontsize=6)
-    axis.set(title="forward + backward over the frozen layer's", ylabel="ratio")
-    if arms:
-        axis.legend(frameon=False, fontsize=6, ncols=2)
+    if measured:
+        axis.legend(["1", "time / exact SVD", "accuracy", "recall"], frameon=False, fontsize=8)
     else:
-        axis.text(0.5, 0.5, "no layer was measured beside the frozen one", ha="center", transform=axis.transAxes)
+        axis.text(0.5, 0.5, "nothing was measured", ha="center", transform=axis.transAxes)
+    axis.set(title="pre-launch")

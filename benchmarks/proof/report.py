@@ -1,7 +1,7 @@
 """What the stages left, as files for others: `python -m benchmarks.proof.report FOLDER --out DIR [--rehearse]`.
 
-FOLDER holds the state of a card. DIR receives proof.json, junit.xml, rows.csv, report.md, plots.png, log.txt and, where
-calls were tuned, measurements.json: at most 8 files below 16 MB.
+FOLDER holds the state of a card. DIR receives proof.json, junit.xml, rows.csv, report.md, plots.png, log.txt, and layers.png
+and measurements.json where layers were measured and tuned: at most 8 files below 16 MB.
 """
 
 from __future__ import annotations
@@ -9,10 +9,13 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+from benchmarks.layers import device_report, verdicts
 
 from . import documents, plots, schema
 from .ledger import rows_in
@@ -34,50 +37,51 @@ def gather(folder: Path, stages: Sequence[Any], rehearse: bool) -> dict[str, Any
         {**dataclasses.asdict(record), "rows": [dataclasses.asdict(row) for row in rows_in(folder / record.name)]}
         for record in records
     ]
-    verdicts = judge(found, rehearse)
+    judged = judge(found, rehearse)
     return {
         "schema": schema.NAME,
-        "result": result_of(records, absent, stale, verdicts),
+        "result": result_of(records, absent, stale, judged, rehearse),
         "rehearsal": rehearse,
         "facts": state.facts,
         "absent": absent,
         "stale": stale,
         "stages": found,
-        "verdicts": verdicts,
+        "verdicts": judged,
     }
 
 
-def result_of(records: Sequence[Record], absent: Sequence[str], stale: Sequence[str], verdicts: Sequence[dict]) -> str:
+def result_of(
+    records: Sequence[Record], absent: Sequence[str], stale: Sequence[str], verdicts: list[dict[str, Any]], rehearse: bool
+) -> str:
     """ "passed" where everything did; "unfinished" where a stage has yet to run; else "failed"."""
     if any(record.ending in ("failed", "over", "missing") for record in records):
         return "failed"
     if absent or stale or any(not record.finished for record in records):
         return "unfinished"
-    return "passed" if all(v["outcome"] in ("passed", "rehearsed") for v in verdicts) else "failed"
+    return "passed" if schema.verdicts_hold(verdicts, rehearse) else "failed"
 
 
 def judge(stages: Sequence[dict[str, Any]], rehearse: bool) -> list[dict[str, Any]]:
     """The verdicts over the rows of the benchmarks. Those of a rehearsal are computed and not judged."""
-    rows = [row["values"] for stage in stages if stage["name"] == "bench" for row in stage["rows"] if row["values"]]
-    try:
-        from benchmarks.layers import verdicts
-    except ImportError as error:
-        return [{"name": "all", "rule": str(error), "value": None, "outcome": "not measured", "detail": "no verdicts"}]
     found = []
-    for verdict in verdicts.judge(rows):
-        outcome = "not measured" if verdict.value is None else "passed" if verdict.passed else "failed"
-        if rehearse and outcome != "not measured":
-            outcome = "rehearsed"
+    for name, verdict in verdicts.verdicts(bench_rows(stages)).items():
+        outcome = {True: "passed", False: "failed", None: "not measured"}[verdict.holds]
+        numbers = [{"value": n.value, "limit": n.limit, "where": n.where} for n in verdict.numbers]
         found.append(
             {
-                "name": verdict.name,
-                "rule": verdict.rule,
-                "value": verdict.value,
-                "outcome": outcome,
-                "detail": verdict.detail,
+                "name": name,
+                "rule": verdict.claim,
+                "outcome": "rehearsed" if rehearse and numbers else outcome,
+                "detail": str(verdict).removeprefix(f"{verdict.claim}: "),
+                "numbers": numbers,
             }
         )
     return found
+
+
+def bench_rows(stages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The rows of the benchmarks as they wrote them."""
+    return [row["values"] for stage in stages if stage["name"] == "bench" for row in stage["rows"] if row["values"]]
 
 
 def logs(folder: Path) -> str:
@@ -95,13 +99,27 @@ def write(proof: dict[str, Any], folder: Path, out: Path) -> list[str]:
     (out / "proof.json").write_text(json.dumps(proof, indent=1))
     (out / "junit.xml").write_text(documents.junit(proof))
     (out / "rows.csv").write_text(documents.table(proof))
-    (out / "report.md").write_text(documents.markdown(proof))
+    (out / "report.md").write_text(documents.markdown(proof) + layers_text(proof))
     (out / "log.txt").write_text(logs(folder))
-    said = [plots.draw(proof, out / "plots.png")]
+    said = []
+    try:
+        plots.draw(proof, out / "plots.png")
+        if any(measured.values() for measured in device_report.ratios(bench_rows(proof["stages"])).values()):
+            device_report.draw(bench_rows(proof["stages"]), out / "layers.png")
+    except ImportError as error:
+        said.append(f"no pictures: {error}")
     measurements = folder / "tune" / MEASUREMENTS
     if measurements.exists():
         (out / MEASUREMENTS).write_bytes(measurements.read_bytes())
-    return [text for text in said if text]
+    return said
+
+
+def layers_text(proof: dict[str, Any]) -> str:
+    """What the benchmarks say of their rows, as a part of the report."""
+    rows = bench_rows(proof["stages"])
+    if not rows:
+        return ""
+    return "\n" + re.sub(r"^#", "##", device_report.text_of(rows), flags=re.M) + "\n"
 
 
 def main() -> int:

@@ -24,7 +24,8 @@ STAGE = {
     "sources": str,
     "rows": [ROW],
 }
-VERDICT = {"name": str, "rule": str, "value": (int, float, type(None)), "outcome": {*VERDICTS}, "detail": str}
+MEASURED = {"value": NUMBER, "limit": NUMBER, "where": str}
+VERDICT = {"name": str, "rule": str, "outcome": {*VERDICTS}, "detail": str, "numbers": [MEASURED]}
 PROOF = {
     "schema": {NAME},
     "result": {*RESULTS},
@@ -35,6 +36,12 @@ PROOF = {
     "stages": [STAGE],
     "verdicts": [VERDICT],
 }
+
+
+def verdicts_hold(verdicts: list[dict[str, Any]], rehearsal: bool) -> bool:
+    """Whether all passed; a rehearsal judges no number, but it must have come to one."""
+    outcomes = {verdict["outcome"] for verdict in verdicts}
+    return "rehearsed" in outcomes if rehearsal else outcomes == {"passed"}
 
 
 def problems(value: Any, shape: Any = PROOF, where: str = "proof") -> Iterator[str]:
