@@ -18,6 +18,9 @@ class Sizes:
     # (M, K) of a mask that is read bit by bit, and of one whose statistics are taken.
     mask: tuple[int, int]
     statistics: tuple[int, int]
+    # The sides of matrices that are decomposed, and of one as a model has it.
+    matrix: tuple[int, int]
+    weight: int
     # How often a call is repeated where its bits must be the same.
     repeats: int
     # The elements from which on an index no longer fits 32 bits.
@@ -40,6 +43,8 @@ CARD = Sizes(
     ),
     mask=(150, 192),
     statistics=(4096, 4096),
+    matrix=(1536, 768),
+    weight=4096,
     repeats=50,
     many=2**31,
     wide=4104,
@@ -51,6 +56,8 @@ REHEARSAL = Sizes(
     ragged=((1, 40, 48), (17, 40, 48), (33, 63, 48), (33, 40, 65)),
     mask=(20, 64),
     statistics=(512, 512),
+    matrix=(160, 96),
+    weight=256,
     repeats=3,
     many=2**12,
     wide=72,

@@ -10,7 +10,6 @@ from support.matrix import checked
 
 from loradash_kernels.testing import make_case
 
-
 # Only the backward pass sums over rows.
 PLANTED = [(f, p) for f in FAULTS for p in ("forward", "backward") if (f, p) != ("without_the_last_row", "forward")]
 
