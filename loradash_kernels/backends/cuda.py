@@ -29,7 +29,7 @@ def missing() -> str | None:
     if extension.missing_reason is not None:
         return extension.missing_reason
     if extension.compiled().cuda_architectures is None:
-        return "the compiled part was built without CUDA; build it with a CUDA toolkit (CUDA_HOME) and a CUDA build of PyTorch"
+        return f"the compiled part was built without CUDA: {extension.compiled().without_cuda}"
     return None if torch.cuda.is_available() else "PyTorch sees no GPU"
 
 
