@@ -80,7 +80,11 @@ def markdown(proof: Proof) -> str:
         lines += [f"The sources have changed since these stages ran: {', '.join(proof['stale'])}.", ""]
     if proof["absent"]:
         lines += [f"These stages were not run: {', '.join(proof['absent'])}.", ""]
-    lines += ["## Verdicts", "", *(f"- {v['name']}: {v['rule']}. **{v['outcome']}**: {v['detail']}" for v in proof["verdicts"])]
+    lines += [
+        "## Verdicts",
+        "",
+        *(f"- {v['name']}: {v['rule']}. **{v['outcome']}**: {v['detail']}" for v in proof["verdicts"]),
+    ]
     lines += ["", "## Stages", "", "| stage | ended | seconds | budget | |", "|---|---|---|---|---|"]
     for s in proof["stages"]:
         first = s["detail"].splitlines()[0] if s["detail"] else ""

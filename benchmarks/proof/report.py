@@ -51,7 +51,11 @@ def gather(folder: Path, stages: Sequence[Any], rehearse: bool) -> dict[str, Any
 
 
 def result_of(
-    records: Sequence[Record], absent: Sequence[str], stale: Sequence[str], verdicts: list[dict[str, Any]], rehearse: bool
+    records: Sequence[Record],
+    absent: Sequence[str],
+    stale: Sequence[str],
+    verdicts: list[dict[str, Any]],
+    rehearse: bool,
 ) -> str:
     """ "passed" where everything did; "unfinished" where a stage has yet to run; else "failed"."""
     if any(record.ending in ("failed", "over", "missing") for record in records):
