@@ -52,7 +52,8 @@ def pytest_report_header(config):
 
 
 def pytest_generate_tests(metafunc):
-    if "backend" in metafunc.fixturenames:
+    given = [mark.args[0] for mark in metafunc.definition.iter_markers("parametrize")]
+    if "backend" in metafunc.fixturenames and "backend" not in given:
         metafunc.parametrize("backend", backends_on(metafunc.config.stash[DEVICE]), indirect=True)
 
 

@@ -1,21 +1,23 @@
 """Times layers, training steps and pre-launch on a device, row by row, and can be cut and started again.
 
-    python -m benchmarks.layers.device --out DIR [--device cuda] [--seconds S] [--shapes 4096x11008 ...] [--rehearse]
+    python -m benchmarks.layers.device [--out DIR] [--device cuda] [--seconds S] [--shapes 4096x11008 ...] [--rehearse]
 
-Rows are appended to DIR/rows.jsonl as they finish, the most telling first; rows that are there are not measured again.
---seconds: no row begins after so many. --rehearse: the same program on the CPU at tiny shapes, in seconds; no time in it
-means anything. `python -m benchmarks.layers.device_report DIR` makes tables, a picture and verdicts of the rows.
+Rows are appended to DIR/rows.jsonl as they finish, the most telling first; rows that are there are not measured again. DIR is
+by default a folder of benchmarks/results with the card's name. --seconds: no job, a few rows, begins after so many.
+--rehearse: the same program on the CPU at tiny shapes, in seconds; no time in it means anything. At the end it reports, as
+`python -m benchmarks.layers.device_report DIR` does at any time: tables, a picture, verdicts.
 
 A row has three times: of the device (events behind a spin kernel, L2 flushed, arms in turn in random order), of eager steps
 back to back on the wall, of a CUDA graph's replays. No arm has a time before it passed `checks` at its shape. Exit status: 0
-when the rows are done or the time is over, 3 when the card no longer answers (start it again: what brought it down twice is
-left out).
+when all is done, 75 when the time is over, 76 when the card no longer answers: start it again, and what brought it down twice
+is left out.
 """
 
 from __future__ import annotations
 
 import argparse
 import functools
+import re
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -26,18 +28,19 @@ import torch
 
 from benchmarks.layers import backends, training
 from benchmarks.layers.checks import check_by_norms, check_ours
+from benchmarks.layers.device_report import report
 from benchmarks.layers.meter import Found, Meter, products_in, said
 from benchmarks.layers.roofs import roofs
 from benchmarks.layers.variants import FROZEN, OURS, VARIANTS, Case, Inputs, make_case, make_inputs
 from benchmarks.layers.workloads import Job, Workload, all_jobs, rehearsal, selected
 from benchmarks.prelaunch.device import prelaunch_row
 from benchmarks.support.journal import ATTEMPTS, Journal, Row
-from benchmarks.support.measure import environment, wanted_device
+from benchmarks.support.measure import RESULTS, ROOT, environment, wanted_device
 from loradash_kernels.timing import card_facts, stopwatch_for
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "tf32": torch.float32}
 GEMM = "vendor GEMM"
-LOST = 3
+TIME_IS_OVER, CARD_IS_LOST = 75, 76
 
 
 class CardLost(RuntimeError):
@@ -47,14 +50,24 @@ class CardLost(RuntimeError):
 class Program:
     """Measures jobs, and writes what it finds.
 
-    rehearsed: tiny sizes, and a compiler that takes no time.
+    rehearsed: tiny sizes, and a compiler that takes no time. seconds: from now on, after which no job and no strategy begins.
     """
 
-    def __init__(self, meter: Meter, journal: Journal, rehearsed: bool) -> None:
+    def __init__(self, meter: Meter, journal: Journal, rehearsed: bool, seconds: float = float("inf")) -> None:
         self.meter, self.journal = meter, journal
+        self.begun, self.seconds = time.monotonic(), seconds
         self.device, self.rehearsed = meter.device, rehearsed
         self.about = {**environment(), "device": str(meter.device), "rehearsed": rehearsed}
         self.facts = card_facts(self.device)
+
+    @property
+    def spent(self) -> float:
+        """Seconds."""
+        return time.monotonic() - self.begun
+
+    @property
+    def is_over(self) -> bool:
+        return self.spent >= self.seconds
 
     def run(self, job: Job) -> None:
         """Adds the rows of a job that are not there."""
@@ -86,18 +99,23 @@ class Program:
             self._add(job, {"arm": arm, "error": f"hung the program or brought it down, {ATTEMPTS} times"})
             return None
         self.journal.begin(key)
+        begun = self.spent
         try:
             found = attempt()
             self.meter.synchronize()
+            self.journal.end(key)
+            print(f"  {arm}: passed, {self.spent - begun:.1f} s", flush=True)
             return found
         except Exception as error:
             words = said(error)
+        print(f"  {arm}: {words}", flush=True)
         # What was allocated is free once the error is gone.
         self._add(job, {"arm": arm, "error": words})
         try:
             self.meter.recover()
         except RuntimeError as error:
             raise CardLost(said(error)) from error
+        self.journal.end(key)
         return None
 
     def _roofs(self, job: Job) -> None:
@@ -164,9 +182,11 @@ class Program:
             arms = {arm.name: arm for arm in backends.arms_of(ours)}
             wanted = self.missing(job, arms)
             cases = self._checked(job, dict.fromkeys((FROZEN, OURS)), inputs) if wanted else {}
-            for name in wanted:
+            for name in wanted if cases.keys() == {FROZEN, OURS} else ():
                 case = arms[name].case(ours)
-                if self._tried(job, name, functools.partial(self._check, case, inputs, workload, True)):
+                if not self.is_over and self._tried(
+                    job, name, functools.partial(self._check, case, inputs, workload, True)
+                ):
                     cases[name] = case
 
             def takes(name: str, pass_: str) -> bool:
@@ -243,7 +263,7 @@ def times_of(name: str, found: Mapping[str, Found]) -> Row:
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True, help="folder of rows.jsonl")
+    parser.add_argument("--out", type=Path, help="folder of rows.jsonl")
     parser.add_argument("--device", help="cuda, cuda:1, cpu; the card where there is one")
     parser.add_argument("--seconds", type=float, default=float("inf"), help="no job begins after so many")
     parser.add_argument("--shapes", nargs="*", default=[], metavar="KxN", help="only these, KxN or MxKxN")
@@ -254,17 +274,22 @@ def main(arguments: list[str] | None = None) -> int:
         jobs = selected(rehearsal() if options.rehearse else all_jobs(), options.shapes)
     except (ValueError, RuntimeError) as error:
         parser.error(str(error))
-    journal = Journal(options.out)
-    check_same_card(journal.rows, card_facts(device)["card"])
+    card = card_facts(device)["card"]
+    folder = options.out or ROOT / RESULTS / re.sub(r"[^a-z0-9]+", "_", card.lower()).strip("_")
+    journal = Journal(folder)
+    check_same_card(journal.rows, card)
     limits = {"seconds": 0.3, "least": 3, "most": 5} if options.rehearse else {}
-    program = Program(Meter(device, stopwatch_for(device), **limits), journal, options.rehearse)
+    program = Program(Meter(device, stopwatch_for(device), **limits), journal, options.rehearse, options.seconds)
     try:
-        done = run_jobs(program, jobs, options.seconds)
+        done = run_jobs(program, jobs)
     except CardLost as error:
         print(f"the card no longer answers ({error}); start again to go on", file=sys.stderr)
-        return LOST
+        return CARD_IS_LOST
     print(f"{done} of {len(jobs)} jobs, {len(journal.rows)} rows in {journal.path}")
-    return 0
+    if journal.rows:
+        for verdict in report(folder).values():
+            print(verdict)
+    return 0 if done == len(jobs) else TIME_IS_OVER
 
 
 def check_same_card(rows: list[Row], card: str) -> None:
@@ -274,21 +299,19 @@ def check_same_card(rows: list[Row], card: str) -> None:
         raise SystemExit(f"--out holds rows of {', '.join(sorted(others))}; this is {card}: take another folder")
 
 
-def run_jobs(program: Program, jobs: list[Job], seconds: float) -> int:
-    """Runs them in order until the time is over; how many were run. Says after each how far it is."""
-    begun = time.monotonic()
+def run_jobs(program: Program, jobs: list[Job]) -> int:
+    """Runs them in order until the time is over; how many were finished. Says after each how far it is."""
     for done, job in enumerate(jobs):
-        spent = time.monotonic() - begun
-        if spent >= seconds:
+        if not program.is_over:
+            program.run(job)
+        # A job may be cut between its strategies.
+        if program.is_over:
             print(f"the time is over: {len(jobs) - done} jobs are left, from {job} on", flush=True)
             return done
-        program.run(job)
-        spent = time.monotonic() - begun
-        left = min(spent / (done + 1) * (len(jobs) - done - 1), max(0.0, seconds - spent))
-        print(
-            f"{done + 1}/{len(jobs)} {job}: {len(program.journal.rows)} rows, {spent:.0f} s, {left:.0f} s left",
-            flush=True,
-        )
+        spent = program.spent
+        left = min(spent / (done + 1) * (len(jobs) - done - 1), program.seconds - spent)
+        rows = len(program.journal.rows)
+        print(f"{done + 1}/{len(jobs)} {job}: {rows} rows, {spent:.0f} s, about {left:.0f} s left", flush=True)
     return len(jobs)
 
 

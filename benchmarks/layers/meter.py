@@ -48,7 +48,7 @@ class Meter:
 
     device: torch.device
     stopwatch: Stopwatch
-    seconds: float = 4.0
+    seconds: float = 3.0
     least: int = 10
     most: int = 100
 

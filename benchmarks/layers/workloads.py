@@ -71,15 +71,16 @@ def _both(workload: Workload) -> tuple[Job, Job]:
 def all_jobs() -> list[Job]:
     """Every job once, in order of what it tells."""
     square = [Workload("bf16", m, 4096, 4096) for m in (4096, 8192)]
-    first = [Job("roofs"), *itertools.chain(*map(_both, square)), Job("training")]
+    first = [Job("roofs"), *(Job("layer", workload) for workload in square), Job("training")]
     llama = list(_layers(LINEARS, ROWS[:1]))
     sweeps = [Job("strategy", Workload("bf16", 4096, k, n)) for k, n in LINEARS]
     prelaunch = [Job("prelaunch", shape=shape) for shape in ((4096, 4096), (4096, 11008))]
     others = [Workload(dtype, 4096, k, n) for dtype in ("fp16", "fp32", "tf32") for k, n in PAIR]
     others += [Workload("bf16", 4096, k, n, rank=64) for k, n in PAIR]
     rest = [
-        *_layers(PAIR, ROWS[:1], dropout=0.0),
         *llama,
+        *(Job("strategy", workload) for workload in square),
+        *_layers(PAIR, ROWS[:1], dropout=0.0),
         *prelaunch,
         *sweeps,
         *_layers(LINEARS, ROWS[1:2]),

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 Row = dict[str, Any]
-# A row that was begun so often and never written has hung the program or brought it down.
+# What was begun so often and never ended has hung the program or brought it down.
 ATTEMPTS = 2
 
 
@@ -49,7 +49,10 @@ class Journal:
         self.path, self._begun = folder / "rows.jsonl", folder / "begun.jsonl"
         self.rows = read_lines(self.path)
         self.keys = {row["key"] for row in self.rows}
-        self._attempts = collections.Counter(row["key"] for row in read_lines(self._begun))
+        # The attempts that never ended.
+        self._open: collections.Counter[str] = collections.Counter()
+        for line in read_lines(self._begun):
+            self._open[line["key"]] += -1 if line["ended"] else 1
 
     def add(self, row: Row) -> None:
         append_line(self.path, row)
@@ -57,9 +60,13 @@ class Journal:
         self.keys.add(row["key"])
 
     def begin(self, key: str) -> None:
-        """Notes that a row is about to be tried."""
-        append_line(self._begun, {"key": key})
+        """Notes that something is about to be tried."""
+        append_line(self._begun, {"key": key, "ended": False})
+
+    def end(self, key: str) -> None:
+        """Notes that it left the program alive, well or not."""
+        append_line(self._begun, {"key": key, "ended": True})
 
     def ends_the_program(self, key: str) -> bool:
-        """Did earlier programs begin it and write no row?"""
-        return key not in self.keys and self._attempts[key] >= ATTEMPTS
+        """Did earlier programs begin it, ATTEMPTS times, and not live to end it?"""
+        return self._open[key] >= ATTEMPTS

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import loradash
 import pytest
 import torch
@@ -76,6 +78,6 @@ def test_a_graphed_training_loop(device, sizes):
         return first + [float(graph.replay() or loss) for _ in range(5)]
 
     eager = losses(False)
-    assert all(after < before for before, after in zip(eager, eager[1:], strict=False))
+    assert all(after < before for before, after in itertools.pairwise(eager))
     if device.type == "cuda":
         torch.testing.assert_close(losses(True), eager, rtol=1e-4, atol=0)
