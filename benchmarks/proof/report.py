@@ -112,7 +112,7 @@ def write(proof: dict[str, Any], folder: Path, out: Path) -> list[str]:
             device_report.draw(bench_rows(proof["stages"]), out / "layers.png")
     except ImportError as error:
         said.append(f"no pictures: {error}")
-    measurements = folder / "tune" / MEASUREMENTS
+    measurements = folder / "tune" / "table" / MEASUREMENTS
     if measurements.exists():
         (out / MEASUREMENTS).write_bytes(measurements.read_bytes())
     return said

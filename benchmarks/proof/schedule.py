@@ -99,7 +99,7 @@ class Lane:
         self.ledger, self.log = Ledger(folder / f"rows-{turn.lane}.jsonl"), folder / f"log-{turn.lane}.txt"
         self.ending, self.detail, self.starts = "", "", 0
         self.process: Process | None = None
-        self.rows_before, self.tight = 0, False
+        self.rows_before, self.fruitless, self.tight = 0, 0, False
 
     def step(self, record: Record) -> bool:
         """Starts the process, or sees whether it has ended; whether there is more to do."""
@@ -125,7 +125,7 @@ class Lane:
     def _start(self, record: Record) -> None:
         spare, least = record.budget - record.seconds, min(self.stage.least, record.budget)
         if spare < least:
-            return self._end("over", f"its {clock(record.budget)} were used up before the end")
+            return self._run_out()
         if self.call.left < least:
             return self._end("cut", CUT)
         left, self.tight = min(spare, self.call.left), self.call.left < spare
@@ -141,6 +141,8 @@ class Lane:
             LEDGER: str(self.ledger.path),
             # It stops by itself a little before it would be killed.
             SECONDS: f"{max(left - 2 * GRACE, left / 2):.1f}",
+            # What was measured for this user before must decide nothing.
+            "LORADASH_CACHE": str(self.call.context.of(self.stage.name) / "store"),
             **command.environment,
         }
         self.process = Process(
@@ -156,14 +158,21 @@ class Lane:
     def _judge(self, ended: Ended) -> None:
         """What a process that has ended means: the end of the lane, or that the rest goes on in a new one."""
         if ended.how == "budget" or (ended.how == "exit" and ended.code == TIME_IS_UP):
-            return self._end(*(("cut", CUT) if self.tight else ("over", "its time was up before the end")))
+            return self._end("cut", CUT) if self.tight else self._run_out()
         if ended.how == "exit" and self.stage.complete(ended.code):
             return self._end("passed", "")
         if ended.how != "exit" or ended.code != START_AGAIN:
             self._blame(ended)
-        # What goes on without an end would not end: each start must add a row.
-        if len(self.ledger.rows()) <= self.rows_before:
+        # What goes on without an end must add rows.
+        self.fruitless = 0 if len(self.ledger.rows()) > self.rows_before else self.fruitless + 1
+        if self.fruitless > self.stage.fruitless:
             self._end("failed", f"{ended}, and no result. It said:\n{self._said()}")
+
+    def _run_out(self) -> None:
+        """The budget is used up."""
+        if self.stage.elastic:
+            return self._end("passed", "as much as fits into its time")
+        return self._end("over", "its time was up before the end")
 
     def _blame(self, ended: Ended) -> None:
         """A unit in which the process died or hung has failed; the next start goes on behind it."""

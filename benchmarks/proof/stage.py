@@ -59,10 +59,12 @@ class Stage:
     budget: seconds for all of its calls together. rehearsal: the same where the CPU stands in for the card.
     command: what runs in a turn, or Missing.
     complete: whether this exit code says that nothing is left to do. A stage that is not complete is started again, as
-        long as each start adds rows.
+        long as that adds rows.
     lanes: how many processes share the work.
     sources: paths below the root that decide the result. It is repeated when they change.
     patience: seconds without a sign of life (a row, a byte of output) after which its process is taken for hung.
+    elastic: its work is as much as fits: it is through when its budget is used.
+    fruitless: how many starts in a row may add no row.
     least: seconds below which it is not worth starting.
     """
 
@@ -74,4 +76,6 @@ class Stage:
     lanes: Callable[[Context], int] = lambda context: 1
     sources: tuple[str, ...] = ()
     patience: float = 120.0
+    elastic: bool = False
+    fruitless: int = 0
     least: float = 5.0

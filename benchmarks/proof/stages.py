@@ -93,13 +93,19 @@ def bench(context: Context, turn: Turn) -> Command:
     return module(f"{__package__}.bench", *(["--rehearse"] if context.rehearse else []))
 
 
+def tune(context: Context, turn: Turn) -> Command:
+    if context.rehearse:
+        return module(f"{__package__}.tune", "--rehearse")
+    return module(f"{__package__}.tune", "--driver", context.facts["card"]["driver"], LORADASH_TUNE="1")
+
+
 # Seconds: on a card 29 minutes together, and in the rehearsal more than it takes, on a machine that others use too.
 STAGES = (
     Stage("doctor", 40, 60, doctor),
     Stage("build", 220, 60, build, sources=(*KERNELS, "examples", "CMakeLists.txt"), patience=220),
     Stage(
         "correct",
-        380,
+        370,
         240,
         tests("correct", "tests/gpu/correct", "tests/operator"),
         complete=lambda code: code in (0, 1, 5),
@@ -108,15 +114,26 @@ STAGES = (
     ),
     Stage(
         "integrate",
-        200,
+        170,
         240,
         tests("integrate", "tests/gpu/integrate"),
         complete=lambda code: code in (0, 1, 5),
         lanes=lanes,
         sources=(*KERNELS, *TESTS, "python"),
     ),
-    Stage("sanitize", 260, 240, sanitize, lanes=lanes, sources=(*KERNELS, "examples", "tests/support", PROOF)),
-    Stage("stress", 80, 120, stress, sources=(*KERNELS, f"{PROOF}/stress.py"), patience=40),
-    Stage("prelaunch", 90, 120, prelaunch, sources=("loradash_kernels", f"{PROOF}/prelaunch.py"), patience=80),
-    Stage("bench", 470, 240, bench, sources=(*KERNELS, "benchmarks/layers"), patience=240, least=20),
+    Stage("sanitize", 240, 240, sanitize, lanes=lanes, sources=(*KERNELS, "examples", "tests/support", PROOF)),
+    Stage("stress", 70, 120, stress, sources=(*KERNELS, f"{PROOF}/stress.py"), patience=40),
+    Stage("prelaunch", 60, 120, prelaunch, sources=("loradash_kernels", f"{PROOF}/prelaunch.py"), patience=50),
+    Stage(
+        "bench",
+        430,
+        240,
+        bench,
+        sources=(*KERNELS, "benchmarks/layers", "benchmarks/prelaunch"),
+        elastic=True,
+        patience=240,
+        fruitless=2,
+        least=20,
+    ),
+    Stage("tune", 100, 120, tune, sources=(*KERNELS, f"{PROOF}/tune.py"), elastic=True, least=20),
 )

@@ -128,6 +128,13 @@ def test_a_stage_that_hangs_is_killed_within_its_budget(call, trace):
     assert outcomes(call) == {"a": "passed"}
 
 
+def test_an_elastic_stage_is_through_when_its_budget_is_used(call, trace):
+    record = run_stage(call, toy(trace, "a", "hang", "b", budget=4, elastic=True))
+    assert record.ending == "passed" and "as much as fits" in record.detail
+    # Nothing at all is no pass, however little time there was.
+    assert run_stage(call, toy(trace, "hang", budget=4, elastic=True)).ending == "failed"
+
+
 def test_a_stage_that_does_nothing_fails(call):
     def stage(code):
         return Stage("toy", 60, 60, lambda context, turn: Command([sys.executable, "-c", code]))
