@@ -81,10 +81,10 @@ def examine() -> dict[str, Any]:
     """Every fact, by name. "card" is None where there is none that works, and "card trouble" says why."""
     facts: dict[str, Any] = {
         "python": platform.python_version(),
-        "executable": sys.executable,
         "system": platform.platform(),
         "cores": os.cpu_count(),
         "disk": shutil.disk_usage(ROOT).free,
+        "commit": said_by("git", "-C", str(ROOT), "describe", "--always", "--dirty") or "unknown",
         "packages": {name: version_of(name) for name in PACKAGES},
         "nvcc": found_program("nvcc"),
         "compute-sanitizer": found_program("compute-sanitizer"),

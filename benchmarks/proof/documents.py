@@ -113,7 +113,7 @@ def summary(proof: Proof) -> str:
     """What the screen shows at the end."""
     lines = [f"{title(proof)}: {proof['result']}", ""]
     for s in proof["stages"]:
-        planted = [row["name"] for row in s["rows"] if row["values"].get("planted")]
+        planted = [row["name"] for row in s["rows"] if "planted" in row["name"] and row["outcome"] == "passed"]
         first = s["detail"].splitlines()[0] if s["detail"] else ""
         found = f"; planted faults found: {len(planted)}" if planted else ""
         lines.append(

@@ -93,8 +93,9 @@ def test_rows_of_benchmarks_are_copied_line_by_line_and_given_back(tmp_path):
     assert copy(file, ledger, 0) == 0
     file.parent.mkdir()
     rows = [
-        {"key": "a", "arm": "ours", "error": None, "step ms": 1.0},
-        {"key": "b", "arm": "ours", "error": "no memory"},
+        {"key": "a", "kind": "layer", "arm": "ours", "error": None, "step ms": 1.0},
+        {"key": "b", "kind": "layer", "arm": "ours", "error": "no memory"},
+        {"key": "c", "kind": "layer", "arm": "PEFT LoRA", "error": "not installed"},
     ]
     file.write_text(json.dumps(rows[0]) + "\n" + json.dumps(rows[1])[:9])
     at = copy(file, ledger, 0)
