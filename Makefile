@@ -12,7 +12,7 @@ CUTLASS := $(PIP) install --quiet --no-deps "nvidia-cutlass==4.2.0.0"
 RESULTS := benchmarks/results
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test cuda-check cuda-counters test-ptxsim bench bench-all counters lint format docs clean
+.PHONY: demo test cuda-check cuda-counters test-ptxsim bench bench-all gpu-proof counters lint format docs clean
 
 demo: $(STAMP)
 	$(BIN)/loradash finetune --out runs/demo
@@ -50,13 +50,29 @@ cuda-counters: $(STAMP)
 	$(CUTLASS)
 	$(BIN)/python -m benchmarks.counters.cuda_counters --out $(RESULTS)
 
+# Benchmarks run on the card where PyTorch sees one, else on the CPU. BENCH_SECONDS=... ends those of a card, which a later `make bench`
+# goes on with.
+ON_CARD := $(BIN)/python -c "import sys, torch; sys.exit(not torch.cuda.is_available())"
+ON_CPU := OMP_NUM_THREADS=1 $(BIN)/python -m
 bench: $(STAMP)
-	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.layers.ratios --out $(RESULTS)
-	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.prelaunch.speed --out $(RESULTS) $(if $(FACTORS),--factors $(FACTORS))
+	if $(ON_CARD); then $(BIN)/python -m benchmarks.layers.device $(if $(BENCH_SECONDS),--seconds $(BENCH_SECONDS)); else \
+		$(ON_CPU) benchmarks.layers.ratios --out $(RESULTS) \
+		&& $(ON_CPU) benchmarks.prelaunch.speed --out $(RESULTS) $(if $(FACTORS),--factors $(FACTORS)); fi
+
+# On the card at hand, with the interpreter at hand and what it has: nothing is installed. REHEARSE=1 takes the CPU, and the
+# environment of `make test`. LIMIT=SECONDS bounds the call, OUT=FOLDER receives the results (docs/gpu-proof.md).
+PROOF = -m benchmarks.proof $(if $(LIMIT),--limit $(LIMIT)) $(if $(OUT),--out $(OUT)) $(if $(STAGES),--stages $(STAGES))
+ifdef REHEARSE
+gpu-proof: $(STAMP)
+	$(BIN)/python $(PROOF) --rehearse
+else
+gpu-proof:
+	$(PYTHON) $(PROOF)
+endif
 
 bench-all: bench
-	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.layers.ratios --compiled
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest benchmarks --benchmark-enable --benchmark-group-by=group --benchmark-json=$(RESULTS)/pytest.json
+	$(ON_CARD) || $(ON_CPU) benchmarks.layers.ratios --compiled
+	$(ON_CPU) pytest benchmarks --benchmark-enable --benchmark-group-by=group --benchmark-json=$(RESULTS)/pytest.json
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

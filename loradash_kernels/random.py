@@ -60,10 +60,14 @@ def philox_words(
 
 def dropout_mask(seed: Tensor, threshold: int, m: int, k: int) -> Tensor:
     """Keep mask (m, k), bool: the bits every backend draws for this seed (2,) int64 and 16-bit threshold."""
+    return dropout_rows(seed, threshold, torch.arange(m, device=seed.device), k)
+
+
+def dropout_rows(seed: Tensor, threshold: int, rows: Tensor, k: int) -> Tensor:
+    """Some rows of `dropout_mask`: (len(rows), k), bool."""
     if threshold == 0:
-        return torch.ones(m, k, dtype=torch.bool, device=seed.device)
-    rows = torch.arange(m, device=seed.device)[:, None]
+        return torch.ones(len(rows), k, dtype=torch.bool, device=seed.device)
     blocks = torch.arange((k + 7) // 8, device=seed.device)[None, :]
-    words = torch.stack(philox_words(seed, rows, blocks), dim=-1)  # (m, blocks, 4)
+    words = torch.stack(philox_words(seed, rows[:, None], blocks), dim=-1)  # (m, blocks, 4)
     halves = torch.stack((words & 0xFFFF, words >> 16), dim=-1)  # (m, blocks, 4, 2)
     return (halves.flatten(1)[:, :k] >= threshold).contiguous()

@@ -62,6 +62,14 @@ def interleaved(
     return {name: statistics.median(values) for name, values in times.items()}
 
 
+def wanted_device(name: str | None) -> torch.device:
+    """The named device, or the card where there is one. RuntimeError in words where the named card is not there."""
+    device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise RuntimeError(f"--device {name}: PyTorch {torch.__version__} sees no GPU")
+    return device
+
+
 def _cpu() -> str:
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()

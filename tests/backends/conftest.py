@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
-from types import SimpleNamespace
-
 import pytest
-import torch
+from support.choices import forget_devices, pretend_card
 
 from loradash_kernels import notices
 from loradash_kernels.backends import cuda, tuning
+from loradash_kernels.backends.measurements import SHIPPED_FOLDER
 from loradash_kernels.backends.triton import backend as triton
 
 
@@ -17,24 +15,15 @@ from loradash_kernels.backends.triton import backend as triton
 def card(monkeypatch):
     """Pretends that there is a card of a given capability, and that both GPU backends can run on it."""
 
-    def forget():
-        triton.architecture_of.cache_clear()
-        triton._shared_limit.cache_clear()
-
     def pretend(*capability, shared_limit=None):
-        forget()
-        properties = SimpleNamespace(shared_memory_per_block_optin=shared_limit)
-        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
-        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device=None: properties)
-        monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: "a card")
-        monkeypatch.setattr(torch.cuda, "device", contextlib.nullcontext)
-        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+        forget_devices()
+        pretend_card(monkeypatch, capability, shared_limit)
         monkeypatch.setattr(cuda, "missing", lambda: None)
         monkeypatch.setattr(cuda, "_has_code", lambda device: True)
         monkeypatch.setattr(triton, "missing", lambda: None)
 
     yield pretend
-    forget()
+    forget_devices()
 
 
 @pytest.fixture
@@ -45,9 +34,11 @@ def unwarned(monkeypatch):
 
 @pytest.fixture
 def cache(tmp_path, monkeypatch, unwarned):
-    """A folder for measurements, which is not there yet."""
+    """A folder for measurements, which is not there yet; and nothing is shipped."""
     monkeypatch.setenv("LORADASH_CACHE", str(tmp_path / "cache"))
     monkeypatch.delenv("LORADASH_TUNE", raising=False)
     tuning.MEASURED.forget()
+    tuning.SHIPPED.forget(tmp_path / "shipped")
     yield tmp_path / "cache"
     tuning.MEASURED.forget()
+    tuning.SHIPPED.forget(SHIPPED_FOLDER)
