@@ -31,7 +31,7 @@ from benchmarks.layers.checks import check_by_norms, check_ours
 from benchmarks.layers.device_report import report
 from benchmarks.layers.meter import Found, Meter, products_in, said
 from benchmarks.layers.roofs import roofs
-from benchmarks.layers.variants import FROZEN, OURS, VARIANTS, Case, Inputs, make_case, make_inputs
+from benchmarks.layers.variants import DIRECTIONS, FROZEN, OURS, VARIANTS, Case, Inputs, make_case, make_inputs
 from benchmarks.layers.workloads import Job, Workload, all_jobs, rehearsal, selected
 from benchmarks.prelaunch.device import prelaunch_row
 from benchmarks.support.journal import ATTEMPTS, Journal, Row
@@ -89,7 +89,16 @@ class Program:
         key = key_of(job, row["arm"])
         if key not in self.journal.keys:
             self.journal.add(
-                {"key": key, "kind": job.kind, **_sizes(job.workload), "error": None, **row, **self.facts, **self.about}
+                {
+                    "key": key,
+                    "kind": job.kind,
+                    **_sizes(job.workload),
+                    "error": None,
+                    "left out": None,
+                    **row,
+                    **self.facts,
+                    **self.about,
+                }
             )
 
     def _tried(self, job: Job, arm: str, attempt: Callable[[], Any]) -> Any:
@@ -107,10 +116,12 @@ class Program:
             print(f"  {arm}: passed, {self.spent - begun:.1f} s", flush=True)
             return found
         except Exception as error:
+            # That a card is small is nobody's fault.
+            kind = "left out" if isinstance(error, torch.cuda.OutOfMemoryError) else "error"
             words = said(error)
         print(f"  {arm}: {words}", flush=True)
         # What was allocated is free once the error is gone.
-        self._add(job, {"arm": arm, "error": words})
+        self._add(job, {"arm": arm, kind: words})
         try:
             self.meter.recover()
         except RuntimeError as error:
@@ -158,7 +169,11 @@ class Program:
             return
         with products_in(workload.dtype == "tf32"):
             inputs = make_inputs(workload.shape, DTYPES[workload.dtype], self.device)
-            cases = self._checked(job, dict.fromkeys((FROZEN, *wanted)), inputs)
+            for name in backends.names(self.device):
+                reason = backends.refusal(name, inputs.x, workload.rank + DIRECTIONS)
+                if reason is not None:
+                    self._add(job, {"arm": f"{OURS}, {name}", "left out": f"refused: {reason}"})
+            cases = self._checked(job, dict.fromkeys((FROZEN, *self.missing(job, wanted))), inputs)
             found = self.meter.passes(cases)
             self.facts = card_facts(self.device)
             steps = {name: case.step for name, case in cases.items()}
