@@ -29,7 +29,7 @@ import torch
 from benchmarks.layers import backends, training
 from benchmarks.layers.checks import check_by_norms, check_ours
 from benchmarks.layers.device_report import report
-from benchmarks.layers.meter import Found, Meter, products_in, said
+from benchmarks.layers.meter import CardLost, Found, Meter, products_in, said
 from benchmarks.layers.roofs import roofs
 from benchmarks.layers.variants import DIRECTIONS, FROZEN, OURS, VARIANTS, Case, Inputs, make_case, make_inputs
 from benchmarks.layers.workloads import Job, Workload, all_jobs, rehearsal, selected
@@ -41,10 +41,6 @@ from loradash_kernels.timing import card_facts, stopwatch_for
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "tf32": torch.float32}
 GEMM = "vendor GEMM"
 TIME_IS_OVER, CARD_IS_LOST = 75, 76
-
-
-class CardLost(RuntimeError):
-    """The card answers no more in this process."""
 
 
 class Program:
@@ -73,13 +69,19 @@ class Program:
         """Adds the rows of a job that are not there."""
         # The compiler gives up on a function that it has compiled for eight shapes.
         torch._dynamo.reset()
-        {
+        measured = {
             "roofs": self._roofs,
             "layer": self._layer,
             "strategy": self._strategy,
             "training": self._training,
             "prelaunch": self._prelaunch,
-        }[job.kind](job)
+        }
+        try:
+            measured[job.kind](job)
+        except CardLost as error:
+            # The next program leaves out what this one ended with.
+            self._add(job, {"arm": error.arm, "error": error.why})
+            raise
 
     def missing(self, job: Job, arms: Any) -> list[str]:
         """The arms that have no row."""
@@ -122,10 +124,7 @@ class Program:
         print(f"  {arm}: {words}", flush=True)
         # What was allocated is free once the error is gone.
         self._add(job, {"arm": arm, kind: words})
-        try:
-            self.meter.recover()
-        except RuntimeError as error:
-            raise CardLost(said(error)) from error
+        self.meter.recover(arm, words)
         self.journal.end(key)
         return None
 

@@ -14,7 +14,7 @@ import torch
 from benchmarks.layers import device as program
 from benchmarks.layers.device_report import main as report_main
 from benchmarks.layers.device_report import report
-from benchmarks.layers.meter import Meter
+from benchmarks.layers.meter import CardLost, Meter
 from benchmarks.layers.variants import FROZEN, IN_PLACE, OURS, PEFT, VARIANTS
 from benchmarks.layers.workloads import Job, Workload
 from benchmarks.support.journal import ATTEMPTS, Journal, read_lines
@@ -123,8 +123,8 @@ def test_a_card_that_no_longer_answers_ends_the_program_and_then_the_arm(run, mo
             raise RuntimeError("CUDA error: an illegal memory access was encountered")
         return made(name, *args)
 
-    def lost(self):
-        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+    def lost(self, arm, why):
+        raise CardLost(arm, why)
 
     with monkeypatch.context() as patched:
         patched.setattr(program, "make_case", deadly)
@@ -133,6 +133,21 @@ def test_a_card_that_no_longer_answers_ends_the_program_and_then_the_arm(run, mo
     assert status == program.CARD_IS_LOST and rows.keys() == {PEFT}
     status, rows = run(LAYER)
     assert status == 0 and "illegal memory access" in rows[PEFT]["error"] and rows[OURS]["error"] is None
+
+
+def test_a_card_that_is_lost_while_an_arm_is_timed(run, monkeypatch):
+    measured = Meter.measure
+
+    def deadly(self, arms, *args, **kwargs):
+        if PEFT in arms:
+            raise CardLost(PEFT, "AcceleratorError: unspecified launch failure")
+        return measured(self, arms, *args, **kwargs)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Meter, "measure", deadly)
+        assert run(LAYER)[0] == program.CARD_IS_LOST
+    status, rows = run(LAYER)
+    assert status == 0 and "unspecified launch failure" in rows[PEFT]["error"] and rows[OURS]["step ms"] > 0
 
 
 def test_an_arm_that_hung_twice_is_left_out(run, tmp_path):

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from benchmarks.layers import meter as meters
-from benchmarks.layers.meter import Meter, products_in, said
+from benchmarks.layers.meter import CardLost, Meter, products_in, said
 from benchmarks.layers.variants import FACTORED, FROZEN, OURS, build
 from loradash_kernels.timing import ArmError, HostStopwatch
 
@@ -74,3 +74,82 @@ def test_settings_of_products_are_put_back():
     with products_in(tf32=True):
         assert (matmul.allow_tf32, matmul.allow_bf16_reduced_precision_reduction) == (True, False)
     assert (matmul.allow_tf32, matmul.allow_bf16_reduced_precision_reduction) == before
+
+
+@pytest.fixture
+def card(monkeypatch):
+    """A pretended card: what is asked of torch.cuda, in order."""
+    asked = []
+
+    class Stream:
+        def __init__(self, device=None):
+            pass
+
+        def wait_stream(self, other):
+            asked.append("wait")
+
+    class Graph:
+        def replay(self):
+            asked.append("replay")
+
+    class Context:
+        def __init__(self, name):
+            self.name = name
+
+        def __enter__(self):
+            asked.append(f"{self.name} begins")
+
+        def __exit__(self, *error):
+            asked.append(f"{self.name} ends")
+
+    memory = iter([100, 350])
+    for name, fake in {
+        "Stream": Stream,
+        "CUDAGraph": Graph,
+        "current_stream": Stream,
+        "stream": lambda stream: Context("stream"),
+        "graph": lambda graph: Context("graph"),
+        "synchronize": lambda device: asked.append("synchronize"),
+        "empty_cache": lambda: asked.append("empty_cache"),
+        "reset_peak_memory_stats": lambda device: asked.append("reset"),
+        "memory_allocated": lambda device: next(memory),
+        "max_memory_allocated": lambda device: next(memory),
+    }.items():
+        monkeypatch.setattr(torch.cuda, name, fake)
+    return asked
+
+
+def test_a_graph_is_captured_once_and_replayed(card):
+    meter = Meter(torch.device("cuda"), HostStopwatch(), least=2, most=2)
+
+    def bad():
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    found = meter.graphs({"a": lambda: card.append("step"), "bad": bad})
+    assert found.samples.keys() == {"a"} and "capturing" in found.errors["bad"]
+    assert " ".join(card).startswith(
+        "wait stream begins step step step stream ends wait graph begins step graph ends wait stream begins stream ends "
+        "synchronize empty_cache replay"
+    )
+    assert card.count("step") == 4 and card.count("replay") == 4, "two of them warm"
+
+
+def test_a_card_that_no_longer_answers_is_lost(card, monkeypatch):
+    def dead(device):
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(torch.cuda, "synchronize", dead)
+    meter = Meter(torch.device("cuda"), HostStopwatch())
+    with pytest.raises(CardLost, match="bad: ZeroDivisionError.*; then RuntimeError: CUDA error") as lost:
+        meter.measure({"good": lambda: None, "bad": lambda: 1 / 0})
+    assert lost.value.arm == "bad"
+
+
+def test_peak_memory_is_of_a_step_that_was_taken_before(card):
+    meter = Meter(torch.device("cuda"), HostStopwatch())
+    assert meter.peak_bytes(lambda: card.append("step")) == 250
+    assert card == ["step", "synchronize", "reset", "step", "synchronize"]
+
+
+def test_memory_is_not_counted_on_the_host(meter):
+    assert meter.peak_bytes(lambda: None) is None
