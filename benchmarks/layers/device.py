@@ -54,7 +54,7 @@ class Program:
         self.begun, self.seconds = time.monotonic(), seconds
         self.device, self.rehearsed = meter.device, rehearsed
         self.about = {**environment(), "device": str(meter.device), "rehearsed": rehearsed}
-        self.facts = card_facts(self.device)
+        self._look()
 
     @property
     def spent(self) -> float:
@@ -82,6 +82,11 @@ class Program:
             # The next program leaves out what this one ended with.
             self._add(job, {"arm": error.arm, "error": error.why})
             raise
+
+    def _look(self) -> None:
+        """Notes the state of the card, right after a measurement, for the rows to come; and the calls so far that were timed
+        with some of their launching, because the host came late."""
+        self.facts = {**card_facts(self.device), "late calls": getattr(self.meter.stopwatch, "late", 0)}
 
     def missing(self, job: Job, arms: Any) -> list[str]:
         """The arms that have no row."""
@@ -151,7 +156,7 @@ class Program:
                 steps[arm] = step
         found = {"step": self.meter.measure(steps)}
         found["wall"] = self.meter.wall(steps, found["step"].shortest)
-        self.facts = card_facts(self.device)
+        self._look()
         for arm in wanted:
             if arm in steps:
                 row = {"arm": arm, **times_of(arm, found), "stack": str(sizes)}
@@ -174,7 +179,7 @@ class Program:
                     self._add(job, {"arm": f"{OURS}, {name}", "left out": f"refused: {reason}"})
             cases = self._checked(job, dict.fromkeys((FROZEN, *self.missing(job, wanted))), inputs)
             found = self.meter.passes(cases)
-            self.facts = card_facts(self.device)
+            self._look()
             steps = {name: case.step for name, case in cases.items()}
             found["wall"] = self.meter.wall(steps, found["step"].shortest)
             found["graph"] = self.meter.graphs(steps)
@@ -207,7 +212,7 @@ class Program:
                 return pass_ in (arms[name].passes if name in arms else backends.PASSES)
 
             found = self.meter.passes(cases, takes)
-            self.facts = card_facts(self.device)
+            self._look()
             for name in wanted:
                 if name in cases:
                     self._add(job, {"arm": name, "backend": arms[name].backend, **times_of(name, found)})

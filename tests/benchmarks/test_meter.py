@@ -140,7 +140,7 @@ def test_a_card_that_no_longer_answers_is_lost(card, monkeypatch):
 
     monkeypatch.setattr(torch.cuda, "synchronize", dead)
     meter = Meter(torch.device("cuda"), HostStopwatch())
-    with pytest.raises(CardLost, match="bad: ZeroDivisionError.*; then RuntimeError: CUDA error") as lost:
+    with pytest.raises(CardLost, match=r"bad: ZeroDivisionError.*; then RuntimeError: CUDA error") as lost:
         meter.measure({"good": lambda: None, "bad": lambda: 1 / 0})
     assert lost.value.arm == "bad"
 
