@@ -20,9 +20,9 @@ from support.devices import backends_on, wanted_device, wanted_shard
 from loradash_kernels.backends.triton import backend as triton_backend
 
 if triton_backend.interpreted():
-    from support.interpreter import repair_bf16
+    from support.interpreter import repair
 
-    repair_bf16()
+    repair()
 
 # Pre-launch selection is judged on real LoRA factors, which are no part of the repository: LORADASH_FACTORS names a file of
 # them, by default one in a folder shared/ beside the checkout, which CI lays there; without a file these tests are skipped.

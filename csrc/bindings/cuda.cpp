@@ -207,6 +207,8 @@ void define_cuda(pybind11::module_& m) {
   });
 #else
   m.attr("cuda_architectures") = pybind11::none();
+  // The sentence of setup.py that says why.
+  m.attr("without_cuda") = LORADASH_WITHOUT_CUDA;
 #endif
   m.attr("cuda_max_width") = kMaxWidth;
   m.def("cuda_tiles", [](CardNumbers card) { return gemm_tiles({card.first, card.second}); });

@@ -29,7 +29,7 @@ def missing() -> str | None:
     if extension.missing_reason is not None:
         return extension.missing_reason
     if extension.compiled().cuda_architectures is None:
-        return "the compiled part was built without CUDA; build it with a CUDA toolkit (CUDA_HOME) and a CUDA build of PyTorch"
+        return f"the compiled part was built without CUDA: {extension.compiled().without_cuda}"
     return None if torch.cuda.is_available() else "PyTorch sees no GPU"
 
 
@@ -71,10 +71,13 @@ def backward(call: BackwardCall) -> None:
 
 
 def candidates(call: Call) -> list[str]:
-    """The strategies that could be fastest for a call: the library, where there is a product for it, and every tile."""
+    """The strategies that could be fastest for a call: the library, where there is a product for it, and every tile; one
+    where nothing is computed in tiles."""
+    if isinstance(call, BackwardCall) and call.dx is None:
+        return [FUSED]
     compiled = extension.compiled()
     tiles = list(compiled.cuda_tiles(compiled.cuda_card(call.x.get_device())))
-    return tiles if _base_product(call) is None else [LIBRARY, *tiles]
+    return tiles if call.weight is None else [LIBRARY, *tiles]
 
 
 def _strategy(call: Call) -> str:

@@ -18,7 +18,8 @@ FLOORS = {
         "autograd", "arguments", "functional", "directions", "testing", "__init__",
     ),
     "loradash_kernels/backends": (
-        "__init__", "extension", "cards", "measurements", "tuning", "reference", "cpu", "cuda", "triton", "registry",
+        "__init__", "extension", "cards", "measurements", "tuning", "fused_dropout", "products", "reference", "cpu", "cuda",
+        "triton", "registry",
     ),
     "loradash_kernels/backends/triton": (
         "__init__", "target", "kernels", "tiles", "problem", "strategies", "plan", "prelaunch", "backend",

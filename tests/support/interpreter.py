@@ -1,12 +1,33 @@
-"""Two repairs of Triton's interpreter, which keeps bf16 as 16-bit integers: products of them are products of integers,
-and casts from fp32 truncate. Patched here into exact upcasts and rounding to nearest even; GPU code is not concerned."""
+"""Repairs of Triton's interpreter; GPU code is not concerned.
+
+It keeps bf16 as 16-bit integers: products of them are products of integers, and casts from fp32 truncate. Patched here into
+exact upcasts and rounding to nearest even. Up to Triton 3.6 it makes bounds of loops from arrays of one element in a way that
+numpy refuses since 2.4.
+"""
 
 from __future__ import annotations
 
 import numpy as np
 
 
-def repair_bf16() -> None:
+def repair() -> None:
+    _repair_bf16()
+    _repair_bounds()
+
+
+def _repair_bounds() -> None:
+    from triton.runtime import interpreter
+
+    patch = interpreter._patch_lang_tensor
+
+    def patch_lang_tensor(tensor, *scope):
+        patch(tensor, *scope)
+        tensor.__index__ = lambda self: int(self.handle.data.item())
+
+    interpreter._patch_lang_tensor = patch_lang_tensor
+
+
+def _repair_bf16() -> None:
     import triton.language as tl
     from triton.runtime import interpreter
 

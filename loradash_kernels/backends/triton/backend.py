@@ -21,7 +21,7 @@ from .target import Target
 from .tiles import MAX_WIDTH, TARGETS, nearest
 
 name = "triton"
-MINIMUM = (3, 6)
+MINIMUM = (3, 3)
 
 
 @functools.cache

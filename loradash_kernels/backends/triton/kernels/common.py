@@ -9,6 +9,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+# mul, which triton.language does not name before Triton 3.6.
+from triton.language import core
+
 
 @triton.jit
 def span(SIZE: tl.constexpr, WIDE: tl.constexpr):
@@ -55,8 +58,8 @@ def philox(key, c0, c1, c2, c3):
     W1: tl.constexpr = 0xBB67AE85
     k0, k1 = key.to(tl.uint32), (key >> 32).to(tl.uint32)
     for _ in tl.static_range(10):
-        high0, low0 = tl.umulhi(c0, M0), tl.mul(c0, M0, sanitize_overflow=False)
-        high1, low1 = tl.umulhi(c2, M1), tl.mul(c2, M1, sanitize_overflow=False)
+        high0, low0 = tl.umulhi(c0, M0), core.mul(c0, M0, sanitize_overflow=False)
+        high1, low1 = tl.umulhi(c2, M1), core.mul(c2, M1, sanitize_overflow=False)
         c0, c1, c2, c3 = high1 ^ c1 ^ k0, low1, high0 ^ c3 ^ k1, low0
         k0, k1 = tl.add(k0, W0, sanitize_overflow=False), tl.add(k1, W1, sanitize_overflow=False)
     return c0, c1, c2, c3

@@ -1,0 +1,52 @@
+"""A pretended card of every capability: which backend, and the warning where it is the reference."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from support.choices import CAPABILITIES, TRITONS, choice, pretended
+
+from loradash_kernels import available_backends
+
+
+def expected(capability, code, version, dtype=torch.bfloat16):
+    if capability < (8, 0):
+        return "reference"
+    if code and dtype != torch.float32:
+        return "cuda"
+    return "triton" if version in ("3.8.0", "3.3.1") else "reference"
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("version", TRITONS)
+@pytest.mark.parametrize("code", [True, False])
+@pytest.mark.parametrize("capability", CAPABILITIES)
+def test_every_card(capability, code, version, dtype):
+    name, warning = choice(capability, code, version, dtype)
+    assert name == expected(capability, code, version, dtype)
+    assert (warning is not None) == (name == "reference")
+    if warning is None:
+        return
+    assert "plain PyTorch computes LoRA-Dash layers on this cuda device, slowly" in warning
+    if capability < (8, 0):
+        assert "No kernel runs on sm_75: sm_80 or newer is needed" in warning
+    else:
+        assert "Install Triton 3.3 or newer (`pip install 'triton>=3.3'`)" in warning
+        assert f"CUDA toolkit for sm_{capability[0]}{capability[1]}" in warning
+        assert ("Triton 3.2.0 is too old" if version else "Triton is not installed") in warning
+
+
+@pytest.mark.parametrize("code", [True, False])
+def test_too_wide_for_any_kernel(code):
+    name, warning = choice((9, 0), code, width=257)
+    assert name == "reference" and "No kernel takes r + s above 256: choose a smaller rank" in warning
+
+
+def test_float64_is_the_reference_without_a_warning():
+    assert choice((9, 0), dtype=torch.float64) == ("reference", None)
+
+
+def test_what_is_available():
+    with pretended((8, 0), triton_version="3.2.0"):
+        found = available_backends()
+    assert found["cuda"] is None and "3.2.0 is too old" in found["triton"] and found["reference"] is None
