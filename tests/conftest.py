@@ -40,6 +40,8 @@ def pytest_addoption(parser):
 def pytest_configure(config):
     config.stash[DEVICE] = wanted_device(config.getoption("device"))
     wanted_shard(config.getoption("shard"))
+    # Tests have PyTorch fill memory with NaN, which it does in its deterministic mode alone; there it warns of cuBLAS.
+    config.addinivalue_line("filterwarnings", "ignore:Deterministic behavior was enabled")
 
 
 DEVICE = pytest.StashKey[torch.device]()
@@ -52,7 +54,8 @@ def pytest_report_header(config):
 
 
 def pytest_generate_tests(metafunc):
-    if "backend" in metafunc.fixturenames:
+    given = [mark.args[0] for mark in metafunc.definition.iter_markers("parametrize")]
+    if "backend" in metafunc.fixturenames and "backend" not in given:
         metafunc.parametrize("backend", backends_on(metafunc.config.stash[DEVICE]), indirect=True)
 
 
