@@ -144,6 +144,7 @@ class Meter:
             except Exception as error:
                 errors[name] = said(error)
                 del error
+                _renew_generator(self.device)
                 self.recover(name, errors[name])
         found = self.measure({name: graph.replay for name, graph in graphs.items()})
         found.errors |= errors
@@ -173,6 +174,13 @@ def _captured(step: Callable[[], object], device: torch.device) -> Any:
     with torch.cuda.graph(graph):
         step()
     return graph
+
+
+def _renew_generator(device: torch.device) -> None:
+    """A capture that failed leaves the generator waiting for the rest of it, and all later draws would raise."""
+    index = torch.cuda.current_device() if device.index is None else device.index
+    fresh = torch.Generator(torch.device("cuda", index))
+    torch.cuda.default_generators[index].graphsafe_set_state(fresh.graphsafe_get_state())
 
 
 @contextlib.contextmanager

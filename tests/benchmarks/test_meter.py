@@ -102,11 +102,21 @@ def card(monkeypatch):
         def __exit__(self, *error):
             asked.append(f"{self.name} ends")
 
+    class Generator:
+        def graphsafe_get_state(self):
+            return "fresh"
+
+        def graphsafe_set_state(self, state):
+            asked.append(f"{state} generator")
+
+    monkeypatch.setattr(torch, "Generator", lambda device: Generator())
     memory = iter([100, 350])
     for name, fake in {
         "Stream": Stream,
         "CUDAGraph": Graph,
         "current_stream": Stream,
+        "current_device": lambda: 0,
+        "default_generators": [Generator()],
         "stream": lambda stream: Context("stream"),
         "graph": lambda graph: Context("graph"),
         "synchronize": lambda device: asked.append("synchronize"),
@@ -129,7 +139,7 @@ def test_a_graph_is_captured_once_and_replayed(card):
     assert found.samples.keys() == {"a"} and "capturing" in found.errors["bad"]
     assert " ".join(card).startswith(
         "wait stream begins step step step stream ends wait graph begins step graph ends wait stream begins stream ends "
-        "synchronize empty_cache replay"
+        "fresh generator synchronize empty_cache replay"
     )
     assert card.count("step") == 4 and card.count("replay") == 4, "two of them warm"
 
