@@ -293,6 +293,10 @@ def main(arguments: list[str] | None = None) -> int:
         jobs = selected(rehearsal() if options.rehearse else all_jobs(), options.shapes)
     except (ValueError, RuntimeError) as error:
         parser.error(str(error))
+    if device.type == "cpu" and not (options.rehearse or options.device):
+        parser.error(
+            "PyTorch sees no GPU; --rehearse shows on a CPU that all of it runs, --device cpu measures it, for hours"
+        )
     card = card_facts(device)["card"]
     folder = options.out or ROOT / RESULTS / re.sub(r"[^a-z0-9]+", "_", card.lower()).strip("_")
     journal = Journal(folder)

@@ -208,6 +208,13 @@ def test_a_card_that_is_not_there(capsys):
     assert "sees no GPU" in capsys.readouterr().err
 
 
+def test_a_cpu_must_be_asked_for(capsys, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SystemExit):
+        program.main(["--out", "nowhere"])
+    assert "--rehearse shows on a CPU" in capsys.readouterr().err
+
+
 def test_a_shape_that_is_not_there(capsys):
     with pytest.raises(SystemExit):
         program.main(["--rehearse", "--shapes", "5x7", "--out", "nowhere"])
