@@ -12,7 +12,7 @@ CUTLASS := $(PIP) install --quiet --no-deps "nvidia-cutlass==4.2.0.0"
 RESULTS := benchmarks/results
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test cuda-check cuda-counters test-ptxsim bench bench-all counters lint format docs clean
+.PHONY: demo test cuda-check cuda-counters test-ptxsim bench bench-all gpu-proof counters lint format docs clean
 
 demo: $(STAMP)
 	$(BIN)/loradash finetune --out runs/demo
@@ -58,6 +58,17 @@ bench: $(STAMP)
 	if $(ON_CARD); then $(BIN)/python -m benchmarks.layers.device $(if $(BENCH_SECONDS),--seconds $(BENCH_SECONDS)); else \
 		$(ON_CPU) benchmarks.layers.ratios --out $(RESULTS) \
 		&& $(ON_CPU) benchmarks.prelaunch.speed --out $(RESULTS) $(if $(FACTORS),--factors $(FACTORS)); fi
+
+# On the card at hand, with the interpreter at hand and what it has: nothing is installed. REHEARSE=1 takes the CPU, and the
+# environment of `make test`. LIMIT=SECONDS bounds the call, OUT=FOLDER receives the results (docs/gpu-proof.md).
+PROOF = -m benchmarks.proof $(if $(LIMIT),--limit $(LIMIT)) $(if $(OUT),--out $(OUT)) $(if $(STAGES),--stages $(STAGES))
+ifdef REHEARSE
+gpu-proof: $(STAMP)
+	$(BIN)/python $(PROOF) --rehearse
+else
+gpu-proof:
+	$(PYTHON) $(PROOF)
+endif
 
 bench-all: bench
 	$(ON_CARD) || $(ON_CPU) benchmarks.layers.ratios --compiled

@@ -57,9 +57,13 @@ def plan(
     base: torch.Tensor | None,
     card: tuple[int, int],
     tile: str,
+    weight: bool = True,
 ) -> tuple[list[tuple], list[torch.Tensor]]:
-    """Launches of a pass and the tensors that they use, the workspace last."""
+    """Launches of a pass and the tensors that they use, the workspace last. Without `weight` the low-rank terms are left, and
+    the bias: what goes before a library's product."""
     forward, backward = calls(case, out, seed, base)
+    if not weight:
+        forward, backward = forward._replace(weight=None), backward._replace(weight=None)
     if pass_ == "forward":
         return extension.compiled().cuda_plan_forward(*forward, card, tile)
     return extension.compiled().cuda_plan_backward(*backward, card, tile)
@@ -89,6 +93,7 @@ def emulated_run(
     tile: str = "",
     processors: int = 0,
     only: str | None = None,
+    weight: bool = True,
     **options: Any,
 ) -> dict[str, torch.Tensor]:
     """Output and gradients of a case (or `only` one of these), as `testing.run`; outputs are NaN before."""
@@ -99,6 +104,6 @@ def emulated_run(
         out = {name: v if name in ("y", "p", only) else None for name, v in out.items()}
     reachable = [v for v in [*out.values(), seed, case.dy, case.x, product] if v is not None]
     for pass_ in PASSES:
-        launches, kept = plan(case, out, pass_, seed, product, card, tile)
+        launches, kept = plan(case, out, pass_, seed, product, card, tile, weight)
         emulate(launches, [*reachable, *kept], architecture, **options)
     return results(case, out, base)

@@ -23,6 +23,10 @@ class Strategy:
     tile: TileConfig | None = None
 
 
+DEFAULT = Strategy("library")
+"""Where nothing was measured: no card is known on which our tiles beat the vendor's."""
+
+
 def candidates(problem: Problem) -> list[Strategy]:
     """Every strategy that could be fastest for a call: each tile of the table, fused and on descriptors; the one-launch
     forward; the library."""
