@@ -45,8 +45,8 @@ def candidates(problem: Problem) -> list[Strategy]:
 
 
 def descriptors_fit(problem: Problem, *operands: Tensor | None) -> bool:
-    """Can these be read through tensor descriptors: on this card, aligned rows of 16-bit elements, not empty?"""
-    return problem.target.asynchronous and problem.itemsize == 2 and all(map(_takes_descriptor, operands))
+    """Can these be read through tensor descriptors: on this card and with this Triton, aligned rows of 16-bit elements, not empty?"""
+    return problem.target.descriptors and problem.itemsize == 2 and all(map(_takes_descriptor, operands))
 
 
 def _takes_descriptor(t: Tensor | None) -> bool:
