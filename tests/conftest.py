@@ -40,6 +40,8 @@ def pytest_addoption(parser):
 def pytest_configure(config):
     config.stash[DEVICE] = wanted_device(config.getoption("device"))
     wanted_shard(config.getoption("shard"))
+    # Tests have PyTorch fill memory with NaN, which it does in its deterministic mode alone; there it warns of cuBLAS.
+    config.addinivalue_line("filterwarnings", "ignore:Deterministic behavior was enabled")
 
 
 DEVICE = pytest.StashKey[torch.device]()

@@ -71,10 +71,13 @@ def backward(call: BackwardCall) -> None:
 
 
 def candidates(call: Call) -> list[str]:
-    """The strategies that could be fastest for a call: the library, where there is a product for it, and every tile."""
+    """The strategies that could be fastest for a call: the library, where there is a product for it, and every tile; one
+    where nothing is computed in tiles."""
+    if isinstance(call, BackwardCall) and call.dx is None:
+        return [FUSED]
     compiled = extension.compiled()
     tiles = list(compiled.cuda_tiles(compiled.cuda_card(call.x.get_device())))
-    return tiles if _base_product(call) is None else [LIBRARY, *tiles]
+    return tiles if call.weight is None else [LIBRARY, *tiles]
 
 
 def _strategy(call: Call) -> str:

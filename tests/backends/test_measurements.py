@@ -132,11 +132,16 @@ def test_is_named_with_its_source(shipped):
 @pytest.mark.parametrize(
     "text",
     [
-        b"", b"{", b"[]", b'{"measurements": []}', b'{"source": {}, "measurements": []}', b"\xff\xfe",
+        b"",
+        b"{",
+        b"[]",
+        b'{"measurements": []}',
+        b'{"source": {}, "measurements": []}',
+        b"\xff\xfe",
         json.dumps({"source": {**SOURCE, "commit": 7}, "measurements": []}).encode(),
         json.dumps({"source": SOURCE, "measurements": [{"owner": "cuda"}]}).encode(),
     ],
-)  # fmt: skip
+)
 def test_a_damaged_file_is_ignored(shipped, tmp_path, text):
     """Once with a warning; the others hold."""
     shipped((call_of(), "wide", {}))

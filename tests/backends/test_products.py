@@ -8,6 +8,7 @@ from support import jitted
 from support.calls import base_product, calls, drawn_seed, outputs, results
 from support.layouts import slices, transposed
 from support.shapes import DTYPES, SHAPES
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from loradash_kernels.backends import fused_dropout, products, reference
@@ -120,9 +121,22 @@ def test_one_gradient_alone(drawn, wanted):
 
 
 VIEWS = {
-    "view", "t", "transpose", "detach", "slice", "expand", "unsqueeze", "unbind", "select", "alias", "as_strided",
-    "empty", "new_empty", "_unsafe_view", "permute",
-}  # fmt: skip
+    "view",
+    "t",
+    "transpose",
+    "detach",
+    "slice",
+    "expand",
+    "unsqueeze",
+    "unbind",
+    "select",
+    "alias",
+    "as_strided",
+    "empty",
+    "new_empty",
+    "_unsafe_view",
+    "permute",
+}
 
 
 class Launches(TorchDispatchMode):
@@ -155,3 +169,18 @@ def test_few_kernels(monkeypatch):
     fused = launches(products.forward, forward), launches(products.backward, backward)
     print(f"operators that launch: {eager} by the formula, {fused} as products")
     assert fused[0] <= 20 and fused[1] <= 30 and eager[0] > 300 and eager[1] > 600
+
+
+@pytest.mark.skipif(torch.version.cuda is None, reason="this PyTorch has no CUDA, which fake tensors of a card ask for")
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_card_takes_this_path(monkeypatch, dtype):
+    """On fake tensors of a card the reference runs these products, 16-bit operands summed into float32 as PyTorch does it."""
+    monkeypatch.setattr(fused_dropout, "_kernel", lambda device: lambda bits, *args, threshold, elements: bits.clone())
+    case = make_case(8, 16, 24, 4, 2, dtype, adapter_dtype=FP32, dropout_p=0.1)
+    forward, backward = calls(case, outputs(case), drawn_seed(case))
+    with FakeTensorMode() as mode, torch.no_grad():
+        for run, call in ((reference.forward, forward), (reference.backward, backward)):
+            on_card = [mode.from_tensor(t).to("cuda") if isinstance(t, torch.Tensor) else t for t in call]
+            with Launches() as counted:
+                run(type(call)(*on_card))
+            assert "mm" in counted.names and not {"bitwise_and", "bitwise_xor"} & set(counted.names)

@@ -40,7 +40,9 @@ def test_the_most_telling_come_first():
     kinds = [job.kind for job in JOBS]
     assert kinds.index("prelaunch") < kinds.index("layer", 14) + 10
     # Every linear at one number of rows comes before the second number of rows of any but the square.
-    later = next(i for i, job in enumerate(JOBS) if job.kind == "layer" and job.workload.k != 4096 and job.workload.m != 4096)
+    later = next(
+        i for i, job in enumerate(JOBS) if job.kind == "layer" and job.workload.k != 4096 and job.workload.m != 4096
+    )
     shapes = {(j.workload.k, j.workload.n) for j in JOBS[:later] if j.kind == "layer"}
     assert len(shapes) == 9
 
@@ -54,7 +56,11 @@ def test_a_rehearsal_has_every_kind():
 
 
 def test_selected():
-    jobs = [Job("roofs"), *(Job("layer", Workload("bf16", m, 64, 32)) for m in (8, 16)), Job("prelaunch", shape=(64, 32))]
+    jobs = [
+        Job("roofs"),
+        *(Job("layer", Workload("bf16", m, 64, 32)) for m in (8, 16)),
+        Job("prelaunch", shape=(64, 32)),
+    ]
     assert selected(jobs, []) == jobs
     assert selected(jobs, ["64x32"]) == jobs
     assert selected(jobs, ["16x64x32"]) == [jobs[0], jobs[2]]

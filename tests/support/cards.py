@@ -37,6 +37,8 @@ def forward_call(x, width=24):
 
 
 def backward_call(x, width=24):
+    """One that wants dx and dA."""
     given = forward_call(x, width)
     dy, p = given.y, given.p
-    return BackwardCall(dy, x, *given[1:2], *given[3:8], p, None, 1.0, 0, None, given.lora_a, *[None] * 3)
+    dx = torch.empty(*x.shape)
+    return BackwardCall(dy, x, *given[1:2], *given[3:8], p, None, 1.0, 0, dx, given.lora_a, *[None] * 3)

@@ -24,9 +24,19 @@ from .cards import OnCard, forward_call
 KB = 1024
 # Bytes of shared memory that a block may take.
 CAPABILITIES = {
-    (7, 5): 64 * KB, (8, 0): 163 * KB, (8, 6): 99 * KB, (8, 7): 163 * KB, (8, 9): 99 * KB, (9, 0): 227 * KB,
-    (10, 0): 227 * KB, (10, 3): 227 * KB, (11, 0): 227 * KB, (12, 0): 99 * KB, (12, 1): 99 * KB, (13, 0): 227 * KB,
-}  # fmt: skip
+    (7, 5): 64 * KB,
+    (8, 0): 163 * KB,
+    (8, 6): 99 * KB,
+    (8, 7): 163 * KB,
+    (8, 9): 99 * KB,
+    (9, 0): 227 * KB,
+    (10, 0): 227 * KB,
+    (10, 3): 227 * KB,
+    (11, 0): 227 * KB,
+    (12, 0): 99 * KB,
+    (12, 1): 99 * KB,
+    (13, 0): 227 * KB,
+}
 TRITONS = ("3.8.0", "3.3.1", "3.2.0", None)
 
 

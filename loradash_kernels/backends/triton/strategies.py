@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-import importlib.util
 from dataclasses import dataclass, replace
 
 from torch import Tensor
@@ -63,15 +61,8 @@ def one_launch_bytes(tile: TileConfig, itemsize: int) -> int:
 
 
 def descriptors_fit(problem: Problem, *operands: Tensor | None) -> bool:
-    """Can these be read through tensor descriptors: on this card, by this Triton, aligned rows of 16-bit elements, not empty?"""
-    able = problem.target.asynchronous and problem.itemsize == 2 and _has_descriptors()
-    return able and all(map(_takes_descriptor, operands))
-
-
-@functools.cache
-def _has_descriptors() -> bool:
-    """Triton 3.3 cannot be given any."""
-    return importlib.util.find_spec("triton.tools.tensor_descriptor") is not None
+    """Can these be read through tensor descriptors: on this card and with this Triton, aligned rows of 16-bit elements, not empty?"""
+    return problem.target.descriptors and problem.itemsize == 2 and all(map(_takes_descriptor, operands))
 
 
 def _takes_descriptor(t: Tensor | None) -> bool:
