@@ -8,6 +8,7 @@ from typing import Annotated
 import demonstration
 import typer
 from loradash.cli import console, reported
+from loradash.devices import HELP, chosen_device
 from report import Report
 from rich.table import Table
 
@@ -21,11 +22,13 @@ def main(
     seeds: Annotated[int, typer.Option(min=1, help="Runs of each method.")] = 3,
     rate: Annotated[float, typer.Option(help="Peak learning rate.")] = 1e-3,
     blocks: Annotated[int, typer.Option(min=1, help="Rounds of the time measurement.")] = 8,
+    device: Annotated[str | None, typer.Option(help=HELP)] = None,
 ) -> None:
     """Fine-tune a pretrained sentence encoder on human sentiment ratings, with LoRA and with LoRA-Dash."""
     with reported():
-        report = demonstration.finetune(out, steps, seeds, rate, blocks)
-    console.print(f"\nBackend: {report.backend}")
+        report = demonstration.finetune(out, steps, seeds, rate, blocks, chosen_device(device))
+    console.print(f"\nDevice: {report.device}")
+    console.print(f"Backend: {report.backend}")
     for name, count in report.parameters.items():
         console.print(f"{name}: {count}")
     for table in _tables(report, title=f"{seeds} seeds, {steps} steps: mean ± deviation"):

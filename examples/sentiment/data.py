@@ -35,18 +35,30 @@ class Regressor(nn.Module):
 
 @dataclass
 class Ratings:
-    """Tokenised words with their human ratings: ids and mask (n, T), rating (n,), and which rows are the test set (n,)."""
+    """Tokenised words with their human ratings: ids and mask (n, T), rating (n,), and which rows are the test set (n,).
+
+    Rows are numbers on the CPU, whatever the device: their words' lengths are known there, and nobody waits for a GPU.
+    """
 
     ids: Tensor
     mask: Tensor
     rating: Tensor
     test: Tensor
+    length: Tensor
+
+    def to(self, device: torch.device) -> Ratings:
+        """The same, with what a model is given on a device."""
+        ids, mask, rating = (t.to(device) for t in (self.ids, self.mask, self.rating))
+        return Ratings(ids, mask, rating, self.test, self.length)
 
     def inputs(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         """ids and mask (rows, longest word among them)."""
-        mask = self.mask[rows]
-        longest = int(mask.sum(1).max())
-        return self.ids[rows, :longest], mask[:, :longest]
+        longest = int(self.length[rows].max())
+        rows = rows.to(self.ids.device)
+        return self.ids[rows, :longest], self.mask[rows, :longest]
+
+    def ratings(self, rows: Tensor) -> Tensor:
+        return self.rating[rows.to(self.rating.device)]
 
     def training_rows(self) -> Tensor:
         return (~self.test).nonzero().squeeze(1)
@@ -82,4 +94,5 @@ def load_ratings(tokenizer: Callable) -> Ratings:
     tokens = tokenizer(list(words), padding=True, return_tensors="pt")
     share = [int(hashlib.sha256(w[:5].lower().encode()).hexdigest()[:8], 16) / 16**8 for w in words]
     test = torch.tensor([x < TEST_SHARE for x in share])
-    return Ratings(tokens["input_ids"], tokens["attention_mask"], torch.tensor(ratings), test)
+    ids, mask = tokens["input_ids"], tokens["attention_mask"]
+    return Ratings(ids, mask, torch.tensor(ratings), test, mask.sum(1))

@@ -13,21 +13,30 @@ import torch
 from data import BATCH, Ratings, load_model, load_ratings
 from loradash import DashConfig, DashSchedule, dash_layers, plots
 from report import Report, Run
-from timing import step_times
+from timing import name_of, step_times
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from loradash_kernels import change_rates, explain_backend
 
 
-def finetune(folder: Path, steps: int = 300, seeds: int = 3, rate: float = 1e-3, blocks: int = 8) -> Report:
-    """Runs the demonstration and writes report.md, results.json, pictures and adapters to `folder`.
+def finetune(
+    folder: Path,
+    steps: int = 300,
+    seeds: int = 3,
+    rate: float = 1e-3,
+    blocks: int = 8,
+    device: torch.device | None = None,
+) -> Report:
+    """Runs the demonstration on a device, by default the CPU; writes report.md, results.json, pictures, adapters to `folder`.
 
     LoRA and LoRA-Dash have the same rank and learn for the same number of steps on the same batches; LoRA-Dash trains its
     s coordinates a layer on top (0.1% more parameters). Scores are what they are, whichever wins.
     """
+    device = device or torch.device("cpu")
     pristine, tokenizer = load_model()
-    data = load_ratings(tokenizer)
+    pristine.to(device)
+    data = load_ratings(tokenizer).to(device)
     dash = DashConfig(
         r=8,
         alpha=16,
@@ -57,8 +66,8 @@ def finetune(folder: Path, steps: int = 300, seeds: int = 3, rate: float = 1e-3,
     pictures.sigma_paths({name: torch.stack(path) for name, path in last.sigmas.items()}, folder / "sigma.png")
     plots.change_rates(_rates(model, watched), folder / "change_rates.png")
     times = step_times(pristine, data, dash, blocks)
-    backend = str(explain_backend(torch.empty(1, 1))).splitlines()[0]
-    report = Report(backend, parameters, runs, times, gaps, dict(last.routes))
+    backend = str(explain_backend(torch.empty(1, 1, device=device))).splitlines()[0]
+    report = Report(name_of(device), backend, parameters, runs, times, gaps, dict(last.routes))
     (folder / "report.md").write_text(report.markdown())
     (folder / "results.json").write_text(report.to_json())
     return report
@@ -83,7 +92,7 @@ def train(model: nn.Module, data: Ratings, steps: int, seed: int, rate: float, l
     with tqdm(total=steps, desc=label, unit="step") as bar:
         for _ in range(steps):
             batch = rows[torch.randint(len(rows), (BATCH,), generator=generator)]
-            loss = nn.functional.mse_loss(model(*data.inputs(batch)), data.rating[batch])
+            loss = nn.functional.mse_loss(model(*data.inputs(batch)), data.ratings(batch))
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -91,7 +100,7 @@ def train(model: nn.Module, data: Ratings, steps: int, seed: int, rate: float, l
             schedule.step()
             run.losses.append(loss.item())
             for name in watched:
-                run.sigmas[name].append(layers[name].dash_sigma.detach().clone())
+                run.sigmas[name].append(layers[name].dash_sigma.detach().cpu().clone())
             bar.set_postfix(loss=f"{statistics.fmean(run.losses[-20:]):.3f}")
             bar.update()
     run.routes = collections.Counter(report.route for report in schedule.reports)
@@ -105,7 +114,7 @@ def evaluate(model: nn.Module, data: Ratings) -> tuple[float, float]:
     model.eval()
     rows = data.test_rows()
     predicted = torch.cat([model(*data.inputs(part)) for part in rows.split(256)])
-    rating = data.rating[rows]
+    rating = data.ratings(rows)
     spearman = torch.corrcoef(torch.stack((_ranks(predicted), _ranks(rating))))[0, 1]
     return float(spearman), float((predicted - rating).abs().mean())
 
@@ -128,6 +137,8 @@ def check_artifacts(model: nn.Module, pristine: nn.Module, data: Ratings, folder
     def gap(other: nn.Module) -> float:
         return float((other.eval()(*batch) - expected).abs().max())
 
+    device = str(expected.device)
+
     saved = loradash.save_adapter(model, folder / "adapter")
     gaps = {"reloaded": gap(loradash.load_adapter(copy.deepcopy(pristine), saved))}
     loradash.merge(model)
@@ -135,7 +146,9 @@ def check_artifacts(model: nn.Module, pristine: nn.Module, data: Ratings, folder
     loradash.unmerge(model)
     gaps["unmerged"] = gap(model)
     loradash.export_lora(model, folder / "lora")
-    gaps["exported, in PEFT"] = gap(PeftModel.from_pretrained(copy.deepcopy(pristine), str(folder / "lora")))
+    gaps["exported, in PEFT"] = gap(
+        PeftModel.from_pretrained(copy.deepcopy(pristine), str(folder / "lora"), torch_device=device)
+    )
     with loradash.disable(model):
         untouched = copy.deepcopy(pristine).eval()
         untouched.head.load_state_dict(model.head.state_dict())
@@ -151,5 +164,5 @@ def _rates(model: nn.Module, names: list[str]) -> dict[str, tuple[Tensor, Tensor
         layer = dash_layers(model)[name]
         rates = change_rates(layer.weight_nk(), layer.lora_a, layer.lora_b, scaling=layer.scaling, method="exact")
         chosen = (layer.dash_vt @ rates.vt.mT).abs().argmax(-1)
-        found[name.removeprefix("encoder.encoder.")] = (rates.rate, chosen)
+        found[name.removeprefix("encoder.encoder.")] = (rates.rate.cpu(), chosen.cpu())
     return found

@@ -26,6 +26,7 @@ class Run:
 class Report:
     """Everything that was measured; `markdown()` for people, `to_json()` for programs."""
 
+    device: str
     backend: str
     parameters: dict[str, str]
     runs: dict[str, list[Run]]
@@ -49,7 +50,7 @@ class Report:
         return {name: seconds / self.times[FROZEN] for name, seconds in self.times.items()}
 
     def markdown(self) -> str:
-        lines = ["# LoRA-Dash on human sentiment ratings", "", f"Backend: {self.backend}", ""]
+        lines = ["# LoRA-Dash on human sentiment ratings", "", f"Device: {self.device}", f"Backend: {self.backend}", ""]
         lines += [f"- {name}: {count}" for name, count in self.parameters.items()]
         lines += ["", "| method | Spearman (test) | mean absolute error |", "|---|---|---|"]
         lines += [f"| {name} | {rho} | {mae} |" for name, rho, mae in self.scores()]
@@ -65,5 +66,5 @@ class Report:
             name: [{"losses": run.losses, "spearman": run.spearman, "mae": run.mae} for run in runs]
             for name, runs in self.runs.items()
         }
-        about = {key: getattr(self, key) for key in ("backend", "parameters", "times", "gaps", "routes")}
+        about = {key: getattr(self, key) for key in ("device", "backend", "parameters", "times", "gaps", "routes")}
         return json.dumps({**about, "runs": runs}, indent=1)

@@ -7,8 +7,10 @@ import statistics
 import time
 
 import baselines
+import torch
 from data import BATCH, Ratings
 from loradash import DashConfig, apply_dash
+from loradash.devices import synchronize
 from torch import nn
 from tqdm.auto import tqdm
 
@@ -18,27 +20,45 @@ FROZEN = "frozen model, head only"
 def step_times(
     pristine: nn.Module, data: Ratings, config: DashConfig, blocks: int, per_block: int = 2
 ) -> dict[str, float]:
-    """Median seconds of a training step (forward, backward; batch of 32) of every form, blocks of each in turn."""
-    variants = {
+    """Median seconds of a training step (forward, backward; batch of 32) of every form, blocks of each in turn.
+
+    On a GPU a step ends when the GPU has done it.
+    """
+    models = variants(pristine, config)
+    rows = data.training_rows()[:BATCH]
+    (ids, mask), rating = data.inputs(rows), data.ratings(rows)
+    times: dict[str, list[float]] = {name: [] for name in models}
+    for block in tqdm(range(blocks + 1), desc="time per step", unit="block"):
+        for name, model in models.items():
+            model.train()
+            for _ in range(per_block):
+                synchronize(ids.device)
+                start = time.perf_counter()
+                nn.functional.mse_loss(model(ids, mask), rating).backward()
+                synchronize(ids.device)
+                # The first block warms up.
+                if block:
+                    times[name].append(time.perf_counter() - start)
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+def variants(pristine: nn.Module, config: DashConfig) -> dict[str, nn.Module]:
+    """The model in every form, where the pristine one is."""
+    return {
         FROZEN: _frozen(pristine),
         "PEFT LoRA": _peft(pristine, config),
         "LoRA-Dash, the paper's form": _baseline(pristine, baselines.DenseDash, config),
         "LoRA-Dash, factored in PyTorch": _baseline(pristine, baselines.FactoredDash, config),
         "LoRA-Dash, this package": apply_dash(copy.deepcopy(pristine), config),
     }
-    rows = data.training_rows()[:BATCH]
-    ids, mask = data.inputs(rows)
-    times: dict[str, list[float]] = {name: [] for name in variants}
-    for block in tqdm(range(blocks + 1), desc="time per step", unit="block"):
-        for name, model in variants.items():
-            model.train()
-            for _ in range(per_block):
-                start = time.perf_counter()
-                nn.functional.mse_loss(model(ids, mask), data.rating[rows]).backward()
-                # The first block warms up.
-                if block:
-                    times[name].append(time.perf_counter() - start)
-    return {name: statistics.median(values) for name, values in times.items()}
+
+
+def name_of(device: torch.device) -> str:
+    """What a device is called, with the software that a time depends on."""
+    card = (
+        f", {torch.cuda.get_device_name(device)}" if device.type == "cuda" else f", {torch.get_num_threads()} threads"
+    )
+    return f"{device}{card}, PyTorch {torch.__version__}"
 
 
 def _frozen(pristine: nn.Module) -> nn.Module:

@@ -45,11 +45,15 @@ _KERNELS: dict[str, tuple[Backend, ...]] = {"cpu": (cpu,), "cuda": (cuda, triton
 
 @dataclass(frozen=True)
 class BackendChoice:
-    """Which backend a call takes and how it runs there, and for every other one why not."""
+    """Which backend a call takes and how it runs there, and for every other one why not.
+
+    remedy: what would let kernels run it, where plain PyTorch does and kernels are made for such a call on a GPU.
+    """
 
     backend: str
     reasons: dict[str, str]
     how: str = ""
+    remedy: str = ""
 
     def __str__(self) -> str:
         runs = f"{self.backend}: runs; {self.how}" if self.how else f"{self.backend}: runs"
@@ -141,7 +145,8 @@ def explain_backend(x: Tensor, backend: str | None = None, *, width: int = 0) ->
     chosen = _first(x, width) if backend is None else _named(backend, x, width)
     taken = f"{chosen.name} comes first" if backend is None else f"{chosen.name} was asked for"
     reasons = {b.name: _reason_against(b, x, width) or taken for b in BACKENDS if b is not chosen}
-    return BackendChoice(chosen.name, reasons, _how(chosen, x))
+    unserved = chosen is reference and x.is_cuda and x.dtype in KERNEL_DTYPES
+    return BackendChoice(chosen.name, reasons, _how(chosen, x), _remedy(x, width) if unserved else "")
 
 
 def _how(chosen: Backend, x: Tensor) -> str:

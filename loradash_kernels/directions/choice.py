@@ -12,7 +12,7 @@ from torch import Tensor
 from .attempts import Attempt
 from .checks import are_orthonormal, are_resolved, are_triplets
 from .decompositions import Decomposition, TwoSided
-from .kernels import kernels_for
+from .kernels import kernels_for, on_device
 from .linalg import select
 
 # The triplets of the small end by which all are checked: a route that fails fails there first.
@@ -51,7 +51,8 @@ def highest_rates(
     """The s highest change rates |scaling · u_iᵀ B A v_i| / (σ_i + eps) and their positions, (L, s) each."""
     kernels = kernels_for(found.sigma)
     if kernels is not None and kernels.takes(found.sigma.shape[-1], b.shape[-1]):
-        return kernels.rates(*found.factors(a, b), s, scaling, eps, one_sided=found.one_sided)
+        with on_device(found.sigma):
+            return kernels.rates(*found.factors(a, b), s, scaling, eps, one_sided=found.one_sided)
     rates = (scaling * found.overlap(a, b)).abs() / (found.sigma + eps)
     return torch.topk(rates, s, dim=-1)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import Protocol
 
 import torch
@@ -56,6 +57,11 @@ def kernels_for(t: Tensor) -> PrelaunchKernels | None:
     from ..backends.triton import prelaunch
 
     return prelaunch
+
+
+def on_device(t: Tensor) -> contextlib.AbstractContextManager:
+    """The context in which these kernels are launched: Triton takes the current GPU for that of its arguments."""
+    return torch.cuda.device(t.device) if t.is_cuda else contextlib.nullcontext()
 
 
 def factors_in_batches(device: torch.device) -> bool:

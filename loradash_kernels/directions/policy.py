@@ -83,8 +83,8 @@ def full_routes(n: int, k: int, dtype: torch.dtype, method: str, fast_float64: b
 
 
 def has_fast_float64(device: torch.device) -> bool | None:
-    """Data-centre GPUs have; others compute float64 at 1/32 or 1/64 of their float32 rate. None for a CPU."""
-    if device.type == "cpu":
+    """Data-centre GPUs have; others compute float64 at 1/32 or 1/64 of their float32 rate. None for all that is no such GPU."""
+    if device.type != "cuda":
         return None
     if torch.version.hip:
         return "gfx9" in torch.cuda.get_device_properties(device).gcnArchName

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .kernels import kernels_for
+from .kernels import kernels_for, on_device
 from .linalg import Triplets, aligned, all_finite, cholesky_qr, full_precision, orthonormal
 
 
@@ -66,8 +66,9 @@ def _tall(
     width = min(k, rank + oversample)
     if end == "head":
         return _head(w, _sketched(w, width, generator), rank, power_iters)
-    sketch = torch.randn(*w.shape[:-2], k, width, dtype=w.dtype, device=w.device, generator=generator)
-    return _tail(Inverse(w), sketch, rank, power_iters)
+    # One for all matrices: what a matrix gets does not depend on the batch that it is in.
+    sketch = torch.randn(k, width, dtype=w.dtype, device=w.device, generator=generator)
+    return _tail(Inverse(w), sketch.expand(*w.shape[:-2], k, width), rank, power_iters)
 
 
 def _sketched(w: Tensor, width: int, generator: torch.Generator | None) -> Tensor:
@@ -76,7 +77,8 @@ def _sketched(w: Tensor, width: int, generator: torch.Generator | None) -> Tenso
     if kernels is None:
         return w @ torch.randn(w.shape[-1], width, dtype=w.dtype, device=w.device, generator=generator)
     seed = torch.empty(2, dtype=torch.int64, device=w.device).random_(generator=generator)
-    return kernels.sketch(w.reshape(-1, *w.shape[-2:]), seed, width).view(*w.shape[:-1], width)
+    with on_device(w):
+        return kernels.sketch(w.reshape(-1, *w.shape[-2:]), seed, width).view(*w.shape[:-1], width)
 
 
 def _head(w: Tensor, range_: Tensor, rank: int, power_iters: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -109,7 +111,8 @@ def _right_singular(c: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     kernels = kernels_for(c)
     if kernels is not None:
         _, r = cholesky_qr(c)
-        sigma, vt, converged = kernels.jacobi(r.float().reshape(-1, *r.shape[-2:]))
+        with on_device(c):
+            sigma, vt, converged = kernels.jacobi(r.float().reshape(-1, *r.shape[-2:]))
         if bool(converged.all()):
             largest = sigma.view(*c.shape[:-2], -1)[..., :rank]
             return largest.clamp_min(torch.finfo(c.dtype).tiny), vt.view(r.shape)[..., :rank, :].mT

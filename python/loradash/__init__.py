@@ -9,6 +9,7 @@ save_adapter(model, "adapter")
 
 from loradash_kernels import __version__
 
+from . import data_parallel as _data_parallel  # noqa: F401
 from .background import BackgroundDecomposition
 from .cache import SpectralCache
 from .checkpoint import AdapterError, load_adapter, save_adapter
@@ -19,6 +20,7 @@ from .model import apply_dash, dash_only, disable, merge, summary, unmerge
 from .prelaunch import LayerReport, prelaunch
 from .schedule import DashSchedule
 from .state import dash_layers, dash_state
+from .warming import WarmedUp, warm_up
 
 __all__ = [
     "AdapterError",
@@ -28,6 +30,7 @@ __all__ = [
     "DashSchedule",
     "LayerReport",
     "SpectralCache",
+    "WarmedUp",
     "__version__",
     "apply_dash",
     "dash_layers",
@@ -41,4 +44,5 @@ __all__ = [
     "save_adapter",
     "summary",
     "unmerge",
+    "warm_up",
 ]

@@ -126,8 +126,10 @@ class LayerRates:
         return self.rate.topk(min(count, self.rate.numel())).indices
 
 
-def layer_rates(weights: Weights, factors: Factors, progress: bool = True) -> dict[str, LayerRates]:
-    """All change rates of every layer that was trained (B is not zero), by the exact route.
+def layer_rates(
+    weights: Weights, factors: Factors, progress: bool = True, device: torch.device | str = "cpu"
+) -> dict[str, LayerRates]:
+    """All change rates of every layer that was trained (B is not zero), by the exact route on a device; results on the CPU.
 
     transformers' Conv1D stores weights as (K, N). A square one tells nothing: it counts as the rectangular ones do where
     these are all stored so. Raises ValueError, with the layer's name, for weights that are missing or do not fit.
@@ -141,13 +143,13 @@ def layer_rates(weights: Weights, factors: Factors, progress: bool = True) -> di
     squares_turned = bool(turned) and all(turned.values())
     found = {}
     for name, (a, b, scaling) in tqdm(trained.items(), desc="change rates", unit="layer", disable=not progress):
-        weight = weights.load(stored[name]).float()
+        weight, a, b = (t.to(device).float() for t in (weights.load(stored[name]), a, b))
         weight = weight.t() if turned.get(name, squares_turned) else weight
         try:
-            rates = change_rates(weight, a.float(), b.float(), scaling=scaling, method="exact")
+            rates = change_rates(weight, a, b, scaling=scaling, method="exact")
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from error
-        found[name] = LayerRates(rates.rate, rates.sigma)
+        found[name] = LayerRates(rates.rate.cpu(), rates.sigma.cpu())
     return found
 
 

@@ -17,8 +17,11 @@ from multiprocessing.spawn import get_executable
 from pathlib import Path
 from typing import Protocol
 
+import torch
 from safetensors.torch import save
 from torch import Tensor
+
+from .streams import SideStreams, borrow, to_host
 
 # Before every message to the process stands its length, a number of so many bytes.
 LENGTH_BYTES = 8
@@ -56,16 +59,22 @@ class Cache(Protocol):
 class BackgroundDecomposition:
     """Fills a cache while something else runs: a process at the lowest priority, on one thread, one weight at a time.
 
-    Training never notices a failure: `wait` reports it, and launch decomposes what is missing.
+    Training never notices a failure: `wait` reports it, and launch decomposes what is missing. On GPUs the weights are read
+    on streams of their own, which begin after what is enqueued when this is made. A CUDA graph captured meanwhile must not
+    forbid other threads' calls (`capture_error_mode="thread_local"`); or `wait` first.
 
     Args:
         cache: to be filled.
-        weights: give one (N, K) each when called, in a thread. Those that the cache has are only hashed; copies of the
+        weights: give one (N, K) each when called, in a thread. Those that the cache has are only looked for; copies of the
             others go to the process through a pipe. `cancel` ends it; so does the end of this process.
+        devices: where the weights are.
     """
 
-    def __init__(self, cache: Cache, weights: Iterable[Callable[[], Tensor]]) -> None:
+    def __init__(
+        self, cache: Cache, weights: Iterable[Callable[[], Tensor]], devices: Iterable[torch.device] = ()
+    ) -> None:
         self._cache = cache
+        self._streams = SideStreams(devices)
         self._weights = list(weights)
         self._done = 0
         self._error: str | None = None
@@ -98,13 +107,8 @@ class BackgroundDecomposition:
     def _feed(self) -> None:
         _lower_priority()
         try:
-            for weight_of in self._weights:
-                if self._cancelled:
-                    return
-                weight = weight_of().detach()
-                if not self._cache.has(weight) and not self._decompose(weight):
-                    return
-                self._done += 1
+            with self._streams.entered():
+                self._feed_all()
         except Exception as error:
             # Whatever it is, `wait` reports it.
             if not self._cancelled:
@@ -112,6 +116,15 @@ class BackgroundDecomposition:
         finally:
             if self._worker is not None:
                 self._worker.close()
+
+    def _feed_all(self) -> None:
+        for weight_of in self._weights:
+            if self._cancelled:
+                return
+            weight = borrow(weight_of())
+            if not self._cache.has(weight) and not self._decompose(weight):
+                return
+            self._done += 1
 
     def _decompose(self, weight: Tensor) -> bool:
         with self._starting:
@@ -140,7 +153,7 @@ class _Worker:
     def decompose(self, weight: Tensor) -> str | None:
         """Puts a weight's decomposition into the cache. Returns what went wrong, if anything did."""
         assert self._process.stdin is not None and self._process.stdout is not None
-        data = save({"weight": weight.cpu().contiguous()})
+        data = save({"weight": to_host(weight)})
         try:
             self._process.stdin.write(len(data).to_bytes(LENGTH_BYTES, "little"))
             self._process.stdin.write(data)

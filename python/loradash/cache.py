@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import json
 import os
 import re
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -25,15 +24,17 @@ from loradash_kernels.files import replace_bytes
 
 from .background import BackgroundDecomposition
 from .distributed import is_sharded
+from .fingerprint import FORMAT, Fingerprints
 from .state import dash_layers
 
-FORMAT = "loradash-spectrum-2"
 GB = 2**30
 # A file that is still half written after so long belongs to a process that was killed.
 STALE_SECONDS = 86400
-# So many elements of a weight are hashed at a time, which bounds the float32 copies of a 16-bit weight to 4 MB.
-HASHED_ELEMENTS = 2**20
 NAME = re.compile(r"[0-9a-f]{40}\.safetensors(?P<partial>.*\.partial)?")
+
+
+# All caches of a process ask for one weight's fingerprint, and so do the thread beside training and the launch after it.
+_FINGERPRINTS = Fingerprints()
 
 
 class _File(NamedTuple):
@@ -44,14 +45,15 @@ class _File(NamedTuple):
 
 
 class SpectralCache:
-    """Decompositions on disk, one safetensors file a weight, named by a hash of the weight's values.
+    """Decompositions on disk, one safetensors file a weight, named by a fingerprint of the weight's values.
 
     A graded square weight takes (n / 12)(2 n + 1) float32 numbers, a sixth of its own in float32, and from n = 1536 on
     128 (2 n + 1). Any other takes the square of its short side in float16, or all triplets in float32 where its condition
     number is above 50 or its rank deficient.
 
     A weight is found again by its values: on any device, in any layout, stored as (N, K) or transposed, and in float32
-    where it was bfloat16 or float16 before, as long as no value was rounded.
+    where it was bfloat16 or float16 before, as long as no value was rounded. Its fingerprint is computed where it lies,
+    and once a process as long as nobody writes to it.
 
     A cache is a convenience: of a folder that cannot be made, read or written, a full disk or a damaged file it warns once,
     and computes the decomposition. Files are written whole or not at all, by any number of processes. When the folder
@@ -74,7 +76,7 @@ class SpectralCache:
 
     def has(self, weight: Tensor) -> bool:
         """Is there a file for this weight (N, K)? It is not read."""
-        return any(self._exists(self._path(matrix)) for matrix, _ in _layouts(weight))
+        return any(self._exists(self._path(name)) for name in _FINGERPRINTS.of(weight))
 
     def spectrum(self, weight: Tensor, method: str = "auto") -> KeptDecomposition:
         """What is kept of a weight (N, K): read from disk, or decomposed now and written there.
@@ -127,24 +129,25 @@ class SpectralCache:
                 f"background; launch decomposes them: {', '.join(left_out[:4])}",
                 stacklevel=2,
             )
-        return BackgroundDecomposition(self, [layers[name].weight_nk for name in layers if name not in left_out])
+        read = [layer for name, layer in layers.items() if name not in left_out]
+        devices = [p.device for layer in read for p in (layer.weight, layer.lora_a)]
+        return BackgroundDecomposition(self, [layer.weight_nk for layer in read], devices)
 
     def _spectrum(
         self, weight: Tensor, method: str, write: Callable[[Path, KeptDecomposition], None]
     ) -> KeptDecomposition:
-        paths = []
-        for matrix, turned in _layouts(weight):
-            paths.append(self._path(matrix))
-            found = self._read(paths[-1], matrix)
+        names = _FINGERPRINTS.of(weight)
+        # transformers' Conv1D stores (K, N), of which the weight is a view: the file of either layout serves the other.
+        for name, turned in ((names.itself, False), (names.transposed, True)):
+            found = self._read(self._path(name), weight.mT if turned else weight)
             if found is not None and not (method == "exact" and found.route == "tail"):
                 return found.transposed() if turned else found
-        matrix, turned = next(_layouts(weight))
-        (made,) = decompose_to_keep(matrix, method)
-        write(paths[0], made)
-        return made.transposed() if turned else made
+        (made,) = decompose_to_keep(weight, method)
+        write(self._path(names.itself), made)
+        return made
 
-    def _path(self, matrix: Tensor) -> Path:
-        return self.folder / f"{weight_hash(matrix)}.safetensors"
+    def _path(self, name: str) -> Path:
+        return self.folder / f"{name}.safetensors"
 
     def _exists(self, path: Path) -> bool:
         try:
@@ -254,33 +257,6 @@ def _choose(
     if kept.sigma.shape[0] < s:
         return None
     return choose_directions(kept, weight, lora_a, lora_b, s, scaling=scaling)
-
-
-def _layouts(weight: Tensor) -> Iterator[tuple[Tensor, bool]]:
-    """A weight (N, K) and its transpose, first the one whose rows lie in memory; each with: is it the transpose?
-
-    transformers' Conv1D stores (K, N), of which the weight is a view: the file of either serves the other, and the first
-    is nearly always the right one, without a copy.
-    """
-    if weight.dim() != 2:
-        raise ValueError(f"weight has shape {tuple(weight.shape)}; wanted (N, K)")
-    turned = weight.mT.is_contiguous() and not weight.is_contiguous()
-    first = weight.mT if turned else weight
-    yield first, turned
-    yield first.mT, not turned
-
-
-def weight_hash(matrix: Tensor) -> str:
-    """A hash of the shape and the values of a matrix, row by row, whatever its device and strides.
-
-    float16 and bfloat16 count as the float32 numbers that they are; float64 stays apart.
-    """
-    wide = torch.float64 if matrix.dtype == torch.float64 else torch.float32
-    digest = hashlib.blake2b(digest_size=20)
-    digest.update(json.dumps([FORMAT, list(matrix.shape), str(wide)]).encode())
-    for rows in matrix.detach().split(max(1, HASHED_ELEMENTS // max(1, matrix.shape[1]))):
-        digest.update(_bytes(rows.cpu().to(wide)))
-    return digest.hexdigest()
 
 
 def _bytes(t: Tensor) -> memoryview:

@@ -17,7 +17,9 @@ from rich.console import Console
 from rich.table import Table
 from tqdm.auto import tqdm
 
-from loradash_kernels import __version__, available_backends, explain_backend
+from loradash_kernels import available_backends
+
+from .devices import HELP, chosen_device, devices
 
 if TYPE_CHECKING:
     from .analysis import LayerRates
@@ -27,6 +29,7 @@ app = typer.Typer(help="LoRA-Dash fine-tuning with fused kernels.", no_args_is_h
 console = Console(markup=False, emoji=False)
 
 EXAMPLE = Path("examples", "sentiment")
+Device = Annotated[str | None, typer.Option(help=HELP)]
 
 
 class Method(str, Enum):
@@ -85,6 +88,7 @@ def decompose(
         Precision | None,
         typer.Option(help="Dtype that the model is loaded in for training, where it is not the file's."),
     ] = None,
+    device: Device = None,
 ) -> None:
     """Decompose a base model's weights once: every later launch from them costs milliseconds.
 
@@ -94,6 +98,7 @@ def decompose(
     from .cache import SpectralCache
 
     with reported():
+        place = chosen_device(device)
         store = SpectralCache(cache)
         weights = Weights(model)
         wanted, unwanted = _pattern("target", target), _pattern("exclude", exclude)
@@ -103,12 +108,16 @@ def decompose(
         routes: Counter[str] = Counter()
         for name in tqdm(names, desc="decompose", unit="weight"):
             weight = weights.load(name)
+            # Rounded by the CPU, as where a model is loaded, and then decomposed on the device.
+            weight = (weight.to(getattr(torch, dtype.value)) if dtype else weight).to(place)
             try:
-                kept = store.keep(weight.to(getattr(torch, dtype.value)) if dtype else weight, method.value)
+                kept = store.keep(weight, method.value)
             except ValueError as error:
                 raise ValueError(f"{name}: {error}") from error
             routes[kept.route] += 1
-    console.print(f"{len(names)} weights: {', '.join(f'{route} {count}' for route, count in routes.items())}")
+    console.print(
+        f"{len(names)} weights on {place}: {', '.join(f'{route} {count}' for route, count in routes.items())}"
+    )
     console.print(f"{store.folder}: {store.size() / 2**20:.1f} MB")
 
 
@@ -127,13 +136,15 @@ def directions(
     ],
     out: Annotated[Path | None, typer.Option(help="Folder for pictures; without it none are drawn.")] = None,
     s: Annotated[int, typer.Option("--directions", "-s", min=1, help="How many of the highest rates to show.")] = 8,
+    device: Device = None,
 ) -> None:
     """Show the change rates of trained adapters, and how far their directions agree."""
     from . import analysis, plots
 
     with reported():
+        place = chosen_device(device)
         weights = analysis.Weights(model)
-        found = [analysis.layer_rates(weights, analysis.load_factors(path)) for path in adapters]
+        found = [analysis.layer_rates(weights, analysis.load_factors(path), device=place) for path in adapters]
         names = [path.name if path.suffix != ".safetensors" else path.stem for path in adapters]
         overlaps = torch.tensor([[analysis.overlap(a, b, s) for b in found] for a in found])
         scores = analysis.agreement(found, found[-1])
@@ -168,15 +179,29 @@ def _pairs_table(names: list[str], overlaps: torch.Tensor, scores: list[tuple[fl
 
 
 @app.command()
-def info() -> None:
-    """Show the version, which backends can run here, and which one each dtype takes."""
-    console.print(f"loradash-kernels {__version__}, PyTorch {torch.__version__}")
+def info(device: Annotated[str | None, typer.Option(help="This device alone; by default all.")] = None) -> None:
+    """Show versions, cards, which backends can run here, which one each dtype takes on each device, and what to install."""
+    from . import machine
+
+    with reported():
+        places = devices() if device is None else [chosen_device(device)]
+    for name, value in machine.software().items():
+        console.print(f"{name}: {value}", soft_wrap=True)
     table = Table("backend", "runs here")
     for name, reason in available_backends().items():
         table.add_row(name, reason or "yes")
     console.print(table)
-    for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
-        console.print(f"{dtype}: {explain_backend(torch.empty(1, 1, dtype=dtype)).backend}")
+    advice = [machine.unseen_cards()]
+    for place in places:
+        console.print(f"{place}: {machine.about(place)}", soft_wrap=True)
+        found = machine.choices(place)
+        table = Table("dtype", "backend", "how")
+        for dtype, choice in found.items():
+            table.add_row(str(dtype).removeprefix("torch."), choice.backend, choice.how)
+        console.print(table)
+        advice += machine.advice(place, found)
+    for text in filter(None, advice):
+        console.print(text, style="yellow", soft_wrap=True)
 
 
 if __name__ == "__main__":

@@ -10,6 +10,8 @@ from torch import Tensor, nn
 
 from loradash_kernels import Directions
 
+from .meeting import Meeting
+
 
 def is_sharded(t: Tensor) -> bool:
     """Is a tensor one of torch.distributed's, of which this process holds a part (DTensor)?"""
@@ -58,15 +60,18 @@ def share_out(costs: Mapping[str, float], parts: int) -> list[list[str]]:
 
 
 def gather_in_turns(
-    shares: list[list[str]], rank: int, gather: Callable[[str], Tensor], use: Callable[[str, Tensor], None]
+    shares: list[list[str]],
+    rank: int,
+    gather: Callable[[str], Tensor],
+    use: Callable[[str, Tensor], None],
+    meeting: Meeting,
 ) -> None:
     """Calls use(name, whole tensor) for this process's share.
 
     Gathering takes all processes, so they go through the shares together: a turn gathers one tensor of every share, each
-    process keeps its own and uses it while no other tensor is held. Where `use` fails, the process takes part in the
-    remaining turns, which the others cannot do without it, and raises after the last.
+    process keeps its own and uses it while no other tensor is held, and then they meet. Where `use` fails in one, all
+    raise after that turn.
     """
-    error: BaseException | None = None
     for turn in range(max(map(len, shares))):
         mine: Tensor | None = None
         for owner, share in enumerate(shares):
@@ -74,28 +79,13 @@ def gather_in_turns(
                 tensor = gather(share[turn])
                 mine = tensor if owner == rank else mine
                 del tensor
-        if mine is not None and error is None:
-            try:
+        error: BaseException | None = None
+        try:
+            if mine is not None:
                 use(shares[rank][turn], mine)
-            except BaseException as caught:
-                error = caught
-    if error is not None:
-        raise error
-
-
-def raise_everywhere(error: BaseException | None, processes: int, what: str) -> None:
-    """Raises this process's error, or RuntimeError for another's: a process that went on would wait for the failed one.
-
-    Every process must call this, with None where all went well. what: what failed, for the message.
-    """
-    errors: list[str | None] = [None] * processes
-    if processes > 1:
-        torch.distributed.all_gather_object(errors, error and f"{type(error).__name__}: {error}")
-    if error is not None:
-        raise error
-    for process, text in enumerate(errors):
-        if text:
-            raise RuntimeError(f"{what} failed in process {process}, the model is unchanged: {text}")
+        except BaseException as caught:
+            error = caught
+        meeting.meet(error)
 
 
 def exchange_directions(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -12,25 +12,12 @@ from tqdm.auto import tqdm
 
 from loradash_kernels import Directions, task_specific_directions
 
+from .batches import batch_elements, is_out_of_memory, no_memory, release
 from .cache import SpectralCache
-from .distributed import (
-    exchange_directions,
-    gather_in_turns,
-    gathered,
-    is_sharded,
-    place,
-    raise_everywhere,
-    reshard,
-    share_out,
-)
+from .distributed import exchange_directions, gather_in_turns, gathered, is_sharded, place, reshard, share_out
 from .linear import DashLinear
+from .meeting import Meeting
 from .state import dash_layers, dash_state
-
-BATCH_ELEMENTS = 2**26
-"""Weights decomposed at a time on the CPU: 256 MB in float32."""
-
-_COPIES = 8
-"""A decomposition on a GPU may need this many copies of a batch at once, in float32."""
 
 
 @dataclass(frozen=True)
@@ -52,18 +39,20 @@ def prelaunch(
 ) -> list[LayerReport]:
     """Chooses every layer's directions by change rate (paper, section 4) and starts the dash phase.
 
-    Layers of one shape are decomposed together, with the method `config.svd`. Nothing is written before all are found: a
-    failure or an interrupt leaves the model in pre-launch. Layers whose ΔW is still zero (unused ones) stay plain LoRA,
-    with a warning. Under torch.distributed every process must call this: the layers are shared out by cost, and all
-    processes end with the same directions, or all raise. Parameters sharded by FSDP2 are gathered one layer of every share
-    at a time; the weights of quantised layers are made plain one at a time.
+    Layers of one shape are decomposed together, with the method `config.svd`, as many as memory holds: where it does not,
+    half of them. Nothing is written before all are found: a failure or an interrupt leaves the model in pre-launch. Layers
+    whose ΔW is still zero (unused ones) stay plain LoRA, with a warning. Under torch.distributed every process must call
+    this: the layers are shared out by cost, and all processes end with the same directions, or all raise; they wait for
+    the slowest outside of collectives, so no timeout bounds it. Parameters sharded by FSDP2 are gathered one layer of
+    every share at a time; the weights of quantised layers are made plain one at a time.
 
     Args:
         cache: takes decompositions from there, and keeps those it has to make.
         device: where to decompose, for instance a GPU for a model whose weights are on the CPU; each layer's own by default.
 
     Returns one report a layer. Raises ValueError for a model without adapters, weights that are not finite or not there
-    (meta), merged layers, and layers that are launched already; RuntimeError, naming the process, when another one failed.
+    (meta), merged layers, and layers that are launched already; RuntimeError, naming the process, when another one failed;
+    torch.OutOfMemoryError, naming the layer, where one alone is too much.
     """
     method = dash_state(model).config.svd
     layers = dash_layers(model)
@@ -79,7 +68,7 @@ def prelaunch(
     finder = _Finder(layers, adapters, method, cache, device)
     rank, processes = place()
     shares = share_out({name: _cost(layers[name]) for name in names}, processes)
-    with tqdm(total=len(shares[rank]), desc="pre-launch", unit="layer", disable=not progress or rank != 0) as bar:
+    with tqdm(total=len(names), desc="pre-launch", unit="layer", disable=not progress or rank != 0) as bar:
         found = _find(finder, shares, rank, bar)
     if processes > 1:
         buffers = {name: (layers[name].dash_u, layers[name].dash_vt) for name in names}
@@ -115,41 +104,71 @@ class _Finder:
         device: torch.device | str | None,
     ) -> None:
         self.layers, self.adapters, self.method, self.cache, self.device = layers, adapters, method, cache, device
+        # Elements of a batch that once was too large for a device, halved.
+        self.bounds: dict[torch.device, int] = {}
 
-    def batches(self, names: Sequence[str]) -> list[list[str]]:
-        """Layers of one shape, rank and device together, in batches of bounded size; with a cache one at a time."""
+    def device_of(self, name: str) -> torch.device:
+        return torch.device(self.device or self.layers[name].lora_a.device)
+
+    def batches(self, names: Sequence[str]) -> Iterator[list[str]]:
+        """Layers of one shape, rank and device together, in batches of bounded size; with a cache one at a time.
+
+        A bound that is found while a batch is decomposed holds for those after it.
+        """
         groups: dict[tuple, list[str]] = {}
         for name in names:
             layer = self.layers[name]
             key = (layer.dash_u.shape, layer.dash_vt.shape, layer.lora_a.shape, layer.scaling, layer.lora_a.device)
             groups.setdefault(key, []).append(name)
-        batches = []
         for members in groups.values():
-            layer = self.layers[members[0]]
-            elements = layer.out_features * layer.in_features
-            size = 1 if self.cache else max(1, batch_elements(self.device or layer.lora_a.device) // max(1, elements))
-            batches += [members[i : i + size] for i in range(0, len(members), size)]
-        return batches
+            start = 0
+            while start < len(members):
+                size = 1 if self.cache else self._most(members[0])
+                yield members[start : start + size]
+                start += size
+
+    def _most(self, name: str) -> int:
+        """How many layers like this one make a batch."""
+        device, elements = self.device_of(name), max(1, self._elements(name))
+        bound = self.bounds.get(device)
+        most = batch_elements(device)
+        return max(1, (most if bound is None else min(most, bound)) // elements)
+
+    def _elements(self, name: str) -> int:
+        return self.layers[name].out_features * self.layers[name].in_features
 
     def find(self, names: Sequence[str], weight_of: Callable[[str], Tensor]) -> dict[str, Directions]:
         """Directions of the layers of a batch; weight_of gives a whole weight (N, K), asked for one layer at a time.
 
-        Errors about values name the layers.
+        Where memory does not hold the batch, each half is tried, down to one layer. Errors about values name the layers.
         """
         try:
             return self._decompose(names, weight_of)
         except ValueError as error:
             raise ValueError(f"{', '.join(names[:4])}{', ...' if len(names) > 4 else ''}: {error}") from error
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            device, layer = self.device_of(names[0]), self.layers[names[0]]
+            if len(names) == 1:
+                raise no_memory(names[0], layer.out_features, layer.in_features, device) from error
+        # The halves come after the handler, whose traceback holds what the whole had allocated.
+        release(device)
+        half = len(names) // 2
+        self.bounds[device] = half * self._elements(names[0])
+        return {**self.find(names[:half], weight_of), **self.find(names[half:], weight_of)}
 
     @torch.no_grad()
     def _decompose(self, names: Sequence[str], weight_of: Callable[[str], Tensor]) -> dict[str, Directions]:
         layer = self.layers[names[0]]
-        device, s, scaling = torch.device(self.device or layer.lora_a.device), layer.dash_sigma.numel(), layer.scaling
+        device, s, scaling = self.device_of(names[0]), layer.dash_sigma.numel(), layer.scaling
         if self.cache is not None:
             a, b = (t.to(device).float() for t in self.adapters[names[0]])
             weight = weight_of(names[0]).to(device)
             return {names[0]: self.cache.directions(weight, a, b, s, scaling, self.method)}
-        weight = torch.empty(len(names), layer.out_features, layer.in_features, device=device)
+        size = len(names), layer.out_features, layer.in_features
+        # Not in the default dtype, which may be of 16 bits.
+        weight = torch.empty(size, dtype=torch.float32, device=device)
         for matrix, name in zip(weight, names, strict=True):
             matrix.copy_(weight_of(name))
         lora_a, lora_b = (torch.stack([self.adapters[name][i].to(device).float() for name in names]) for i in (0, 1))
@@ -158,15 +177,6 @@ class _Finder:
             name: Directions(*(t[i] for t in many[:5]), many.routes[i : i + 1])  # type: ignore[arg-type, call-arg]
             for i, name in enumerate(names)
         }
-
-
-def batch_elements(device: torch.device | str) -> int:
-    """Weights to decompose at a time: what the GPU's free memory holds, or a fixed number on the CPU."""
-    device = torch.device(device)
-    if device.type != "cuda":
-        return BATCH_ELEMENTS
-    free, _ = torch.cuda.mem_get_info(device)
-    return max(1, free // (4 * _COPIES))
 
 
 def _cost(layer: DashLinear) -> float:
@@ -179,9 +189,11 @@ def _find(finder: _Finder, shares: list[list[str]], rank: int, bar: tqdm) -> dic
     found: dict[str, Directions] = {}
     error: BaseException | None = None
 
+    meeting = Meeting(rank, len(shares), "pre-launch", bar)
+
     def take(names: list[str], weight_of: Callable[[str], Tensor]) -> None:
         found.update(finder.find(names, weight_of))
-        bar.update(len(names))
+        meeting.advance(len(names))
 
     def whole_weight(name: str) -> Tensor:
         layer = finder.layers[name]
@@ -190,11 +202,13 @@ def _find(finder: _Finder, shares: list[list[str]], rank: int, bar: tqdm) -> dic
     # Ctrl-C too is told to the other processes.
     try:
         if any(layer.base is None and is_sharded(layer.weight) for layer in finder.layers.values()):
-            gather_in_turns(shares, rank, whole_weight, lambda name, weight: take([name], lambda _: weight))
+            gather_in_turns(shares, rank, whole_weight, lambda name, weight: take([name], lambda _: weight), meeting)
         else:
             for batch in finder.batches(shares[rank]):
+                if meeting.is_lost():
+                    break
                 take(batch, lambda name: finder.layers[name].weight_nk())
     except BaseException as caught:
         error = caught
-    raise_everywhere(error, len(shares), "pre-launch")
+    meeting.meet(error)
     return found

@@ -35,7 +35,7 @@ def test_svd_batches_and_dtypes():
         assert vt.shape == (2, 2, 3, 40)
         assert sigma.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
     full = torch.linalg.svdvals(w)[..., -3:]
-    torch.testing.assert_close(batched_randomized_svd(w, 3, power_iters=3).sigma, full, rtol=1e-6, atol=0)
+    torch.testing.assert_close(batched_randomized_svd(w, 3, power_iters=4).sigma, full, rtol=1e-6, atol=0)
 
 
 def test_svd_of_singular_matrices():

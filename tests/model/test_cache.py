@@ -13,7 +13,8 @@ import loradash
 import pytest
 import torch
 from loradash import DashConfig, SpectralCache, apply_dash, prelaunch
-from loradash.cache import FORMAT, STALE_SECONDS, weight_hash
+from loradash.cache import STALE_SECONDS
+from loradash.fingerprint import FORMAT, fingerprint
 from safetensors.torch import load_file, save_file
 from support.spectra import gaussian
 from torch import nn
@@ -100,22 +101,6 @@ def test_half_precision_is_found_in_float32_and_back(cache, dtype, from_disk):
     assert not cache.has(w) and not cache.has(rounded.double())
     assert_same(cache.directions(rounded.float(), a, b, 4, 2.0), wanted)
     assert_same(cache.directions(rounded, a, b, 4, 2.0), wanted)
-
-
-def test_hash_tells_matrices_apart():
-    w = torch.arange(12.0).view(3, 4) / 7
-    same = [w.clone(), w.t().contiguous().t(), torch.cat((w, w))[:3]]
-    assert {weight_hash(t) for t in same} == {weight_hash(w)}
-    assert weight_hash(w.half()) == weight_hash(w.half().float())
-    others = [w.t(), w.view(4, 3), w.half(), w.bfloat16(), w.double(), w + 1e-6]
-    assert len({weight_hash(t) for t in [w, *others]}) == len(others) + 1
-
-
-def test_hash_of_many_rows_at_a_time(monkeypatch):
-    w = torch.randn(50, 30)
-    whole = weight_hash(w)
-    monkeypatch.setattr("loradash.cache.HASHED_ELEMENTS", 100)
-    assert weight_hash(w) == whole
 
 
 def test_short_tail_is_replaced_for_good(cache):
@@ -297,7 +282,7 @@ def test_triplets_of_another_weight_are_not_used(cache):
     other, _, _ = gaussian(96, 400, seed=1)
     cache.spectrum(other)
     (file,) = cache.folder.iterdir()
-    file.rename(cache.folder / f"{weight_hash(w)}.safetensors")
+    file.rename(cache.folder / f"{fingerprint(w).itself}.safetensors")
     with pytest.warns(UserWarning, match="loradash: .*fails its check"):
         found = cache.directions(w, a, b, 8, 2.0)
     assert_same(found, task_specific_directions(w, a, b, 8, scaling=2.0))
@@ -327,7 +312,7 @@ def test_size_is_bounded(tmp_path):
     cache = SpectralCache(tmp_path / "many", max_bytes=int(2.5 * one.size()))
     for i, w in enumerate(weights):
         cache.spectrum(w)
-        os.utime(cache.folder / f"{weight_hash(w)}.safetensors", (i, i))
+        os.utime(cache.folder / f"{fingerprint(w).itself}.safetensors", (i, i))
         assert cache.size() <= cache.max_bytes
     assert [cache.has(w) for w in weights] == [False, False, False, True, True]
 

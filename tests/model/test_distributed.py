@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-
 import pytest
+from support.processes import run_processes
 
 WORKER = """
 import os, sys, torch, warnings
@@ -46,9 +43,4 @@ os._exit(0)
 @pytest.mark.parametrize("gradients", ["own", "view"])
 def test_ddp_before_and_after_launch(tmp_path, gradients):
     """Two gloo processes: every parameter gets a gradient in both phases, and both end with equal weights."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
-    commands = [[sys.executable, "-c", WORKER, str(rank), str(tmp_path / "store"), gradients] for rank in range(2)]
-    workers = [subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True) for command in commands]
-    for worker in workers:
-        _, errors = worker.communicate(timeout=600)
-        assert worker.returncode == 0, errors
+    run_processes(WORKER, tmp_path, gradients)

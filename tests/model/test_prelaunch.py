@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-
 import loradash
 import pytest
 import torch
 from loradash import DashConfig, DashSchedule, apply_dash
 from loradash.distributed import share_out
+from support.processes import run_processes
 from torch import nn
 
 
@@ -121,14 +118,4 @@ os._exit(0)
 @pytest.mark.parametrize("mode", ["plain", "fails", "fsdp"])
 def test_two_processes(tmp_path, mode):
     """Layers are shared out; both end with the directions that one process finds; a failure reaches both."""
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
-    command = [sys.executable, "-c", WORKER]
-    workers = [
-        subprocess.Popen(
-            [*command, str(rank), str(tmp_path / "store"), mode], env=env, stderr=subprocess.PIPE, text=True
-        )
-        for rank in range(2)
-    ]
-    for worker in workers:
-        _, errors = worker.communicate(timeout=600)
-        assert worker.returncode == 0, errors
+    run_processes(WORKER, tmp_path, mode)

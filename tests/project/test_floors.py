@@ -31,9 +31,9 @@ FLOORS = {
         "decompose", "rates", "kept",
     ),
     "python/loradash": (
-        "config", "distributed", "base_layers", "quantised", "linear", "state", "targets", "attention", "bypass", "model",
-        "checkpoint", "integrations", "export", "background", "cache", "background_process", "prelaunch", "schedule", "plots",
-        "analysis", "cli", "__init__",
+        "config", "meeting", "distributed", "base_layers", "quantised", "linear", "data_parallel", "state", "targets", "attention",
+        "bypass", "model", "warming", "checkpoint", "integrations", "export", "streams", "background", "fingerprint", "cache",
+        "background_process", "batches", "prelaunch", "schedule", "plots", "analysis", "devices", "machine", "cli", "__init__",
     ),
     "python/loradash/integrations": ("__init__", "peft_layout"),
 }  # fmt: skip
