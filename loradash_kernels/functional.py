@@ -42,7 +42,7 @@ def dash_linear(
         scaling: alpha / r, or alpha / sqrt(r) for rsLoRA.
         dropout_p: probability in [0, 1), rounded to 1/65536; one mask, drawn from torch's generator, for both terms.
         backend: a name of `available_backends()`, which is obeyed or raises; None takes the first that can run
-            (`explain_backend` tells which), or the one that LORADASH_TUNE=1 measured to be faster here.
+            (`explain_backend` tells which), or the one that was measured to be faster on this card.
 
     Under autocast x, weight and bias are cast to its dtype as `nn.functional.linear` casts them: not from float64. Under
     torch.func transforms and forward-mode differentiation the plain formula is computed in their place, without dropout.

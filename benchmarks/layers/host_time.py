@@ -17,7 +17,6 @@ import random
 import statistics
 import time
 from collections.abc import Callable, Iterator
-from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -28,53 +27,9 @@ from loradash_kernels.backends import tuning
 from loradash_kernels.backends.triton import backend, prepared
 from loradash_kernels.backends.triton.strategies import Strategy
 from loradash_kernels.testing import make_case
+from tests.support.pretended_driver import nothing, pretended_card
 
 M, K, N, RANK, DIRECTIONS = 64, 64, 64, 16, 8
-
-
-class NothingLaunched:
-    """Stands for Triton's launcher: takes the arguments of every launch."""
-
-    def __init__(self, src: Any, metadata: Any) -> None:
-        pass
-
-    def __call__(self, *args: Any) -> None:
-        pass
-
-
-class NoDriver:
-    """As much of a Triton driver as compiling for `architecture` and launching ask for."""
-
-    def __init__(self, architecture: int) -> None:
-        from triton.backends.compiler import GPUTarget
-
-        self.launcher_cls = NothingLaunched
-        self.utils = SimpleNamespace(
-            load_binary=lambda name, binary, shared, device: (None, 1, 0, 0, 1024),
-            get_device_properties=lambda device: {"max_shared_mem": 227 * 1024},
-            unload_module=lambda module: None,
-        )
-        target = GPUTarget("cuda", architecture, 32)
-        self.get_current_target = lambda: target
-
-    def get_current_device(self) -> int:
-        return 0
-
-    def get_current_stream(self, device: int) -> int:
-        return 0
-
-
-@contextlib.contextmanager
-def pretended_card(architecture: int = 80) -> Iterator[None]:
-    """Triton compiles for a card, launches nothing, and the backend takes tensors on the CPU for that card's.
-
-    For a process of its own: Triton keeps the driver and what was compiled for it.
-    """
-    from triton.runtime import driver
-
-    driver.set_active(NoDriver(architecture))
-    with mock.patch.object(backend, "missing", lambda: None), mock.patch.object(backend, "interpreted", lambda: True):
-        yield
 
 
 class Step:
@@ -106,7 +61,7 @@ def _strategy(kind: str) -> contextlib.AbstractContextManager[Any]:
 
 @contextlib.contextmanager
 def _without_products() -> Iterator[None]:
-    with _strategy("library"), mock.patch.object(prepared, "multiply", lambda *operands: None):
+    with _strategy("library"), mock.patch.object(prepared, "multiply", nothing):
         yield
 
 
@@ -127,7 +82,7 @@ def _planned_anew(kind: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _no_kernels() -> Iterator[None]:
-    with mock.patch.multiple(backend, forward=lambda call: None, backward=lambda call: None):
+    with mock.patch.multiple(backend, forward=nothing, backward=nothing):
         yield
 
 
@@ -146,7 +101,7 @@ def measure(blocks: int, steps: int) -> dict[str, tuple[float, float]]:
     step, order = Step(), random.Random(0)
     times: dict[str, tuple[list[float], list[float]]] = {name: ([], []) for name in ARMS}
     with pretended_card():
-        for name, context in ARMS.items():
+        for context in ARMS.values():
             with context():
                 for _ in range(3):
                     step.backward(step.forward())

@@ -65,7 +65,8 @@ def main() -> int:
     give_back(file, rows_in(ledger.path.parent))
     begin = file.stat().st_size if file.exists() else 0
     argv = [sys.executable, "-m", MODULE, "--out", str(folder), "--seconds", f"{deadline.left:.0f}"]
-    process = subprocess.Popen([*argv, *(["--rehearse"] if options.rehearse else [])], cwd=ROOT)
+    # Where the card has gone, the CPU must not be measured in its place.
+    process = subprocess.Popen([*argv, *(["--rehearse"] if options.rehearse else ["--device", "cuda"])], cwd=ROOT)
     while process.poll() is None:
         time.sleep(PAUSE)
         begin = copy(file, ledger, begin)

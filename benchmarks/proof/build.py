@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -78,32 +77,21 @@ def build(capability: tuple[int, int]) -> Row:
 
 
 def build_check(capability: tuple[int, int], out: Path) -> Row:
-    """examples/cuda_check for this card, by CMake where that is there, else by nvcc alone."""
-    card, nvcc, cmake = "{}{}".format(*capability), found_program("nvcc"), found_program("cmake")
+    """examples/cuda_check for this card, by nvcc alone: every source at once, then the program."""
+    nvcc, examples, csrc = found_program("nvcc"), ROOT / "examples", ROOT / "csrc"
     assert nvcc is not None
-    folder = out.parent / "cmake"
-    if cmake:
-        options = [
-            f"-DCMAKE_CUDA_COMPILER={nvcc}",
-            f"-DCMAKE_CUDA_ARCHITECTURES={card}-real",
-            "-DCMAKE_CUDA_FLAGS=-lineinfo",
-        ]
-        steps = [
-            [cmake, "-S", str(ROOT), "-B", str(folder), *options],
-            [cmake, "--build", str(folder), "--target", "cuda_check", "--parallel", str(os.cpu_count() or 1)],
-        ]
-    else:
-        files = [*(ROOT / "csrc" / "cuda").rglob("*.cu"), *(ROOT / "csrc" / "cuda").rglob("*.cpp")]
-        options = ["-std=c++17", "-O3", "-lineinfo", f"-arch=sm_{card}", f"-I{ROOT / 'csrc'}"]
-        sources = [*map(str, files), str(ROOT / "examples" / "cuda_check.cpp")]
-        steps = [[nvcc, *options, *sources, "-o", str(folder / "cuda_check")]]
+    sources = [*(csrc / "cuda").rglob("*.cu"), *(csrc / "cuda").rglob("*.cpp")]
+    sources += [examples / "cuda_check.cpp", *(examples / "cuda_check").glob("*.cu")]
+    options = ["-std=c++20", "-O2", "-lineinfo", "-arch=sm_{}{}".format(*capability), f"-I{csrc}", f"-I{examples}"]
+    folder = out.parent / "objects"
     folder.mkdir(parents=True, exist_ok=True)
-    for step in steps:
-        code = subprocess.run(step, cwd=ROOT).returncode
-        if code:
-            return failed(f"{' '.join(step[:4])} ... ended with {code}, see the log")
-    shutil.copy2(folder / "cuda_check", out)
-    return passed(f"built for sm_{card} by {'CMake' if cmake else 'nvcc'}")
+    objects = [str(folder / f"{number}-{source.stem}.o") for number, source in enumerate(sources)]
+    steps = [[nvcc, *options, "-c", str(s), "-o", o] for s, o in zip(sources, objects, strict=True)]
+    running = [subprocess.Popen(step, cwd=ROOT) for step in steps]
+    codes = [process.wait() for process in running]
+    if not any(codes):
+        codes.append(subprocess.run([nvcc, *options[:4], *objects, "-o", str(out)], cwd=ROOT).returncode)
+    return expect(not any(codes), f"{len(sources)} sources for sm_{capability[0]}{capability[1]}: exit codes {codes}")
 
 
 def check() -> Row:

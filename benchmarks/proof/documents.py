@@ -11,7 +11,7 @@ from xml.etree import ElementTree
 from .screen import clock
 
 Proof = dict[str, Any]
-UNPRINTABLE = re.compile(r"[^\t\n\r\x20-\ud7ff\ue000-\ufffd]|\x1b\[[0-9;]*m")
+UNPRINTABLE = re.compile(r"\x1b\[[0-9;]*m|[^\t\n\r\x20-\ud7ff\ue000-\ufffd]")
 LONGEST_DETAIL = 1500
 
 

@@ -172,7 +172,7 @@ class Lane:
         """The budget is used up."""
         if self.stage.elastic:
             return self._end("passed", "as much as fits into its time")
-        return self._end("over", "its time was up before the end")
+        return self._end("over", f"its time was up before the end{''.join(f', in {n}' for n in self.ledger.open())}")
 
     def _blame(self, ended: Ended) -> None:
         """A unit in which the process died or hung has failed; the next start goes on behind it."""

@@ -121,7 +121,15 @@ STAGES = (
         lanes=lanes,
         sources=(*KERNELS, *TESTS, "python"),
     ),
-    Stage("sanitize", 240, 240, sanitize, lanes=lanes, sources=(*KERNELS, "examples", "tests/support", PROOF)),
+    Stage(
+        "sanitize",
+        240,
+        240,
+        sanitize,
+        lanes=lanes,
+        sources=(*KERNELS, "examples", "tests/support", PROOF),
+        patience=200,
+    ),
     Stage("stress", 70, 120, stress, sources=(*KERNELS, f"{PROOF}/stress.py"), patience=40),
     Stage("prelaunch", 60, 120, prelaunch, sources=("loradash_kernels", f"{PROOF}/prelaunch.py"), patience=50),
     Stage(

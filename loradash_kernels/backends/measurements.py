@@ -6,6 +6,7 @@ format. A damaged file is ignored with a warning.
 
 from __future__ import annotations
 
+import abc
 import contextlib
 import json
 import math
@@ -88,13 +89,41 @@ def from_json(entries: Any) -> Table:
     return table
 
 
-class Store:
+class _Tables(abc.ABC):
+    """What a process knows: read once, then kept."""
+
+    def __init__(self) -> None:
+        self._known: Table | None = None
+        self._owners: set[str] | None = None
+
+    def known(self) -> Table:
+        """Every measurement, read from disk at the first call."""
+        if self._known is None:
+            self._known = self._read_all()
+        return self._known
+
+    def owners(self) -> set[str]:
+        """Of whom something is known: every call asks."""
+        if self._owners is None:
+            self._owners = {key.owner for key in self.known()}
+        return self._owners
+
+    def forget(self) -> None:
+        """Drops what is in memory: the next call reads the files again."""
+        self._known = self._owners = None
+
+    @abc.abstractmethod
+    def _read_all(self) -> Table:
+        """Every measurement on disk."""
+
+
+class Store(_Tables):
     """The measurements of this machine, in a file: replaced atomically, merged with what other processes wrote, kept in
     memory where it cannot be written."""
 
     def __init__(self, file: str) -> None:
+        super().__init__()
         self._file = file
-        self._known: Table | None = None
         # Calls that were seen before are found by their traits: making a key would take longer.
         self.chosen: dict[tuple, Any] = {}
         # Keys of which no candidate ran in this process.
@@ -104,15 +133,8 @@ class Store:
         folder = os.environ.get("LORADASH_CACHE")
         return (Path(folder) if folder else Path("~/.cache/loradash").expanduser()) / self._file
 
-    def known(self) -> Table:
-        """What this process knows: read from disk once, then kept."""
-        if self._known is None:
-            self._known = self._read()
-        return self._known
-
     def forget(self) -> None:
-        """Drops what is in memory: the next call reads the file again."""
-        self._known = None
+        super().forget()
         self.chosen.clear()
         self.failed.clear()
 
@@ -120,20 +142,21 @@ class Store:
         """Adds an entry to memory and to the file, with what other processes have added meanwhile."""
         measurement = Measurement(name, details or {})
         self.known()[key] = measurement
+        self._owners = None
         self.chosen.clear()
         path = Path(self._file)
         try:
             path = self.path()
             path.parent.mkdir(parents=True, exist_ok=True)
             with _locked(path.with_suffix(".lock")):
-                table = {**self._read(), key: measurement}
+                table = {**self._read_all(), key: measurement}
                 replace_bytes(path, json.dumps({"measurements": to_json(table)}, indent=1).encode())
                 # A shared cache is for all its readers.
                 path.chmod(0o644)
         except (OSError, RuntimeError) as error:
             warn_once(f"{path} cannot be written ({error}); measurements last as long as this process")
 
-    def _read(self) -> Table:
+    def _read_all(self) -> Table:
         try:
             path = self.path()
             text = path.read_bytes()
@@ -147,25 +170,22 @@ class Store:
             return {}
 
 
-class ShippedTables:
+class ShippedTables(_Tables):
     """The files of a folder, each with the source of its measurements."""
 
     def __init__(self, folder: Path) -> None:
+        super().__init__()
         self._folder = folder
-        self._known: Table | None = None
         self._sources: dict[Key, Mapping[str, str]] = {}
 
-    def known(self) -> Table:
-        """Every shipped measurement. Where two files have the same key, the last by name holds."""
-        if self._known is None:
-            self._known = {}
-            for path in sorted(self._folder.glob("*.json")):
-                self._known |= self._read(path)
-        return self._known
+    def read_from(self, folder: Path) -> None:
+        """Takes another folder's files."""
+        self.forget()
+        self._folder = folder
 
-    def forget(self, folder: Path | None = None) -> None:
-        """Drops what is in memory: the next call reads the files again, of another folder where one is given."""
-        self._folder, self._known, self._sources = folder or self._folder, None, {}
+    def forget(self) -> None:
+        super().forget()
+        self._sources = {}
 
     def covers(self, owner: str, card: str, architecture: str) -> Iterator[Key]:
         """The keys of an owner that could hold for this card: its own, or those of its architecture."""
@@ -187,6 +207,13 @@ class ShippedTables:
     def source(self, key: Key) -> str:
         """In words, where a shipped measurement comes from."""
         return ", ".join(f"{name} {value}" for name, value in self._sources[key].items())
+
+    def _read_all(self) -> Table:
+        """Where two files have the same key, the last by name holds."""
+        found: Table = {}
+        for path in sorted(self._folder.glob("*.json")):
+            found |= self._read(path)
+        return found
 
     def _read(self, path: Path) -> Table:
         try:

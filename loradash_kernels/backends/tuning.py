@@ -50,7 +50,7 @@ def choose(
     if _forced and (owner, call.pass_) in _forced:
         return _forced[owner, call.pass_]
     tune_now = os.environ.get("LORADASH_TUNE") == "1"
-    if not tune_now and not MEASURED.known() and not SHIPPED.known():
+    if not tune_now and owner not in MEASURED.owners() and owner not in SHIPPED.owners():
         return None
     traits = (tune_now, *_traits(owner, call, extra))
     seen = MEASURED.chosen.get(traits, _UNSEEN)

@@ -38,7 +38,7 @@ def cache(tmp_path, monkeypatch, unwarned):
     monkeypatch.setenv("LORADASH_CACHE", str(tmp_path / "cache"))
     monkeypatch.delenv("LORADASH_TUNE", raising=False)
     tuning.MEASURED.forget()
-    tuning.SHIPPED.forget(tmp_path / "shipped")
+    tuning.SHIPPED.read_from(tmp_path / "shipped")
     yield tmp_path / "cache"
     tuning.MEASURED.forget()
-    tuning.SHIPPED.forget(SHIPPED_FOLDER)
+    tuning.SHIPPED.read_from(SHIPPED_FOLDER)

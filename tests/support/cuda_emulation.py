@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import shutil
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,15 @@ def missing_tools() -> str | None:
     if not shutil.which("nvcc") and not Path("/usr/local/cuda/bin/nvcc").exists():
         return "nvcc is not installed"
     return None if shutil.which("g++") else "the emulator is compiled with g++, which is not there"
+
+
+@functools.cache
+def known_architectures() -> set[str]:
+    """What the toolkit that is here compiles for."""
+    from ptxsim.toolchain import tool
+
+    done = subprocess.run([tool("nvcc"), "--list-gpu-code"], capture_output=True, text=True, check=True)
+    return set(done.stdout.split())
 
 
 @functools.cache

@@ -17,11 +17,10 @@ from .. import tuning
 from .prepared import PLANS, PreparedPlan, look, without_memory
 from .problem import C, Problem
 from .strategies import Strategy, candidates
-from .target import Target
+from .target import MINIMUM, Target, Version, triton_version
 from .tiles import MAX_WIDTH, TARGETS, nearest
 
 name = "triton"
-MINIMUM = (3, 3)
 
 
 @functools.cache
@@ -31,9 +30,8 @@ def missing() -> str | None:
         return "Triton is not installed; `pip install triton` (or a CUDA or ROCm build of PyTorch, which brings it)"
     import triton
 
-    found = tuple(int(part) for part in triton.__version__.split(".")[:2])
-    if found < MINIMUM:
-        return f"Triton {triton.__version__} is too old; {'.'.join(map(str, MINIMUM))} or newer is needed"
+    if triton_version() < MINIMUM:
+        return f"Triton {triton.__version__} is too old; {_dotted(MINIMUM)} or newer is needed"
     if interpreted():
         return None
     if not torch.cuda.is_available():
@@ -56,9 +54,16 @@ def refuses(x: Tensor, width: int = 0) -> str | None:
         return f"x is {x.dtype}, the Triton kernels take float32, bfloat16 and float16"
     if width > MAX_WIDTH:
         return f"r + s is {width}, the Triton kernels take at most {MAX_WIDTH}"
-    if target_of(x.device) is None:
+    target = target_of(x.device)
+    if target is None:
         return f"{architecture_of(x.device)} has no tile table; known are {', '.join(TARGETS)}"
+    if triton_version() < target.triton:
+        return f"Triton {_dotted(triton_version())} does not compile for {target.name}; {_dotted(target.triton)} or newer does"
     return None
+
+
+def _dotted(version: Version) -> str:
+    return ".".join(map(str, version))
 
 
 @functools.cache
@@ -133,15 +138,15 @@ def _run(call: C) -> None:
 
 
 def _run_here(call: C) -> None:
-    call, traits, addresses = look(call)
-    x, tf32 = call.x, _tf32_wanted(call.x)
+    given, traits, addresses = look(call)
+    x, tf32 = given.x, _tf32_wanted(given.x)
 
     def run(strategy: Strategy | None) -> None:
         key = (strategy, architecture_of(x.device), x.get_device(), tf32, *traits)
-        PLANS.get(key, lambda: _prepare(call, strategy)).run(call, addresses)
+        PLANS.get(key, lambda: _prepare(given, strategy)).run(given, addresses)
 
     precision = "tf32" if tf32 and _target_in_use(x.device).tf32 else "ieee"
-    run(tuning.choose(name, call, lambda: candidates(_problem(call)), run, precision))
+    run(tuning.choose(name, given, lambda: candidates(_problem(given)), run, precision))
 
 
 def _prepare(call: C, strategy: Strategy | None) -> PreparedPlan:

@@ -79,10 +79,7 @@ def watched(kernels: Sequence[Any]) -> bool:
         # A chain of hooks is always there, and true even where it is empty.
         if value and getattr(value, "calls", True):
             return True
-    for kernel in kernels:
-        if kernel.pre_run_hooks:
-            return True
-    return False
+    return any(kernel.pre_run_hooks for kernel in kernels)
 
 
 def repeated(compiled: Any, grid: tuple[int, ...], args: list[Any]) -> tuple[Callable[..., Any], list[Any]]:

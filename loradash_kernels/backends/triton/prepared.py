@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -30,13 +30,13 @@ _NUMBERS = (float, int)
 class Slot(NamedTuple):
     """A tensor of a prepared launch: that field of the call, or beyond the last of them that piece of the workspace."""
 
-    index: int
+    place: int
 
 
 class Described(NamedTuple):
     """A tensor descriptor of a prepared launch, whose own tensor is left out."""
 
-    index: int
+    place: int
     descriptor: Any
 
     def of(self, base: Any) -> Any:
@@ -82,7 +82,7 @@ class PreparedPlan:
         kernels = [step.kernel for step in self.steps if isinstance(step, KernelLaunch)]
         # Where launches can be repeated: the kernels, and from the second time on what `run` does.
         self._kernels = kernels if launcher.obstacle(kernels) is None else None
-        self._repeats: list[tuple[Any, ...]] | None = None
+        self._repeats: list[Repeat] | None = None
 
     def bind(self, call: Call) -> Plan:
         """The launches for a call; allocates the workspace."""
@@ -104,16 +104,16 @@ class PreparedPlan:
         if plain:
             self._repeats = [_repeat(step, kernel) for step, kernel in zip(self.steps, compiled, strict=True)]
 
-    def _repeat(self, call: Call, given: list[int], repeats: list[tuple[Any, ...]]) -> None:
+    def _repeat(self, call: Call, given: list[int], repeats: list[Repeat]) -> None:
         x, addresses, kept = call[0], given, []
         if self.pieces:
             kept.append(memory := x.new_empty(self.bytes + _ALIGNMENT, dtype=torch.uint8))
             start = memory.data_ptr()
             start += -start % _ALIGNMENT
             addresses = given + [start + offset for offset in self._offsets]
-            for index, piece in self._zeroed:
+            for place, piece in self._zeroed:
                 kept.append(zeros := piece.within(memory))
-                addresses[index] = zeros.data_ptr()
+                addresses[place] = zeros.data_ptr()
         stream = launcher.current_stream(x.get_device())
         for launch, template, slots, descriptors in repeats:
             if template is None:
@@ -121,10 +121,10 @@ class PreparedPlan:
                 continue
             arguments = template.copy()
             arguments[launcher.STREAM] = stream
-            for place, index in slots:
-                arguments[place] = addresses[index]
-            for place, described in descriptors:
-                arguments[place] = described.of(Address(addresses[described.index]))
+            for argument, place in slots:
+                arguments[argument] = addresses[place]
+            for argument, described in descriptors:
+                arguments[argument] = described.of(Address(addresses[described.place]))
             launch(*arguments)
 
 
@@ -160,31 +160,43 @@ def _bound(step: Any, tensors: list[Any]) -> KernelLaunch | LibraryProduct:
 
     def filled(value: Any) -> Any:
         if isinstance(value, Slot):
-            return tensors[value.index]
-        return value.of(tensors[value.index]) if isinstance(value, Described) else value
+            return tensors[value.place]
+        return value.of(tensors[value.place]) if isinstance(value, Described) else value
 
     if isinstance(step, KernelLaunch):
         return replace(step, args={name: filled(value) for name, value in step.args.items()})
     return replace(step, **{name: filled(getattr(step, name)) for name in PRODUCT_TENSORS})
 
 
-def _repeat(step: Any, compiled: Any) -> tuple[Any, ...]:
-    """What to call, the arguments without stream and addresses, and where which address and descriptor goes; for a product
-    only what to call with the call."""
+class Repeat(NamedTuple):
+    """How a launch is repeated."""
+
+    # Takes the arguments of Triton's launcher, or for a product of the library the call.
+    launch: Callable[..., Any]
+    # The former, stream and addresses apart; None for a product.
+    template: list[Any] | None
+    # Where which address goes, and which descriptor.
+    addresses: Sequence[tuple[int, int]] = ()
+    descriptors: Sequence[tuple[int, Described]] = ()
+
+
+def _repeat(step: Any, compiled: Any) -> Repeat:
     if isinstance(step, LibraryProduct):
-        wanted = [None if slot is None else slot.index for slot in (step.a, step.b, step.bias, step.out)]
-        options = step.transposed, step.accumulate
-
-        def product(call: Call) -> None:
-            multiply(*[None if index is None else call[index] for index in wanted], *options)
-
-        return product, None, (), ()
+        return Repeat(_product(step), None)
     every = [step.args[name] if name in step.args else step.constants[name] for name in step.kernel.arg_names]
-    launch, template = launcher.repeated(compiled, step.grid, every)
     first = launcher.ARGUMENTS
-    slots = [(first + place, value.index) for place, value in enumerate(every) if isinstance(value, Slot)]
+    addresses = [(first + place, value.place) for place, value in enumerate(every) if isinstance(value, Slot)]
     descriptors = [(first + place, value) for place, value in enumerate(every) if isinstance(value, Described)]
-    return launch, template, slots, descriptors
+    return Repeat(*launcher.repeated(compiled, step.grid, every), addresses, descriptors)
+
+
+def _product(step: Any) -> Callable[[Any], None]:
+    a, b, bias, out = (-1 if slot is None else slot.place for slot in (step.a, step.b, step.bias, step.out))
+
+    def product(call: Any) -> None:
+        multiply(call[a], call[b], None if bias < 0 else call[bias], call[out], step.transposed, step.accumulate)
+
+    return product
 
 
 class PlanCache:
@@ -220,13 +232,14 @@ PLANS = PlanCache(1024)
 
 
 def look(call: C) -> tuple[C, list[Any], list[int]]:
-    """The call as kernels can take it, what its plan depends on but for where it runs, and the addresses of its fields (0: none).
+    """The call as kernels can take it, what its plan depends on (the device apart), and the addresses of its fields (0: none).
 
     Kernels need memory that holds the values, and vectors without gaps; what lacks that is copied. Shapes follow from those of
     x, B and the vectors. This is most of what a call costs, and takes 4 us as it is written.
     """
     traits: list[Any] = [call.__class__, call.x.shape, call.lora_b.shape]
-    addresses = []
+    addresses: list[int] = []
+    value: Any
     for value in call[:_GIVEN]:
         # isinstance(value, Tensor) runs Python code for all that is not exactly a Tensor, a Parameter too.
         if value is None or value.__class__ in _NUMBERS:
@@ -236,7 +249,7 @@ def look(call: C) -> tuple[C, list[Any], list[int]]:
         address, strides = value.data_ptr(), value.stride()
         vector = len(strides) == 1
         if value.is_neg() or (not address and value._is_zerotensor()) or (vector and strides[0] != 1):
-            plain = type(call)(*map(_plain, call))
+            plain = _mapped(_plain, call)
             if any(new is not old for new, old in zip(plain, call, strict=True)):
                 return look(plain)
         traits += (value.dtype, value.shape if vector else strides, address & 15)
@@ -263,4 +276,9 @@ def _plain(value: Any) -> Any:
 
 def without_memory(call: C) -> C:
     """The call for a plan to be prepared from: every field is another object, whatever was given twice."""
-    return type(call)(*(value.detach() if isinstance(value, Tensor) else value for value in call))
+    return _mapped(lambda value: value.detach() if isinstance(value, Tensor) else value, call)
+
+
+def _mapped(change: Callable[[Any], Any], call: C) -> C:
+    make: Any = type(call)
+    return make(*map(change, call))

@@ -195,7 +195,8 @@ def test_guessed_tiles_are_said_once(card, unwarned):
     ("architecture", "shared_kb", "expected"),
     [
         ("sm_75", 64, None),
-        ("sm_87", 163, "sm_86"),
+        # No Triton compiles for it.
+        ("sm_88", 163, None),
         ("sm_91", 227, "sm_90"),
         ("sm_101", 227, "sm_100"),
         ("sm_101", 99, "sm_89"),
