@@ -19,6 +19,7 @@ from benchmarks.layers.meter import CardLost, Meter
 from benchmarks.layers.variants import FROZEN, IN_PLACE, OURS, PEFT, VARIANTS
 from benchmarks.layers.workloads import Job, Workload
 from benchmarks.support.journal import ATTEMPTS, Journal, read_lines
+from loradash_kernels.timing import HostStopwatch
 
 ROOT = Path(__file__).parents[2]
 WORKLOAD = Workload("fp32", 24, 32, 40, rank=4)
@@ -149,6 +150,29 @@ def test_a_card_that_is_lost_while_an_arm_is_timed(run, monkeypatch):
         assert run(LAYER)[0] == program.CARD_IS_LOST
     status, rows = run(LAYER)
     assert status == 0 and "unspecified launch failure" in rows[PEFT]["error"] and rows[OURS]["step ms"] > 0
+
+
+def test_an_arm_that_fails_wherever_it_is_timed_has_failed(run, monkeypatch):
+    measured = Meter.measure
+
+    def failing(self, arms, *args, **kwargs):
+        found = measured(self, {name: arm for name, arm in arms.items() if name != PEFT}, *args, **kwargs)
+        found.errors[PEFT] = "RuntimeError: no"
+        return found
+
+    monkeypatch.setattr(Meter, "measure", failing)
+    _, rows = run(LAYER)
+    assert rows[PEFT]["error"] == "RuntimeError: no" and rows[PEFT]["step ms"] is None
+    assert rows[OURS]["error"] is None
+
+
+def test_nothing_stands_beside_a_frozen_layer_that_failed(run, tmp_path):
+    Journal(tmp_path).add({"key": program.key_of(LAYER, FROZEN), "arm": FROZEN, "error": "lost", "card": "none, cpu"})
+    Journal(tmp_path).add({"key": program.key_of(STRATEGY, OURS), "arm": OURS, "error": "lost", "card": "none, cpu"})
+    program.run_jobs(
+        program.Program(Meter(torch.device("cpu"), HostStopwatch()), Journal(tmp_path), True), [LAYER, STRATEGY]
+    )
+    assert len(read_lines(tmp_path / "rows.jsonl")) == 2
 
 
 def test_an_arm_that_hung_twice_is_left_out(run, tmp_path):
