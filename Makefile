@@ -22,7 +22,7 @@ CXX_FILES = $(shell find csrc examples tools -name '*.cpp' -o -name '*.h' -o -na
 CLANG_FORMAT := $(PY) -c "from clang_format import clang_format; clang_format()"
 RESULTS := benchmarks/results
 
-.PHONY: demo test cuda-check cuda-counters test-ptxsim bench bench-all counters lint format docs clean in-place
+.PHONY: demo test cuda-check cuda-counters test-ptxsim bench bench-all gpu-proof counters lint format docs clean in-place
 
 demo: $(READY)
 	$(PY) -m loradash.cli finetune --out runs/demo
@@ -50,7 +50,7 @@ cuda-check:
 	$(CUDA_BUILD) $(CUDA_PYTHON) -m pip install --quiet --no-build-isolation .
 endif
 	cd tests && $(CUDA_TESTS) backends/cuda/cuda_leg.py
-	! command -v nvidia-smi >/dev/null || (cd tests && $(CUDA_TESTS) -k cuda operator/test_error_rule.py)
+	! command -v nvidia-smi >/dev/null || (cd tests && $(CUDA_TESTS) --device cuda -k cuda operator/test_error_rule.py)
 
 # The emulator has tests of its own, which run when it changes; what they passed with is recorded in tools/ptxsim/TESTED.
 test-ptxsim: $(READY)
@@ -75,6 +75,17 @@ bench: $(READY)
 	if $(ON_CARD); then $(PY) -m benchmarks.layers.device $(if $(BENCH_SECONDS),--seconds $(BENCH_SECONDS)); else \
 		$(ON_CPU) benchmarks.layers.ratios --out $(RESULTS) \
 		&& $(ON_CPU) benchmarks.prelaunch.speed --out $(RESULTS) $(if $(FACTORS),--factors $(FACTORS)); fi
+
+# On the card at hand, with the interpreter at hand and what it has: nothing is installed. REHEARSE=1 takes the CPU, and the
+# environment of `make test`. LIMIT=SECONDS bounds the call, OUT=FOLDER receives the results (docs/gpu-proof.md).
+PROOF = -m benchmarks.proof $(if $(LIMIT),--limit $(LIMIT)) $(if $(OUT),--out $(OUT)) $(if $(STAGES),--stages $(STAGES))
+ifdef REHEARSE
+gpu-proof: $(READY)
+	$(PY) $(PROOF) --rehearse
+else
+gpu-proof:
+	$(PYTHON) $(PROOF)
+endif
 
 bench-all: bench
 	$(ON_CARD) || $(ON_CPU) benchmarks.layers.ratios --compiled

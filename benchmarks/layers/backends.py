@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from benchmarks.layers.variants import Case
 from loradash_kernels import dash_linear
-from loradash_kernels.backends import cuda, tuning
+from loradash_kernels.backends import cuda, registry, tuning
 from loradash_kernels.backends.triton import backend as triton
 from loradash_kernels.backends.triton import strategies
 from loradash_kernels.backends.triton.problem import Problem
@@ -27,6 +27,12 @@ def names(device: torch.device) -> tuple[str, ...]:
     if device.type == "cuda":
         return "cuda", "triton"
     return ("cpu", "reference", "triton") if triton.interpreted() else ("cpu", "reference")
+
+
+def refusal(name: str, x: Tensor, width: int) -> str | None:
+    """Why a backend cannot take this x and R = `width`, or None."""
+    backend = next(backend for backend in registry.BACKENDS if backend.name == name)
+    return backend.missing() or backend.refuses(x, width)
 
 
 class ByBackend(nn.Module):
@@ -117,8 +123,7 @@ def arms_of(case: Case) -> list[Arm]:
     device, width = case.x.device, case.layer.lora_a.shape[0] + case.layer.dash_sigma.shape[0]
     found = []
     for name in names(device):
-        backend = {b.name: b for b in (cuda, triton)}.get(name)
-        if backend is not None and (backend.missing() or backend.refuses(case.x, width)):
+        if refusal(name, case.x, width):
             continue
         found.append(Arm(name, name))
         by_label: dict[str, dict[str, Any]] = {}

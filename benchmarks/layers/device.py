@@ -29,9 +29,9 @@ import torch
 from benchmarks.layers import backends, training
 from benchmarks.layers.checks import check_by_norms, check_ours
 from benchmarks.layers.device_report import report
-from benchmarks.layers.meter import Found, Meter, products_in, said
+from benchmarks.layers.meter import CardLost, Found, Meter, products_in, said
 from benchmarks.layers.roofs import roofs
-from benchmarks.layers.variants import FROZEN, OURS, VARIANTS, Case, Inputs, make_case, make_inputs
+from benchmarks.layers.variants import DIRECTIONS, FROZEN, OURS, VARIANTS, Case, Inputs, make_case, make_inputs
 from benchmarks.layers.workloads import Job, Workload, all_jobs, rehearsal, selected
 from benchmarks.prelaunch.device import prelaunch_row
 from benchmarks.support.journal import ATTEMPTS, Journal, Row
@@ -41,10 +41,6 @@ from loradash_kernels.timing import card_facts, stopwatch_for
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "tf32": torch.float32}
 GEMM = "vendor GEMM"
 TIME_IS_OVER, CARD_IS_LOST = 75, 76
-
-
-class CardLost(RuntimeError):
-    """The card answers no more in this process."""
 
 
 class Program:
@@ -58,7 +54,7 @@ class Program:
         self.begun, self.seconds = time.monotonic(), seconds
         self.device, self.rehearsed = meter.device, rehearsed
         self.about = {**environment(), "device": str(meter.device), "rehearsed": rehearsed}
-        self.facts = card_facts(self.device)
+        self._look()
 
     @property
     def spent(self) -> float:
@@ -70,16 +66,30 @@ class Program:
         return self.spent >= self.seconds
 
     def run(self, job: Job) -> None:
-        """Adds the rows of a job that are not there."""
+        """Adds the rows of a job that are not there; none where what the others stand beside has failed."""
+        references = (FROZEN, OURS) if job.kind == "strategy" else (FROZEN,)
+        if {key_of(job, arm) for arm in references} & {row["key"] for row in self.journal.rows if row["error"]}:
+            return
         # The compiler gives up on a function that it has compiled for eight shapes.
         torch._dynamo.reset()
-        {
+        measured = {
             "roofs": self._roofs,
             "layer": self._layer,
             "strategy": self._strategy,
             "training": self._training,
             "prelaunch": self._prelaunch,
-        }[job.kind](job)
+        }
+        try:
+            measured[job.kind](job)
+        except CardLost as error:
+            # The next program leaves out what this one ended with.
+            self._add(job, {"arm": error.arm, "error": error.why})
+            raise
+
+    def _look(self) -> None:
+        """Notes the state of the card, right after a measurement, for the rows to come; and the calls so far that were timed
+        with some of their launching, because the host came late."""
+        self.facts = {**card_facts(self.device), "late calls": getattr(self.meter.stopwatch, "late", 0)}
 
     def missing(self, job: Job, arms: Any) -> list[str]:
         """The arms that have no row."""
@@ -89,7 +99,16 @@ class Program:
         key = key_of(job, row["arm"])
         if key not in self.journal.keys:
             self.journal.add(
-                {"key": key, "kind": job.kind, **_sizes(job.workload), "error": None, **row, **self.facts, **self.about}
+                {
+                    "key": key,
+                    "kind": job.kind,
+                    **_sizes(job.workload),
+                    "error": None,
+                    "left out": None,
+                    **row,
+                    **self.facts,
+                    **self.about,
+                }
             )
 
     def _tried(self, job: Job, arm: str, attempt: Callable[[], Any]) -> Any:
@@ -107,14 +126,13 @@ class Program:
             print(f"  {arm}: passed, {self.spent - begun:.1f} s", flush=True)
             return found
         except Exception as error:
+            # That a card is small is nobody's fault.
+            kind = "left out" if isinstance(error, torch.cuda.OutOfMemoryError) else "error"
             words = said(error)
         print(f"  {arm}: {words}", flush=True)
         # What was allocated is free once the error is gone.
-        self._add(job, {"arm": arm, "error": words})
-        try:
-            self.meter.recover()
-        except RuntimeError as error:
-            raise CardLost(said(error)) from error
+        self._add(job, {"arm": arm, kind: words})
+        self.meter.recover(arm, words)
         self.journal.end(key)
         return None
 
@@ -141,7 +159,7 @@ class Program:
                 steps[arm] = step
         found = {"step": self.meter.measure(steps)}
         found["wall"] = self.meter.wall(steps, found["step"].shortest)
-        self.facts = card_facts(self.device)
+        self._look()
         for arm in wanted:
             if arm in steps:
                 row = {"arm": arm, **times_of(arm, found), "stack": str(sizes)}
@@ -158,9 +176,13 @@ class Program:
             return
         with products_in(workload.dtype == "tf32"):
             inputs = make_inputs(workload.shape, DTYPES[workload.dtype], self.device)
-            cases = self._checked(job, dict.fromkeys((FROZEN, *wanted)), inputs)
+            for name in backends.names(self.device):
+                reason = backends.refusal(name, inputs.x, workload.rank + DIRECTIONS)
+                if reason is not None:
+                    self._add(job, {"arm": f"{OURS}, {name}", "left out": f"refused: {reason}"})
+            cases = self._checked(job, dict.fromkeys((FROZEN, *self.missing(job, wanted))), inputs)
             found = self.meter.passes(cases)
-            self.facts = card_facts(self.device)
+            self._look()
             steps = {name: case.step for name, case in cases.items()}
             found["wall"] = self.meter.wall(steps, found["step"].shortest)
             found["graph"] = self.meter.graphs(steps)
@@ -193,7 +215,7 @@ class Program:
                 return pass_ in (arms[name].passes if name in arms else backends.PASSES)
 
             found = self.meter.passes(cases, takes)
-            self.facts = card_facts(self.device)
+            self._look()
             for name in wanted:
                 if name in cases:
                     self._add(job, {"arm": name, "backend": arms[name].backend, **times_of(name, found)})
@@ -258,6 +280,9 @@ def times_of(name: str, found: Mapping[str, Found]) -> Row:
         for reference, word in ((FROZEN, "ratio"), (OURS, "over ours")):
             if reference in measured.samples:
                 row[f"{time_} {word}"] = samples.median / measured.samples[reference].median
+    if reasons.keys() == found.keys():
+        # It passed its check, and then failed wherever it was timed.
+        row["error"] = next(iter(reasons.values()))
     return {**row, "why null": reasons} if reasons else row
 
 
@@ -274,6 +299,10 @@ def main(arguments: list[str] | None = None) -> int:
         jobs = selected(rehearsal() if options.rehearse else all_jobs(), options.shapes)
     except (ValueError, RuntimeError) as error:
         parser.error(str(error))
+    if device.type == "cpu" and not (options.rehearse or options.device):
+        parser.error(
+            "PyTorch sees no GPU; --rehearse shows on a CPU that all of it runs, --device cpu measures it, for hours"
+        )
     card = card_facts(device)["card"]
     folder = options.out or ROOT / RESULTS / re.sub(r"[^a-z0-9]+", "_", card.lower()).strip("_")
     journal = Journal(folder)

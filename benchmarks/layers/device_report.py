@@ -84,13 +84,14 @@ def text_of(rows: list[Row]) -> str:
     if fastest:
         lines += ["## Our fastest strategies", ""]
         lines += _table(["", "pass", "strategy", "ms", "over frozen", "over ours by default"], fastest)
-    others = [row for row in rows if row["kind"] not in ("layer", "strategy") and row["error"] is None]
+    others = [row for row in rows if row["kind"] not in ("layer", "strategy") and row.get("step ms")]
     names = ("arm", "step ms", "wall ms", "TFLOP/s", "GB/s", "tokens/s", "svd ms", "svd / auto", "top 8 found")
     lines += ["## Roofs, training steps, pre-launch", ""]
     lines += _table(list(names), ([row.get(name) for name in names] for row in others))
-    failed = [row for row in rows if row["error"] is not None]
-    if failed:
-        lines += ["## Without a time", "", *(f"- {row['key']}: {row['error']}" for row in failed), ""]
+    for title, name in (("Failed", "error"), ("Left out", "left out")):
+        found_rows = [row for row in rows if row[name] is not None]
+        if found_rows:
+            lines += [f"## {title}", "", *(f"- {row['key']}: {row[name]}" for row in found_rows), ""]
     return "\n".join(lines)
 
 

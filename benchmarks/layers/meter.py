@@ -35,6 +35,14 @@ class Found:
         return min((samples.median for samples in self.samples.values()), default=1.0)
 
 
+class CardLost(RuntimeError):
+    """The card answers no more in this process; `arm` is what was running, `why` what it raised."""
+
+    def __init__(self, arm: str, why: str) -> None:
+        super().__init__(f"{arm}: {why}")
+        self.arm, self.why = arm, why
+
+
 def said(error: BaseException) -> str:
     """An error as a row has it: its class and the first lines of what it says."""
     if isinstance(error, ArmError) and error.__cause__ is not None:
@@ -56,12 +64,15 @@ class Meter:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
 
-    def recover(self) -> None:
-        """After an error: memory of what failed is given back. Raises where the card no longer answers."""
+    def recover(self, arm: str, why: str) -> None:
+        """After an arm's error: memory of what failed is given back. Raises CardLost where the card no longer answers."""
         gc.collect()
         if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-            torch.cuda.empty_cache()
+            try:
+                torch.cuda.synchronize(self.device)
+                torch.cuda.empty_cache()
+            except RuntimeError as error:
+                raise CardLost(arm, f"{why}; then {said(error)}") from error
 
     def measure(self, arms: Calls, before: Calls | None = None, stopwatch: Stopwatch | None = None) -> Found:
         """All arms in turn; one that fails is left out, and the others are measured anew."""
@@ -78,9 +89,12 @@ class Meter:
                 )
                 break
             except ArmError as error:
-                found.errors[error.arm] = said(error)
-                del arms[error.arm], error
-                self.recover()
+                arm, words = error.arm, said(error)
+                # The error holds what was allocated.
+                del error
+                found.errors[arm] = words
+                del arms[arm]
+                self.recover(arm, words)
         return found
 
     def passes(
@@ -123,13 +137,16 @@ class Meter:
         """Device time of replays; every arm has an error where there are no CUDA graphs."""
         if self.device.type != "cuda":
             return Found(errors=dict.fromkeys(steps, "a CUDA graph needs a card"))
-        graphs, errors = {}, {}
+        # No graph leaves anything alive, so that they may share their memory: of large layers there would not be enough.
+        graphs, errors, pool = {}, {}, torch.cuda.graph_pool_handle()
         for name, step in steps.items():
             try:
-                graphs[name] = _captured(step, self.device)
+                graphs[name] = _captured(step, self.device, pool)
             except Exception as error:
                 errors[name] = said(error)
-                self.recover()
+                del error
+                _renew_generator(self.device)
+                self.recover(name, errors[name])
         found = self.measure({name: graph.replay for name, graph in graphs.items()})
         found.errors |= errors
         return found
@@ -147,7 +164,7 @@ class Meter:
         return torch.cuda.max_memory_allocated(self.device) - before
 
 
-def _captured(step: Callable[[], object], device: torch.device) -> Any:
+def _captured(step: Callable[[], object], device: torch.device, pool: Any) -> Any:
     stream = torch.cuda.Stream(device)
     stream.wait_stream(torch.cuda.current_stream(device))
     with torch.cuda.stream(stream):
@@ -155,9 +172,16 @@ def _captured(step: Callable[[], object], device: torch.device) -> Any:
             step()
     torch.cuda.current_stream(device).wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with torch.cuda.graph(graph, pool=pool):
         step()
     return graph
+
+
+def _renew_generator(device: torch.device) -> None:
+    """A capture that failed leaves the generator waiting for the rest of it, and all later draws would raise."""
+    index = torch.cuda.current_device() if device.index is None else device.index
+    fresh = torch.Generator(torch.device("cuda", index))
+    torch.cuda.default_generators[index].graphsafe_set_state(fresh.graphsafe_get_state())
 
 
 @contextlib.contextmanager

@@ -32,7 +32,7 @@ from benchmarks.support.measure import write_csv
 
 SHAPES = ((8192, 4096, 4096), (8192, 4096, 11008), (8192, 11008, 4096), (8192, 8192, 8192))
 WIDTH = RANK + DIRECTIONS
-# Of the published peak, which the largest products of a vendor's library reach.
+# The share of the published peak that the largest products of a vendor's library reach.
 EFFICIENCY = 0.8
 BYTES = 2
 

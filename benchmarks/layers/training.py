@@ -19,7 +19,7 @@ ADAPTED = ("q", "k", "v", "o", "gate", "up", "down")
 
 @dataclass(frozen=True)
 class Sizes:
-    """Of a stack, and of the batch that trains it; those of LLaMA 8B unless given."""
+    """The sizes of a stack and of the batch that trains it; LLaMA 8B's unless given."""
 
     hidden: int = 4096
     inner: int = 14336

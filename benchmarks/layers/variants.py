@@ -58,7 +58,7 @@ class Case:
         self.y = self.forward()
 
     def backward(self) -> None:
-        """Of the output that was kept."""
+        """Takes the output that was kept."""
         assert self.y is not None, "keep_forward comes before backward"
         y, self.y = self.y, None
         with self.within():

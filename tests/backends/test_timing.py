@@ -2,50 +2,19 @@
 
 from __future__ import annotations
 
-import collections
 import subprocess
 import types
 
 import pytest
 import torch
+from support.stopwatches import FakeStopwatch
 
 from loradash_kernels import timing
 from loradash_kernels.timing import ArmError, CudaStopwatch, HostStopwatch, Samples, card_facts, measure
 
 
-class Bench:
-    """A stopwatch and its arms, which write down what happens; calls advance the clock by what they are told to take."""
-
-    def __init__(self):
-        self.now, self.events = 0.0, []
-
-    def flush(self):
-        self.events.append("flush")
-
-    def spin(self):
-        self.events.append("spin")
-
-    def stamp(self):
-        self.events.append("stamp")
-        return self.now
-
-    def elapsed(self, start, end):
-        return end - start
-
-    def arm(self, name, *takes):
-        """Takes the given milliseconds in turn, again and again."""
-        turns = collections.deque(takes)
-
-        def call():
-            self.events.append(name)
-            self.now += turns[0]
-            turns.rotate(-1)
-
-        return call
-
-
 def test_every_call_is_flushed_spun_and_stamped():
-    bench = Bench()
+    bench = FakeStopwatch()
     found = measure({"a": bench.arm("a", 3.0), "b": bench.arm("b", 4.0)}, stopwatch=bench, warm=1, least=5, seed=3)
     calls = [bench.events[i : i + 5] for i in range(0, len(bench.events), 5)]
     assert all(call[:3] == ["flush", "spin", "stamp"] and call[4:] == ["stamp"] for call in calls)
@@ -55,7 +24,7 @@ def test_every_call_is_flushed_spun_and_stamped():
 
 
 def test_what_comes_before_a_call_is_not_measured():
-    bench = Bench()
+    bench = FakeStopwatch()
     found = measure(
         {"a": bench.arm("a", 2.0), "b": bench.arm("b", 1.0)},
         before={"a": bench.arm("forward", 50.0)},
@@ -69,7 +38,7 @@ def test_what_comes_before_a_call_is_not_measured():
 
 
 def orders(seed, names="abcd", rounds=8):
-    bench = Bench()
+    bench = FakeStopwatch()
     measure({n: bench.arm(n, 1.0) for n in names}, stopwatch=bench, warm=0, least=rounds, most=rounds, seed=seed)
     called = "".join(event for event in bench.events if event in names)
     return [called[i : i + len(names)] for i in range(0, len(called), len(names))]
@@ -82,7 +51,7 @@ def test_each_round_has_every_arm_once_in_a_random_order():
 
 
 def test_rounds_go_on_until_the_spread_is_below_the_bound():
-    bench = Bench()
+    bench = FakeStopwatch()
     # Four wild calls, then quiet ones: with sixteen quiet beside them the quartiles are quiet too.
     takes = [5.0, 9.0, 6.0, 8.0, *[1.0] * 1000]
     found = measure({"a": bench.arm("a", *takes)}, stopwatch=bench, warm=0, least=3)["a"]
@@ -92,21 +61,21 @@ def test_rounds_go_on_until_the_spread_is_below_the_bound():
 
 
 def test_one_unsteady_arm_keeps_all_going_to_the_most():
-    bench = Bench()
+    bench = FakeStopwatch()
     arms = {"quiet": bench.arm("quiet", 1.0), "wild": bench.arm("wild", 1.0, 2.0)}
     found = measure(arms, stopwatch=bench, warm=0, most=25)
     assert [len(samples.milliseconds) for samples in found.values()] == [25, 25]
 
 
 def test_seconds_end_it_even_before_the_least(monkeypatch):
-    bench = Bench()
+    bench = FakeStopwatch()
     monkeypatch.setattr(timing, "perf_counter", lambda: 1e-3 * bench.now)
     found = measure({"a": bench.arm("a", 400.0, 600.0)}, stopwatch=bench, warm=0, seconds=2.0)["a"]
     assert found.milliseconds == [400.0, 600.0, 400.0, 600.0]
 
 
 def test_one_round_is_taken_whatever_the_time():
-    bench = Bench()
+    bench = FakeStopwatch()
     assert len(measure({"a": bench.arm("a", 1.0)}, stopwatch=bench, warm=0, seconds=0.0)["a"].milliseconds) == 1
 
 
@@ -115,14 +84,14 @@ def test_an_arm_that_raises_is_named(warm):
     def broken():
         raise ValueError("no such tile")
 
-    bench = Bench()
+    bench = FakeStopwatch()
     with pytest.raises(ArmError, match="arm 'bad' failed: ValueError: no such tile") as error:
         measure({"good": bench.arm("good", 1.0), "bad": broken}, stopwatch=bench, warm=warm)
     assert error.value.arm == "bad" and isinstance(error.value.__cause__, ValueError)
 
 
 def test_what_shows_only_when_the_host_waits_is_named_too():
-    class Late(Bench):
+    class Late(FakeStopwatch):
         def elapsed(self, start, end):
             raise RuntimeError("an illegal memory access")
 

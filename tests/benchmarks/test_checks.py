@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from torch import nn
@@ -107,7 +109,7 @@ def test_rows_of_every_stripe(size, count):
     found = checks.spread_out(size, count, torch.device("cpu")).tolist()
     assert found == sorted(set(found)) and len(found) == min(size, count)
     assert (found[0], found[-1]) == (0, size - 1)
-    assert max(b - a for a, b in zip(found, found[1:], strict=False)) <= 2 * -(-size // count)
+    assert max(b - a for a, b in itertools.pairwise(found)) <= 2 * -(-size // count)
 
 
 def test_the_function_that_adds_in_place_is_lora_with_its_dropout():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from support.devices import plain_dtype
 from support.promises import check_same
 from torch.utils.checkpoint import checkpoint
 
@@ -60,8 +61,8 @@ def test_probability_is_rounded_and_the_scale_fits():
     assert dropout_threshold(0.9999999) == 65535
 
 
-def test_seeds_decide(backend):
-    case = make_case(30, 40, 50, dropout_p=0.5)
+def test_seeds_decide(backend, device):
+    case = make_case(30, 40, 50, dtype=plain_dtype(backend), dropout_p=0.5, device=device)
     first = run(case, backend)
     check_same(case, backend, first, run(case, backend))
     case.seed += 1
@@ -69,8 +70,8 @@ def test_seeds_decide(backend):
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
-def test_checkpoint_recomputes_the_same_mask(backend, reentrant):
-    case = make_case(33, 48, 40, dropout_p=0.3)
+def test_checkpoint_recomputes_the_same_mask(backend, device, reentrant):
+    case = make_case(33, 48, 40, dtype=plain_dtype(backend), dropout_p=0.3, device=device)
 
     def results(recompute):
         torch.manual_seed(case.seed)

@@ -5,9 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.distributed as dist
+from support.devices import plain_dtype
+from support.matrix import close
 from torch.nn import functional as F
 
-from loradash_kernels import available_backends, dash_linear, low_rank_update
+from loradash_kernels import dash_linear, low_rank_update
 from loradash_kernels.testing import make_case
 
 GRADIENTS = ("x", "bias", "lora_a", "lora_b", "dash_sigma")
@@ -25,7 +27,7 @@ def both(t, dy, backend):
     y = call(leaves, backend=backend, dropout_p=0.0)
     found = [y.detach(), *torch.autograd.grad(y, [leaves[n] for n in GRADIENTS], dy)]
     adapters = {n: v for n, v in leaves.items() if n not in ("x", "weight", "bias")}
-    base = torch.ones(dy.shape, dtype=y.dtype)
+    base = torch.ones_like(y, requires_grad=False)
     z = low_rank_update(base, leaves["x"], **adapters, backend=backend)
     return [*found, z.detach(), *torch.autograd.grad(z, [leaves["x"], leaves["lora_b"]], dy)]
 
@@ -38,7 +40,7 @@ def plain(t):
 # Each gives a tensor of the same shape.
 KINDS = {
     "negated": lambda v: torch._neg_view(-v),
-    "zero": lambda v: torch._efficientzerotensor(v.shape, dtype=v.dtype),
+    "zero": lambda v: torch._efficientzerotensor(v.shape, dtype=v.dtype, device=v.device),
     "expanded": lambda v: v[:1].expand_as(v),
     "scalar expanded": lambda v: v.flatten()[0].expand_as(v),
     "every second": lambda v: v.repeat_interleave(2, -1)[..., ::2],
@@ -47,30 +49,35 @@ KINDS = {
 }
 
 
+@pytest.fixture
+def case(backend, device):
+    """A small one, of the widest dtype that the backend takes."""
+    return make_case(5, 8, 6, 2, 3, plain_dtype(backend), device=device)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", [*NAMES, "dy"])
-def test_values_are_right(backend, kind, name):
-    case = make_case(5, 8, 6, 2, 3)
+def test_values_are_right(case, backend, kind, name):
     t = {**case.tensors, "dy": case.dy}
     t[name] = KINDS[kind](t[name])
     ordinary = plain(t)
     dy, expected_dy = t.pop("dy"), ordinary.pop("dy")
     for got, wanted in zip(both(t, dy, backend), both(ordinary, expected_dy, backend), strict=True):
-        torch.testing.assert_close(got, wanted)
+        close(got, wanted)
 
 
-def test_negated_y(backend):
-    case = make_case(5, 8, 6, 2, 3)
+def test_negated_y(case, backend):
     adapters = {n: v for n, v in case.tensors.items() if n not in ("x", "weight", "bias")}
-    y = torch.randn(5, 6)
+    y = torch.randn(5, 6).to(case.x)
     found, wanted = (low_rank_update(v, case.x, **adapters, backend=backend) for v in (torch._neg_view(-y), y))
-    torch.testing.assert_close(found, wanted)
+    close(found, wanted)
 
 
 @pytest.mark.parametrize("shape", [(0, 8, 6), (5, 0, 6), (5, 8, 0), (0, 0, 0)])
 @pytest.mark.parametrize(("r", "s"), [(2, 3), (0, 3), (2, 0), (0, 0)])
-def test_nothing_in_a_dimension(backend, shape, r, s):
-    t = {n: v for n, v in make_case(*shape, r, s).tensors.items() if v is not None}
+def test_nothing_in_a_dimension(backend, device, shape, r, s):
+    case = make_case(*shape, r, s, plain_dtype(backend), device=device)
+    t = {n: v for n, v in case.tensors.items() if v is not None}
     m, k, n = shape
     leaves = {name: v.requires_grad_(name in GRADIENTS) for name, v in t.items()}
     for x in (leaves["x"], leaves["x"].view(1, m, k)):
@@ -79,16 +86,15 @@ def test_nothing_in_a_dimension(backend, shape, r, s):
         expected = F.linear(x, t["weight"], t["bias"]) + x @ t["lora_a"].T @ t["lora_b"].T
         if s:
             expected = expected + ((x @ t["dash_vt"].T) * t["dash_sigma"]) @ t["dash_u"].T
-        torch.testing.assert_close(y, expected)
+        close(y, expected)
         wanted = [v for v in leaves.values() if v.requires_grad]
         gradients = [torch.autograd.grad(out.sum(), wanted) for out in (y, expected)]
-        torch.testing.assert_close(*gradients)
+        close(*gradients)
         adapters = {name: v for name, v in leaves.items() if name not in ("x", "weight", "bias")}
         assert low_rank_update(expected.detach(), x, **adapters, backend=backend).shape == y.shape
 
 
-def test_gradients_asked_without_grad_mode(backend):
-    case = make_case(5, 8, 6, 2, 3)
+def test_gradients_asked_without_grad_mode(case, backend):
     expected = call(case.tensors, backend=backend)
     leaves = {n: v.clone().requires_grad_(n in GRADIENTS) for n, v in case.tensors.items()}
     with torch.no_grad():
@@ -97,7 +103,7 @@ def test_gradients_asked_without_grad_mode(backend):
     with torch.inference_mode():
         assert torch.equal(call(leaves, backend=backend), expected)
         made_here = {n: v.clone() for n, v in case.tensors.items()}
-    torch.testing.assert_close(call(made_here, backend=backend), expected)
+    close(call(made_here, backend=backend), expected)
     made_here["lora_a"] = leaves["lora_a"]
     with pytest.raises(RuntimeError, match="Inference tensors cannot be saved for backward"):
         call(made_here, backend=backend)
@@ -116,7 +122,8 @@ class Opaque(torch.Tensor):
 
     @staticmethod
     def __new__(cls, inner):
-        return torch.Tensor._make_wrapper_subclass(cls, inner.shape, dtype=inner.dtype, strides=inner.stride())
+        like = {"dtype": inner.dtype, "strides": inner.stride(), "device": inner.device}
+        return torch.Tensor._make_wrapper_subclass(cls, inner.shape, **like)
 
     def __tensor_flatten__(self):
         return [], None
@@ -133,8 +140,8 @@ class Opaque(torch.Tensor):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_subclasses(backend, name):
-    t = dict(make_case(5, 8, 6, 2, 3).tensors)
+def test_subclasses(case, backend, name):
+    t = dict(case.tensors)
     expected = call(t, backend=backend)
     tagged = call({**t, name: t[name].as_subclass(Tagged)}, backend=backend)
     assert type(tagged) is Tagged and torch.equal(tagged.as_subclass(torch.Tensor), expected)
@@ -143,8 +150,7 @@ def test_subclasses(backend, name):
         call({**t, name: Opaque(t[name])}, backend=backend)
 
 
-def test_gradients_of_a_parameter_subclass(backend):
-    case = make_case(5, 8, 6, 2, 3)
+def test_gradients_of_a_parameter_subclass(case, backend):
     results = []
     for kind in (torch.nn.Parameter, Named):
         a = kind(case.tensors["lora_a"].clone())
@@ -219,15 +225,15 @@ def test_dtypes_are_named(dtype, name):
 
 
 @pytest.mark.parametrize("inside", [False, True])
-def test_autocast_is_a_cast_of_the_arguments(backend, inside):
+def test_autocast_is_a_cast_of_the_arguments(backend, device, inside):
     """The same bits as on cast arguments, in both passes: sums inside a backend are not cast again."""
-    case = make_case(33, 40, 24, 4, 3, adapter_dtype=torch.float32)
+    case = make_case(33, 40, 24, 4, 3, adapter_dtype=torch.float32, device=device)
     half = {n: v.bfloat16() if n in ("x", "weight", "bias") else v for n, v in case.tensors.items()}
     results = []
     for t, on in ((case.tensors, True), (half, False)):
         leaves = {n: v.clone().requires_grad_(n in GRADIENTS) for n, v in t.items()}
         wanted = [leaves[n] for n in GRADIENTS]
-        with torch.autocast("cpu", torch.bfloat16, enabled=on):
+        with torch.autocast(device.type, torch.bfloat16, enabled=on):
             y = call(leaves, backend=backend)
             if inside:
                 gradients = torch.autograd.grad(y, wanted, case.dy.bfloat16())
@@ -238,12 +244,11 @@ def test_autocast_is_a_cast_of_the_arguments(backend, inside):
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
-@pytest.mark.parametrize("name", [n for n, reason in available_backends().items() if reason is None])
-def test_operator_itself_under_autocast(name):
-    t = make_case(33, 40, 24, 4, 3).tensors
-    arguments = (*t.values(), None, 2.0, 0, name)
+def test_operator_itself_under_autocast(backend, device):
+    t = make_case(33, 40, 24, 4, 3, plain_dtype(backend), device=device).tensors
+    arguments = (*t.values(), None, 2.0, 0, backend)
     expected = torch.ops.loradash.dash_linear(*arguments)
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(device.type, torch.bfloat16):
         found = torch.ops.loradash.dash_linear(*arguments)
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 

@@ -45,8 +45,8 @@ def adapted():
     return model
 
 
-def test_of_x_through_a_backend(backend):
-    case = make_case(20, 24, 16, 4, 2, dropout_p=0.1)
+def test_of_x_through_a_backend(backend, device):
+    case = make_case(20, 24, 16, 4, 2, torch.bfloat16, dropout_p=0.1, device=device)
     check_row(backend, walks(lambda: run(case, backend)))
 
 

@@ -11,14 +11,12 @@ from typing import Any
 import pytest
 import torch
 
-from loradash_kernels.backends import extension, tuning
+from loradash_kernels.backends import cuda, tuning
 from loradash_kernels.backends.triton import backend as triton_backend
 from loradash_kernels.testing import Case, check_error_rule, make_case, run
 
 from .calls import calls, outputs
 from .devices import TAKES, backends_on, refusal
-
-LIBRARY = "library"
 
 
 @dataclass(frozen=True)
@@ -39,7 +37,7 @@ class Way:
     @property
     def is_fused(self) -> bool:
         """Do its own kernels take every sum, so that reruns give the same bits?"""
-        return self.backend != "reference" and self.name != "default" and LIBRARY not in self.name
+        return self.backend != "reference" and self.name != "default" and cuda.LIBRARY not in self.name
 
     def forced(self, case: Case) -> dict[str, Any] | None:
         """The candidate by pass, for `tuning.forced`; {} for the default; None where this way takes no pass of this case."""
@@ -53,9 +51,7 @@ def candidates(backend: str, case: Case) -> dict[str, list[Any]]:
     """Whatever a backend may be told to do for the forward and the backward pass of a case."""
     both = calls(case, outputs(case))
     if backend == "cuda":
-        compiled = extension.compiled()
-        tiles = [*compiled.cuda_tiles(compiled.cuda_card(case.device.index or 0)), LIBRARY]
-        return {call.pass_: tiles for call in both}
+        return {call.pass_: [*cuda.candidates(call), cuda.FUSED] for call in both}
     if backend == "triton":
         from loradash_kernels.backends.triton import strategies
         from loradash_kernels.backends.triton.problem import Problem
@@ -67,14 +63,16 @@ def candidates(backend: str, case: Case) -> dict[str, list[Any]]:
 
 
 def ways_on(device: torch.device) -> list[Any]:
-    """Parameters of tests: every way of every backend that can run on a device, by dtype; float64 is no kernel's."""
+    """Parameters of tests: every way of every backend that can run on a device, by dtype; float64 is no kernel's. The rehearsal
+    leaves float16 out, which has the tiles of bfloat16."""
+    dtypes = [torch.float32, torch.bfloat16] + [torch.float16] * (device.type == "cuda")
     found: list[Any] = []
     for backend in backends_on(device):
         if not isinstance(backend, str):
             # It is skipped, with its reason.
             found.append(pytest.param(None, id=backend.values[0], marks=backend.marks))
             continue
-        for dtype in TAKES[backend][:3]:
+        for dtype in (d for d in dtypes if d in TAKES[backend]):
             # Sides that every tile takes.
             probe = make_case(8, 256, 256, 16, 8, dtype, device=device)
             both = candidates(backend, probe).values()
@@ -83,47 +81,53 @@ def ways_on(device: torch.device) -> list[Any]:
     return found
 
 
-def poison(device: torch.device, megabytes: int = 2048) -> None:
-    """Leaves bytes of 255, which are NaN in every floating dtype, in the memory that a GPU's allocator gives out next."""
-    torch.cuda.empty_cache()
-    free, _ = torch.cuda.mem_get_info(device)
-    # Small tensors have segments of their own, of 2 MB.
-    sizes = [2**20] * 64 + [min(megabytes * 2**20, free // 2)]
-    blocks = [torch.full((size,), 255, dtype=torch.uint8, device=device) for size in sizes]
-    torch.cuda.synchronize(device)
-    del blocks
-
-
 @contextlib.contextmanager
 def poisoned(device: torch.device) -> Iterator[None]:
-    """Memory that nobody has written is NaN."""
-    if device.type == "cuda":
-        poison(device)
-        yield
-        return
+    """Memory that nobody has written is NaN: whatever PyTorch allocates, which it fills in this mode, and on a GPU what its
+    allocator gives out to others."""
     before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
-    # PyTorch fills what it allocates in this mode.
     torch.use_deterministic_algorithms(True, warn_only=True)
     try:
         assert torch.empty(3, device=device).isnan().all()
+        if device.type == "cuda":
+            # Small tensors have segments of their own, of 2 MB. These bytes are NaN in every floating dtype.
+            held = [torch.full((size,), 255, dtype=torch.uint8, device=device) for size in [2**20] * 16 + [2**28]]
+            del held
         yield
     finally:
         torch.use_deterministic_algorithms(before[0], warn_only=before[1])
 
 
-def checked(case: Case, backend: str, base: bool = True, mask: torch.Tensor | None = None, **forced: Any) -> None:
-    """By the error rule, from memory of NaN; or refused in the right words where this backend does not take such a case.
+def close(found: Any, wanted: Any) -> None:
+    """torch.testing.assert_close; in 16 bits to a few units of rounding of numbers of order one."""
+    first = found[0] if isinstance(found, (list, tuple)) else found
+    unit = torch.finfo(first.dtype).eps
+    torch.testing.assert_close(found, wanted, **({"rtol": 8 * unit, "atol": 8 * unit} if unit > 1e-5 else {}))
+
+
+def refused(case: Case, backend: str) -> bool:
+    """Must this backend refuse such a case, which it is then seen to do, in the right words?"""
+    words = refusal(backend, case.x.dtype, width(case))
+    if words is None:
+        return False
+    with pytest.raises(RuntimeError, match=words):
+        run(case, backend)
+    return True
+
+
+def checked(
+    case: Case, backend: str, base: bool = True, mask: torch.Tensor | None = None, **forced: Any
+) -> dict[str, torch.Tensor] | None:
+    """Output and gradients, by the error rule, from memory of NaN; None where this backend refuses such a case, as it should.
 
     forced: the candidate by pass.
     """
-    words = refusal(backend, case.x.dtype, width(case))
-    if words is not None:
-        with pytest.raises(RuntimeError, match=words):
-            run(case, backend, base)
-        return
+    if refused(case, backend):
+        return None
     with poisoned(case.device), tuning.forced(backend, **forced):
         found = run(case, backend, base)
     check_error_rule(case, found, mask)
+    return found
 
 
 def width(case: Case) -> int:

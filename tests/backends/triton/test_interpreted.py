@@ -49,6 +49,7 @@ def test_operator_in_the_interpreter():
         "operator/test_odd_inputs.py",
         "operator/test_dropout.py",
         "operator/test_bad_input.py",
+        "gpu",
         "backends/triton/test_interpreted.py",
         "backends/triton/test_prelaunch_kernels.py",
         "project/test_walks.py",

@@ -1,0 +1,161 @@
+"""Kernels beside others on a busy device: results must have the same bits as on a quiet one, and no call may hang.
+
+    python -m benchmarks.proof.stress [--device cuda] [--seconds-each 6]
+
+One-launch kernels wait for each other within a launch: that they run beside other streams and another process is what is to
+be shown. A second process multiplies matrices all the while; in this one, side streams do. A call that does not come back
+is found by the proof's watchdog, which knows its name from the ledger.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import functools
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+
+from loradash_kernels import available_backends, dash_linear
+from loradash_kernels.backends import extension, tuning
+from loradash_kernels.testing import Case, check_error_rule, make_case
+
+from .ledger import Row
+from .stage import ROOT
+from .worker import Unit, failed, missing, passed, work
+
+STREAMS = 3
+GRADIENTS = ("x", "bias", "lora_a", "lora_b", "dash_sigma")
+
+
+def case_for(device: str) -> Case:
+    shape = (2048, 2048, 2048) if device == "cuda" else (64, 96, 80)
+    return make_case(*shape, 8, 4, torch.bfloat16, dropout_p=0.05)
+
+
+def step(case: Case, device: str, backend: str) -> Callable[[], dict[str, torch.Tensor]]:
+    """A forward and a backward pass, whose results stay on the device."""
+    tensors: dict[str, Any] = {
+        n: t.to(device).requires_grad_(n in GRADIENTS) for n, t in case.tensors.items() if t is not None
+    }
+    wanted, dy = {n: tensors[n] for n in GRADIENTS}, case.dy.to(device)
+    call = functools.partial(dash_linear, **tensors, scaling=case.scaling, dropout_p=case.dropout_p, backend=backend)
+
+    def run() -> dict[str, torch.Tensor]:
+        torch.manual_seed(case.seed)
+        y = call()
+        return {"y": y.detach(), **dict(zip(wanted, torch.autograd.grad(y, [*wanted.values()], dy), strict=True))}
+
+    return run
+
+
+@contextlib.contextmanager
+def neighbour(device: str) -> Iterator[None]:
+    """Another process that multiplies matrices on the device until this is left."""
+    argv = [sys.executable, "-m", "benchmarks.proof.stress", "--device", device, "--neighbour"]
+    process = subprocess.Popen(argv, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    try:
+        assert process.stdout is not None
+        if process.stdout.readline().strip() != "busy":
+            raise RuntimeError(f"the second process did not begin, exit code {process.wait()}")
+        yield
+        if process.poll() is not None:
+            raise RuntimeError(f"the second process ended early, exit code {process.returncode}")
+    finally:
+        process.kill()
+        process.wait()
+
+
+def be_busy(device: str) -> None:
+    """Until killed."""
+    a = torch.randn(*(2 * [4096 if device == "cuda" else 512]), device=device)
+    a @ a
+    print("busy", flush=True)
+    while True:
+        for _ in range(10):
+            a @ a
+        if device == "cuda":
+            torch.cuda.synchronize()
+
+
+class Load:
+    """Side streams of this process, each with products in its queue; nothing on the CPU."""
+
+    def __init__(self, device: str) -> None:
+        cuda = device == "cuda"
+        self.streams = [torch.cuda.Stream() for _ in range(STREAMS)] if cuda else []
+        self.matrices = [torch.randn(2048, 2048, device=device, dtype=torch.float16) for _ in self.streams]
+
+    def add(self) -> None:
+        for stream, matrix in zip(self.streams, self.matrices, strict=True):
+            with torch.cuda.stream(stream):
+                for _ in range(4):
+                    matrix @ matrix
+
+
+def same_bits(case: Case, device: str, backend: str, seconds: float, forced: dict[str, Any]) -> Row:
+    """Repeats a step for some seconds under load, and compares each result with that of a quiet device."""
+    with tuning.forced(backend, **forced) if forced else contextlib.nullcontext():
+        run = step(case, device, backend)
+        quiet = {name: t.clone() for name, t in run().items()}
+        check_error_rule(case, {name: t.cpu() for name, t in quiet.items()})
+        load, repeats, end = Load(device), 0, time.monotonic() + seconds
+        with neighbour(device):
+            while time.monotonic() < end or repeats < 3:
+                load.add()
+                found = run()
+                differs = [name for name in quiet if not torch.equal(found[name], quiet[name])]
+                repeats += 1
+                if differs:
+                    return failed(
+                        f"{', '.join(differs)} differ from the quiet run in repeat {repeats}", repeats=repeats
+                    )
+    return passed(f"the same bits in {repeats} repeats under load", repeats=repeats)
+
+
+def ways(backend: str, case: Case, device: str) -> list[tuple[str, dict[str, Any]]]:
+    """What is forced on a backend: nothing, and each of its one-launch forwards."""
+    found: list[tuple[str, dict[str, Any]]] = [("as it chooses", {})]
+    if device != "cuda":
+        return found
+    if backend == "cuda":
+        compiled = extension.compiled()
+        tiles = [t for t in compiled.cuda_tiles(compiled.cuda_card(0)) if t.startswith("one_launch")]
+        return [*found, *((tile, {"forward": tile}) for tile in tiles)]
+    from loradash_kernels.backends.triton import backend as triton
+    from loradash_kernels.backends.triton import tiles as tables
+    from loradash_kernels.backends.triton.strategies import Strategy
+
+    target = triton.target_of(torch.device("cuda", 0))
+    table = [] if target is None else tables.one_launch_table(target, case.x.element_size())
+    return [*found, *((f"one launch, {tile}", {"forward": Strategy("one_launch", tile)}) for tile in table)]
+
+
+def units(device: str, seconds: float) -> Iterator[Unit]:
+    case = case_for(device)
+    for backend in ("cuda", "triton") if device == "cuda" else ("cpu",):
+        reason = available_backends()[backend]
+        if reason:
+            yield backend, functools.partial(missing, reason)
+            continue
+        for name, forced in ways(backend, case, device):
+            yield f"{backend}, {name}", functools.partial(same_bits, case, device, backend, seconds, forced)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
+    parser.add_argument("--seconds-each", type=float, default=5)
+    parser.add_argument("--neighbour", action="store_true", help="be the second process")
+    options = parser.parse_args()
+    if options.neighbour:
+        be_busy(options.device)
+    return work(units(options.device, options.seconds_each))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
