@@ -66,7 +66,10 @@ class Program:
         return self.spent >= self.seconds
 
     def run(self, job: Job) -> None:
-        """Adds the rows of a job that are not there."""
+        """Adds the rows of a job that are not there; none where what the others stand beside has failed."""
+        references = (FROZEN, OURS) if job.kind == "strategy" else (FROZEN,)
+        if {key_of(job, arm) for arm in references} & {row["key"] for row in self.journal.rows if row["error"]}:
+            return
         # The compiler gives up on a function that it has compiled for eight shapes.
         torch._dynamo.reset()
         measured = {
@@ -277,6 +280,9 @@ def times_of(name: str, found: Mapping[str, Found]) -> Row:
         for reference, word in ((FROZEN, "ratio"), (OURS, "over ours")):
             if reference in measured.samples:
                 row[f"{time_} {word}"] = samples.median / measured.samples[reference].median
+    if reasons.keys() == found.keys():
+        # It passed its check, and then failed wherever it was timed.
+        row["error"] = next(iter(reasons.values()))
     return {**row, "why null": reasons} if reasons else row
 
 

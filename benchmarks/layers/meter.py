@@ -137,10 +137,11 @@ class Meter:
         """Device time of replays; every arm has an error where there are no CUDA graphs."""
         if self.device.type != "cuda":
             return Found(errors=dict.fromkeys(steps, "a CUDA graph needs a card"))
-        graphs, errors = {}, {}
+        # No graph leaves anything alive, so that they may share their memory: of large layers there would not be enough.
+        graphs, errors, pool = {}, {}, torch.cuda.graph_pool_handle()
         for name, step in steps.items():
             try:
-                graphs[name] = _captured(step, self.device)
+                graphs[name] = _captured(step, self.device, pool)
             except Exception as error:
                 errors[name] = said(error)
                 del error
@@ -163,7 +164,7 @@ class Meter:
         return torch.cuda.max_memory_allocated(self.device) - before
 
 
-def _captured(step: Callable[[], object], device: torch.device) -> Any:
+def _captured(step: Callable[[], object], device: torch.device, pool: Any) -> Any:
     stream = torch.cuda.Stream(device)
     stream.wait_stream(torch.cuda.current_stream(device))
     with torch.cuda.stream(stream):
@@ -171,7 +172,7 @@ def _captured(step: Callable[[], object], device: torch.device) -> Any:
             step()
     torch.cuda.current_stream(device).wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with torch.cuda.graph(graph, pool=pool):
         step()
     return graph
 

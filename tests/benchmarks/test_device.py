@@ -12,12 +12,14 @@ import pytest
 import torch
 
 from benchmarks.layers import device as program
+from benchmarks.layers.backends import PASSES
 from benchmarks.layers.device_report import main as report_main
 from benchmarks.layers.device_report import report
 from benchmarks.layers.meter import CardLost, Meter
 from benchmarks.layers.variants import FROZEN, IN_PLACE, OURS, PEFT, VARIANTS
 from benchmarks.layers.workloads import Job, Workload
 from benchmarks.support.journal import ATTEMPTS, Journal, read_lines
+from loradash_kernels.timing import HostStopwatch
 
 ROOT = Path(__file__).parents[2]
 WORKLOAD = Workload("fp32", 24, 32, 40, rank=4)
@@ -150,6 +152,29 @@ def test_a_card_that_is_lost_while_an_arm_is_timed(run, monkeypatch):
     assert status == 0 and "unspecified launch failure" in rows[PEFT]["error"] and rows[OURS]["step ms"] > 0
 
 
+def test_an_arm_that_fails_wherever_it_is_timed_has_failed(run, monkeypatch):
+    measured = Meter.measure
+
+    def failing(self, arms, *args, **kwargs):
+        found = measured(self, {name: arm for name, arm in arms.items() if name != PEFT}, *args, **kwargs)
+        found.errors[PEFT] = "RuntimeError: no"
+        return found
+
+    monkeypatch.setattr(Meter, "measure", failing)
+    _, rows = run(LAYER)
+    assert rows[PEFT]["error"] == "RuntimeError: no" and rows[PEFT]["step ms"] is None
+    assert rows[OURS]["error"] is None
+
+
+def test_nothing_stands_beside_a_frozen_layer_that_failed(run, tmp_path):
+    Journal(tmp_path).add({"key": program.key_of(LAYER, FROZEN), "arm": FROZEN, "error": "lost", "card": "none, cpu"})
+    Journal(tmp_path).add({"key": program.key_of(STRATEGY, OURS), "arm": OURS, "error": "lost", "card": "none, cpu"})
+    program.run_jobs(
+        program.Program(Meter(torch.device("cpu"), HostStopwatch()), Journal(tmp_path), True), [LAYER, STRATEGY]
+    )
+    assert len(read_lines(tmp_path / "rows.jsonl")) == 2
+
+
 def test_an_arm_that_hung_twice_is_left_out(run, tmp_path):
     for _ in range(ATTEMPTS):
         Journal(tmp_path).begin(program.key_of(LAYER, PEFT))
@@ -242,18 +267,36 @@ def test_a_report_of_nothing(tmp_path):
         report(tmp_path)
 
 
+INTERPRETED = """
+import json
+import sys
+
+from benchmarks.layers import device as program
+from benchmarks.layers.workloads import Job, Workload
+from loradash_kernels.backends import tuning
+
+chosen, choose = set(), tuning.choose
+
+def recorded(owner, call, *args):
+    found = choose(owner, call, *args)
+    chosen.add((owner, call.pass_, str(found)))
+    return found
+
+tuning.choose = recorded
+program.rehearsal = lambda: [Job("strategy", Workload("fp32", 64, 64, 96))]
+status = program.main(["--rehearse", "--out", sys.argv[1]])
+print(json.dumps(sorted(chosen)))
+sys.exit(status)
+"""
+
+
 @pytest.mark.slow
 def test_every_strategy_of_triton_in_its_interpreter(tmp_path):
-    """Each is checked by the error rule and timed in the passes that it is a candidate of."""
+    """Each is checked by the error rule and timed in the passes that it is a candidate of, and is what ran."""
     pytest.importorskip("triton")
-    code = (
-        "from benchmarks.layers import device as program\n"
-        "from benchmarks.layers.workloads import Job, Workload\n"
-        "program.rehearsal = lambda: [Job('strategy', Workload('fp32', 64, 64, 96))]\n"
-        f"raise SystemExit(program.main(['--rehearse', '--out', {str(tmp_path)!r}]))"
-    )
     environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])}
-    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    command = [sys.executable, "-c", INTERPRETED, str(tmp_path)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     rows = {row["arm"]: row for row in read_lines(tmp_path / "rows.jsonl")}
     kinds = {arm.split()[1] for arm in rows if arm.startswith("triton ")}
@@ -261,3 +304,11 @@ def test_every_strategy_of_triton_in_its_interpreter(tmp_path):
     for arm, row in rows.items():
         assert row["error"] is None and row["forward ms"] > 0, arm
         assert (row["backward ms"] is None) == ("one_launch" in arm)
+    chosen = json.loads(done.stdout.splitlines()[-1])
+    strategies = {
+        pass_: {s for owner, p, s in chosen if (owner, p) == ("triton", pass_) and s != "None"} for pass_ in PASSES
+    }
+    timed = {
+        pass_: sum(arm.startswith("triton ") and bool(r[f"{pass_} ms"]) for arm, r in rows.items()) for pass_ in PASSES
+    }
+    assert {pass_: len(found) for pass_, found in strategies.items()} == timed

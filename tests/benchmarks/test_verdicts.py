@@ -33,6 +33,16 @@ def test_beside_peers_holds_everywhere():
     assert found.worst.value == pytest.approx(1.03) and "8192x" in found.worst.where
 
 
+@pytest.mark.parametrize(("time_", "word"), [("wall", "wall"), ("graph", "graph")])
+def test_beside_peers_looks_at_all_three_times(time_, word):
+    rows = peers(1.1)
+    for row, ratio in zip(rows, (1.5, 1.4, 1.6), strict=True):
+        row[f"{time_} ratio"] = ratio
+    found = beside_peers(rows)
+    assert found.holds is False and len(found.numbers) == 2
+    assert found.worst.value == pytest.approx(1.5 / 1.4) and found.worst.where.startswith(word)
+
+
 @pytest.mark.parametrize("better", [{"peft": 1.05}, {"compiled": 1.05}])
 def test_beside_peers_fails_at_one_shape(better):
     found = beside_peers([*peers(1.1), *peers(1.1, M=1024, **better)])
