@@ -50,7 +50,7 @@ cuda-check:
 	$(CUDA_BUILD) $(CUDA_PYTHON) -m pip install --quiet --no-build-isolation .
 endif
 	cd tests && $(CUDA_TESTS) backends/cuda/cuda_leg.py
-	! command -v nvidia-smi >/dev/null || (cd tests && $(CUDA_TESTS) -k cuda operator/test_error_rule.py)
+	! command -v nvidia-smi >/dev/null || (cd tests && $(CUDA_TESTS) --device cuda -k cuda operator/test_error_rule.py)
 
 # The emulator has tests of its own, which run when it changes; what they passed with is recorded in tools/ptxsim/TESTED.
 test-ptxsim: $(READY)

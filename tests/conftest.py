@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from support.devices import backends_on, wanted_device, wanted_shard
+from support.devices import backends_on, shards_of, wanted_device, wanted_shard
 
 from loradash_kernels.backends.triton import backend as triton_backend
 
@@ -33,13 +33,16 @@ FACTORS = Path(os.environ.get("LORADASH_FACTORS", KEPT_FACTORS))
 def pytest_addoption(parser):
     parser.addoption("--device", default="cpu", help="where tests marked gpu run: cpu (default), cuda or cuda:N")
     parser.addoption(
-        "--shard", default="0/1", help="I/N: every N-th of the selected tests from the I-th on, 0 <= I < N"
+        "--shard",
+        default="0/1",
+        help="I/N: one of N parts of the selected tests, 0 <= I < N; heavy ones are in the first",
     )
 
 
 def pytest_configure(config):
     config.stash[DEVICE] = wanted_device(config.getoption("device"))
     wanted_shard(config.getoption("shard"))
+    config.addinivalue_line("markers", "heavy: takes tens of GB of a card; no two run at a time")
     # Tests have PyTorch fill memory with NaN, which it does in its deterministic mode alone; there it warns of cuBLAS.
     config.addinivalue_line("filterwarnings", "ignore:Deterministic behavior was enabled")
 
@@ -68,9 +71,14 @@ def pytest_itemcollected(item):
 def pytest_collection_modifyitems(config, items):
     """After -k and -m have selected."""
     index, count = wanted_shard(config.getoption("shard"))
-    others = [item for place, item in enumerate(items) if place % count != index]
-    config.hook.pytest_deselected(items=others)
-    items[:] = items[index::count]
+    shards = shards_of([item.get_closest_marker("heavy") is not None for item in items], count)
+    config.hook.pytest_deselected(items=[item for item, shard in zip(items, shards, strict=True) if shard != index])
+    items[:] = [item for item, shard in zip(items, shards, strict=True) if shard == index]
+
+
+def pytest_runtest_teardown(item):
+    if item.get_closest_marker("heavy") and item.config.stash[DEVICE].type == "cuda":
+        torch.cuda.empty_cache()
 
 
 @pytest.fixture(autouse=True)

@@ -323,13 +323,13 @@ def test_layers_that_were_replaced_are_named():
         schedule.step()
 
 
-@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
-def test_compiled_training_with_a_schedule(backend):
+@pytest.mark.parametrize("compiler", ["eager", "aot_eager"])
+def test_compiled_training_with_a_schedule(compiler):
     """Hooks on B do not break the graph; launch compiles nothing anew."""
     torch._dynamo.reset()
     model = adapted(steps=2)
     schedule, optimizer = DashSchedule(model, progress=False), OPTIMIZERS["adamw"](trainable(model))
-    compiled = torch.compile(model, fullgraph=True, backend=backend)
+    compiled = torch.compile(model, fullgraph=True, backend=compiler)
     counter = torch._dynamo.utils.counters["stats"]
     graphs = []
     for _ in range(4):

@@ -42,6 +42,30 @@ def test_the_plain_formula_keeps_the_rule(shape, dtype):
             check_error_rule(case, found)
 
 
+def low_rank_terms_first(case: Case) -> Results:
+    """As kernels beside a vendor's product have it: bias and low-rank terms are rounded, and so is the sum of the product and
+    what they were rounded to; dx likewise."""
+    dtype, t = case.x.dtype, case.tensors
+    found = results(case, torch.float32)
+    alone = formula(scaled(case, "weight", 0), torch.float32)
+    base = case.x.float() @ t["weight"].float().t()
+    found["y"] = (alone["y"].to(dtype).float() + base).to(dtype)
+    found["x"] = (alone["x"].to(dtype).float() + case.dy.float() @ t["weight"].float()).to(dtype)
+    return found
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_low_rank_terms_may_come_first(shape, dtype):
+    """Also where the product cancels what it is added to, and leaves the rounding of a large number."""
+    for cancels in (False, True):
+        case = make_case(*shape, dtype, adapter_dtype=torch.float32, dropout_p=0.1)
+        if cancels:
+            case.tensors["bias"] = -(case.x[0].double() @ case.tensors["weight"].double().t()).to(dtype)
+            case = scaled(scaled(case, "lora_b", 1 / 64), "dash_u", 1 / 64)
+        check_error_rule(case, low_rank_terms_first(case))
+
+
 @pytest.mark.parametrize("fault", ["missing", "surplus", "shape", "nan"])
 def test_what_is_no_result_at_all(fault):
     case = make_case(5, 6, 7)

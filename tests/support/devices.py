@@ -13,6 +13,8 @@ from loradash_kernels.backends.triton import backend as triton_backend
 
 # The backends that are made for a type of device.
 MADE_FOR = {"cpu": ("cpu", "triton", "reference"), "cuda": ("cuda", "triton", "reference")}
+# A heavy test takes as long as some others.
+HEAVY_COSTS = 3
 # The largest r + s that the kernels of a GPU take, and the dtypes of x by backend. These are written down here, and not
 # asked of the backends, so that one which refuses what it should take fails its tests.
 MAX_WIDTH = 256
@@ -54,6 +56,18 @@ def wanted_shard(text: str) -> tuple[int, int]:
     if not 0 <= index < count:
         raise pytest.UsageError(f"--shard is {text!r}, wanted I/N with 0 <= I < N")
     return index, count
+
+
+def shards_of(heavy: list[bool], count: int) -> list[int]:
+    """Which of `count` processes that share a card takes each test: the first one all heavy tests, which must not meet, and
+    fewer of the others for that."""
+    loads = [HEAVY_COSTS * sum(heavy), *[0] * (count - 1)]
+    found = []
+    for is_heavy in heavy:
+        place = 0 if is_heavy else loads.index(min(loads))
+        loads[place] += not is_heavy
+        found.append(place)
+    return found
 
 
 def why_not(name: str, device: torch.device) -> str | None:

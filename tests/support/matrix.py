@@ -11,14 +11,12 @@ from typing import Any
 import pytest
 import torch
 
-from loradash_kernels.backends import extension, tuning
+from loradash_kernels.backends import cuda, tuning
 from loradash_kernels.backends.triton import backend as triton_backend
 from loradash_kernels.testing import Case, check_error_rule, make_case, run
 
 from .calls import calls, outputs
 from .devices import TAKES, backends_on, refusal
-
-LIBRARY = "library"
 
 
 @dataclass(frozen=True)
@@ -39,7 +37,7 @@ class Way:
     @property
     def is_fused(self) -> bool:
         """Do its own kernels take every sum, so that reruns give the same bits?"""
-        return self.backend != "reference" and self.name != "default" and LIBRARY not in self.name
+        return self.backend != "reference" and self.name != "default" and cuda.LIBRARY not in self.name
 
     def forced(self, case: Case) -> dict[str, Any] | None:
         """The candidate by pass, for `tuning.forced`; {} for the default; None where this way takes no pass of this case."""
@@ -53,9 +51,7 @@ def candidates(backend: str, case: Case) -> dict[str, list[Any]]:
     """Whatever a backend may be told to do for the forward and the backward pass of a case."""
     both = calls(case, outputs(case))
     if backend == "cuda":
-        compiled = extension.compiled()
-        tiles = [*compiled.cuda_tiles(compiled.cuda_card(case.device.index or 0)), LIBRARY]
-        return {call.pass_: tiles for call in both}
+        return {call.pass_: [*cuda.candidates(call), cuda.FUSED] for call in both}
     if backend == "triton":
         from loradash_kernels.backends.triton import strategies
         from loradash_kernels.backends.triton.problem import Problem
@@ -67,14 +63,16 @@ def candidates(backend: str, case: Case) -> dict[str, list[Any]]:
 
 
 def ways_on(device: torch.device) -> list[Any]:
-    """Parameters of tests: every way of every backend that can run on a device, by dtype; float64 is no kernel's."""
+    """Parameters of tests: every way of every backend that can run on a device, by dtype; float64 is no kernel's. The rehearsal
+    leaves float16 out, which has the tiles of bfloat16."""
+    dtypes = [torch.float32, torch.bfloat16] + [torch.float16] * (device.type == "cuda")
     found: list[Any] = []
     for backend in backends_on(device):
         if not isinstance(backend, str):
             # It is skipped, with its reason.
             found.append(pytest.param(None, id=backend.values[0], marks=backend.marks))
             continue
-        for dtype in TAKES[backend][:3]:
+        for dtype in (d for d in dtypes if d in TAKES[backend]):
             # Sides that every tile takes.
             probe = make_case(8, 256, 256, 16, 8, dtype, device=device)
             both = candidates(backend, probe).values()

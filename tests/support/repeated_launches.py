@@ -43,7 +43,7 @@ Launches = list[tuple[Any, ...]]
 
 
 def launches(call: Call, strategy: Strategy) -> tuple[Launches, Launches]:
-    """Those of a call by Triton, and repeated."""
+    """The launches of a call by Triton, and repeated."""
     given, _, addresses = prepared.look(call)
     plan = backend._prepare(given, strategy)
     found: list[Launches] = []

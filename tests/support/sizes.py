@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
+
 
 @dataclass(frozen=True)
 class Sizes:
@@ -21,6 +23,8 @@ class Sizes:
     # The sides of matrices that are decomposed, and of one as a model has it.
     matrix: tuple[int, int]
     weight: int
+    # The dtypes in which faults are planted.
+    planted: tuple[torch.dtype, ...]
     # How often a call is repeated where its bits must be the same.
     repeats: int
     # The elements from which on an index no longer fits 32 bits.
@@ -45,6 +49,7 @@ CARD = Sizes(
     statistics=(4096, 4096),
     matrix=(1536, 768),
     weight=4096,
+    planted=(torch.float32, torch.bfloat16, torch.float16),
     repeats=50,
     many=2**31,
     wide=4104,
@@ -58,6 +63,7 @@ REHEARSAL = Sizes(
     statistics=(512, 512),
     matrix=(160, 96),
     weight=256,
+    planted=(torch.bfloat16,),
     repeats=3,
     many=2**12,
     wide=72,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 import os
+from collections.abc import Hashable
 from dataclasses import replace
 from typing import Any
 
@@ -80,7 +81,10 @@ def architecture_of(device: torch.device) -> str:
 def target_of(device: torch.device) -> Target | None:
     """The target whose tiles a device takes: its own, or for an unlisted one the nearest older that is safe; or None."""
     architecture = architecture_of(device)
-    return TARGETS.get(architecture) or nearest(architecture, _shared_limit(device))
+    return TARGETS.get(architecture) or _nearest(architecture, _shared_limit(device))
+
+
+_nearest = functools.cache(nearest)
 
 
 @functools.cache
@@ -138,12 +142,14 @@ def _run(call: C) -> None:
 
 
 def _run_here(call: C) -> None:
+    traits: list[Any]
+    addresses: list[int]
     given, traits, addresses = look(call)
     x, tf32 = given.x, _tf32_wanted(given.x)
+    problem: Hashable = (architecture_of(x.device), x.get_device(), tf32, *traits)
 
     def run(strategy: Strategy | None) -> None:
-        key = (strategy, architecture_of(x.device), x.get_device(), tf32, *traits)
-        PLANS.get(key, lambda: _prepare(given, strategy)).run(given, addresses)
+        PLANS.get((strategy, problem), lambda: _prepare(given, strategy)).run(given, addresses)
 
     precision = "tf32" if tf32 and _target_in_use(x.device).tf32 else "ieee"
     run(tuning.choose(name, given, lambda: candidates(_problem(given)), run, precision))

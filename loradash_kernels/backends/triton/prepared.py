@@ -10,7 +10,7 @@ import copy
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ...calls import Call
 from . import launcher
-from .problem import PRODUCT_TENSORS, C, KernelLaunch, LibraryProduct, Plan, Problem, is_descriptor, multiply, round_up
+from .problem import C, KernelLaunch, LibraryProduct, Plan, Problem, Step, is_descriptor, multiply, round_up
 
 # Pieces of the workspace begin at multiples of this, as if each were allocated by itself.
 _ALIGNMENT = 256
@@ -138,8 +138,8 @@ def _pieces(problem: Problem[Any]) -> tuple[list[Piece], int]:
     return pieces, offset
 
 
-def _prepared(step: KernelLaunch | LibraryProduct, places: Mapping[int, int]) -> Any:
-    """A launch whose tensors are slots."""
+def _prepared(step: Step, places: Mapping[int, int]) -> Any:
+    """A step of a plan whose tensors are slots."""
 
     def left_out(value: Any) -> Any:
         if isinstance(value, Tensor):
@@ -150,30 +150,33 @@ def _prepared(step: KernelLaunch | LibraryProduct, places: Mapping[int, int]) ->
         empty.base = None
         return Described(places[id(value.base)], empty)
 
-    if isinstance(step, KernelLaunch):
-        return replace(step, args={name: left_out(value) for name, value in step.args.items()})
-    return replace(step, **{name: left_out(getattr(step, name)) for name in PRODUCT_TENSORS})
+    return _with_tensors(step, left_out)
 
 
-def _bound(step: Any, tensors: list[Any]) -> KernelLaunch | LibraryProduct:
-    """A prepared launch with its tensors."""
+def _bound(step: Any, tensors: list[Any]) -> Step:
+    """A prepared step with its tensors."""
 
     def filled(value: Any) -> Any:
         if isinstance(value, Slot):
             return tensors[value.place]
         return value.of(tensors[value.place]) if isinstance(value, Described) else value
 
+    return _with_tensors(step, filled)
+
+
+def _with_tensors(step: Any, change: Callable[[Any], Any]) -> Any:
+    """The step with everything changed that may be a tensor of it."""
     if isinstance(step, KernelLaunch):
-        return replace(step, args={name: filled(value) for name, value in step.args.items()})
-    return replace(step, **{name: filled(getattr(step, name)) for name in PRODUCT_TENSORS})
+        return replace(step, args={name: change(value) for name, value in step.args.items()})
+    return replace(step, **{field.name: change(getattr(step, field.name)) for field in fields(step)})
 
 
 class Repeat(NamedTuple):
     """How a launch is repeated."""
 
-    # Takes the arguments of Triton's launcher, or for a product of the library the call.
+    # Takes the arguments of Triton's launcher, or where PyTorch computes the call.
     launch: Callable[..., Any]
-    # The former, stream and addresses apart; None for a product.
+    # The former, stream and addresses apart, or None.
     template: list[Any] | None
     # Where which address goes, and which descriptor.
     addresses: Sequence[tuple[int, int]] = ()
@@ -181,8 +184,8 @@ class Repeat(NamedTuple):
 
 
 def _repeat(step: Any, compiled: Any) -> Repeat:
-    if isinstance(step, LibraryProduct):
-        return Repeat(_product(step), None)
+    if not isinstance(step, KernelLaunch):
+        return Repeat(_product(step) if isinstance(step, LibraryProduct) else _zeros(step), None)
     every = [step.args[name] if name in step.args else step.constants[name] for name in step.kernel.arg_names]
     first = launcher.ARGUMENTS
     addresses = [(first + place, value.place) for place, value in enumerate(every) if isinstance(value, Slot)]
@@ -197,6 +200,11 @@ def _product(step: Any) -> Callable[[Any], None]:
         multiply(call[a], call[b], None if bias < 0 else call[bias], call[out], step.transposed, step.accumulate)
 
     return product
+
+
+def _zeros(step: Any) -> Callable[[Any], None]:
+    place = step.out.place
+    return lambda call: call[place].zero_()
 
 
 class PlanCache:

@@ -41,9 +41,6 @@ def multiply(a: Tensor, b: Tensor, bias: Tensor | None, out: Tensor, transposed:
         torch.addmm(bias, a, b, out=out)
 
 
-PRODUCT_TENSORS = ("a", "b", "bias", "out")
-
-
 @dataclass(frozen=True)
 class LibraryProduct:
     """A product left to the vendor's library: out = a b^T or a b, + bias or, to `accumulate`, + out."""
@@ -59,7 +56,18 @@ class LibraryProduct:
         multiply(self.a, self.b, self.bias, self.out, self.transposed, self.accumulate)
 
 
-Plan = list[KernelLaunch | LibraryProduct]
+@dataclass(frozen=True)
+class Zeros:
+    """out = 0, where there is nothing to sum."""
+
+    out: Tensor
+
+    def run(self) -> None:
+        self.out.zero_()
+
+
+Step = KernelLaunch | LibraryProduct | Zeros
+Plan = list[Step]
 C = TypeVar("C", ForwardCall, BackwardCall)
 
 

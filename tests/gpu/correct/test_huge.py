@@ -13,9 +13,10 @@ import torch
 from support.matrix import checked, need_memory, poisoned
 from support.sizes import Sizes
 
-from loradash_kernels.random import draw_seed, dropout_threshold, philox_words
+from loradash_kernels.random import draw_seed, dropout_rows, dropout_threshold
 from loradash_kernels.testing import Case, check_error_rule, make_case, run
 
+pytestmark = pytest.mark.heavy
 DROPOUT = 0.1
 RANKS = {"r": 16, "s": 8, "dtype": torch.bfloat16, "adapter_dtype": torch.float32, "dropout_p": DROPOUT}
 
@@ -42,10 +43,7 @@ def zero_elsewhere(t: torch.Tensor, index: torch.Tensor, axis: int) -> None:
 def mask_of(case: Case, rows: torch.Tensor) -> torch.Tensor:
     """These rows of the mask that `run` draws."""
     torch.manual_seed(case.seed)
-    seed, k = draw_seed(case.device), case.x.shape[1]
-    words = torch.stack(philox_words(seed, rows[:, None], torch.arange((k + 7) // 8, device=case.device)[None]), -1)
-    halves = torch.stack((words & 0xFFFF, words >> 16), -1)
-    return halves.flatten(1)[:, :k] >= dropout_threshold(case.dropout_p)
+    return dropout_rows(draw_seed(case.device), dropout_threshold(case.dropout_p), rows, case.x.shape[1])
 
 
 @pytest.mark.parametrize("which", ["x and dx", "y and dy"])

@@ -35,6 +35,7 @@ def test_every_way_reads_every_layout(way: Way, sizes, device, layout):
     checked(case, way.backend, **(forced or {}))
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("index", range(len(CARD.large)))
 def test_large(backend, sizes, device, index):
     """Linear layers as models have them."""
@@ -43,6 +44,7 @@ def test_large(backend, sizes, device, index):
     checked(make_case(*shape, **WIDE, dtype=torch.bfloat16, dropout_p=0.05, device=device), backend)
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
 def test_large_in_other_dtypes(backend, sizes, device, dtype):
     need_memory(device, judging_gigabytes(*sizes.large[0]))

@@ -10,7 +10,18 @@ from ....calls import BackwardCall, accumulator
 from .. import tiles
 from ..kernels import backward as bwd
 from ..kernels import descriptor as desc
-from ..problem import KernelLaunch, LibraryProduct, Plan, Problem, descriptor, round_up, strides, tile_count, wide
+from ..problem import (
+    KernelLaunch,
+    LibraryProduct,
+    Plan,
+    Problem,
+    Zeros,
+    descriptor,
+    round_up,
+    strides,
+    tile_count,
+    wide,
+)
 from ..strategies import DEFAULT, Strategy, descriptors_fit
 from ..target import TileConfig
 
@@ -31,10 +42,8 @@ def plan_backward(problem: Problem[BackwardCall], strategy: Strategy | None = No
     """The wanted ones of dx (M, K), dA (r, K), dB (N, r), d(sigma) (s,), db (N,)."""
     call, m, n = problem.call, problem.m, problem.n
     if m == 0 or n == 0:
-        for grad in (call.dx, call.da, call.db_lora, call.dsigma, call.dbias):
-            if grad is not None:
-                grad.zero_()
-        return []
+        wanted = (call.dx, call.da, call.db_lora, call.dsigma, call.dbias)
+        return [Zeros(grad) for grad in wanted if grad is not None]
     da, db_lora, dsigma, dx = (_not_empty(grad) for grad in (call.da, call.db_lora, call.dsigma, call.dx))
     dbias = call.dbias
     needs_g = problem.width > 0 and any(grad is not None for grad in (dx, da, dsigma))
