@@ -7,6 +7,12 @@ The rule: every element of an output or gradient lies within an allowance of its
 which follows from the arithmetic alone and is the same on every machine. `allowances` propagates it through the formula
 of the layer: a sum of n products in the accumulator errs by at most gamma(n) |A| |B|, and every operand and every term may
 be rounded to the dtype of x, every gradient to the dtype of its tensor.
+
+It assumes that a library sums in the accumulator, too. On a GPU that takes torch.backends.cuda.matmul as it is by default
+for float32 (no TF32), and allow_bf16_reduced_precision_reduction and allow_fp16_reduced_precision_reduction switched off:
+where they are on, as they are by default, a product that is split along its depth may add its parts in 16 bits.
+
+A case lies on one device, where it is run and judged: on a GPU the float64 reference is the GPU's.
 """
 
 from __future__ import annotations
@@ -14,13 +20,13 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import reduce
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from .backends.reference import stacked
-from .backends.triton import backend as triton_backend
 from .calls import accumulator
 from .functional import dash_linear, low_rank_update
 from .random import draw_seed, dropout_mask, dropout_threshold, keep_scale
@@ -37,8 +43,11 @@ class Case:
     scaling: float
     dropout_p: float
     seed: int
-    # The device on which `run` ran it, whose generator drew the seed.
-    device: str = "cpu"
+
+    @property
+    def device(self) -> torch.device:
+        """Where the tensors are, and whose generator draws the seed of dropout."""
+        return self.dy.device
 
     @property
     def x(self) -> Tensor:
@@ -60,12 +69,16 @@ def make_case(
     dropout_p: float = 0.0,
     scaling: float = 2.0,
     seed: int = 0,
+    device: torch.device | str = "cpu",
 ) -> Case:
-    """Gaussian inputs scaled so that every term of the output is of order one. s = 0: no dash tensors."""
-    g = torch.Generator().manual_seed(seed)
+    """Gaussian inputs scaled so that every term of the output is of order one. s = 0: no dash tensors.
+
+    device: where they are drawn and lie; those of another type of device have other values.
+    """
+    g = torch.Generator(device).manual_seed(seed)
 
     def normal(*shape: int, std: float = 1.0, to: torch.dtype = dtype) -> Tensor:
-        return (torch.randn(*shape, generator=g) * std).to(to)
+        return torch.randn(*shape, generator=g, device=device).mul_(std).to(to)
 
     wide = adapter_dtype or dtype
     tensors = {
@@ -82,12 +95,10 @@ def make_case(
 
 
 def run(case: Case, backend: str | None = None, base: bool = True) -> dict[str, Tensor]:
-    """Output and gradients of `dash_linear` (or, without `base`, of `low_rank_update` on the library's base product)."""
-    gpu = backend in ("cuda", "triton") and torch.cuda.is_available() and not triton_backend.interpreted()
-    case.device = "cuda" if gpu else "cpu"
+    """Output and gradients of `dash_linear` (or, without `base`, of `low_rank_update` on the library's base product), on the
+    device of the case."""
     leaves = {
-        name: None if t is None else _moved(t, case.device).requires_grad_(name in GRADIENTS)
-        for name, t in case.tensors.items()
+        name: None if t is None else _copied(t).requires_grad_(name in GRADIENTS) for name, t in case.tensors.items()
     }
     torch.manual_seed(case.seed)
     x, weight, bias = leaves.pop("x"), leaves.pop("weight"), leaves.pop("bias")
@@ -97,26 +108,26 @@ def run(case: Case, backend: str | None = None, base: bool = True) -> dict[str, 
         y = dash_linear(x, weight, bias, **options)  # type: ignore[arg-type]
     else:
         y = low_rank_update(F.linear(x, weight, bias), x, **options)  # type: ignore[arg-type]
-    y.backward(_moved(case.dy, case.device))
+    y.backward(_copied(case.dy))
     wanted = {"x": x, "bias": bias, **leaves}
     return {
-        "y": y.detach().cpu(),
-        **{n: t.grad.cpu() for n in GRADIENTS if (t := wanted.get(n)) is not None and t.grad is not None},
+        "y": y.detach(),
+        **{n: t.grad for n in GRADIENTS if (t := wanted.get(n)) is not None and t.grad is not None},
     }
 
 
-def _moved(t: Tensor, device: str) -> Tensor:
+def _copied(t: Tensor) -> Tensor:
     """A copy with the strides of t, gaps included."""
     if t.numel() == 0:
-        return t.clone().to(device)
+        return t.clone()
     extent = 1 + sum((size - 1) * stride for size, stride in zip(t.shape, t.stride(), strict=True))
-    return t.as_strided((extent,), (1,)).clone().to(device).as_strided(t.shape, t.stride())
+    return t.as_strided((extent,), (1,)).clone().as_strided(t.shape, t.stride())
 
 
 def drawn_mask(case: Case) -> Tensor:
     """The keep mask (M, K) that `run` draws."""
     torch.manual_seed(case.seed)
-    return dropout_mask(draw_seed(case.device).cpu(), dropout_threshold(case.dropout_p), *case.x.shape)
+    return dropout_mask(draw_seed(case.device), dropout_threshold(case.dropout_p), *case.x.shape)
 
 
 def formula(case: Case, dtype: torch.dtype, mask: Tensor | None = None) -> dict[str, Tensor]:
@@ -179,7 +190,8 @@ class Bounded:
     @property
     def most(self) -> Tensor:
         """The largest magnitude."""
-        return torch.stack(self.choices).abs().amax(0) + self.error
+        largest = self.value.abs() if self.cast is None else torch.maximum(self.value.abs(), self.cast.abs())
+        return largest + self.error
 
     def rounded(self, dtype: torch.dtype, scale: float = 1.0) -> Bounded:
         """Each element, times `scale`, rounded to nearest in `dtype`, or left as it is. Rounding is monotone: what becomes
@@ -214,16 +226,18 @@ class Bounded:
         return self.of(torch.t)
 
 
-def allowances(case: Case) -> dict[str, Tensor]:
+def allowances(case: Case, mask: Tensor | None = None) -> dict[str, Tensor]:
     """How far each element of the output and of the gradients may be from its value in float64; not finite where a value
-    of the dtype of x may overflow.
+    of the dtype of x may overflow. mask: instead of the drawn.
 
-    Letters and formulas are those of backends/reference.py. The base product and the low-rank terms may be
-    rounded before they are added: where a library computes the former they are, as in the plain formula. The factors of
-    dash_sigma's gradient may not: few numbers, each a sum over all tokens, are not worth 16 bits.
+    Letters and formulas are those of backends/reference.py. The base product, bias included, and the low-rank terms may be
+    rounded before they are added: where a library computes the former they are, as in the plain formula. Or the low-rank
+    terms come first, bias included, and the library adds its product to what they were rounded to. The factors of
+    dash_sigma's gradient may not be rounded: few numbers, each a sum over all tokens, are not worth 16 bits.
     """
     dtype, t, (m, k), n = case.x.dtype, case.tensors, case.x.shape, case.dy.shape[1]
-    sums, scale, mask = accumulator(dtype), keep_scale(dropout_threshold(case.dropout_p)), drawn_mask(case)
+    sums, scale = accumulator(dtype), keep_scale(dropout_threshold(case.dropout_p))
+    mask = drawn_mask(case) if mask is None else mask
 
     def exactly(value: Tensor | None, cast: torch.dtype | None = None) -> Bounded:
         assert value is not None
@@ -241,17 +255,20 @@ def allowances(case: Case) -> dict[str, Tensor]:
     dropped = replace(x.times(keep), cast=(case.x.detach() * mask * scale).double())
     p, g = dropped.product(d.t()), dy.product(q)
     scaled_p, scaled_g = (v.rounded(dtype).times(c).rounded(dtype) for v in (p, g))
-    y = x.product(weight.t(), k + width)
-    y = (y if t["bias"] is None else y.plus(exactly(t["bias"]))).rounded(dtype)
-    low = exactly(torch.zeros(m, k))
+    base = x.product(weight.t(), k + width)
+    addends = [] if t["bias"] is None else [exactly(t["bias"])]
+    base_first = reduce(Bounded.plus, addends, base).rounded(dtype)
+    low = exactly(torch.zeros_like(x.value))
     for part in (lora, dash):
         term = scaled_p.of(part).product(q.of(part).t(), k + width)
-        y = y.plus(term.rounded(dtype)).rounded(dtype)
+        base_first = base_first.plus(term.rounded(dtype)).rounded(dtype)
+        addends.append(term)
         term = scaled_g.rounded(dtype, scale).of(part).product(d.t().of(part).t(), n + width)
         low = low.plus(term.rounded(dtype)).rounded(dtype)
+    low_first = reduce(Bounded.plus, addends).rounded(dtype).plus(base).rounded(dtype)
     dx = dy.product(weight, n + width).rounded(dtype).plus(low.times(keep).rounded(dtype))
 
-    ones = exactly(torch.ones(1, m))
+    ones = exactly(dy.value.new_ones(1, m))
     gradients = {
         "x": dx,
         "lora_a": scaled_g.of(lora).t().product(dropped),
@@ -262,15 +279,15 @@ def allowances(case: Case) -> dict[str, Tensor]:
     found = {
         name: b.rounded(v.dtype).error.view(v.shape) for name, b in gradients.items() if (v := t[name]) is not None
     }
-    return {"y": y.error, **found}
+    return {"y": torch.maximum(base_first.error, low_first.error), **found}
 
 
-def error_ratios(case: Case, ours: dict[str, Tensor]) -> dict[str, Tensor]:
-    """|ours - ref64| / allowance of every element: 0 where both are zero, infinite for NaN.
+def error_ratios(case: Case, ours: dict[str, Tensor], mask: Tensor | None = None) -> dict[str, Tensor]:
+    """|ours - ref64| / allowance of every element: 0 where both are zero, infinite for NaN. mask: instead of the drawn.
 
     Raises AssertionError where a tensor is missing, is one too many or has another shape, and where the case may overflow.
     """
-    exact, allowed = formula(case, torch.float64), allowances(case)
+    exact, allowed = formula(case, torch.float64, mask), allowances(case, mask)
     # The oracle errs too: its unit roundoff over that of our sums.
     oracle = torch.finfo(torch.float64).eps / torch.finfo(accumulator(case.x.dtype)).eps
     assert ours.keys() == exact.keys(), f"got {sorted(ours)}, wanted {sorted(exact)}"
@@ -284,9 +301,12 @@ def error_ratios(case: Case, ours: dict[str, Tensor]) -> dict[str, Tensor]:
     return found
 
 
-def check_error_rule(case: Case, ours: dict[str, Tensor]) -> None:
-    """Raises AssertionError, naming the tensor and its worst element, where the rule is broken or something is missing."""
-    for name, ratios in error_ratios(case, ours).items():
+def check_error_rule(case: Case, ours: dict[str, Tensor], mask: Tensor | None = None) -> None:
+    """Raises AssertionError, naming the tensor and its worst element, where the rule is broken or something is missing.
+
+    mask: what was kept, (M, K), where `run` did not draw it.
+    """
+    for name, ratios in error_ratios(case, ours, mask).items():
         if (ratios > 1).any():
             index = torch.unravel_index(ratios.argmax(), ratios.shape)
             place = ", ".join(str(int(i)) for i in index)

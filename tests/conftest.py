@@ -1,4 +1,12 @@
-"""Common fixtures: one seed, every backend that can run here, and real LoRA factors where there are any."""
+"""Common options and fixtures: the device, every backend that can run on it, one seed, real LoRA factors where there are any.
+
+    pytest                                    everything, on the CPU
+    pytest -m gpu --device cuda               what is worth running on a card, there
+    TRITON_INTERPRET=1 pytest -m gpu          the same without a card: reduced shapes, Triton's interpreter
+    pytest -m gpu --device cuda --shard 2/8   an eighth of it, for eight processes that share a card
+
+A test is marked `gpu` where it takes the fixture `device`, directly or through others (`backend`, `sizes`).
+"""
 
 from __future__ import annotations
 
@@ -7,8 +15,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from support.devices import backends_on, wanted_device, wanted_shard
 
-from loradash_kernels import available_backends
 from loradash_kernels.backends.triton import backend as triton_backend
 
 if triton_backend.interpreted():
@@ -22,14 +30,69 @@ KEPT_FACTORS = Path(__file__).parents[2] / "shared" / "data" / "minilm_boolq_lor
 FACTORS = Path(os.environ.get("LORADASH_FACTORS", KEPT_FACTORS))
 
 
+def pytest_addoption(parser):
+    parser.addoption("--device", default="cpu", help="where tests marked gpu run: cpu (default), cuda or cuda:N")
+    parser.addoption(
+        "--shard", default="0/1", help="I/N: every N-th of the selected tests from the I-th on, 0 <= I < N"
+    )
+
+
+def pytest_configure(config):
+    config.stash[DEVICE] = wanted_device(config.getoption("device"))
+    wanted_shard(config.getoption("shard"))
+
+
+DEVICE = pytest.StashKey[torch.device]()
+
+
+def pytest_report_header(config):
+    device = config.stash[DEVICE]
+    card = f" ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else ""
+    return f"device: {device}{card}; Triton's interpreter: {'yes' if triton_backend.interpreted() else 'no'}"
+
+
+def pytest_generate_tests(metafunc):
+    if "backend" in metafunc.fixturenames:
+        metafunc.parametrize("backend", backends_on(metafunc.config.stash[DEVICE]), indirect=True)
+
+
+def pytest_itemcollected(item):
+    if "device" in getattr(item, "fixturenames", ()):
+        item.add_marker(pytest.mark.gpu)
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(config, items):
+    """After -k and -m have selected."""
+    index, count = wanted_shard(config.getoption("shard"))
+    others = [item for place, item in enumerate(items) if place % count != index]
+    config.hook.pytest_deselected(items=others)
+    items[:] = items[index::count]
+
+
 @pytest.fixture(autouse=True)
 def _seeded():
     torch.manual_seed(0)
 
 
-@pytest.fixture(params=[name for name, reason in available_backends().items() if reason is None])
-def backend(request):
-    """Every backend that can run here."""
+@pytest.fixture(scope="session")
+def device(request):
+    """The device that --device names. On a GPU libraries sum 16-bit products in float32, as the error rule assumes."""
+    found = request.config.stash[DEVICE]
+    if found.type == "cpu":
+        yield found
+        return
+    matmul = torch.backends.cuda.matmul
+    before = matmul.allow_bf16_reduced_precision_reduction, matmul.allow_fp16_reduced_precision_reduction
+    matmul.allow_bf16_reduced_precision_reduction = matmul.allow_fp16_reduced_precision_reduction = False
+    with torch.cuda.device(found):
+        yield found
+    matmul.allow_bf16_reduced_precision_reduction, matmul.allow_fp16_reduced_precision_reduction = before
+
+
+@pytest.fixture
+def backend(request, device):
+    """Every backend that can run on the device."""
     return request.param
 
 

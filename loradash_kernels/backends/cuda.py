@@ -1,17 +1,26 @@
-"""The CUDA backend: hand-made kernels for NVIDIA cards from sm_80 on, in the compiled part. Importing this needs no CUDA."""
+"""The CUDA backend: hand-made kernels for NVIDIA cards from sm_80 on, in the compiled part. Importing this needs no CUDA.
+
+A call is run by a strategy. "library", the default: these kernels write what the layer adds to its base product, and the
+vendor's product is summed onto that in the same memory. "fused": one product of [x | T] and [W | Q], or its like backward,
+by the tile of the compiled part's table; the name of a tile: by that tile.
+"""
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from ..calls import BackwardCall, Call, ForwardCall
-from . import extension, tuning
+from . import cards, extension, tuning
 
 name = "cuda"
 OLDEST = (8, 0)
+LIBRARY, FUSED = "library", "fused"
+DTYPES = (torch.bfloat16, torch.float16)
+_WEIGHT = {"forward": ForwardCall._fields.index("weight"), "backward": BackwardCall._fields.index("weight")}
 
 
 @functools.cache
@@ -26,22 +35,25 @@ def missing() -> str | None:
 
 def refuses(x: Tensor, width: int = 0) -> str | None:
     """Why a call with this x and R = `width` cannot run, or None."""
-    if x.device.type != "cuda":
+    if not x.is_cuda:
         return f"x is on {x.device}"
-    if x.dtype not in (torch.bfloat16, torch.float16):
+    if x.dtype not in DTYPES:
         return f"x is {x.dtype}, the CUDA kernels take bfloat16 and float16"
-    limit = extension.compiled().cuda_max_width
-    if width > limit:
-        return f"r + s is {width}, the CUDA kernels take at most {limit}"
-    capability = torch.cuda.get_device_capability(x.device)
-    if capability < OLDEST:
-        return f"the card is sm_{capability[0]}{capability[1]}; the CUDA kernels need sm_80"
+    if width > _max_width():
+        return f"r + s is {width}, the CUDA kernels take at most {_max_width()}"
+    if cards.capability_of(x.device) < OLDEST:
+        return f"the card is {cards.architecture_of(x.device)}; the CUDA kernels need sm_{OLDEST[0]}{OLDEST[1]}"
     if not _has_code(x.device):
         built = extension.compiled().cuda_architectures
         return (
-            f"the compiled part has code for {built}, not for sm_{capability[0]}{capability[1]} (TORCH_CUDA_ARCH_LIST)"
+            f"the compiled part has code for {built}, not for {cards.architecture_of(x.device)} (TORCH_CUDA_ARCH_LIST)"
         )
     return None
+
+
+@functools.cache
+def _max_width() -> int:
+    return int(extension.compiled().cuda_max_width)
 
 
 @functools.cache
@@ -51,22 +63,51 @@ def _has_code(device: torch.device) -> bool:
 
 
 def forward(call: ForwardCall) -> None:
-    _run(call, _tile(call))
+    _run(call, _strategy(call))
 
 
 def backward(call: BackwardCall) -> None:
-    _run(call, _tile(call))
+    _run(call, _strategy(call))
 
 
-def _run(call: Call, tile: str) -> None:
-    getattr(torch.ops.loradash_cuda, call.pass_)(*call, tile)
+def candidates(call: Call) -> list[str]:
+    """The strategies that could be fastest for a call: the library, where there is a product for it, and every tile."""
+    compiled = extension.compiled()
+    tiles = list(compiled.cuda_tiles(compiled.cuda_card(call.x.get_device())))
+    return tiles if _base_product(call) is None else [LIBRARY, *tiles]
 
 
-def _tile(call: Call) -> str:
-    """The name of the measured tile, or "": the compiled part takes that of its table."""
+def _strategy(call: Call) -> str:
+    """The measured strategy, or the library."""
+    found = tuning.choose(name, call, lambda: candidates(call), lambda strategy: _run(call, strategy))
+    return LIBRARY if found is None else found
 
-    def tiles() -> list[str]:
-        compiled = extension.compiled()
-        return compiled.cuda_tiles(compiled.cuda_card(call.x.get_device()))
 
-    return tuning.choose(name, call, tiles, lambda tile: _run(call, tile)) or ""
+def _run(call: Call, strategy: str) -> None:
+    kernels, product = _kernels(call.pass_), _base_product(call) if strategy == LIBRARY else None
+    if product is None:
+        kernels(*call, "" if strategy in (LIBRARY, FUSED) else strategy)
+        return
+    # Without a weight they write all but the base product: bias and low-rank terms, or dx of the low-rank terms and every
+    # other gradient. y and dx are in the dtype of x, W and dy, as the product wants them.
+    place = _WEIGHT[call.pass_]
+    kernels(*call[:place], None, *call[place + 1 :], "")
+    out, left, right = product
+    # Gradients are another file's business, and autocast has cast what it may.
+    with torch._C._AutoDispatchBelowAutograd(), torch._C._DisableAutocast():
+        out.addmm_(left, right)
+
+
+def _base_product(call: Call) -> tuple[Tensor, Tensor, Tensor] | None:
+    """Result, left and right of the product with W, where there is one: that of y, or of a wanted dx."""
+    if call.weight is None:
+        return None
+    if isinstance(call, ForwardCall):
+        return call.y, call.x, call.weight.t()
+    return None if call.dx is None else (call.dx, call.dy, call.weight)
+
+
+@functools.cache
+def _kernels(pass_: str) -> Callable[..., None]:
+    """The compiled operator of a pass: found once, as the look-up takes a quarter of a microsecond."""
+    return getattr(torch.ops.loradash_cuda, pass_).default

@@ -2,7 +2,8 @@
 
 Letters: M tokens, K in_features, N out_features, r LoRA rank, s directions, R = r + s. Sums are taken in float32 (float64
 for float64 inputs), as in the compiled backends; the base product in the dtype of x, as `nn.functional.linear` does.
-Autocast, which has cast what it may before a backend is chosen, casts no operand of these products.
+Autocast, which has cast what it may before a backend is chosen, casts no operand of these products. On a GPU the same
+layer is computed by `products`, from float64 on by these formulas.
 """
 
 from __future__ import annotations
@@ -10,8 +11,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..calls import BackwardCall, ForwardCall, accumulator, adapters
+from ..calls import BackwardCall, Call, ForwardCall, accumulator, adapters
 from ..random import dropout_mask, keep_scale
+from . import products
 
 name = "reference"
 
@@ -52,19 +54,27 @@ def _dropped(x: Tensor, seed: Tensor | None, threshold: int, dtype: torch.dtype)
 
 def forward(call: ForwardCall) -> None:
     """y = x W^T + b (or base) + ((dropout(x) D^T) * c) Q^T and p = dropout(x) D^T."""
-    dtype = accumulator(call.x.dtype)
     with torch._C._DisableAutocast():
-        d, q, c = stacked(*adapters(call), call.scaling, dtype)
-        torch.mm(_dropped(call.x, call.seed, call.threshold, dtype), d.t(), out=call.p)
-        base = call.base if call.weight is None else torch.nn.functional.linear(call.x, call.weight, call.bias)
-        assert base is not None
-        call.y.copy_(torch.addmm(base.to(dtype), call.p * c, q.t()))
+        (products.forward if _on_gpu(call) else _forward)(call)
 
 
 def backward(call: BackwardCall) -> None:
     """The gradients of `forward`, from dy and p (design: G = dy Q; dx = dy W + mask * (G * c) D / (1 - p); ...)."""
     with torch._C._DisableAutocast():
-        _backward(call)
+        (products.backward if _on_gpu(call) else _backward)(call)
+
+
+def _on_gpu(call: Call) -> bool:
+    return call.x.is_cuda and call.x.dtype != torch.float64
+
+
+def _forward(call: ForwardCall) -> None:
+    dtype = accumulator(call.x.dtype)
+    d, q, c = stacked(*adapters(call), call.scaling, dtype)
+    torch.mm(_dropped(call.x, call.seed, call.threshold, dtype), d.t(), out=call.p)
+    base = call.base if call.weight is None else torch.nn.functional.linear(call.x, call.weight, call.bias)
+    assert base is not None
+    call.y.copy_(torch.addmm(base.to(dtype), call.p * c, q.t()))
 
 
 def _backward(call: BackwardCall) -> None:

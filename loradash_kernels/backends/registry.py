@@ -1,7 +1,7 @@
 """Which backend runs a call: the only place that chooses.
 
 An explicit `backend=` is obeyed or raises. Without one the first of `BACKENDS` that takes the call has it, unless a
-measurement of this GPU (see `tuning`) says that another is faster.
+measurement of this GPU (see `tuning`) says that another is faster. Choosing compiles nothing.
 """
 
 from __future__ import annotations
@@ -9,11 +9,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from ..calls import KERNEL_DTYPES, BackwardCall, Call, ForwardCall
 from ..notices import warn_once
-from . import cpu, cuda, reference, tuning
+from . import cards, cpu, cuda, reference, tuning
 from .triton import backend as triton
 
 
@@ -44,13 +45,15 @@ _KERNELS: dict[str, tuple[Backend, ...]] = {"cpu": (cpu,), "cuda": (cuda, triton
 
 @dataclass(frozen=True)
 class BackendChoice:
-    """Which backend a call takes, and for every other one why not."""
+    """Which backend a call takes and how it runs there, and for every other one why not."""
 
     backend: str
     reasons: dict[str, str]
+    how: str = ""
 
     def __str__(self) -> str:
-        return "\n".join([f"{self.backend}: runs", *(f"{name}: {reason}" for name, reason in self.reasons.items())])
+        runs = f"{self.backend}: runs; {self.how}" if self.how else f"{self.backend}: runs"
+        return "\n".join([runs, *(f"{name}: {reason}" for name, reason in self.reasons.items())])
 
 
 def pick(call: Call, requested: str | None = None) -> Backend:
@@ -73,7 +76,7 @@ def pick(call: Call, requested: str | None = None) -> Backend:
 
 def _first(x: Tensor, width: int) -> Backend:
     for backend in BACKENDS:
-        if not (backend.missing() or backend.refuses(x, width) or (backend is cuda and _better_by_triton(x, width))):
+        if not _reason_against(backend, x, width):
             return backend
     raise AssertionError("the reference refuses nothing")
 
@@ -108,42 +111,48 @@ def _reason_against(backend: Backend, x: Tensor, width: int) -> str | None:
     return backend.missing() or backend.refuses(x, width)
 
 
-def _better_by_triton(x: Tensor, width: int) -> str | None:
-    """Why the Triton backend is better than the CUDA backend for this x and R = `width`, or None.
-
-    Without matrix instructions that run beside the program, both use mma.sync.
-    """
-    target = None if triton.missing() else triton.target_of(x.device)
-    if target is None or not target.asynchronous or triton.refuses(x, width):
-        return None
-    own = "wgmma" if target.matrix_instruction == "HGMMA" else "tcgen05"
-    card = triton.architecture_of(x.device)
-    return f"on {card} Triton uses {own}, these kernels mma.sync; ask for backend='cuda' to have them"
-
-
 def _warn_of_reference(x: Tensor, width: int) -> None:
     device = x.device.type
     reasons = [f"{b.name}: {_reason_against(b, x, width)}" for b in _KERNELS.get(device, ())]
     if reasons:
-        warn_once(f"plain PyTorch computes LoRA-Dash layers on this {device} device, slowly. " + "; ".join(reasons))
+        remedy = f". {_remedy(x, width)}" if x.is_cuda else ""
+        why = "; ".join(reasons)
+        warn_once(f"plain PyTorch computes LoRA-Dash layers on this {device} device, slowly. {why}{remedy}")
+
+
+def _remedy(x: Tensor, width: int) -> str:
+    """What would let kernels run such a call on a GPU."""
+    if width > triton.MAX_WIDTH:
+        return f"No kernel takes r + s above {triton.MAX_WIDTH}: choose a smaller rank"
+    oldest, architecture = ".".join(map(str, triton.MINIMUM)), cards.architecture_of(x.device)
+    if architecture.startswith("sm_") and cards.capability_of(x.device) < cuda.OLDEST:
+        return f"No kernel runs on {architecture}: sm_{cuda.OLDEST[0]}{cuda.OLDEST[1]} or newer is needed"
+    install = f"Install Triton {oldest} or newer (`pip install 'triton>={oldest}'`)"
+    if torch.version.hip:
+        return install
+    return f"{install}, or build the compiled part with a CUDA toolkit for {architecture} (docs/install.md)"
 
 
 def explain_backend(x: Tensor, backend: str | None = None, *, width: int = 0) -> BackendChoice:
-    """Which backend a call with this x and R = r + s = `width` takes, and why not the others.
+    """Which backend a call with this x and R = r + s = `width` takes, how, and why not the others.
 
-    Device and dtype of x matter, not the shape: what LORADASH_TUNE=1 measured for single shapes is left out.
+    Device and dtype of x matter, not the shape: what was measured for single shapes is counted, not consulted.
     """
     chosen = _first(x, width) if backend is None else _named(backend, x, width)
+    taken = f"{chosen.name} comes first" if backend is None else f"{chosen.name} was asked for"
+    reasons = {b.name: _reason_against(b, x, width) or taken for b in BACKENDS if b is not chosen}
+    return BackendChoice(chosen.name, reasons, _how(chosen, x))
 
-    def reason(other: Backend) -> str:
-        against = _reason_against(other, x, width)
-        if against is not None:
-            return against
-        if backend is not None:
-            return f"{chosen.name} was asked for"
-        return (other is cuda and _better_by_triton(x, width)) or f"{chosen.name} comes first"
 
-    return BackendChoice(chosen.name, {b.name: reason(b) for b in BACKENDS if b is not chosen})
+def _how(chosen: Backend, x: Tensor) -> str:
+    """What the kernels of a GPU do with the base product, and why."""
+    if not x.is_cuda or chosen not in _KERNELS["cuda"]:
+        return ""
+    known = tuning.known_of(chosen.name, x.device)
+    product = "the vendor's base product with its low-rank kernels"
+    if known is None:
+        return f"{product}: no measurement of this card ({cards.name_of(x.device)}) says that a fused tile is faster"
+    return f"a fused tile where one was measured to be faster, else {product} ({known})"
 
 
 def available_backends() -> dict[str, str | None]:

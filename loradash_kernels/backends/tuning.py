@@ -1,11 +1,10 @@
 """Which of several ways to run a call is fastest here: measured once, then kept on disk.
 
-A backend asks about its tiles, the registry about the backends: one key for a call, one file, one clock. LORADASH_TUNE=1
-measures at the first call of each key; without a measurement the asker's own table or order decides.
+A backend asks about its strategies, the registry about the backends: one key for a call, one clock. LORADASH_TUNE=1
+measures at the first call of each key. Without a measurement of this machine a shipped one of the same card or
+architecture holds (`measurements`), and without that the asker's own default.
 
-The file is measurements-1.json in $LORADASH_CACHE or ~/.cache/loradash: replaced atomically, merged with what other
-processes wrote, ignored with a warning where it is damaged, kept in memory where it cannot be written. Deleting it is
-always safe.
+The file is measurements-2.json in $LORADASH_CACHE or ~/.cache/loradash. Deleting it is always safe.
 """
 
 from __future__ import annotations
@@ -14,85 +13,29 @@ import contextlib
 import functools
 import importlib
 import importlib.util
-import json
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
+from .. import timing
 from .._version import __version__
 from ..calls import Call, ForwardCall
-from ..files import replace_bytes
 from ..notices import warn_once
+from . import cards
+from .measurements import SHIPPED_FOLDER, Key, ShippedTables, Store, write_shipped
 
 S = TypeVar("S")
-# No card's L2 cache holds so many bytes.
-_FLUSHED_BYTES = 1 << 28
-_ROUNDS = 10
+MEASURED = Store("measurements-2.json")
+SHIPPED = ShippedTables(SHIPPED_FOLDER)
+
+# Rounds of a tuning end when every candidate's spread is below 2%, or with these.
+_MOST_ROUNDS, _MOST_SECONDS = 100, 5.0
 _UNSEEN: Any = object()
-
-
-class Measurements:
-    """A file that maps a key to the candidate that was fastest, by its str()."""
-
-    def __init__(self, file: str) -> None:
-        self._file = file
-        self._known: dict[str, str] | None = None
-        # Calls that were seen before are found by their traits: making the text of a key would take longer.
-        self.chosen: dict[tuple, Any] = {}
-
-    def path(self) -> Path:
-        folder = os.environ.get("LORADASH_CACHE")
-        return (Path(folder) if folder else Path("~/.cache/loradash").expanduser()) / self._file
-
-    def known(self) -> dict[str, str]:
-        """What this process knows: read from disk once, then kept."""
-        if self._known is None:
-            self._known = self._read()
-        return self._known
-
-    def forget(self) -> None:
-        """Drops what is in memory: the next call reads the file again."""
-        self._known = None
-        self.chosen.clear()
-
-    def remember(self, key: str, name: str) -> None:
-        """Adds an entry to memory and to the file, with what other processes have added meanwhile."""
-        self.known()[key] = name
-        self.chosen.clear()
-        path = Path(self._file)
-        try:
-            path = self.path()
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with _locked(path.with_suffix(".lock")):
-                text = json.dumps({"fastest": {**self._read(), key: name}}, indent=1, sort_keys=True)
-                replace_bytes(path, text.encode())
-                # A shared cache is for all its readers.
-                path.chmod(0o644)
-        except (OSError, RuntimeError) as error:
-            warn_once(f"{path} cannot be written ({error}); measurements last as long as this process")
-
-    def _read(self) -> dict[str, str]:
-        try:
-            path = self.path()
-            text = path.read_bytes()
-        except (OSError, RuntimeError):
-            # The file is not there or not readable, or there is no home: nothing was measured.
-            return {}
-        try:
-            found = json.loads(text)["fastest"]
-            if not all(isinstance(name, str) for name in found.values()):
-                raise ValueError("a name is not a string")
-            return found
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            warn_once(f"{path} is damaged ({error!r}); it is ignored and will be written anew by the next measurement")
-            return {}
-
-
-MEASURED = Measurements("measurements-1.json")
+_NO_TENSOR = (int, float, type(None))
 _forced: dict[tuple[str, str], Any] = {}
 
 
@@ -101,13 +44,13 @@ def choose(
 ) -> S | None:
     """The candidate that was measured to be the fastest for such a call, or None: the default of the owner holds.
 
-    owner: who asks. run: runs the whole call by a candidate; measuring writes the call's results again and again.
-    extra: what else tells calls apart; it becomes part of the key.
+    owner: who asks. run: runs the whole call by a candidate, beginning with a write of every result: measuring runs it
+    again and again. extra: what else tells calls apart; it becomes part of the key.
     """
     if _forced and (owner, call.pass_) in _forced:
         return _forced[owner, call.pass_]
     tune_now = os.environ.get("LORADASH_TUNE") == "1"
-    if not tune_now and not MEASURED.known():
+    if not tune_now and not MEASURED.known() and not SHIPPED.known():
         return None
     traits = (tune_now, *_traits(owner, call, extra))
     seen = MEASURED.chosen.get(traits, _UNSEEN)
@@ -115,14 +58,17 @@ def choose(
         return seen
     name = key(owner, call, *extra)
     found, best = MEASURED.known().get(name), None
-    if found is not None:
-        best = next((c for c in candidates() if str(c) == found), None)
-    elif tune_now and call.x.is_cuda and call.x.shape[0] > 0:
+    measure_now = found is None and tune_now and call.x.is_cuda and call.x.shape[0] > 0 and name not in MEASURED.failed
+    if measure_now:
         # Streams, captures and events are the current device's.
         with torch.cuda.device(call.x.device):
             if torch.cuda.is_current_stream_capturing():
                 return None
-            best = tune(name, candidates(), run)
+            best = tune(name, candidates(), run, device=call.x.device)
+    else:
+        found = found or SHIPPED.nearest(name)
+        if found is not None:
+            best = next((c for c in candidates() if str(c) == found.fastest), None)
     MEASURED.chosen[traits] = best
     return best
 
@@ -139,107 +85,132 @@ def forced(owner: str, **candidates: Any) -> Iterator[None]:
         _forced.update(before)
 
 
-def key(owner: str, call: Call, *extra: object) -> str:
-    """What a measurement holds for: GPU, versions, dtype, layouts of the large operands, M rounded up to a power of two,
-    every other size; and which tensors there are, seed of dropout and wanted gradients among them."""
-    _, fields, device, dtype, rows, sizes, layouts, _ = _traits(owner, call, extra)
-    card = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-    tensors = " ".join(f"{name}:{size}" for name, size in zip(fields, sizes, strict=True) if size is not None)
-    parts = (owner, card, _versions(), call.pass_, dtype, rows, tensors, " ".join(layouts), *extra)
-    return "/".join(map(str, parts))
+def key(owner: str, call: Call, *extra: object) -> Key:
+    """What a measurement holds for: GPU, versions, pass, dtype, M rounded up to a power of two, every other size, layouts
+    of the large operands; and which tensors there are, seed of dropout and wanted gradients among them."""
+    x, directions = call.x, call.dash_sigma
+    return Key(
+        owner=owner,
+        card=cards.name_of(x.device),
+        architecture=cards.architecture_of(x.device),
+        versions=_versions(),
+        pass_=call.pass_,
+        dtype=str(x.dtype).removeprefix("torch."),
+        rows=_bucket(x.shape[0]),
+        k=x.shape[1],
+        n=call.lora_b.shape[0],
+        rank=call.lora_b.shape[1],
+        directions=0 if directions is None else directions.shape[0],
+        tensors=" ".join(n for n, t in zip(call._fields, call, strict=True) if not isinstance(t, _NO_TENSOR)),
+        layouts=" / ".join(_layouts(call)),
+        extra=" ".join(map(str, extra)),
+    )
+
+
+def _bucket(rows: int) -> int:
+    return 1 << max(rows - 1, 0).bit_length()
 
 
 def _traits(owner: str, call: Call, extra: tuple) -> tuple:
-    """What tells calls of this process apart, the sizes of their tensors field by field."""
+    """What tells calls of this process apart: what `key` makes its text of."""
     x = call.x
-    rows = 1 << max(x.shape[0] - 1, 0).bit_length()
-    sizes = tuple(t.shape[-1] if isinstance(t, Tensor) else None for t in call)
+    sizes = (_bucket(x.shape[0]), x.shape[1], call.lora_b.shape, call.dash_sigma is not None and call.dash_sigma.shape)
+    present = tuple([field is None for field in call])
+    return owner, call.pass_, x.device, x.dtype, sizes, present, _layouts(call), extra
+
+
+def _layouts(call: Call) -> tuple[str, str]:
     left = call.x if isinstance(call, ForwardCall) else call.dy
-    layouts = (_layout(left), "none" if call.weight is None else _layout(call.weight))
-    return owner, call._fields, x.device, x.dtype, rows, sizes, layouts, extra
+    return _layout(left), "none" if call.weight is None else _layout(call.weight)
 
 
 def _layout(t: Tensor) -> str:
     """Does a matrix lie by rows or not, and does every row begin at a multiple of 16 bytes?"""
-    order = "rows" if t.stride(1) == 1 else "columns"
-    return order + ", aligned" if t.data_ptr() % 16 == 0 and t.stride(0) * t.element_size() % 16 == 0 else order
+    pitch, step = t.stride()
+    order = "rows" if step == 1 else "columns"
+    return order + ", aligned" if t.data_ptr() % 16 == 0 and pitch * t.element_size() % 16 == 0 else order
 
 
 @functools.cache
 def _versions() -> str:
+    found = f"{__version__}, PyTorch {torch.__version__}"
     if importlib.util.find_spec("triton") is None:
-        return __version__
-    return f"{__version__}, Triton {importlib.import_module('triton').__version__}"
+        return found
+    return f"{found}, Triton {importlib.import_module('triton').__version__}"
 
 
 def tune(
-    name: str,
+    name: Key,
     candidates: Sequence[S],
     run: Callable[[S], None],
-    timer: Callable[[Callable[[], None]], float] | None = None,
+    *,
+    device: torch.device | str = "cuda",
+    stopwatch: timing.Stopwatch | None = None,
 ) -> S | None:
-    """Times every candidate, keeps the fastest under this key and writes the file.
+    """Times every candidate, keeps the fastest under this key and writes the file, with times, clocks and driver.
 
-    timer: seconds (or any unit) of a callable; `milliseconds` unless given. Where no candidate runs the default is taken
-    for this process, with a warning: the call itself may well fit.
+    stopwatch: that of the device unless given. Candidates that cannot run here are left out; where none can the default is
+    taken for this process, with a warning: the call itself may well fit.
     """
     # Nothing is measured where there is no choice, and nothing is noted: another candidate may come.
     if len(candidates) == 1:
         return candidates[0]
     try:
-        best = _fastest(candidates, run, timer or milliseconds)
+        runnable = _runnable(candidates, run)
+        arms = {label: functools.partial(run, candidate) for label, candidate in runnable.items()}
+        times = timing.measure(
+            arms, stopwatch=stopwatch or timing.stopwatch_for(device), most=_MOST_ROUNDS, seconds=_MOST_SECONDS
+        )
     except RuntimeError as error:
-        warn_once(f"tuning failed, the table decides for {name}: {error}")
-        # A name that no candidate has, in memory alone: the failure is not repeated in this process.
-        MEASURED.known()[name] = ""
+        warn_once(f"tuning failed, the default holds for {'/'.join(map(str, name))}: {error}")
+        # In memory alone: the failure is not repeated in this process.
+        MEASURED.failed.add(name)
         return None
-    MEASURED.remember(name, str(best))
-    return best
+    best = min(times, key=lambda label: times[label].median)
+    details = {
+        "milliseconds": {label: round(samples.median, 6) for label, samples in times.items()},
+        "spread": {label: round(samples.spread, 4) for label, samples in times.items()},
+        "rounds": len(times[best].milliseconds),
+        "facts": timing.card_facts(device),
+    }
+    MEASURED.remember(name, best, details)
+    return runnable[best]
 
 
-def _fastest(candidates: Sequence[S], run: Callable[[S], None], timer: Callable[[Callable[[], None]], float]) -> S:
-    """Those that cannot run here are left out; RuntimeError where none can."""
-    times: dict[int, float] = {}
-    errors = []
-    for index, candidate in enumerate(candidates):
+def _runnable(candidates: Sequence[S], run: Callable[[S], None]) -> dict[str, S]:
+    """Those that can run here, by name, each having run once and so compiled what it must; RuntimeError where none can."""
+    found, errors = {}, []
+    for candidate in candidates:
         try:
-            times[index] = timer(functools.partial(run, candidate))
+            run(candidate)
+            found[str(candidate)] = candidate
         except Exception as error:
             # The compiler or the driver says what is short: registers, shared memory, ...
             errors.append(f"{candidate}: {error}")
-    if not times:
+    if not found:
         raise RuntimeError("no candidate ran:\n" + "\n".join(errors))
-    return candidates[min(times, key=lambda index: times[index])]
+    return found
 
 
-def milliseconds(run: Callable[[], None]) -> float:
-    """The time of one run by CUDA events: the median of some rounds, after one that compiles and tunes what it must.
+def known_of(owner: str, device: torch.device) -> str | None:
+    """In words, which measurements there are of an owner's calls on this device, or None."""
+    card, architecture = cards.name_of(device), cards.architecture_of(device)
+    own = sum(k.owner == owner and k.card == card and k.versions == _versions() for k in MEASURED.known())
+    shipped = list(SHIPPED.covers(owner, card, architecture))
+    sources = sorted({SHIPPED.source(k) for k in shipped})
+    parts = [f"{own} of this machine"] * (own > 0) + [f"{len(shipped)} shipped: {'; '.join(sources)}"] * bool(shipped)
+    return "measurements: " + ", ".join(parts) if parts else None
 
-    Before each round the L2 cache is overwritten: operands come from memory, as in a model. As long as that takes, about
-    0.1 ms, the launching of the run is hidden behind it.
+
+def ship(path: Path, source: Mapping[str, str], store: Store | None = None) -> int:
+    """Writes the measurements of a local store, those of these versions on the source's card, as a table to be shipped.
+
+    path: of the file, which belongs in loradash_kernels/measurements. source: "card" as PyTorch names it, "driver" and
+    "commit"; the versions are added. store: that of this machine unless given. Returns how many it wrote. Raises ValueError
+    where there is none, or where the source lacks one.
     """
-    run()
-    flushed = torch.empty(_FLUSHED_BYTES, dtype=torch.int8, device="cuda")
-    times = []
-    for _ in range(_ROUNDS):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        flushed.zero_()
-        start.record()
-        run()
-        end.record()
-        end.synchronize()
-        times.append(start.elapsed_time(end))
-    return sorted(times)[_ROUNDS // 2]
-
-
-@contextlib.contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """Holds an advisory lock, where the system has them: two processes must not both read, then both replace."""
-    with open(path, "a") as file:
-        try:
-            import fcntl
-
-            fcntl.flock(file, fcntl.LOCK_EX)
-        except ImportError:
-            pass
-        yield
+    source = {**source, "versions": _versions()}
+    known = (store or MEASURED).known()
+    table = {k: m for k, m in known.items() if k.card == source.get("card") and k.versions == source["versions"]}
+    write_shipped(path, table, source)
+    return len(table)

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from loradash_kernels import notices
-from loradash_kernels.backends import cuda, tuning
+from loradash_kernels.backends import cards, cuda, tuning
+from loradash_kernels.backends.measurements import SHIPPED_FOLDER
 from loradash_kernels.backends.triton import backend as triton
 
 
@@ -18,12 +19,14 @@ def card(monkeypatch):
     """Pretends that there is a card of a given capability, and that both GPU backends can run on it."""
 
     def forget():
-        triton.architecture_of.cache_clear()
-        triton._shared_limit.cache_clear()
+        devices = (cards.architecture_of, cards.name_of, cards.capability_of)
+        for cached in (*devices, triton.architecture_of, triton._shared_limit):
+            getattr(cached, "cache_clear", lambda: None)()
 
     def pretend(*capability, shared_limit=None):
         forget()
-        properties = SimpleNamespace(shared_memory_per_block_optin=shared_limit)
+        names = {"name": "a card", "major": capability[0], "minor": capability[1]}
+        properties = SimpleNamespace(shared_memory_per_block_optin=shared_limit, **names)
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
         monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device=None: properties)
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: "a card")
@@ -45,9 +48,11 @@ def unwarned(monkeypatch):
 
 @pytest.fixture
 def cache(tmp_path, monkeypatch, unwarned):
-    """A folder for measurements, which is not there yet."""
+    """A folder for measurements, which is not there yet; and nothing is shipped."""
     monkeypatch.setenv("LORADASH_CACHE", str(tmp_path / "cache"))
     monkeypatch.delenv("LORADASH_TUNE", raising=False)
     tuning.MEASURED.forget()
+    tuning.SHIPPED.forget(tmp_path / "shipped")
     yield tmp_path / "cache"
     tuning.MEASURED.forget()
+    tuning.SHIPPED.forget(SHIPPED_FOLDER)

@@ -8,8 +8,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 from support.cards import OnCard, backward_call, forward_call
+from support.stopwatch import Scripted
 
-from loradash_kernels import dash_linear, explain_backend
+from loradash_kernels import dash_linear, explain_backend, timing
 from loradash_kernels.backends import cpu, cuda, extension, registry, tuning
 from loradash_kernels.backends.triton import backend as triton
 
@@ -17,39 +18,59 @@ needs_extension = pytest.mark.skipif(extension.missing_reason is not None, reaso
 
 
 @needs_extension
-def test_cuda_first_up_to_ada_then_triton(card):
-    for capability in ((8, 0), (8, 6), (8, 9)):
-        card(*capability)
-        assert explain_backend(OnCard()).backend == "cuda"
-    card(9, 0)
-    choice = explain_backend(OnCard())
-    assert choice.backend == "triton" and "wgmma" in choice.reasons["cuda"]
-    assert explain_backend(OnCard(), "cuda").backend == "cuda"
-    assert explain_backend(OnCard(torch.float32)).backend == "triton"
-
-
-@needs_extension
-def test_newer_cards(card, monkeypatch):
-    """A kernel of ours runs on every listed card, and on one that is not listed yet."""
-    # These cards have mma.sync on both sides.
-    for capability in ((12, 0), (12, 1), (13, 0)):
+def test_cuda_comes_first_wherever_it_has_code(card, cache, monkeypatch):
+    for capability in ((8, 0), (8, 9), (9, 0), (10, 0), (12, 0), (13, 0)):
         card(*capability, shared_limit=99 * 1024)
         assert explain_backend(OnCard()).backend == "cuda"
         assert explain_backend(OnCard(torch.float32)).backend == "triton"
-        monkeypatch.setattr(cuda, "_has_code", lambda device: False)
-        assert explain_backend(OnCard()).backend == "triton"
-    for capability in ((10, 0), (10, 3), (11, 0)):
-        card(*capability)
-        choice = explain_backend(OnCard())
-        assert choice.backend == "triton" and "tcgen05" in choice.reasons["cuda"]
+        with monkeypatch.context() as other:
+            other.setattr(cuda, "_has_code", lambda device: False)
+            choice = explain_backend(OnCard())
+            assert choice.backend == "triton" and "TORCH_CUDA_ARCH_LIST" in choice.reasons["cuda"]
+    assert explain_backend(OnCard(), "triton").reasons["cuda"] == "triton was asked for"
 
 
 @needs_extension
-def test_triton_is_better_only_where_it_takes_the_call(card, monkeypatch):
-    monkeypatch.setattr(triton, "refuses", lambda x, width=0: "no table" if width > 24 else None)
+def test_says_why_the_library_is_the_default(card, cache):
     card(9, 0)
+    text = str(explain_backend(OnCard()))
+    assert "cuda: runs; the vendor's base product" in text and "no measurement of this card (a card)" in text
+    assert "triton: cuda comes first" in text
+    tuning.MEASURED.remember(tuning.key("cuda", forward_call(OnCard())), "128x128")
+    assert "a fused tile where one was measured to be faster" in explain_backend(OnCard()).how
+    assert "1 of this machine" in explain_backend(OnCard()).how
+    assert "no measurement" in explain_backend(OnCard(), "triton").how
+    assert explain_backend(OnCard(), "reference").how == "" == explain_backend(torch.zeros(1, 1)).how
+
+
+@needs_extension
+def test_triton_takes_what_cuda_does_not(card, monkeypatch):
+    card(9, 0)
+    monkeypatch.setattr(cuda, "_max_width", lambda: 24)
     found = [explain_backend(OnCard(), width=width).backend for width in (24, 25, 257)]
-    assert found == ["triton", "cuda", "reference"]
+    assert found == ["cuda", "triton", "reference"]
+
+
+@needs_extension
+def test_choosing_compiles_nothing(card, cache, monkeypatch):
+    """And asks the driver for a card's capability once."""
+    triton_package = pytest.importorskip("triton")
+
+    def compiles(*args, **kwargs):
+        raise AssertionError("something is compiled")
+
+    card(9, 0)
+    asked = []
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: asked.append(device) or (9, 0))
+    monkeypatch.setattr(triton_package, "compile", compiles)
+    monkeypatch.setattr(triton_package.runtime.jit.JITFunction, "run", compiles)
+    monkeypatch.setattr(torch, "compile", compiles)
+    monkeypatch.setattr(torch.cuda.jiterator, "_create_jit_fn", compiles)
+    for x in (OnCard(), OnCard(torch.float32), OnCard(torch.float64)):
+        for make in (forward_call, backward_call):
+            [registry.pick(make(x)) for _ in range(2)]
+            explain_backend(x)
+    assert len(asked) <= 2, "once by these kernels, once by Triton's"
 
 
 @needs_extension
@@ -133,15 +154,18 @@ def test_a_measured_backend_that_is_gone(card, cache, monkeypatch):
 def test_measures_the_backends_that_take_the_call(card, cache, monkeypatch):
     """Once, the reference and whatever refuses left out; an explicit backend is not measured against others."""
     card(8, 6)
-    ran = []
-    monkeypatch.setattr(cuda, "forward", lambda call: ran.append("cuda"))
-    monkeypatch.setattr(triton, "forward", lambda call: ran.append("triton"))
-    monkeypatch.setattr(tuning, "milliseconds", lambda run: (run(), {"cuda": 2.0, "triton": 1.0}[ran[-1]])[1])
+    clock = Scripted(cuda=2.0, triton=1.0)
+    monkeypatch.setattr(timing, "stopwatch_for", lambda device: clock)
+    monkeypatch.setattr(cuda, "forward", lambda call: clock.run("cuda"))
+    monkeypatch.setattr(triton, "forward", lambda call: clock.run("triton"))
     monkeypatch.setenv("LORADASH_TUNE", "1")
     call = forward_call(OnCard())
-    assert registry.pick(call, "cuda").name == "cuda" and ran == []
-    assert [registry.pick(call).name for _ in range(2)] == ["triton"] * 2 and ran == ["cuda", "triton"]
-    assert registry.pick(forward_call(OnCard(torch.float32))).name == "triton" and len(ran) == 2
+    assert registry.pick(call, "cuda").name == "cuda" and clock.events == []
+    assert registry.pick(call).name == "triton" and {"cuda", "triton"} < set(clock.events)
+    ran = len(clock.events)
+    assert registry.pick(call).name == "triton"
+    assert registry.pick(forward_call(OnCard(torch.float32))).name == "triton"
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert registry.pick(forward_call(OnCard(torch.float64))).name == "reference" and len(ran) == 2
+        assert registry.pick(forward_call(OnCard(torch.float64))).name == "reference"
+    assert len(clock.events) == ran

@@ -1,4 +1,4 @@
-"""Measurements: the fastest is kept, on disk too, whatever state the disk is in."""
+"""Tuning: the fastest is kept, on disk too, whatever state the disk is in."""
 
 from __future__ import annotations
 
@@ -10,32 +10,32 @@ import warnings
 import pytest
 import torch
 from support.cards import OnCard, backward_call, forward_call
+from support.stopwatch import Scripted
 
+from loradash_kernels import timing
 from loradash_kernels.backends import tuning
+from loradash_kernels.backends.measurements import from_json
 from loradash_kernels.backends.tuning import MEASURED
 
 NAMES = ("slow", "fast", "middling")
-
-
-def scripted(times):
-    """A timer that gives the next of these times, or raises it."""
-    queue = iter(times)
-
-    def timer(step):
-        value = next(queue)
-        if isinstance(value, Exception):
-            raise value
-        return value
-
-    return timer
+TIMES = {"slow": 3.0, "fast": 1.0, "middling": 2.0}
 
 
 def chosen(call, owner="a backend", run=lambda name: None):
     return tuning.choose(owner, call, lambda: NAMES, run)
 
 
-def measured(call, times=(3.0, 1.0, 2.0), owner="a backend"):
-    return tuning.tune(tuning.key(owner, call), NAMES, lambda name: None, scripted(times))
+def measured(call, owner="a backend", **times):
+    clock = Scripted(**{**TIMES, **times})
+    return tuning.tune(tuning.key(owner, call), NAMES, clock.run, device="cpu", stopwatch=clock)
+
+
+@pytest.fixture
+def clocked(monkeypatch):
+    """The clock of every tuning, by which the candidates take TIMES."""
+    clock = Scripted(**TIMES)
+    monkeypatch.setattr(timing, "stopwatch_for", lambda device: clock)
+    return clock
 
 
 @pytest.fixture
@@ -53,43 +53,78 @@ def test_keeps_the_fastest(cache, call):
     assert chosen(backward_call(call.x)) is None
     # M = 128 lies in the same bucket.
     assert chosen(forward_call(torch.empty(128, 64))) == "fast"
-    assert [f.name for f in cache.iterdir() if f.suffix != ".lock"] == ["measurements-1.json"]
+    assert [f.name for f in cache.iterdir() if f.suffix != ".lock"] == ["measurements-2.json"]
+
+
+def test_each_run_is_flushed_spun_and_stamped_and_candidates_are_interleaved(cache, call):
+    """After one run of each, which compiles, nothing runs outside flush, spin, start, run, end; and the rounds of all
+    candidates come in random orders."""
+    clock = Scripted(**TIMES)
+    tuning.tune(tuning.key("a backend", call), NAMES, clock.run, device="cpu", stopwatch=clock)
+    assert tuple(clock.events[:3]) == NAMES
+    timed = [clock.events[i : i + 5] for i in range(3, len(clock.events), 5)]
+    assert all(t[:3] == ["flush", "spin", "stamp"] and t[4] == "stamp" for t in timed)
+    ran = [t[3] for t in timed][2 * len(NAMES) :]
+    rounds = [tuple(ran[i : i + 3]) for i in range(0, len(ran), 3)]
+    assert len(rounds) >= 10 and all(sorted(r) == sorted(NAMES) for r in rounds) and len(set(rounds)) > 1
+
+
+def test_a_record_tells_times_and_card(cache, call, monkeypatch):
+    monkeypatch.setattr(timing, "card_facts", lambda device: {"driver": "580.65", "SM clock": "1410 MHz"})
+    measured(call)
+    (entry,) = json.loads(MEASURED.path().read_text())["measurements"]
+    assert entry["fastest"] == "fast" and entry["details"]["milliseconds"] == TIMES
+    assert entry["details"]["spread"] == dict.fromkeys(TIMES, 0.0) and entry["details"]["rounds"] == 10
+    assert entry["details"]["facts"] == {"driver": "580.65", "SM clock": "1410 MHz"}
 
 
 def test_what_does_not_fit_is_left_out(cache, call):
-    assert measured(call, [3.0, RuntimeError("out of shared memory"), 2.0]) == "middling"
+    assert measured(call, fast=RuntimeError("out of shared memory")) == "middling"
 
 
 def test_nothing_fits(cache, call):
+    none = {name: RuntimeError("no") for name in NAMES}
     with pytest.warns(
-        UserWarning, match=r"tuning failed, the table decides for a backend/.*no candidate ran:\nslow: no"
+        UserWarning, match=r"tuning failed, the default holds for a backend/.*no candidate ran:\nslow: no"
     ):
-        assert measured(call, [RuntimeError("no")] * 3) is None
+        assert measured(call, **none) is None
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert measured(call, [RuntimeError("no")] * 3) is None  # said once
+        assert measured(call, **none) is None  # said once
     assert chosen(call) is None and not cache.exists()
 
 
-def test_a_failure_is_not_repeated(card, cache, monkeypatch):
+def test_a_failure_is_not_repeated(card, cache, monkeypatch, clocked):
     card(8, 6)
     monkeypatch.setenv("LORADASH_TUNE", "1")
-    monkeypatch.setattr(tuning, "milliseconds", scripted([RuntimeError("no")] * 3))
+    clocked.times = {name: RuntimeError("no") for name in NAMES}
     with pytest.warns(UserWarning, match="tuning failed"):
-        assert chosen(forward_call(OnCard())) is None
+        assert chosen(forward_call(OnCard()), run=clocked.run) is None
     # What is learnt of another call makes this one's look-up begin anew.
-    MEASURED.remember("another key", "fast")
-    assert chosen(forward_call(OnCard())) is None
+    MEASURED.remember(tuning.key("another", forward_call(OnCard())), "fast")
+    assert chosen(forward_call(OnCard()), run=clocked.run) is None
+    assert clocked.events == list(NAMES)
 
 
 def test_one_candidate_needs_no_clock(cache, call):
-    assert tuning.tune("a key", ["alone"], lambda name: None, scripted([])) == "alone"
-    assert MEASURED.known() == {}, "nothing was measured: another candidate may come"
+    clock = Scripted()
+    assert tuning.tune(tuning.key("a", call), ["alone"], clock.run, stopwatch=clock) == "alone"
+    assert MEASURED.known() == {} and clock.events == [], "nothing was measured: another candidate may come"
 
 
 @pytest.mark.parametrize(
     "text",
-    [b"", b"{", b"[]", b'{"fastest": {"a": {"kind": "fused"}}}', b'{"fastest": []}', b"\x00\x01", b"\xff\xfe\x00"],
+    [
+        b"",
+        b"{",
+        b"[]",
+        b'{"measurements": {}}',
+        b'{"measurements": [1]}',
+        b'{"measurements": [{"fastest": "a"}]}',
+        b'{"fastest": {}}',
+        b"\x00\x01",
+        b"\xff\xfe\x00",
+    ],
 )
 def test_damaged_file(cache, call, text):
     cache.mkdir()
@@ -113,16 +148,21 @@ def test_file_that_cannot_be_written(cache, call):
     assert chosen(call) == "fast"
 
 
+def numbered(index):
+    return tuning.key(f"owner {index}", forward_call(torch.empty(100, 64)))
+
+
 def _write(index):
     MEASURED.forget()
-    MEASURED.remember(f"key {index}", str(index))
+    MEASURED.remember(numbered(index), str(index))
 
 
 def test_concurrent_processes(cache):
     """Eight processes write at once; nobody's entry is lost and the file is whole."""
     with multiprocessing.get_context("fork").Pool(8) as pool:
         pool.map(_write, range(8), chunksize=1)
-    assert json.loads(MEASURED.path().read_text()) == {"fastest": {f"key {i}": str(i) for i in range(8)}}
+    found = from_json(json.loads(MEASURED.path().read_text())["measurements"])
+    assert found == {numbered(i): (str(i), {}) for i in range(8)}
 
 
 def test_forced(cache, call):
@@ -133,28 +173,27 @@ def test_forced(cache, call):
     assert chosen(call) == "fast"
 
 
-def test_measures_where_it_is_asked_to_and_may(card, cache, monkeypatch):
+def test_measures_where_it_is_asked_to_and_may(card, cache, monkeypatch, clocked):
     """On a card, once for each key, never while a graph is captured, and where LORADASH_TUNE=1 alone."""
     card(8, 6)
-    times, ran = dict(zip(NAMES, (3.0, 1.0, 2.0), strict=True)), []
-    monkeypatch.setattr(tuning, "milliseconds", lambda run: (run(), times[ran[-1]])[1])
     on_card, on_cpu, empty = (forward_call(x) for x in (OnCard(), torch.empty(8, 16), OnCard(shape=(0, 16))))
-    assert chosen(on_card, run=ran.append) is None
+    assert chosen(on_card, run=clocked.run) is None
     monkeypatch.setenv("LORADASH_TUNE", "1")
     with monkeypatch.context() as capture:
         capture.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
-        assert chosen(on_card, run=ran.append) is None
-    assert [chosen(c, run=ran.append) for c in (on_cpu, empty)] == [None, None] and ran == []
-    assert [chosen(on_card, run=ran.append) for _ in range(2)] == ["fast"] * 2 and ran == list(NAMES)
+        assert chosen(on_card, run=clocked.run) is None
+    assert [chosen(c, run=clocked.run) for c in (on_cpu, empty)] == [None, None] and clocked.events == []
+    assert chosen(on_card, run=clocked.run) == "fast"
+    ran = len(clocked.events)
+    assert chosen(on_card, run=clocked.run) == "fast" and len(clocked.events) == ran > 0
 
 
-def test_measures_on_the_device_of_x(card, cache, monkeypatch):
+def test_measures_on_the_device_of_x(card, cache, monkeypatch, clocked):
     card(8, 6)
     entered = []
     monkeypatch.setattr(torch.cuda, "device", lambda d: (entered.append(d), contextlib.nullcontext())[1])
-    monkeypatch.setattr(tuning, "milliseconds", lambda run: 1.0)
     monkeypatch.setenv("LORADASH_TUNE", "1")
-    chosen(forward_call(OnCard()))
+    chosen(forward_call(OnCard()), run=clocked.run)
     assert entered == [OnCard.device]
 
 

@@ -14,10 +14,13 @@ ROOT = Path(__file__).parents[2]
 # never the other way.
 FLOORS = {
     "loradash_kernels": (
-        "_version", "files", "notices", "random", "calls", "backends", "packed_weights", "composite", "ops", "flops", "autograd",
-        "arguments", "functional", "directions", "testing", "__init__",
+        "_version", "files", "notices", "timing", "random", "calls", "backends", "packed_weights", "composite", "ops", "flops",
+        "autograd", "arguments", "functional", "directions", "testing", "__init__",
     ),
-    "loradash_kernels/backends": ("__init__", "extension", "tuning", "reference", "cpu", "cuda", "triton", "registry"),
+    "loradash_kernels/backends": (
+        "__init__", "extension", "cards", "measurements", "tuning", "fused_dropout", "products", "reference", "cpu", "cuda",
+        "triton", "registry",
+    ),
     "loradash_kernels/backends/triton": (
         "__init__", "target", "kernels", "tiles", "problem", "strategies", "plan", "prelaunch", "backend",
     ),

@@ -96,7 +96,7 @@ _GEMM_FP32_BLACKWELL = (TileConfig(64, 64, 16, 8, 3, tight=True), GEMM_FP32[1])
 # where a barrier does not wait for other waves' stores: T would be released before it is written.
 # These stay within 99 KB of shared memory.
 _ONE_LAUNCH_SMALL = (TileConfig(128, 64, 32, 8, 3), TileConfig(64, 64, 32, 4, 3))
-_ONE_LAUNCH_HOPPER = (TileConfig(128, 128, 32, 8, 4), TileConfig(64, 64, 32, 4, 4))
+_ONE_LAUNCH_HOPPER = (TileConfig(128, 128, 32, 8, 4, tight=True), TileConfig(64, 64, 32, 4, 4))
 ONE_LAUNCH = {
     **dict.fromkeys(("sm_80", "sm_87"), (TileConfig(128, 64, 32, 8, 4), TileConfig(64, 64, 32, 4, 4))),
     **dict.fromkeys(("sm_86", "sm_89", "sm_120", "sm_121"), _ONE_LAUNCH_SMALL),

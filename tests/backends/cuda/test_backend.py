@@ -36,8 +36,8 @@ def test_tiles_to_choose_from():
 
 @pytest.mark.parametrize("make", [forward_call, backward_call])
 def test_an_explicit_backend_runs_its_own_kernels(card, cache, monkeypatch, make):
-    """Whatever was measured about backends, a call that reached this one takes a tile of its own: the measured one, or the
-    table's."""
+    """Whatever was measured about backends, a call that reached this one takes a strategy of its own: the measured one, or
+    the library's product."""
     card(8, 6)
     ran, call = [], make(OnCard())
     monkeypatch.setattr(cuda, "_run", lambda call, tile: ran.append(tile))
@@ -46,4 +46,4 @@ def test_an_explicit_backend_runs_its_own_kernels(card, cache, monkeypatch, make
     getattr(cuda, call.pass_)(call)
     tuning.MEASURED.remember(tuning.key("cuda", call), "128x128")
     getattr(cuda, call.pass_)(call)
-    assert ran == ["", "128x128"]
+    assert ran == ["library", "128x128"]
