@@ -223,7 +223,9 @@ def moved(t, offset=1):
     return memory[offset:].view(t.shape).copy_(t)
 
 
-def test_gradients_without_terms_are_zero_in_every_call(launched):
+def test_gradients_without_terms_are_zero_in_every_call(launched, monkeypatch):
+    """And no driver is asked for, which the interpreter lacks."""
+    monkeypatch.setattr(launcher, "current_stream", None)
     for _ in range(3):
         call = both_calls(0, 16, 24, 4, 2)[1]
         backend.backward(call)
