@@ -114,7 +114,8 @@ class PreparedPlan:
             for place, piece in self._zeroed:
                 kept.append(zeros := piece.within(memory))
                 addresses[place] = zeros.data_ptr()
-        stream = launcher.current_stream(x.get_device())
+        # Without kernels there need be no driver: the interpreter has none.
+        stream = launcher.current_stream(x.get_device()) if self._kernels else None
         for launch, template, slots, descriptors in repeats:
             if template is None:
                 launch(call)
