@@ -435,4 +435,4 @@ def test_host_time_runs():
     command = [sys.executable, "-m", "benchmarks.layers.host_time", "--blocks", "1", "--steps", "2"]
     done = subprocess.run(command, env=dict(os.environ), capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert "library, its products left out" in done.stdout
+    assert "the library's products left out" in done.stdout
