@@ -283,7 +283,7 @@ def test_watched_launches_go_through_triton(launched, monkeypatch):
         with monkeypatch.context() as patch:
             patch.setattr(knobs.runtime, name, value)
             assert through_triton(), name
-    hooks = next(iter(backend.PLANS._plans.values()))._kernels[0].pre_run_hooks
+    hooks = next(iter(backend.PLANS._plans.values())).steps[0].kernel.pre_run_hooks
     hooks.append(print)
     assert through_triton()
     hooks.clear()
