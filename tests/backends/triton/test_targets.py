@@ -31,7 +31,7 @@ PRODUCTS = ("extended_gemm", "dx_gemm", "descriptor_forward", "descriptor_dx")
 PASSES = ("down_projection", "dy_pass", "x_pass")
 PRELAUNCH = ("sketch_product", "jacobi_sweeps", "highest_rates")
 # These have no products of matrices, or only full fp32 ones.
-SUMS = ("sum_g", "finish", "jacobi_sweeps", "highest_rates")
+SUMS = ("sum_g", "add_parts", "finish", "jacobi_sweeps", "highest_rates")
 HELD = (3, 8)
 # The architectures that were looked at with other versions; and there the kernel, its tile (rows, columns, depth; a block) and the
 # bytes that it spills. A few bytes cost a few stores and loads a tile, and no bit of the result.
@@ -82,7 +82,7 @@ def test_target(compilations, target):
     assert done.returncode == 0, done.stderr[-3000:]
     kernels = [json.loads(line) for line in done.stdout.splitlines()]
     names = {kernel["kernel"] for kernel in kernels}
-    wanted = {*(PRODUCTS if card.descriptors else PRODUCTS[:2]), *PASSES, "sum_g", "finish", *PRELAUNCH}
+    wanted = {*(PRODUCTS if card.descriptors else PRODUCTS[:2]), *PASSES, "sum_g", "add_parts", "finish", *PRELAUNCH}
     assert names == wanted | ({"one_launch_forward"} if card.warp_size == 32 else set())
     wrong = [
         k for k in kernels if k["spilled"] > allowed(triton_version(), target, k) or k["shared"] > card.shared_limit
