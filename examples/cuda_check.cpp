@@ -1,7 +1,7 @@
 // The CUDA kernels from C++, without PyTorch: every entry of the list of tiles and every pass, forward and backward,
 // against plain loops. Made for compute-sanitizer. CMake builds it, or one line:
 //
-//   nvcc -std=c++20 -O2 -arch=sm_90 -Icsrc -Iexamples examples/cuda_check.cpp examples/cuda_check/planted.cu
+//   nvcc -std=c++20 -O2 -arch=sm_90 -Icsrc examples/cuda_check.cpp examples/cuda_check/planted.cu
 //     csrc/cuda/*.cu csrc/cuda/*.cpp csrc/cuda/plan/*.cpp -o cuda_check
 //
 //   cuda_check [--list] [--only TEXT] [--plant write|uninit|race|sync]

@@ -29,11 +29,12 @@ PAUSE = 0.5
 
 
 def row_of(values: dict[str, Any]) -> Row:
-    """A row of the benchmarks, as a unit. What has no time has failed where it is ours; a peer's was not measured."""
-    error = values["error"]
+    """A row of the benchmarks, as a unit. An error is a failure where it is ours; a peer's was not measured, and neither was
+    what the card has no room for or a backend refuses."""
+    error, left_out = values["error"], values["left out"]
     ours = values["kind"] == "strategy" or values["arm"].startswith(OURS)
-    outcome = "measured" if error is None else "failed" if ours else "missing"
-    return Row(values["key"], outcome, detail=error or "", values=values)
+    outcome = "missing" if left_out else "measured" if error is None else "failed" if ours else "missing"
+    return Row(values["key"], outcome, detail=error or left_out or "", values=values)
 
 
 def copy(file: Path, ledger: Ledger, begin: int) -> int:

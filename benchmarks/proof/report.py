@@ -11,7 +11,7 @@ import dataclasses
 import json
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -103,27 +103,29 @@ def write(proof: dict[str, Any], folder: Path, out: Path) -> list[str]:
     (out / "proof.json").write_text(json.dumps(proof, indent=1))
     (out / "junit.xml").write_text(documents.junit(proof))
     (out / "rows.csv").write_text(documents.table(proof))
-    (out / "report.md").write_text(documents.markdown(proof) + layers_text(proof))
     (out / "log.txt").write_text(logs(folder))
-    said = []
-    try:
-        plots.draw(proof, out / "plots.png")
-        if any(measured.values() for measured in device_report.ratios(bench_rows(proof["stages"])).values()):
-            device_report.draw(bench_rows(proof["stages"]), out / "layers.png")
-    except ImportError as error:
-        said.append(f"no pictures: {error}")
     measurements = folder / "tune" / "table" / MEASUREMENTS
     if measurements.exists():
         (out / MEASUREMENTS).write_bytes(measurements.read_bytes())
-    return said
+    rows, parts, troubles = bench_rows(proof["stages"]), [documents.markdown(proof)], []
+    made: dict[str, Callable[[Path], object]] = {"plots.png": lambda path: plots.draw(proof, path)}
+    if rows:
+        made["the tables of layers"] = lambda path: parts.append(layers_text(rows))
+    if any(measured.values() for measured in device_report.ratios(rows).values()):
+        made["layers.png"] = lambda path: device_report.draw(rows, path)
+    for name, make in made.items():
+        # Whatever happens to a picture, the rest of the results must not be lost.
+        try:
+            make(out / name)
+        except Exception as error:
+            troubles.append(f"{name} could not be made: {type(error).__name__}: {error}")
+    (out / "report.md").write_text("\n".join([*parts, *troubles]) + "\n")
+    return troubles
 
 
-def layers_text(proof: dict[str, Any]) -> str:
+def layers_text(rows: list[dict[str, Any]]) -> str:
     """What the benchmarks say of their rows, as a part of the report."""
-    rows = bench_rows(proof["stages"])
-    if not rows:
-        return ""
-    return "\n" + re.sub(r"^#", "##", device_report.text_of(rows), flags=re.M) + "\n"
+    return re.sub(r"^#", "##", device_report.text_of(rows), flags=re.M)
 
 
 def main() -> int:

@@ -43,6 +43,10 @@ class Call:
     def budget(self, stage: Stage) -> float:
         return self.budgets.get(stage.name, stage.rehearsal if self.context.rehearse else stage.budget)
 
+    def patience(self, stage: Stage) -> float:
+        """A CPU that others use too may be silent for long."""
+        return max(stage.patience, stage.rehearsal) if self.context.rehearse else stage.patience
+
 
 def run_stages(call: Call, stages: Sequence[Stage]) -> bool:
     """Whether all of them have ended; False where the call was over first, or was interrupted."""
@@ -149,7 +153,7 @@ class Lane:
             command.argv,
             self.log,
             budget=left,
-            patience=self.stage.patience,
+            patience=self.call.patience(self.stage),
             signs=lambda: self.ledger.path.stat().st_size,
             environment=environment,
             folder=ROOT,

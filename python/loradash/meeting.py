@@ -17,6 +17,7 @@ import torch
 FIRST_PAUSE, LAST_PAUSE = 0.002, 1.0
 # After so many seconds in which no process came and none advanced, one must have died: a layer takes minutes at most.
 SILENCE = 2 * 3600.0
+FAREWELL = 10.0
 
 
 class Bar(Protocol):
@@ -65,7 +66,12 @@ class Meeting:
         Every process must call this, with None where all went well. RuntimeError too where the others are not heard of any
         more.
         """
-        texts = self._exchange("" if error is None else f"{type(error).__name__}: {error}")
+        try:
+            texts = self._exchange("" if error is None else f"{type(error).__name__}: {error}")
+        except Exception:
+            # The store may have gone with its process; an error of this one tells more than that.
+            if error is None:
+                raise
         if error is not None:
             raise error
         for process, text in enumerate(texts):
@@ -91,7 +97,17 @@ class Meeting:
         self._wait(place)
         if not self.is_lost():
             return [""] * self._processes
-        return [self._store.get(f"{place}/{process}").decode()[1:] for process in range(self._processes)]
+        found = [self._store.get(f"{place}/{process}").decode()[1:] for process in range(self._processes)]
+        self._leave_last(place)
+        return found
+
+    def _leave_last(self, place: str) -> None:
+        """After a failure programs end, and the store with the first process: it stays until the others have read all."""
+        store: Any = self._store
+        read, end = store.add(f"{place}/read", 1), time.monotonic() + FAREWELL
+        while self._rank == 0 and read < self._processes and time.monotonic() < end:
+            time.sleep(FIRST_PAUSE)
+            read = store.add(f"{place}/read", 0)
 
     def _wait(self, place: str) -> None:
         store: Any = self._store

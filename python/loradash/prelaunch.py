@@ -14,7 +14,7 @@ from loradash_kernels import Directions, task_specific_directions
 
 from .batches import batch_elements, is_out_of_memory, no_memory, release
 from .cache import SpectralCache
-from .distributed import exchange_directions, gather_in_turns, gathered, is_sharded, place, reshard, share_out
+from .distributed import cost, exchange_directions, gather_in_turns, gathered, is_sharded, place, reshard, share_out
 from .linear import DashLinear
 from .meeting import Meeting
 from .state import dash_layers, dash_state
@@ -67,7 +67,7 @@ def prelaunch(
     names = [name for name, layer in layers.items() if name not in set(idle) and layer.dash_sigma.numel()]
     finder = _Finder(layers, adapters, method, cache, device)
     rank, processes = place()
-    shares = share_out({name: _cost(layers[name]) for name in names}, processes)
+    shares = share_out({name: cost(layers[name].out_features, layers[name].in_features) for name in names}, processes)
     with tqdm(total=len(names), desc="pre-launch", unit="layer", disable=not progress or rank != 0) as bar:
         found = _find(finder, shares, rank, bar)
     if processes > 1:
@@ -137,10 +137,13 @@ class _Finder:
     def _elements(self, name: str) -> int:
         return self.layers[name].out_features * self.layers[name].in_features
 
-    def find(self, names: Sequence[str], weight_of: Callable[[str], Tensor]) -> dict[str, Directions]:
+    def find(
+        self, names: Sequence[str], weight_of: Callable[[str], Tensor], released: bool = False
+    ) -> dict[str, Directions]:
         """Directions of the layers of a batch; weight_of gives a whole weight (N, K), asked for one layer at a time.
 
-        Where memory does not hold the batch, each half is tried, down to one layer. Errors about values name the layers.
+        Where memory does not hold the batch, each half is tried, down to one layer, which is given up only after unused
+        blocks were `released`. Errors about values name the layers.
         """
         try:
             return self._decompose(names, weight_of)
@@ -150,10 +153,12 @@ class _Finder:
             if not is_out_of_memory(error):
                 raise
             device, layer = self.device_of(names[0]), self.layers[names[0]]
-            if len(names) == 1:
+            if len(names) == 1 and released:
                 raise no_memory(names[0], layer.out_features, layer.in_features, device) from error
-        # The halves come after the handler, whose traceback holds what the whole had allocated.
+        # What follows comes after the handler, whose traceback holds what the attempt had allocated.
         release(device)
+        if len(names) == 1:
+            return self.find(names, weight_of, released=True)
         half = len(names) // 2
         self.bounds[device] = half * self._elements(names[0])
         return {**self.find(names[:half], weight_of), **self.find(names[half:], weight_of)}
@@ -177,11 +182,6 @@ class _Finder:
             name: Directions(*(t[i] for t in many[:5]), many.routes[i : i + 1])  # type: ignore[arg-type, call-arg]
             for i, name in enumerate(names)
         }
-
-
-def _cost(layer: DashLinear) -> float:
-    n, k = layer.out_features, layer.in_features
-    return float(n * k * min(n, k))
 
 
 def _find(finder: _Finder, shares: list[list[str]], rank: int, bar: tqdm) -> dict[str, Directions]:

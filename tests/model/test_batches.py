@@ -132,6 +132,21 @@ def test_one_layer_that_is_too_large_is_named(bounded, error):
     assert not any(layer.launched for layer in model)
 
 
+def test_one_layer_is_tried_again_without_unused_blocks(monkeypatch):
+    """A library's workspace is no block of PyTorch's allocator, which then keeps what the library lacks."""
+    released, real = [], NAMES["task_specific_directions"]
+
+    def directions(*args, **options):
+        if not released:
+            raise RuntimeError("cusolver error: CUSOLVER_STATUS_ALLOC_FAILED, when calling `cusolverDnCreate(handle)`")
+        return real(*args, **options)
+
+    monkeypatch.setitem(NAMES, "task_specific_directions", directions)
+    monkeypatch.setitem(NAMES, "release", released.append)
+    model = adapted(1)
+    assert len(prelaunch(model, progress=False)) == 1 and len(released) == 1
+
+
 def test_the_message_tells_what_is_free_on_a_card(card):
     card(free=1000, reserved=500, allocated=200)
     text = str(batches.no_memory("block.7", 4096, 11008, torch.device("cuda", 1)))

@@ -8,7 +8,8 @@ from loradash import meeting
 from loradash.meeting import Meeting
 from support.processes import run_processes
 
-SECONDS = 2.0
+# Long enough for the collectives of two processes on a busy machine.
+SECONDS = 8.0
 
 WORKER = f"""
 import datetime, os, sys, time, torch
@@ -30,9 +31,10 @@ if mode == "sharded":
     from torch.distributed.fsdp import fully_shard
     fully_shard(model, mesh=init_device_mesh("cpu", (2,)))
 real = module.task_specific_directions
+slept = []
 def slow(*args, **options):
-    if rank == 1:
-        time.sleep(2.5 * {SECONDS})
+    if rank == 1 and not slept:
+        slept.append(time.sleep(1.5 * {SECONDS}))
         if mode == "fails":
             raise ValueError("the disk is on fire")
     return real(*args, **options)
@@ -40,7 +42,7 @@ module.task_specific_directions = slow
 try:
     if mode == "collective":
         if rank == 1:
-            time.sleep(2.5 * {SECONDS})
+            time.sleep(1.5 * {SECONDS})
         dist.all_gather_object([None, None], None)
     else:
         loradash.prelaunch(model, progress=False)
@@ -138,6 +140,51 @@ def test_a_failure_is_known_before_the_meeting(store):
     assert not here.is_lost()
     store.set(f"{here._prefix}/failed", "yes")
     assert here.is_lost()
+
+
+def come(store, here, process, text, place=1):
+    """Another process comes to the meeting."""
+    store.set(f"{here._prefix}/{place}/{process}", f":{text}")
+    if text:
+        store.set(f"{here._prefix}/failed", "yes")
+    store.add(f"{here._prefix}/{place}/came", 1)
+
+
+def test_the_first_process_leaves_last(store, monkeypatch):
+    """Its end is that of the store, from which the others still read what failed."""
+    here, pauses = Meeting(0, 3, "the job"), []
+    come(store, here, 1, "ValueError: x")
+    come(store, here, 2, "")
+
+    def others_read(_seconds):
+        pauses.append(store.add(f"{here._prefix}/1/read", 1))
+
+    monkeypatch.setattr("time.sleep", others_read)
+    with pytest.raises(RuntimeError, match="the job failed in process 1, the model is unchanged: ValueError: x"):
+        here.meet()
+    assert pauses == [2, 3]
+
+
+def test_the_first_process_does_not_stay_for_ever(store, monkeypatch):
+    monkeypatch.setattr(meeting, "FAREWELL", 0.05)
+    here = Meeting(0, 2, "the job")
+    come(store, here, 1, "")
+    with pytest.raises(KeyError, match="mine"):
+        here.meet(KeyError("mine"))
+
+
+def test_an_own_error_is_raised_without_the_store(store, monkeypatch):
+    """Another process ended first, and the store with it."""
+    here = Meeting(1, 2, "the job")
+
+    def gone(keys):
+        raise torch.distributed.DistNetworkError("Connection was likely closed")
+
+    monkeypatch.setattr(store, "check", gone)
+    with pytest.raises(KeyError, match="mine"):
+        here.meet(KeyError("mine"))
+    with pytest.raises(torch.distributed.DistNetworkError):
+        here.meet()
 
 
 def test_one_process_alone_stores_nothing(monkeypatch):

@@ -15,7 +15,17 @@ from benchmarks.proof import documents, plots, report, schema
 from benchmarks.proof.ledger import Ledger, Row
 from benchmarks.proof.state import Record, State, hash_of
 
-WORKLOAD = {"kind": "layer", "dtype": "bf16", "M": 4096, "K": 4096, "N": 4096, "r": 16, "dropout": 0.05, "error": None}
+WORKLOAD = {
+    "kind": "layer",
+    "dtype": "bf16",
+    "M": 4096,
+    "K": 4096,
+    "N": 4096,
+    "r": 16,
+    "dropout": 0.05,
+    "error": None,
+    "left out": None,
+}
 ABOUT = {"card": "A Card", "capability": "8.0", "driver": "580", "driver's CUDA": "13.0", "torch": "2.11"}
 ABOUT |= {"cpu": "a CPU", "commit": "abc", "rehearsed": False}
 
@@ -176,6 +186,19 @@ def test_the_files(folder, tmp_path):
     assert "beside peers" in files["report.md"].read_text() and "PEFT LoRA" in files["report.md"].read_text()
     for name in ("plots.png", "layers.png"):
         assert colours(files[name]) > 20, f"{name} is blank"
+
+
+def test_results_survive_what_a_picture_or_a_table_does(folder, tmp_path, monkeypatch):
+    def broken(*arguments):
+        raise KeyError("a field that is not there")
+
+    monkeypatch.setattr(plots, "draw", broken)
+    monkeypatch.setattr(report, "layers_text", broken)
+    troubles = report.write(gather(folder), folder, tmp_path / "out")
+    assert [text.partition(" could not")[0] for text in troubles] == ["plots.png", "the tables of layers"]
+    text = (tmp_path / "out" / "report.md").read_text()
+    assert "Result: **passed**" in text and all(trouble in text for trouble in troubles)
+    assert (tmp_path / "out" / "proof.json").exists() and (tmp_path / "out" / "layers.png").exists()
 
 
 def colours(path) -> int:

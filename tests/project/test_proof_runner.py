@@ -88,11 +88,11 @@ def test_a_process_that_says_nothing_is_taken_for_hung(tmp_path):
 
 def test_signs_of_life_count(tmp_path):
     """Neither what it prints nor what it writes elsewhere stops for longer than the patience."""
-    code = "import time\nfor _ in range(20): print('.', flush=True); time.sleep(0.1)"
-    assert ended(code, tmp_path / "log", patience=1.5).how == "exit"
+    code = "import time\nfor _ in range(70): print('.', flush=True); time.sleep(0.1)"
+    assert ended(code, tmp_path / "log", patience=5).how == "exit"
     sign = iter(range(10**9))
-    quiet = "import time; time.sleep(2)"
-    assert ended(quiet, tmp_path / "log", patience=1.0, signs=lambda: next(sign)).how == "exit"
+    quiet = "import time; time.sleep(5)"
+    assert ended(quiet, tmp_path / "log", patience=3, signs=lambda: next(sign)).how == "exit"
 
 
 def test_no_such_program_and_no_room(tmp_path):

@@ -93,9 +93,10 @@ def test_rows_of_benchmarks_are_copied_line_by_line_and_given_back(tmp_path):
     assert copy(file, ledger, 0) == 0
     file.parent.mkdir()
     rows = [
-        {"key": "a", "kind": "layer", "arm": "ours", "error": None, "step ms": 1.0},
-        {"key": "b", "kind": "layer", "arm": "ours", "error": "no memory"},
-        {"key": "c", "kind": "layer", "arm": "PEFT LoRA", "error": "not installed"},
+        {"key": "a", "kind": "layer", "arm": "ours", "error": None, "left out": None, "step ms": 1.0},
+        {"key": "b", "kind": "layer", "arm": "ours", "error": "wrong", "left out": None},
+        {"key": "c", "kind": "layer", "arm": "PEFT LoRA", "error": "not installed", "left out": None},
+        {"key": "d", "kind": "layer", "arm": "ours, cuda", "error": None, "left out": "no memory"},
     ]
     file.write_text(json.dumps(rows[0]) + "\n" + json.dumps(rows[1])[:9])
     at = copy(file, ledger, 0)
@@ -103,9 +104,9 @@ def test_rows_of_benchmarks_are_copied_line_by_line_and_given_back(tmp_path):
     file.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
     assert copy(file, ledger, at) == file.stat().st_size
     found = ledger.rows()
-    outcomes = {"a": "measured", "b": "failed", "c": "missing"}
+    outcomes = {"a": "measured", "b": "failed", "c": "missing", "d": "missing"}
     assert {row.name: row.outcome for row in found} == outcomes and [row.values for row in found] == rows
-    assert "no memory" in found[1].detail
+    assert found[1].detail == "wrong" and found[3].detail == "no memory"
     file.unlink()
     give_back(file, found)
     assert [json.loads(line) for line in file.read_text().splitlines()] == rows[:1]

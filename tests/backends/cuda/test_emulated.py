@@ -123,8 +123,8 @@ def test_launches_before_a_library_product():
     """Packing, pass and a product of rank columns alone, in shallow tiles; backward the same and the sums over M."""
     case, card = make_case(300, 136, 400, 16, 8, BF16, adapter_dtype=FP32), emulation.CARDS["sm_86"]
     out = emulation.outputs(case)
-    names = [[l[0] for l in emulation.plan(case, out, p, None, None, card, "", False)[0]] for p in emulation.PASSES]
-    assert names == [
+    plans = [emulation.plan(case, out, p, None, None, card, "", False)[0] for p in emulation.PASSES]
+    assert [[name for name, *_ in launches] for launches in plans] == [
         ["pack_bf16", "down_32_bf16", "gemm_rows_bf16_64x128_shallow"],
         ["pack_bf16", "dy_32_24_bf16", "gemm_columns_bf16_64x128_shallow", "x_16_bf16", "finish_sums"],
     ]

@@ -64,7 +64,15 @@ def test_plans_what_the_operators_plan(capfd):
 
 
 @pytest.mark.parametrize(
-    "case", ["64x64-rows-bf16-dropout", "any-columns-f16", "ranks-56-8-any-f16", "on-a-bias-any-bf16", "on-a-base-f16", "walk-64"]
+    "case",
+    [
+        "64x64-rows-bf16-dropout",
+        "any-columns-f16",
+        "ranks-56-8-any-f16",
+        "on-a-bias-any-bf16",
+        "on-a-base-f16",
+        "walk-64",
+    ],
 )
 def test_cases_pass(capfd, case):
     card = PretendedCard()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import importlib.util
 import itertools
@@ -378,6 +379,43 @@ def test_a_launch_that_fails_is_tried_by_triton_again(launched, monkeypatch):
     monkeypatch.setattr(KernelLaunch, "run", run)
     backend.forward(call)
     assert len(launched.by_triton) == 3 and not launched.repeated
+
+
+def test_every_run_takes_the_stream_that_is_current(launched, monkeypatch):
+    streams = iter(("first", "second"))
+    monkeypatch.setattr(launcher, "current_stream", lambda device: next(streams))
+    call = both_calls(40, 64, 96, 8, 4)[0]
+    for _ in range(3):
+        backend.forward(call)
+    place = 1 + launcher.STREAM
+    assert [launch[place] for launch in launched.repeated] == ["first", "first", "second", "second"]
+
+
+@pytest.mark.parametrize(("device", "entered"), [(0, []), (1, [torch.device("cuda", 1)])])
+def test_the_device_of_x_is_the_current_one(monkeypatch, device, entered):
+    seen = []
+
+    @contextlib.contextmanager
+    def enter(found):
+        seen.append(found)
+        yield
+
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "device", enter)
+    monkeypatch.setattr(backend, "_run_here", lambda call: None)
+    x = SimpleNamespace(is_cuda=True, get_device=lambda: device, device=torch.device("cuda", device))
+    backend.forward(SimpleNamespace(x=x))
+    assert seen == entered
+
+
+def test_nothing_is_repeated_on_amd(monkeypatch):
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    launcher._obstacle.cache_clear()
+    try:
+        assert "on AMD" in launcher.obstacle([])
+    finally:
+        launcher._obstacle.cache_clear()
+    assert "list launches kernels" in launcher.obstacle([[]])
 
 
 @pytest.mark.slow
