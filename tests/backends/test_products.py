@@ -90,6 +90,48 @@ def test_without_jiterator_the_eager_formula_draws_and_says_so(monkeypatch, unwa
     fused_dropout._kernel.cache_clear()
 
 
+def pretend_jiterator(monkeypatch, run):
+    """A jiterator whose functions do this, with tensors of the CPU."""
+    monkeypatch.setattr(torch.cuda.jiterator, "_create_jit_fn", lambda code, **options: run)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    fused_dropout._kernel.cache_clear()
+
+
+def test_the_trial_compiles_what_every_call_runs(monkeypatch):
+    """PyTorch compiles one kernel for operands that lie alike and another for those that do not."""
+    asked = []
+
+    def run(*tensors, **options):
+        *tensors, first = torch.broadcast_tensors(*tensors)[::-1]
+        asked.append(all(t.is_contiguous() for t in (first, *tensors)))
+        return first.clone()
+
+    pretend_jiterator(monkeypatch, run)
+    for shape in ((1, 4), (4, 1), (3, 8)):
+        fused_dropout.dropped(torch.ones(shape), torch.tensor([1, 2]), 9000)
+    fused_dropout._kernel.cache_clear()
+    assert asked == [False] * 4
+
+
+def test_a_capture_before_the_first_run_is_refused_and_nothing_is_remembered(monkeypatch, draw, unwarned):
+    """Modules cannot be loaded while a graph is captured. The process draws in one kernel afterwards all the same."""
+    capturing = True
+
+    def run(*tensors, **options):
+        if capturing:
+            raise RuntimeError("operation not permitted when stream is capturing")
+        return draw(*tensors, **options)
+
+    pretend_jiterator(monkeypatch, run)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing)
+    x, seed = torch.ones(3, 8), torch.tensor([1, 2])
+    with pytest.raises(RuntimeError, match="run the layer once before it is captured"):
+        fused_dropout.dropped(x, seed, 9000)
+    capturing = False
+    assert torch.equal(fused_dropout.dropped(x, seed, 9000) == 1, dropout_mask(seed, 9000, 3, 8))
+    fused_dropout._kernel.cache_clear()
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", [*SHAPES, (0, 8, 8, 2, 1), (5, 0, 8, 2, 1), (5, 8, 0, 2, 1)])
 def test_shapes(drawn, shape, dtype):
