@@ -253,6 +253,13 @@ def test_without_an_answer_only_torch_is_known(smi, answer):
     assert {facts["driver"], facts["power"], facts["throttled"]} == {"unknown"}
 
 
+def test_another_card_of_that_number_is_not_asked(smi, monkeypatch):
+    """Without a UUID, as on old ROCm: the numbers of nvidia-smi are not those of this process."""
+    card = types.SimpleNamespace(name="a card", major=8, minor=0)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: card)
+    assert card_facts("cuda:0")["driver"] == "unknown" and smi.asked == []
+
+
 def test_a_cpu_has_the_same_keys(smi):
     smi.answers.append(A100.format("0x0"))
     assert card_facts("cpu").keys() == card_facts("cuda:0").keys()

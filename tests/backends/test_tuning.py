@@ -12,7 +12,7 @@ import torch
 from support.cards import OnCard, backward_call, forward_call
 from support.stopwatch import Scripted
 
-from loradash_kernels import timing
+from loradash_kernels import notices, timing
 from loradash_kernels.backends import tuning
 from loradash_kernels.backends.measurements import from_json
 from loradash_kernels.backends.tuning import MEASURED
@@ -138,7 +138,16 @@ def test_damaged_file(cache, call, text):
 
 def test_name_of_no_candidate(cache, call):
     MEASURED.remember(tuning.key("a backend", call), "magic")
-    assert chosen(call) is None
+    with pytest.warns(
+        UserWarning, match="'magic', measured to be the fastest of a backend, is no candidate here"
+    ) as said:
+        assert [chosen(call), chosen(forward_call(torch.empty(9, 64)))] == [None, None]
+    assert len(said) == 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        notices._given.clear()
+        MEASURED.chosen.clear()
+        assert tuning.choose("a backend", call, lambda: ["fused"], lambda name: None) is None, "there is no choice"
 
 
 def test_file_that_cannot_be_written(cache, call):
