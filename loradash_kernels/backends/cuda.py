@@ -99,8 +99,8 @@ def _run(call: Call, strategy: str) -> None:
     place = _WEIGHT[call.pass_]
     kernels(*call[:place], None, *call[place + 1 :], "")
     out, left, right = product
-    # Gradients are another file's business, and autocast has cast what it may.
-    with torch._C._AutoDispatchBelowAutograd(), torch._C._DisableAutocast():
+    # Gradients are another file's business; autocast leaves products in place alone.
+    with torch._C._AutoDispatchBelowAutograd():
         out.addmm_(left, right)
 
 
