@@ -47,7 +47,8 @@ def dropped(x: Tensor, seed: Tensor | None, threshold: int) -> Tensor:
 
     x: of 16 or 32 bits an element, any strides. seed (2,) int64 and the 16-bit threshold are those of a call.
     """
-    if seed is None or threshold == 0 or x.numel() == 0:
+    # Autograd's tensors of nothing but zeros have no memory to read.
+    if seed is None or threshold == 0 or x.numel() == 0 or x._is_zerotensor():
         return x
     (m, k), kernel = x.shape, _kernel(x.device)
     if kernel is None:

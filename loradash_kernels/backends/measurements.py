@@ -178,11 +178,6 @@ class ShippedTables(_Tables):
         self._folder = folder
         self._sources: dict[Key, Mapping[str, str]] = {}
 
-    def read_from(self, folder: Path) -> None:
-        """Takes another folder's files."""
-        self.forget()
-        self._folder = folder
-
     def forget(self) -> None:
         super().forget()
         self._sources = {}

@@ -77,6 +77,12 @@ def test_masks_where_memory_is_laid_out_otherwise(drawn, dtype):
         assert torch.equal(fused_dropout.dropped(x, seed, 20000), torch.where(mask, x, 0))
 
 
+def test_zeros_without_memory_stay_zeros(monkeypatch):
+    monkeypatch.setattr(fused_dropout, "_kernel", None)
+    found = fused_dropout.dropped(torch._efficientzerotensor((3, 8)), torch.tensor([1, 2]), 9000)
+    assert torch.equal(found + 0, torch.zeros(3, 8))
+
+
 def test_the_code_is_what_jiterator_parses():
     assert torch.cuda.jiterator._create_jit_fn(fused_dropout.CODE, threshold=0, elements=1).kernel_name == "kept_bits"
 
