@@ -136,6 +136,11 @@ def test_damaged_file(cache, call, text):
     assert chosen(call) == "fast"
 
 
+def test_a_shared_cache_is_for_all_its_readers(cache, call):
+    measured(call)
+    assert MEASURED.path().stat().st_mode & 0o777 == 0o644
+
+
 def test_name_of_no_candidate(cache, call):
     MEASURED.remember(tuning.key("a backend", call), "magic")
     with pytest.warns(
