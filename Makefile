@@ -1,86 +1,106 @@
 # Every target sets up the virtual environment that it needs on first use. PYTHON=... says which Python makes it, VENV=... where.
+# With OFFLINE=1 that Python itself runs everything, with what is installed for it: no environment, no network; the kernels are
+# compiled in place. TORCH="torch==2.11.0 --index-url ..." says which PyTorch is installed, where not tools/wheel_index.py does.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
-TORCH ?= torch==2.13.0
-# Without an NVIDIA GPU the CPU build of PyTorch will do, a tenth of the download; its index is tried first, then the default one.
-CPU_INDEX ?= https://download.pytorch.org/whl/cpu
+# The tiles of Triton's kernels were assembled with this one. PyTorch for GPUs brings its own; its CPU build brings none.
+TRITON ?= triton==3.8.0
+override OFFLINE := $(filter-out 0,$(OFFLINE))
+ifneq ($(OFFLINE),)
+PY := PYTHONPATH=$(CURDIR):$(CURDIR)/python:$(CURDIR)/tools/ptxsim$${PYTHONPATH:+:$$PYTHONPATH} $(PYTHON)
+READY := in-place
+CUTLASS := :
+else
+PY := $(BIN)/python
+READY := $(VENV)/.installed
+# CUTLASS's headers are the emulator's yardstick. Their wheel wants packages of CUDA that nobody needs here.
+CUTLASS = $(PIP) install --quiet --no-deps "nvidia-cutlass==4.2.0.0"
+endif
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 CXX_FILES = $(shell find csrc examples tools -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' -o -name '*.c')
-# CUTLASS's headers are the emulator's yardstick. Their wheel wants packages of CUDA that nobody needs here.
-CUTLASS := $(PIP) install --quiet --no-deps "nvidia-cutlass==4.2.0.0"
+CLANG_FORMAT := $(PY) -c "from clang_format import clang_format; clang_format()"
 RESULTS := benchmarks/results
-STAMP := $(VENV)/.installed
 
-.PHONY: demo test cuda-check cuda-counters test-ptxsim bench bench-all counters lint format docs clean
+.PHONY: demo test cuda-check cuda-counters test-ptxsim bench bench-all counters lint format docs clean in-place
 
-demo: $(STAMP)
-	$(BIN)/loradash finetune --out runs/demo
+demo: $(READY)
+	$(PY) -m loradash.cli finetune --out runs/demo
 
-test: $(STAMP)
-	$(BIN)/python -m pytest
+test: $(READY)
+	$(PY) -m pytest
 
-# The build with CUDA has an environment of its own, whose PyTorch (5 GB) matches the toolkit at CUDA_HOME. It needs no GPU; where
-# there is one, the operator's tests run on it. The tests run against the installed package: pytest is told neither of
-# pyproject.toml nor of this folder, and PYTHONPATH names only the helpers of tests.
+# The build with CUDA has an environment of its own, whose PyTorch (5 GB) matches the toolkit at CUDA_HOME, or with OFFLINE=1 the
+# interpreter in hand. It needs no GPU; where there is one, the operator's tests run on it. The tests run against the installed
+# package: pytest is told neither of pyproject.toml nor of this folder, and PYTHONPATH names only the helpers of tests.
 CUDA_TORCH ?= torch==2.14.1
 CUDA_VENV ?= .venv-cuda
 CUDA_PYTHON := $(abspath $(CUDA_VENV))/bin/python
-CUDA_PYTEST := PYTHONPATH=. $(CUDA_PYTHON) -m pytest -q -c /dev/null --rootdir .. --import-mode=importlib -p no:cacheprovider
+CUDA_PYTEST = -m pytest -q -c /dev/null --rootdir .. --import-mode=importlib -p no:cacheprovider
+CUDA_BUILD := LORADASH_CUDA=1 LORADASH_REQUIRE_EXTENSION=1
+ifneq ($(OFFLINE),)
+CUDA_TESTS := PYTHONPATH=.:$(CURDIR):$(CURDIR)/python:$(CURDIR)/tools/ptxsim$${PYTHONPATH:+:$$PYTHONPATH} $(PYTHON) $(CUDA_PYTEST)
+cuda-check:
+	$(CUDA_BUILD) $(PYTHON) tools/offline.py cuda-check
+else
+CUDA_TESTS := PYTHONPATH=. $(CUDA_PYTHON) $(CUDA_PYTEST)
 cuda-check:
 	test -x $(CUDA_PYTHON) || $(PYTHON) -m venv $(CUDA_VENV)
 	$(CUDA_PYTHON) -m pip install --quiet "setuptools>=77" wheel ninja pytest hypothesis "$(CUDA_TORCH)"
-	LORADASH_CUDA=1 LORADASH_REQUIRE_EXTENSION=1 $(CUDA_PYTHON) -m pip install --quiet --no-build-isolation .
-	cd tests && $(CUDA_PYTEST) backends/cuda/cuda_leg.py
-	cd tests && ! $(CUDA_PYTHON) -c "import sys, torch; sys.exit(not torch.cuda.is_available())" \
-		|| $(CUDA_PYTEST) -k cuda operator/test_error_rule.py
+	$(CUDA_BUILD) $(CUDA_PYTHON) -m pip install --quiet --no-build-isolation .
+endif
+	cd tests && $(CUDA_TESTS) backends/cuda/cuda_leg.py
+	! command -v nvidia-smi >/dev/null || (cd tests && $(CUDA_TESTS) -k cuda operator/test_error_rule.py)
 
 # The emulator has tests of its own, which run when it changes; what they passed with is recorded in tools/ptxsim/TESTED.
-test-ptxsim: $(STAMP)
+test-ptxsim: $(READY)
 	$(CUTLASS)
-	cd tools/ptxsim && $(abspath $(BIN))/python -m pytest -q
-	$(BIN)/python tools/ptxsim/source_hash.py
+	cd tools/ptxsim && $(if $(OFFLINE),$(PY),$(abspath $(BIN))/python) -m pytest -q
+	$(PY) tools/ptxsim/source_hash.py
 
 # The emulator counts what the GPU kernels request; no GPU is needed.
-counters: $(STAMP)
-	$(BIN)/python -m benchmarks.counters.triton_counters --architecture sm_80 --out $(RESULTS)
-	$(BIN)/python -m benchmarks.counters.triton_counters --architecture sm_90 --out $(RESULTS)
+counters: $(READY)
+	$(PY) -m benchmarks.counters.triton_counters --architecture sm_80 --out $(RESULTS)
+	$(PY) -m benchmarks.counters.triton_counters --architecture sm_90 --out $(RESULTS)
 
-cuda-counters: $(STAMP)
+cuda-counters: $(READY)
 	$(CUTLASS)
-	$(BIN)/python -m benchmarks.counters.cuda_counters --out $(RESULTS)
+	$(PY) -m benchmarks.counters.cuda_counters --out $(RESULTS)
 
-bench: $(STAMP)
-	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.layers.ratios --out $(RESULTS)
-	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.prelaunch.speed --out $(RESULTS) $(if $(FACTORS),--factors $(FACTORS))
+bench: $(READY)
+	OMP_NUM_THREADS=1 $(PY) -m benchmarks.layers.ratios --out $(RESULTS)
+	OMP_NUM_THREADS=1 $(PY) -m benchmarks.prelaunch.speed --out $(RESULTS) $(if $(FACTORS),--factors $(FACTORS))
 
 bench-all: bench
-	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.layers.ratios --compiled
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest benchmarks --benchmark-enable --benchmark-group-by=group --benchmark-json=$(RESULTS)/pytest.json
+	OMP_NUM_THREADS=1 $(PY) -m benchmarks.layers.ratios --compiled
+	OMP_NUM_THREADS=1 $(PY) -m pytest benchmarks --benchmark-enable --benchmark-group-by=group --benchmark-json=$(RESULTS)/pytest.json
 
-lint: $(STAMP)
-	$(BIN)/ruff check .
-	$(BIN)/ruff format --check .
-	$(BIN)/clang-format --dry-run --Werror $(CXX_FILES)
-	$(BIN)/mypy
+lint: $(READY)
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(CLANG_FORMAT) --dry-run --Werror $(CXX_FILES)
+	$(PY) -m mypy
 
-format: $(STAMP)
-	$(BIN)/ruff check --fix .
-	$(BIN)/ruff format .
-	$(BIN)/clang-format -i $(CXX_FILES)
+format: $(READY)
+	$(PY) -m ruff check --fix .
+	$(PY) -m ruff format .
+	$(CLANG_FORMAT) -i $(CXX_FILES)
 
-docs: $(STAMP)
-	$(BIN)/python -m pydoc -w loradash loradash_kernels && mkdir -p docs/api && mv loradash.html loradash_kernels.html docs/api/
+docs: $(READY)
+	$(PY) -m pydoc -w loradash loradash_kernels && mkdir -p docs/api && mv loradash.html loradash_kernels.html docs/api/
 
 # The stamp goes with the compiled part, so that the next `make test` builds it again.
 clean:
-	rm -rf build dist *.egg-info tools/ptxsim/*.egg-info loradash_kernels/*.so runs $(STAMP)
+	rm -rf build dist *.egg-info tools/ptxsim/*.egg-info loradash_kernels/*.so runs $(VENV)/.installed
+
+in-place:
+	$(PYTHON) tools/offline.py $(or $(filter-out in-place,$(MAKECMDGOALS)),demo)
 
 # Kernels compile once, against the PyTorch of this environment, which is why the build is not isolated.
-$(STAMP): pyproject.toml setup.py tools/ptxsim/pyproject.toml $(shell find csrc -type f)
+$(VENV)/.installed: pyproject.toml setup.py tools/ptxsim/pyproject.toml $(shell find csrc -type f)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(PIP) install --quiet --upgrade pip "setuptools>=77" wheel ninja
-	$(BIN)/python -c "import torch" 2>/dev/null || { command -v nvidia-smi >/dev/null && $(PIP) install "$(TORCH)"; } \
-		|| $(PIP) install --retries 0 --timeout 5 --index-url $(CPU_INDEX) "$(TORCH)" || $(PIP) install "$(TORCH)"
+	$(if $(TORCH),$(PIP) install $(TORCH),$(BIN)/python tools/wheel_index.py install)
+	$(BIN)/python -c "import triton" 2>/dev/null || test "$$(uname -s)" != Linux || $(PIP) install --quiet "$(TRITON)"
 	$(PIP) install --quiet --no-build-isolation -e ".[dev]" -e tools/ptxsim
 	touch $@

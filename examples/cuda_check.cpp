@@ -1,115 +1,183 @@
-// The CUDA kernels from C++, without PyTorch: one forward pass against a plain loop, or, without a card, the launches
-// it would take.
-#include <cuda_runtime_api.h>
-
-#include <cmath>
-#include <cstdint>
+// The CUDA kernels from C++, without PyTorch: every entry of the list of tiles and every pass, forward and backward,
+// against plain loops. Made for compute-sanitizer. CMake builds it, or one line:
+//
+//   nvcc -std=c++20 -O2 -arch=sm_90 -Icsrc examples/cuda_check.cpp examples/cuda_check/planted.cu
+//     csrc/cuda/*.cu csrc/cuda/*.cpp csrc/cuda/plan/*.cpp -o cuda_check
+//
+//   cuda_check [--list] [--only TEXT] [--plant write|uninit|race|sync]
+//
+// --list         names every case and the launches that it takes, and runs nothing
+// --only TEXT    takes the cases whose names contain TEXT
+// --plant FAULT  runs one case, or one small kernel, with a fault that a tool of compute-sanitizer must find: memcheck
+//                the write, initcheck the uninitialised read, racecheck the race, synccheck the barrier. Without a tool
+//                nothing notices it, and the exit code is 0.
+//
+// Without a card it lists the launches that an A100 would take. Exit codes: 0, all is right; 1, a result is wrong, a
+// launch failed, or a kernel of this build has no case; 2, the arguments are.
 #include <cstdio>
-#include <cstring>
-#include <random>
-#include <vector>
+#include <set>
 
-#include "cuda/launch.h"
-#include "cuda/plan/plan.h"
+#include "cuda_check/card.h"
+#include "cuda_check/cases.h"
+#include "cuda_check/plain.h"
+#include "cuda_check/planted.h"
 
 namespace {
 
-// Rounds to bfloat16 and back, so that the plain loop starts from the same numbers.
-float rounded(float v) {
-  uint32_t bits;
-  std::memcpy(&bits, &v, 4);
-  bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000u;
-  std::memcpy(&v, &bits, 4);
-  return v;
-}
-uint16_t bits16(float v) {
-  uint32_t bits;
-  std::memcpy(&bits, &v, 4);
-  return static_cast<uint16_t>(bits >> 16);
+using namespace check;
+using loradash::cuda::Card;
+using loradash::cuda::KernelLaunch;
+
+struct Options {
+  bool list = false;
+  std::string only;
+  Plant plant = Plant::kNone;
+};
+
+bool parse(int count, char** arguments, Options& options) {
+  const std::pair<const char*, Plant> plants[] = {
+      {"write", Plant::kWrite}, {"uninit", Plant::kUninitialised}, {"race", Plant::kRace}, {"sync", Plant::kSync}};
+  for (int i = 1; i < count; ++i) {
+    const std::string word = arguments[i], value = i + 1 < count ? arguments[i + 1] : "";
+    if (word == "--list") {
+      options.list = true;
+    } else if (word == "--only" && !value.empty()) {
+      options.only = value, ++i;
+    } else if (word == "--plant") {
+      for (const auto& [name, plant] : plants)
+        if (value == name) options.plant = plant;
+      if (options.plant == Plant::kNone) return false;
+      ++i;
+    } else {
+      return false;
+    }
+  }
+  return true;
 }
 
-template <typename T>
-T* on_card(const std::vector<T>& values) {
-  T* data = nullptr;
-  if (cudaMalloc(reinterpret_cast<void**>(&data), values.size() * sizeof(T)) != cudaSuccess) return nullptr;
-  cudaMemcpy(data, values.data(), values.size() * sizeof(T), cudaMemcpyHostToDevice);
-  return data;
+// The launches of a case, forward then backward, planned with pointers that are not followed.
+std::vector<KernelLaunch> launches(const Case& c, Card card) {
+  using namespace loradash::cuda;
+  alignas(256) static char somewhere[256];
+  const auto matrix = [](int64_t count) { return TypedMatrix{count ? somewhere : nullptr, DType::kFloat32}; };
+  auto* const numbers = reinterpret_cast<float*>(somewhere);
+  const auto [m, k, n] = c.shape;
+  if (c.processors) card.processors = c.processors;
+  Problem problem{};
+  problem.shape = c.shape, problem.dtype = c.dtype, problem.x = somewhere, problem.ldx = k, problem.card = card;
+  problem.weight = {c.weight == Layout::kNone ? nullptr : somewhere, k, 1};
+  if (c.weight == Layout::kColumns) problem.weight.stride_n = 1, problem.weight.stride_k = n;
+  problem.adapters = {matrix(c.rank), matrix(c.rank), matrix(c.directions), matrix(c.directions),
+                      numbers,        c.rank,         c.directions,         1.0f};
+  if (c.threshold()) problem.dropout = {reinterpret_cast<int64_t*>(somewhere), c.threshold()};
+  const ForwardOut forward{c.base ? nullptr : somewhere, c.base ? somewhere : nullptr, somewhere, numbers};
+  const BackwardOut backward{somewhere,
+                             n,
+                             numbers,
+                             somewhere,
+                             c.rank ? numbers : nullptr,
+                             c.rank ? numbers : nullptr,
+                             c.directions ? numbers : nullptr,
+                             c.base ? nullptr : numbers};
+  std::vector<KernelLaunch> found = plan_forward(problem, forward, nullptr, c.tile).launches;
+  for (KernelLaunch& l : plan_backward(problem, backward, nullptr, c.tile).launches) found.push_back(std::move(l));
+  return found;
+}
+
+void list(const Case& c, const Card& card) {
+  std::printf("%s\n", c.name.c_str());
+  for (const KernelLaunch& l : launches(c, card))
+    std::printf("  %s %u %u %u threads %u shared %u\n", l.kernel.c_str(), l.grid[0], l.grid[1], l.grid[2], l.threads,
+                l.shared_bytes);
+}
+
+// Returns how many kernels of this build no case launches, and names them.
+int without_case(const std::vector<Case>& cases, const Card& card) {
+  std::set<std::string> launched;
+  for (const Case& c : cases)
+    for (const KernelLaunch& l : launches(c, card)) launched.insert(l.kernel);
+  int missing = 0;
+  for (const auto& table : {loradash::cuda::forward_kernels(), loradash::cuda::backward_kernels()})
+    for (const auto& [name, kernel] : table)
+      if (!launched.count(name)) std::printf("no case launches %s\n", name), ++missing;
+  return missing;
+}
+
+// Runs a case and returns whether every result is near enough to the plain loops'.
+bool right(const Case& c, const Card& card) {
+  const Inputs in(c);
+  const std::vector<Expected> expected = plain(c, in);
+  bool all = true;
+  double most = 0;
+  for (const auto& [name, values] : Call(c, in, card, Plant::kNone).run()) {
+    for (const Expected& wanted : expected) {
+      if (wanted.name != name) continue;
+      for (size_t i = 0; i < wanted.values.size(); ++i) {
+        const double share = std::fabs(values[i] - wanted.values[i]) / wanted.allowed[i];
+        most = std::fmax(most, share);
+        // A comparison that NaN fails, too.
+        if (share <= 1) continue;
+        std::printf("%s: %s[%zu] is %g, not %g (%g allowed)\n", c.name.c_str(), name.c_str(), i, values[i],
+                    wanted.values[i], wanted.allowed[i]);
+        all = false;
+        break;
+      }
+    }
+  }
+  std::printf("%s %s, at most %.2f of what is allowed\n", all ? "ok" : "WRONG", c.name.c_str(), most);
+  return all;
+}
+
+int planted(const Options& options, const Case& c, const Card& card) {
+  std::printf("planted; compute-sanitizer must find it\n");
+  if (options.plant == Plant::kRace) plant_race();
+  if (options.plant == Plant::kSync) plant_sync();
+  if (options.plant == Plant::kWrite || options.plant == Plant::kUninitialised)
+    (void)Call(c, Inputs(c), card, options.plant).run();
+  return 0;
+}
+
+int check_all(const Options& options) {
+  int cards = 0;
+  const bool has_card = cudaGetDeviceCount(&cards) == cudaSuccess && cards > 0;
+  Card card{108, 163 * 1024};
+  if (has_card) {
+    expect(cudaDeviceGetAttribute(&card.processors, cudaDevAttrMultiProcessorCount, 0), "processors");
+    expect(cudaDeviceGetAttribute(&card.shared_limit, cudaDevAttrMaxSharedMemoryPerBlockOptin, 0), "shared memory");
+  }
+  const std::vector<Case> all = Cases(card).all;
+  std::vector<Case> chosen;
+  for (const Case& c : all)
+    if (c.name.find(options.only) != std::string::npos) chosen.push_back(c);
+  if (chosen.empty()) {
+    std::printf("no case is named like '%s'\n", options.only.c_str());
+    return 2;
+  }
+  if (has_card && options.plant != Plant::kNone) return planted(options, chosen.front(), card);
+  int bad = options.only.empty() ? without_case(all, card) : 0;
+  if (!has_card) std::printf("no card: the launches that an A100 would take\n");
+  for (const Case& c : chosen) {
+    if (options.list || !has_card)
+      list(c, card);
+    else
+      bad += !right(c, card);
+  }
+  std::printf("%zu cases, %d bad\n", chosen.size(), bad);
+  return bad ? 1 : 0;
 }
 
 }  // namespace
 
-int main() {
-  using namespace loradash;
-  const int64_t m = 300, k = 136, n = 200, r = 8, s = 4;
-  const float scaling = 0.5f;
-  cuda::Problem problem{};
-  problem.shape = {m, k, n};
-  problem.dtype = DType::kBFloat16;
-  problem.ldx = k;
-  problem.weight = {nullptr, k, 1};
-  problem.adapters = {{}, {}, {}, {}, nullptr, r, s, scaling};
-  problem.card = {108, 163 * 1024};
-
-  int cards = 0;
-  if (cudaGetDeviceCount(&cards) != cudaSuccess || cards == 0) {
-    alignas(16) static char weight[16];
-    problem.weight.data = problem.x = weight;
-    for (const cuda::KernelLaunch& l : cuda::plan_forward(problem, {}, nullptr).launches) {
-      std::printf("no card; would launch %s: %u x %u x %u programs of %u threads\n", l.kernel.c_str(), l.grid[0],
-                  l.grid[1], l.grid[2], l.threads);
-    }
-    return 0;
+int main(int count, char** arguments) {
+  Options options;
+  if (!parse(count, arguments, options)) {
+    std::printf("cuda_check [--list] [--only TEXT] [--plant write|uninit|race|sync]\n");
+    return 2;
   }
-
-  std::mt19937 engine(0);
-  std::normal_distribution<float> normal;
-  const auto filled = [&](int64_t count, float scale) {
-    std::vector<float> values(count);
-    for (float& v : values) v = rounded(scale * normal(engine));
-    return values;
-  };
-  const auto halves = [](const std::vector<float>& values) {
-    std::vector<uint16_t> out;
-    for (float v : values) out.push_back(bits16(v));
-    return out;
-  };
-  const float by_k = 1.0f / std::sqrt(static_cast<float>(k));
-  const auto x = filled(m * k, 1), w = filled(n * k, by_k), a = filled(r * k, by_k), b = filled(n * r, 0.3f),
-             u = filled(n * s, 1), vt = filled(s * k, by_k), sigma = filled(s, 1);
-  cudaDeviceGetAttribute(&problem.card.processors, cudaDevAttrMultiProcessorCount, 0);
-  cudaDeviceGetAttribute(&problem.card.shared_limit, cudaDevAttrMaxSharedMemoryPerBlockOptin, 0);
-  const auto matrix = [](const std::vector<float>& values) {
-    return cuda::TypedMatrix{on_card(values), DType::kFloat32};
-  };
-  problem.x = on_card(halves(x)), problem.weight.data = on_card(halves(w));
-  problem.adapters = {matrix(a), matrix(b), matrix(u), matrix(vt), on_card(sigma), r, s, scaling};
-  cuda::ForwardOut out{};
-  out.y = on_card(std::vector<uint16_t>(m * n)), out.p = on_card(std::vector<float>(m * (r + s)));
-  void* workspace = on_card(std::vector<char>(cuda::plan_forward(problem, out, nullptr).workspace_bytes));
-  const std::string failure = cuda::run(cuda::plan_forward(problem, out, workspace).launches, nullptr);
-  if (!failure.empty() || cudaDeviceSynchronize() != cudaSuccess) {
-    std::printf("failed: %s\n", failure.c_str());
+  try {
+    return check_all(options);
+  } catch (const std::exception& error) {
+    std::printf("failed: %s\n", error.what());
     return 1;
   }
-
-  std::vector<uint16_t> y(m * n);
-  cudaMemcpy(y.data(), out.y, y.size() * 2, cudaMemcpyDeviceToHost);
-  double worst = 0;
-  for (int64_t i = 0; i < m; ++i)
-    for (int64_t j = 0; j < n; ++j) {
-      double sum = 0;
-      for (int64_t d = 0; d < k; ++d) sum += double(x[i * k + d]) * w[j * k + d];
-      for (int64_t p = 0; p < r + s; ++p) {
-        const float* row = p < r ? &a[p * k] : &vt[(p - r) * k];
-        double projected = 0;
-        for (int64_t d = 0; d < k; ++d) projected += double(x[i * k + d]) * row[d];
-        sum += p < r ? scaling * projected * b[j * r + p] : sigma[p - r] * projected * u[j * s + p - r];
-      }
-      uint32_t bits = static_cast<uint32_t>(y[i * n + j]) << 16;
-      float value;
-      std::memcpy(&value, &bits, 4);
-      worst = std::fmax(worst, std::fabs(sum - value) / (1 + std::fabs(sum)));
-    }
-  std::printf("largest relative error %.2e\n", worst);
-  return worst < 2e-2 ? 0 : 1;
 }

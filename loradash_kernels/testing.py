@@ -190,7 +190,8 @@ class Bounded:
     @property
     def most(self) -> Tensor:
         """The largest magnitude."""
-        return torch.stack(self.choices).abs().amax(0) + self.error
+        largest = self.value.abs() if self.cast is None else torch.maximum(self.value.abs(), self.cast.abs())
+        return largest + self.error
 
     def rounded(self, dtype: torch.dtype, scale: float = 1.0) -> Bounded:
         """Each element, times `scale`, rounded to nearest in `dtype`, or left as it is. Rounding is monotone: what becomes

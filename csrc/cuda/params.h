@@ -70,7 +70,8 @@ struct PassParams {
   const void* x;
   int64_t ldx;
   int32_t m, n;
-  int32_t rows_per_cta, columns_per_cta;
+  // The columns are divided into chunks of `columns_per_cta`; a program walks so many of them.
+  int32_t rows_per_cta, columns_per_cta, chunks, walk;
   // Null: no dropout.
   const int64_t* seed;
   uint32_t threshold;
@@ -79,17 +80,17 @@ struct PassParams {
   // The projection sums X F^T over the columns.
   const void* factor;  // F (width, ldf)
   int64_t ldf;
-  // Partial sums of each chunk of columns; not used where there is one chunk, of a pass without a reduction.
-  float* projected;  // (column chunks, m, R)
+  // Partial sums of the columns that each program walks; not used where one takes all, in a pass without a reduction.
+  float* projected;  // (programs along the columns, m, R)
   // P, the sums times keep_scale; or null.
   float* sums;  // (m, R)
   // T = sums * c.
   void* scaled;  // (m, width)
   float scaling;
   const float* dash_sigma;
-  // One counter for each group of ranks and block of rows; the last chunk to arrive adds them all.
+  // One counter for each group of ranks and block of rows; the last program to arrive adds all partial sums.
   int32_t* arrived;
-  // Where P is given, the last chunk to arrive also leaves partial sums of G_s P_s.
+  // Where P is given, the last program to arrive also leaves partial sums of G_s P_s.
   const float* p;       // (m, R)
   float* dsigma_parts;  // (blocks of rows, s)
   // The reduction sums X^T right over the rows, for the first `right_columns` of right.
@@ -99,12 +100,11 @@ struct PassParams {
   float* reduced;  // (row splits, right_columns, n)
 };
 
-// A product and the pass over its left operand in one launch. The state is 2 tiles_m counters, zero on entry: arrivals,
-// then flags. The pass takes its columns in so many chunks.
+// A product and the pass over its left operand in one launch: one program walks all columns of a block of rows. The
+// state is 2 tiles_m counters, zero on entry: arrivals, then flags.
 struct OneLaunchParams {
   GemmParams gemm;
   PassParams pass;
-  int32_t chunks;
   int32_t* state;
 };
 

@@ -17,6 +17,10 @@ constexpr int gemm_shared_bytes(int m, int n, int depth, int stages) {
   return stages * (m + n) * depth * kElementBytes;
 }
 constexpr int gemm_threads(int warps_m, int warps_n) { return 32 * warps_m * warps_n; }
+// A tile of two stages serves products that are no deeper. A processor is to hold so many of its programs, which bounds
+// their registers; 0 leaves them to the compiler.
+constexpr int kShallowStages = 2;
+constexpr int gemm_resident(int stages) { return stages == kShallowStages ? 3 : 0; }
 
 // A processor holds this many programs of the one launch: it bounds their registers, and the grid has no more.
 constexpr int kOneLaunchResident = 2;
@@ -70,12 +74,14 @@ constexpr int kSmallThreads = 256;
 }  // namespace loradash::cuda
 
 // Products: name suffix; rows, columns, depth of a tile; warps along rows and columns; stages of the pipeline.
-// Aligned: 16-byte rows. The last serves what is not ("any").
-#define LORADASH_GEMM_TILES(GEMM)            \
-  GEMM(128x256, 128, 256, 32, 2, 4, 4, true) \
-  GEMM(128x128, 128, 128, 32, 2, 2, 3, true) \
-  GEMM(64x128, 64, 128, 32, 2, 2, 4, true)   \
-  GEMM(64x64, 64, 64, 32, 2, 2, 4, true)     \
+// Aligned: 16-byte rows. The last serves what is not ("any"). A call without W has rank columns alone: there is no K
+// loop to keep full, its programs write, and the shallow tile lets a processor hold most of them.
+#define LORADASH_GEMM_TILES(GEMM)                  \
+  GEMM(128x256, 128, 256, 32, 2, 4, 4, true)       \
+  GEMM(128x128, 128, 128, 32, 2, 2, 3, true)       \
+  GEMM(64x128, 64, 128, 32, 2, 2, 4, true)         \
+  GEMM(64x64, 64, 64, 32, 2, 2, 4, true)           \
+  GEMM(64x128_shallow, 64, 128, 32, 2, 2, 2, true) \
   GEMM(64x64_any, 64, 64, 32, 2, 2, 3, false)
 
 // The forward product or dx in one launch, whose programs also run the pass over x or dy, of four warps.

@@ -22,7 +22,7 @@ FLOORS = {
         "triton", "registry",
     ),
     "loradash_kernels/backends/triton": (
-        "__init__", "target", "kernels", "tiles", "problem", "strategies", "plan", "prelaunch", "backend",
+        "__init__", "target", "kernels", "tiles", "problem", "strategies", "plan", "launcher", "prepared", "prelaunch", "backend",
     ),
     "loradash_kernels/backends/triton/plan": ("__init__", "forward", "backward"),
     "loradash_kernels/backends/triton/kernels": ("__init__", "common", "forward", "backward", "descriptor", "prelaunch"),

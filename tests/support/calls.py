@@ -16,7 +16,7 @@ GRADIENTS = ("x", "lora_a", "lora_b", "dash_sigma", "bias")
 def drawn_seed(case: Case) -> torch.Tensor | None:
     """The seed of dropout that `testing.run` draws."""
     torch.manual_seed(case.seed)
-    return draw_seed() if case.dropout_p else None
+    return draw_seed(case.device) if case.dropout_p else None
 
 
 def outputs(case: Case, base: bool = True) -> Outputs:
@@ -25,7 +25,7 @@ def outputs(case: Case, base: bool = True) -> Outputs:
     rank, directions = t["lora_a"].shape[0], 0 if t["dash_sigma"] is None else t["dash_sigma"].shape[0]
 
     def poisoned(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-        return torch.full(shape, float("nan"), dtype=dtype)
+        return torch.full(shape, float("nan"), dtype=dtype, device=case.device)
 
     return {
         "y": poisoned(m, n, dtype=case.x.dtype),

@@ -2,9 +2,6 @@
 Triton's JIT remembers its target.
 
     python -m tests.support.compile_targets sm_80
-    python -m tests.support.compile_targets sm_120 brief
-
-`brief` compiles the largest tile of every kernel alone.
 """
 
 from __future__ import annotations
@@ -66,7 +63,7 @@ def everything(target: str) -> Iterator[tuple[str, KernelLaunch]]:
             for launch in launches(target, dtype, Strategy("fused", tile)):
                 if index == 0 or launch.kernel.__name__ in ("extended_gemm", "dx_gemm"):
                     yield name, launch
-            if tiles.TARGETS[target].asynchronous and name == "bf16":
+            if tiles.TARGETS[target].descriptors and name == "bf16":
                 for launch in launches(target, dtype, Strategy("descriptors", tile)):
                     if launch.kernel.__name__.startswith("descriptor"):
                         yield name, launch
@@ -84,19 +81,6 @@ def everything(target: str) -> Iterator[tuple[str, KernelLaunch]]:
         for r, s, k, n in ((56, 8, K, N), (120, 8, K, N), (248, 8, K, N), (16, 8, K - 3, N - 3)):
             for launch in launches(target, dtype, Strategy(), r, s, k, n):
                 yield name, launch
-
-
-def largest(target: str) -> Iterator[tuple[str, KernelLaunch]]:
-    """The largest tile of every kernel of the operator at r 16, s 8, bf16 and fp32; and the widest ranks."""
-    for dtype, name in ((torch.bfloat16, "bf16"), (torch.float32, "fp32")):
-        tile = tiles.gemm_table(tiles.TARGETS[target], dtype.itemsize)[0]
-        yield from ((name, launch) for launch in launches(target, dtype, Strategy("fused", tile)))
-        if tiles.TARGETS[target].asynchronous and name == "bf16":
-            found = launches(target, dtype, Strategy("descriptors", tile))
-            yield from ((name, launch) for launch in found if launch.kernel.__name__.startswith("descriptor"))
-        tile = tiles.one_launch_table(tiles.TARGETS[target], dtype.itemsize)[0]
-        yield from ((name, launch) for launch in launches(target, dtype, Strategy("one_launch", tile), backward=False))
-        yield from ((name, launch) for launch in launches(target, dtype, Strategy(), r=248))
 
 
 def prelaunch(target: str) -> Iterator[tuple[str, KernelLaunch]]:
@@ -117,9 +101,9 @@ def prelaunch(target: str) -> Iterator[tuple[str, KernelLaunch]]:
             yield "fp32", prelaunch_kernels.plan_rates(*basis, *factors, 2.0, 1e-6, False, out)
 
 
-def main(target: str, brief: bool = False) -> None:
+def main(target: str) -> None:
     seen = set()
-    for dtype, launch in largest(target) if brief else itertools.chain(everything(target), prelaunch(target)):
+    for dtype, launch in itertools.chain(everything(target), prelaunch(target)):
         compiled = compile_launch(launch, target)
         if compiled.hash in seen:
             continue
@@ -136,10 +120,9 @@ def main(target: str, brief: bool = False) -> None:
             "shared": found.shared,
             "matrix": found.matrix_instructions,
             "warp_matrix": found.warp_instructions,
-            "problems": found.problems(tiles.TARGETS[target]),
         }
         print(json.dumps(line), flush=True)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], sys.argv[2:] == ["brief"])
+    main(sys.argv[1])

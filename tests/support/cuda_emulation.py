@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import shutil
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,15 @@ def missing_tools() -> str | None:
     if not shutil.which("nvcc") and not Path("/usr/local/cuda/bin/nvcc").exists():
         return "nvcc is not installed"
     return None if shutil.which("g++") else "the emulator is compiled with g++, which is not there"
+
+
+@functools.cache
+def known_architectures() -> set[str]:
+    """What the toolkit that is here compiles for."""
+    from ptxsim.toolchain import tool
+
+    done = subprocess.run([tool("nvcc"), "--list-gpu-code"], capture_output=True, text=True, check=True)
+    return set(done.stdout.split())
 
 
 @functools.cache
@@ -57,9 +67,13 @@ def plan(
     base: torch.Tensor | None,
     card: tuple[int, int],
     tile: str,
+    weight: bool = True,
 ) -> tuple[list[tuple], list[torch.Tensor]]:
-    """Launches of a pass and the tensors that they use, the workspace last."""
+    """Launches of a pass and the tensors that they use, the workspace last. Without `weight` the low-rank terms are left, and
+    the bias: what goes before a library's product."""
     forward, backward = calls(case, out, seed, base)
+    if not weight:
+        forward, backward = forward._replace(weight=None), backward._replace(weight=None)
     if pass_ == "forward":
         return extension.compiled().cuda_plan_forward(*forward, card, tile)
     return extension.compiled().cuda_plan_backward(*backward, card, tile)
@@ -89,6 +103,7 @@ def emulated_run(
     tile: str = "",
     processors: int = 0,
     only: str | None = None,
+    weight: bool = True,
     **options: Any,
 ) -> dict[str, torch.Tensor]:
     """Output and gradients of a case (or `only` one of these), as `testing.run`; outputs are NaN before."""
@@ -99,6 +114,6 @@ def emulated_run(
         out = {name: v if name in ("y", "p", only) else None for name, v in out.items()}
     reachable = [v for v in [*out.values(), seed, case.dy, case.x, product] if v is not None]
     for pass_ in PASSES:
-        launches, kept = plan(case, out, pass_, seed, product, card, tile)
+        launches, kept = plan(case, out, pass_, seed, product, card, tile, weight)
         emulate(launches, [*reachable, *kept], architecture, **options)
     return results(case, out, base)

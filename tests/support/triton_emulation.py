@@ -87,9 +87,11 @@ def emulated_run(
     processors: int = 0,
     **options: Any,
 ) -> dict[str, torch.Tensor]:
-    """Output and gradients of a case, every kernel executed from its PTX; outputs are NaN before. As `testing.run`."""
+    """Output and gradients of a case, every kernel executed from its PTX; outputs are NaN before. As `testing.run`, but that
+    the product is a tile's and not the library's, unless told: that one is nothing to emulate."""
     out = outputs(case, base)
     one, two = problems_of(case, architecture, out, None if base else base_product(case), processors)
+    forward, backward = forward or Strategy("fused"), backward or Strategy("fused")
     run_plan([*plan_forward(one, forward), *plan_backward(two, backward)], architecture, **options)
     return results(case, out, base)
 

@@ -8,7 +8,8 @@
 #include "small.cuh"
 
 #define LORADASH_GEMM_ENTRY(dtype, T, order, columns, name, m, n, depth, warps_m, warps_n, stages, aligned)     \
-  extern "C" __global__ void __launch_bounds__(loradash::cuda::gemm_threads(warps_m, warps_n))                  \
+  extern "C" __global__ void __launch_bounds__(loradash::cuda::gemm_threads(warps_m, warps_n),                  \
+                                               loradash::cuda::gemm_resident(stages))                           \
       gemm_##order##_##dtype##_##name(const __grid_constant__ loradash::cuda::GemmParams params) {              \
     loradash::cuda::gemm<loradash::cuda::GemmTile<T, m, n, depth, warps_m, warps_n, stages, columns, aligned>>( \
         params);                                                                                                \

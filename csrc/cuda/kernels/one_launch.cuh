@@ -9,14 +9,15 @@
 #pragma once
 
 #include "gemm.cuh"
+#include "order.cuh"
 #include "pass.cuh"
 
 namespace loradash::cuda {
 
 // This is not inlined: its addresses would be worked out before the loop over tiles, and held through the product.
 template <typename Over>
-__device__ __noinline__ void pass_rows(const PassParams& p, char* shared, int chunk, int chunks, int tile_m) {
-  Pass<Over>(p, shared, chunk, chunks, tile_m, 0).run();
+__device__ __noinline__ void pass_rows(const PassParams& p, char* shared, int tile_m) {
+  pass_slot<Over>(p, shared, 0, 1, tile_m, 0);
 }
 
 template <typename Tile, typename Over, Second kSecond>
@@ -35,20 +36,13 @@ __device__ __forceinline__ void one_launch(const OneLaunchParams& p) {
     if (threadIdx.x == 0) row = tile_m, ticket = atomicAdd(p.state + tile_m, 1);
     __syncthreads();
     if (ticket == 0) {
-      for (int chunk = 0; chunk < p.chunks; ++chunk) {
-        pass_rows<Over>(p.pass, shared, chunk, p.chunks, tile_m);
-        __syncthreads();
-      }
-      __threadfence();
+      pass_rows<Over>(p.pass, shared, tile_m);
       __syncthreads();
-      if (threadIdx.x == 0) atomicExch(p.state + g.tiles_m + row, 1);
+      if (threadIdx.x == 0) release(p.state + g.tiles_m + row);
     }
     multiply<Tile, kSecond>(g, shared, tile_m * Tile::kM, tile_n * Tile::kN, [&] {
       if (ticket == 0) return;
-      if (threadIdx.x == 0) {
-        while (atomicAdd(p.state + g.tiles_m + row, 0) == 0) __nanosleep(64);
-        __threadfence();
-      }
+      if (threadIdx.x == 0) await(p.state + g.tiles_m + row);
       __syncthreads();
     });
     __syncthreads();

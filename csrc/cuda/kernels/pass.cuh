@@ -11,6 +11,7 @@
 
 #include "cuda/params.h"
 #include "cuda/tiles.h"
+#include "order.cuh"
 #include "philox.cuh"
 #include "shared.cuh"
 
@@ -44,6 +45,15 @@ __device__ __forceinline__ float column_factor(const PassParams& p, int rank) {
   return rank < p.rank + p.directions ? p.dash_sigma[rank - p.rank] : 0.0f;
 }
 
+// What a program takes at a time: a chunk of columns, a split of rows, a group of ranks. Partial sums of the projection
+// go to one of `slots` places: each is the sum over the chunks that one program walks, in order. Where one `adds`,
+// those of earlier chunks lie there; the one that `finishes` is the last of its slot.
+struct PassPart {
+  int chunk, slot, slots;
+  bool adds, finishes;
+  int split, group;
+};
+
 template <typename Tile>
 struct Pass {
   using T = typename Tile::Type;
@@ -60,28 +70,23 @@ struct Pass {
   uint32_t project_f = Tile::F::offset(lane % 8 + lane / 16 * 8, lane / 8 % 2);
   uint32_t reduce_x = Tile::X::offset(lane % 8 + lane / 16 * 8, 4 * warp + lane / 8 % 2);
   uint32_t reduce_right = lane % 16 * Tile::kRightPitch;
-  const int chunk, chunks, split, group;
-  // What this program takes; blocks are of 128 columns.
+  const PassPart part;
+  // Blocks are of 128 columns.
   const int column0, row0, row_end, blocks, first_rank;
   float projected[kProjects][4];
   float reduced[Tile::kBlocks][2][kReduces][4];
 
-  // A program takes a chunk of columns out of `chunks`, a split of rows and a group of ranks.
-  __device__ __forceinline__ Pass(const PassParams& params, char* memory_in, int chunk_in, int chunks_in, int split_in,
-                                  int group_in)
+  __device__ __forceinline__ Pass(const PassParams& params, char* memory_in, const PassPart& part_in)
       : p(params),
         memory(memory_in),
         shared(shared_address(memory_in)),
-        chunk(chunk_in),
-        chunks(chunks_in),
-        split(split_in),
-        group(group_in),
-        column0(chunk * params.columns_per_cta),
-        row0(split * params.rows_per_cta),
+        part(part_in),
+        column0(part.chunk * params.columns_per_cta),
+        row0(part.split * params.rows_per_cta),
         row_end(min(params.m, row0 + params.rows_per_cta)),
         blocks(Tile::kReduce ? Tile::kBlocks
                              : (min(params.n - column0, params.columns_per_cta) + Tile::kN - 1) / Tile::kN),
-        first_rank(group * Tile::kRanks) {
+        first_rank(part.group * Tile::kRanks) {
 #pragma unroll
     for (auto& block : reduced)
       for (auto& half : block)
@@ -229,9 +234,9 @@ struct Pass {
       }
       slot = slot == Tile::kStages - 1 ? 0 : slot + 1;
       if constexpr (Tile::kProject > 0) {
-        if (Tile::kFactorStays || chunks > 1) {
+        if (Tile::kFactorStays || part.slots > 1) {
           store_partial(row);
-          add_partials(row);
+          if (part.finishes) add_partials(row);
         } else {
           store_projection(row);
         }
@@ -258,37 +263,33 @@ struct Pass {
     }
   }
 
+  // A thread adds to what it stored itself: no other knows of it before the last chunk.
   __device__ __forceinline__ void store_partial(int row) const {
     const int all = p.rank + p.directions;
+    float* const sums = p.projected + static_cast<int64_t>(part.slot) * p.m * all;
 #pragma unroll
     for (int j = 0; j < Tile::kProject; ++j) {
 #pragma unroll
       for (int e = 0; e < 4; ++e) {
         const int64_t m = row + 16 * warp + lane / 4 + e / 2 * 8;
         const int rank = first_rank + kFragmentRanks * j + lane % 4 * 2 + e % 2;
-        if (m < row_end && rank < all)
-          p.projected[(static_cast<int64_t>(chunk) * p.m + m) * all + rank] = projected[j][e];
+        if (m >= row_end || rank >= all) continue;
+        sums[m * all + rank] = part.adds ? sums[m * all + rank] + projected[j][e] : projected[j][e];
       }
     }
   }
 
-  // The last chunk of columns to arrive at a block of rows adds all of them, in the order of the columns whoever it is.
+  // The last slot to arrive at a block of rows adds all of them, in the order of the columns whoever it is.
   __device__ __forceinline__ void add_partials(int row) const {
     constexpr int kRanks = Tile::kProjected, kRows = Tile::kThreads / kRanks;
     PassScratch& scratch = *reinterpret_cast<PassScratch*>(memory + Tile::kScratchAt);
     float* const sums = scratch.sums;
     volatile bool& last = scratch.last;
     const int all = p.rank + p.directions, row_block = row / Tile::kM, row_blocks = (p.m + Tile::kM - 1) / Tile::kM;
-    __threadfence();
     __syncthreads();
-    if (threadIdx.x == 0) {
-      // This orders what the other threads stored, too.
-      __threadfence();
-      last = atomicAdd(p.arrived + group * row_blocks + row_block, 1) == chunks - 1;
-    }
+    if (threadIdx.x == 0) last = arrive(p.arrived + part.group * row_blocks + row_block) == part.slots - 1;
     __syncthreads();
     if (!last) return;
-    __threadfence();
     const int rank = first_rank + threadIdx.x % kRanks;
     const float factor = column_factor(p, rank);
     float sigma = 0.0f;
@@ -297,7 +298,8 @@ struct Pass {
       if (m >= row_end || rank >= p.width) continue;
       float g = 0.0f;
       if (rank < all) {
-        for (int c = 0; c < chunks; ++c) g += __ldcg(p.projected + (c * static_cast<int64_t>(p.m) + m) * all + rank);
+        for (int slot = 0; slot < part.slots; ++slot)
+          g += __ldcg(p.projected + (slot * static_cast<int64_t>(p.m) + m) * all + rank);
         g *= p.keep_scale;
         if (p.sums) p.sums[m * all + rank] = g;
         if (p.dsigma_parts && rank >= p.rank) sigma += g * p.p[m * all + rank];
@@ -328,7 +330,8 @@ struct Pass {
             const int column = column0 + block * Tile::kN + 32 * warp + 16 * i + lane / 4 + e / 2 * 8;
             const int rank = first_rank + kFragmentRanks * j + lane % 4 * 2 + e % 2;
             if (column >= p.n || rank >= p.right_columns) continue;
-            p.reduced[(static_cast<int64_t>(split) * p.right_columns + rank) * p.n + column] = reduced[block][i][j][e];
+            p.reduced[(static_cast<int64_t>(part.split) * p.right_columns + rank) * p.n + column] =
+                reduced[block][i][j][e];
           }
         }
       }
@@ -336,10 +339,26 @@ struct Pass {
   }
 };
 
+// Takes the chunks of columns of a slot, from left to right. A program that keeps its factor has few columns and walks;
+// the others take one chunk of any width.
+template <typename Tile>
+__device__ __forceinline__ void pass_slot(const PassParams& p, char* memory, int slot, int slots, int split,
+                                          int group) {
+  if constexpr (Tile::kFactorStays) {
+    const int first = slot * p.walk, end = min(first + p.walk, p.chunks);
+    for (int chunk = first; chunk < end; ++chunk) {
+      if (chunk > first) __syncthreads();
+      Pass<Tile>(p, memory, {chunk, slot, slots, chunk > first, chunk + 1 == end, split, group}).run();
+    }
+  } else {
+    Pass<Tile>(p, memory, {slot, slot, slots, false, true, split, group}).run();
+  }
+}
+
 template <typename Tile>
 __device__ __forceinline__ void pass(const PassParams& p) {
   extern __shared__ __align__(256) char memory[];
-  Pass<Tile>(p, memory, blockIdx.x, gridDim.x, blockIdx.y, blockIdx.z).run();
+  pass_slot<Tile>(p, memory, blockIdx.x, gridDim.x, blockIdx.y, blockIdx.z);
 }
 
 }  // namespace loradash::cuda

@@ -7,6 +7,10 @@
 namespace loradash::cuda {
 namespace {
 
+// In one launch with dx a program keeps its sums of dy^T [P_r | 1] for the rows of a tile alone. Such partial sums may
+// take this many times what others may; beyond, there are two launches.
+constexpr int64_t kOneLaunchParts = 8;
+
 class BackwardPlanner : Planner {
  public:
   BackwardPlanner(const Problem& problem, const BackwardOut& out, void* workspace, const std::string& tile)
@@ -39,31 +43,38 @@ class BackwardPlanner : Planner {
     gemm_.out = out_.dx, gemm_.seed = problem_.dropout.seed, gemm_.threshold = problem_.dropout.threshold;
     gemm_.keep_scale = problem_.dropout.keep_scale();
     if (w.data) gemm_.segments[1] = segment(out_.dy, out_.lddy, w.data, columns_ ? w.stride_n : w.stride_k, n);
-    if (right_columns_ <= kOneLaunchDy.reduced()) one_ = take_one_launch_tile();
+    if (right_columns_ > kOneLaunchDy.reduced()) return;
+    one_ = take_one_launch_tile(kOneLaunchDy);
+    if (!one_) return;
+    const int64_t parts = ceil_div(m, one_->m) * right_columns_ * n * static_cast<int64_t>(sizeof(float));
+    const int64_t limit = most_partial_bytes(problem_.card, right_columns_, m * n * kElementBytes);
+    if (parts > kOneLaunchParts * limit) one_ = nullptr;
   }
 
   void over_dy() {
     const auto [m, k, n] = problem_.shape;
     const NamedPass& pass = pick_pass(kDyPasses, width_, right_columns_);
     const PassKind& kind = one_ ? kOneLaunchDy : pass.kind;
-    const int64_t per_chunk = kind.blocks * kPassColumns, chunks = ceil_div(n, per_chunk);
-    const int64_t rows = one_ ? one_->m : rows_per_program(problem_.card, kind, m, n, right_columns_);
-    const int64_t splits = ceil_div(m, rows), row_blocks = ceil_div(m, kPassRows);
+    const int64_t per_chunk = kind.blocks * kPassColumns;
+    const Division division = one_ ? Division{ceil_div(n, per_chunk), ceil_div(n, per_chunk), one_->m}
+                                   : divide_pass(problem_.card, kind, m, n, rank_ + directions_, right_columns_);
+    const int64_t splits = ceil_div(m, division.rows), row_blocks = ceil_div(m, kPassRows);
     const int64_t ranks = std::max(width_, right_columns_), arrivals = row_blocks * rank_groups(kind, ranks);
     PassParams dy = pass_params(out_.dy, out_.lddy, n);
-    dy.rows_per_cta = static_cast<int32_t>(rows), dy.columns_per_cta = static_cast<int32_t>(per_chunk);
+    dy.rows_per_cta = static_cast<int32_t>(division.rows), dy.columns_per_cta = static_cast<int32_t>(per_chunk);
+    dy.chunks = static_cast<int32_t>(division.chunks), dy.walk = static_cast<int32_t>(division.walk);
     reduce_dy(dy, splits);
     take_counters(arrivals + (one_ ? 2 * gemm_.tiles_m : 0));
     dy.arrived = packed_.counters;
-    project_dy(dy, chunks, row_blocks);
+    project_dy(dy, division.slots(), row_blocks);
     if (needs_dx_ && width_ > 0) low_rank_of_dx();
     launch_pack();
     if (one_) {
       // The low-rank term comes last: this launch has to make it first.
       std::swap(gemm_.segments[0], gemm_.segments[1]);
-      launch_one("dx_", kind, {gemm_, dy, static_cast<int32_t>(chunks), packed_.counters + arrivals});
+      launch_one("dx_", kind, {gemm_, dy, packed_.counters + arrivals});
     } else {
-      launch_pass(pass, dy, chunks, splits, ranks);
+      launch_pass(pass, dy, splits, ranks);
     }
   }
 
@@ -81,11 +92,11 @@ class BackwardPlanner : Planner {
 
   // Plans the projection G = dy Q, as T = G * c, and the parts of d(sigma). It is always computed: a pass without it
   // would be one more kernel, for a case that nobody trains.
-  void project_dy(PassParams& dy, int64_t chunks, int64_t row_blocks) {
+  void project_dy(PassParams& dy, int64_t slots, int64_t row_blocks) {
     const int64_t m = problem_.shape.m;
     packed_.q_rows = workspace_.take<void>(width_ * packed_.ldq * kElementBytes);
     dy.factor = packed_.q_rows, dy.ldf = packed_.ldq;
-    dy.projected = workspace_.take<float>(chunks * m * (rank_ + directions_) * sizeof(float));
+    dy.projected = workspace_.take<float>(slots * m * (rank_ + directions_) * sizeof(float));
     dy.scaled = t_ = workspace_.take<void>(m * width_ * kElementBytes);
     if (!needs_sigma_) return;
     dy.p = out_.p;
@@ -108,13 +119,15 @@ class BackwardPlanner : Planner {
   void over_x() {
     const auto [m, k, n] = problem_.shape;
     const NamedPass& pass = pick_pass(kXPasses, 0, rank_);
-    const int64_t rows = rows_per_program(problem_.card, pass.kind, m, k, rank_), splits = ceil_div(m, rows);
+    const Division division = divide_pass(problem_.card, pass.kind, m, k, 0, rank_);
+    const int64_t splits = ceil_div(m, division.rows);
     PassParams x = pass_params(problem_.x, problem_.ldx, k);
-    x.rows_per_cta = static_cast<int32_t>(rows), x.columns_per_cta = kPassColumns;
+    x.rows_per_cta = static_cast<int32_t>(division.rows), x.columns_per_cta = kPassColumns;
+    x.chunks = static_cast<int32_t>(division.chunks);
     x.seed = problem_.dropout.seed, x.threshold = problem_.dropout.threshold;
     x.right = t_, x.ld_right = width_, x.right_columns = static_cast<int32_t>(rank_);
     x.reduced = workspace_.take<float>(splits * rank_ * k * sizeof(float));
-    launch_pass(pass, x, ceil_div(k, kPassColumns), splits, rank_);
+    launch_pass(pass, x, splits, rank_);
     sums_.da_parts = x.reduced, sums_.splits_x = static_cast<int32_t>(splits);
   }
 

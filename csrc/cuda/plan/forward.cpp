@@ -50,14 +50,14 @@ class ForwardPlanner : Planner {
                                  : segment(down_.scaled, width_, packed_.q_columns, width_, width_);
     gemm_.m = static_cast<int32_t>(m), gemm_.n = static_cast<int32_t>(n);
     gemm_.out = out_.y, gemm_.bias = out_.bias, gemm_.base = out_.base;
-    one_ = take_one_launch_tile();
+    one_ = take_one_launch_tile(kOneLaunchX);
   }
 
   void launch_together() {
     take_counters(2 * gemm_.tiles_m);
     down_.rows_per_cta = one_->m;
     launch_pack();
-    launch_one("", kOneLaunchX, {gemm_, down_, 1, packed_.counters});
+    launch_one("", kOneLaunchX, {gemm_, down_, packed_.counters});
   }
 
   void launch_apart() {
@@ -67,6 +67,7 @@ class ForwardPlanner : Planner {
       const int64_t ranks = problem_.adapters.width(), blocks = ceil_div(m, kPassRows);
       const int64_t chunks = projection_chunks(problem_.card, m, k, ranks);
       if (chunks > 1) {
+        down_.chunks = static_cast<int32_t>(chunks);
         down_.columns_per_cta = static_cast<int32_t>(round_up(ceil_div(k, chunks), kPassColumns));
         take_counters(blocks * rank_groups(pass.kind, width_));
         down_.arrived = packed_.counters;
@@ -74,7 +75,7 @@ class ForwardPlanner : Planner {
       }
       down_.rows_per_cta = static_cast<int32_t>(kPassRows * ceil_div(blocks, kMostSplits));
       launch_pack();
-      launch_pass(pass, down_, chunks, ceil_div(m, down_.rows_per_cta), width_);
+      launch_pass(pass, down_, ceil_div(m, down_.rows_per_cta), width_);
     }
     if (n > 0) launch_product();
   }

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 import os
-from collections.abc import Callable
+from collections.abc import Hashable
 from dataclasses import replace
 from typing import Any
 
@@ -15,13 +15,13 @@ from torch import Tensor
 from ...calls import KERNEL_DTYPES, BackwardCall, ForwardCall
 from ...notices import warn_once
 from .. import tuning
-from .problem import C, Plan, Problem
+from .prepared import PLANS, PreparedPlan, look, without_memory
+from .problem import C, Problem
 from .strategies import Strategy, candidates
-from .target import Target
+from .target import MINIMUM, Target, Version, triton_version
 from .tiles import MAX_WIDTH, TARGETS, nearest
 
 name = "triton"
-MINIMUM = (3, 3)
 
 
 @functools.cache
@@ -31,9 +31,8 @@ def missing() -> str | None:
         return "Triton is not installed; `pip install triton` (or a CUDA or ROCm build of PyTorch, which brings it)"
     import triton
 
-    found = tuple(int(part) for part in triton.__version__.split(".")[:2])
-    if found < MINIMUM:
-        return f"Triton {triton.__version__} is too old; {'.'.join(map(str, MINIMUM))} or newer is needed"
+    if triton_version() < MINIMUM:
+        return f"Triton {triton.__version__} is too old; {_dotted(MINIMUM)} or newer is needed"
     if interpreted():
         return None
     if not torch.cuda.is_available():
@@ -56,9 +55,16 @@ def refuses(x: Tensor, width: int = 0) -> str | None:
         return f"x is {x.dtype}, the Triton kernels take float32, bfloat16 and float16"
     if width > MAX_WIDTH:
         return f"r + s is {width}, the Triton kernels take at most {MAX_WIDTH}"
-    if target_of(x.device) is None:
+    target = target_of(x.device)
+    if target is None:
         return f"{architecture_of(x.device)} has no tile table; known are {', '.join(TARGETS)}"
+    if triton_version() < target.triton:
+        return f"Triton {_dotted(triton_version())} does not compile for {target.name}; {_dotted(target.triton)} or newer does"
     return None
+
+
+def _dotted(version: Version) -> str:
+    return ".".join(map(str, version))
 
 
 @functools.cache
@@ -75,7 +81,10 @@ def architecture_of(device: torch.device) -> str:
 def target_of(device: torch.device) -> Target | None:
     """The target whose tiles a device takes: its own, or for an unlisted one the nearest older that is safe; or None."""
     architecture = architecture_of(device)
-    return TARGETS.get(architecture) or nearest(architecture, _shared_limit(device))
+    return TARGETS.get(architecture) or _nearest(architecture, _shared_limit(device))
+
+
+_nearest = functools.cache(nearest)
 
 
 @functools.cache
@@ -96,13 +105,16 @@ def _target_in_use(device: torch.device) -> Target:
     return target
 
 
-def _problem(call: C) -> Problem[C]:
+def _problem(call: C, memory: str | None = None) -> Problem[C]:
     x = call.x
-    target, tf32 = _target_in_use(x.device), False
+    target = _target_in_use(x.device)
     if x.device.type == "cuda":
         target = replace(target, processors=torch.cuda.get_device_properties(x.device).multi_processor_count)
-        tf32 = x.dtype == torch.float32 and _tf32_allowed()
-    return Problem(type(call)(*map(_stored, call)), target, tf32)
+    return Problem(call, target, _tf32_wanted(x), memory)
+
+
+def _tf32_wanted(x: Tensor) -> bool:
+    return x.dtype == torch.float32 and x.is_cuda and _tf32_allowed()
 
 
 def _tf32_allowed() -> bool:
@@ -112,29 +124,41 @@ def _tf32_allowed() -> bool:
 
 
 def forward(call: ForwardCall) -> None:
-    from .plan.forward import plan_forward
-
-    _run(_problem(call), plan_forward)
+    _run(call)
 
 
 def backward(call: BackwardCall) -> None:
-    from .plan.backward import plan_backward
-
-    _run(_problem(call), plan_backward)
+    _run(call)
 
 
-def _run(problem: Problem[C], plan: Callable[[Problem[C], Strategy | None], Plan]) -> None:
+def _run(call: C) -> None:
+    x = call.x
+    # Triton launches on the current device: it becomes that of x.
+    if x.is_cuda and x.get_device() != torch.cuda.current_device():
+        with torch.cuda.device(x.device):
+            _run_here(call)
+    else:
+        _run_here(call)
+
+
+def _run_here(call: C) -> None:
+    traits: list[Any]
+    addresses: list[int]
+    given, traits, addresses = look(call)
+    x, tf32 = given.x, _tf32_wanted(given.x)
+    problem: Hashable = (architecture_of(x.device), x.get_device(), tf32, *traits)
+
     def run(strategy: Strategy | None) -> None:
-        for launch in plan(problem, strategy):
-            launch.run()
+        PLANS.get((strategy, problem), lambda: _prepare(given, strategy)).run(given, addresses)
 
-    # Triton launches on the current device: it becomes that of x (-1 leaves it alone).
-    with torch.cuda.device(problem.x.device if problem.x.is_cuda else -1):
-        run(tuning.choose(name, problem.call, lambda: candidates(problem), run, problem.precision))
+    precision = "tf32" if tf32 and _target_in_use(x.device).tf32 else "ieee"
+    run(tuning.choose(name, given, lambda: candidates(_problem(given)), run, precision))
 
 
-def _stored(t: Any) -> Any:
-    """A tensor whose memory holds its values: what the dispatcher gives compiled operators, and these kernels lack."""
-    if not isinstance(t, Tensor) or not (t.is_neg() or t._is_zerotensor()):
-        return t
-    return t.resolve_neg().clone()
+def _prepare(call: C, strategy: Strategy | None) -> PreparedPlan:
+    # Only here is Triton imported: its kernels stand in the plans.
+    from .plan.backward import plan_backward
+    from .plan.forward import plan_forward
+
+    problem: Problem[Any] = _problem(without_memory(call), "meta")
+    return PreparedPlan(problem, (plan_forward if isinstance(call, ForwardCall) else plan_backward)(problem, strategy))

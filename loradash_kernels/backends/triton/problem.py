@@ -24,42 +24,69 @@ class KernelLaunch:
     num_warps: int = 4
     num_stages: int = 1
 
-    def run(self) -> None:
-        self.kernel[self.grid](**self.args, **self.constants, num_warps=self.num_warps, num_stages=self.num_stages)
+    def run(self) -> Any:
+        """By Triton; gives the compiled kernel, or None in its interpreter."""
+        options = {"num_warps": self.num_warps, "num_stages": self.num_stages}
+        return self.kernel[self.grid](**self.args, **self.constants, **options)
+
+
+def multiply(a: Tensor, b: Tensor, bias: Tensor | None, out: Tensor, transposed: bool, accumulate: bool) -> None:
+    """A LibraryProduct of these."""
+    b = b.t() if transposed else b
+    if accumulate:
+        out.addmm_(a, b)
+    elif bias is None:
+        torch.mm(a, b, out=out)
+    else:
+        torch.addmm(bias, a, b, out=out)
 
 
 @dataclass(frozen=True)
 class LibraryProduct:
-    """A product left to the vendor's library: out = a b^T + bias, or a b."""
+    """A product left to the vendor's library: out = a b^T or a b, + bias or, to `accumulate`, + out."""
 
     a: Tensor
     b: Tensor
     bias: Tensor | None
     out: Tensor
     transposed: bool
+    accumulate: bool
 
     def run(self) -> None:
-        b = self.b.t() if self.transposed else self.b
-        if self.bias is None:
-            torch.mm(self.a, b, out=self.out)
-        else:
-            torch.addmm(self.bias, self.a, b, out=self.out)
+        multiply(self.a, self.b, self.bias, self.out, self.transposed, self.accumulate)
 
 
-Plan = list[KernelLaunch | LibraryProduct]
+@dataclass(frozen=True)
+class Zeros:
+    """out = 0, where there is nothing to sum."""
+
+    out: Tensor
+
+    def run(self) -> None:
+        self.out.zero_()
+
+
+Step = KernelLaunch | LibraryProduct | Zeros
+Plan = list[Step]
 C = TypeVar("C", ForwardCall, BackwardCall)
 
 
 @dataclass
 class Problem(Generic[C]):
-    """A call and what every launch of it needs to know."""
+    """A call and what every launch of it needs to know.
+
+    memory: the device of the workspace, that of x where none is named. A plan that is only to be prepared takes "meta".
+    """
 
     call: C
     target: Target
     tf32: bool = False
+    memory: str | None = None
 
     def __post_init__(self) -> None:
         call = self.call
+        self.workspace: list[Tensor] = []
+        self.zeroed: set[int] = set()
         self.x, self.weight, self.lora_a, self.lora_b = call.x, call.weight, call.lora_a, call.lora_b
         self.m, self.k = self.x.shape
         self.n, self.rank = self.lora_b.shape
@@ -99,14 +126,33 @@ class Problem(Generic[C]):
         return args
 
     def empty(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
-        """Workspace on the device of x."""
-        return self.x.new_empty(shape, dtype=dtype or self.x.dtype)
+        """Workspace, contiguous."""
+        return self._kept(self.x.new_empty(shape, dtype=dtype or self.x.dtype, device=self.memory))
+
+    def empty_columns(self, rows: int, columns: int) -> Tensor:
+        """Workspace (rows, columns) in the dtype of x that lies column by column."""
+        order = (1, rows)
+        return self._kept(self.x.new_empty_strided((rows, columns), order, device=self.memory))
+
+    def zeros(self, size: int, dtype: torch.dtype) -> Tensor:
+        """Workspace that must be zero."""
+        found = self._kept(self.x.new_zeros(size, dtype=dtype, device=self.memory))
+        self.zeroed.add(id(found))
+        return found
+
+    def _kept(self, found: Tensor) -> Tensor:
+        self.workspace.append(found)
+        return found
 
 
 def descriptor(t: Tensor, *block: int) -> Any:
     from triton.tools.tensor_descriptor import TensorDescriptor
 
     return TensorDescriptor(t, list(t.shape), list(t.stride()), list(block))
+
+
+def is_descriptor(value: Any) -> bool:
+    return hasattr(value, "block_shape")
 
 
 def strides(t: Tensor | None, names: str) -> dict[str, int]:

@@ -2,7 +2,22 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
+
+Version = tuple[int, int]
+MINIMUM: Version = (3, 3)
+"""The first Triton whose compiler and interpreter were seen to take every kernel."""
+DESCRIPTORS: Version = (3, 4)
+"""The first Triton whose programs are given tensor descriptors by the host."""
+
+
+@functools.cache
+def triton_version() -> Version:
+    import triton
+
+    major, minor = triton.__version__.split(".")[:2]
+    return int(major), int(minor)
 
 
 @dataclass(frozen=True)
@@ -44,8 +59,15 @@ class Target:
     matrix_instruction: str = "HMMA"
     # Do matrix instructions take float32 rounded to TF32?
     tf32: bool = True
+    # The first Triton whose assembler knows the architecture.
+    triton: Version = MINIMUM
 
     @property
     def asynchronous(self) -> bool:
         """Do matrix instructions run beside the program, which waits for them? Those cards copy by descriptors too."""
         return self.matrix_instruction in ("HGMMA", "UTCHMMA")
+
+    @property
+    def descriptors(self) -> bool:
+        """Can kernels here copy by tensor descriptors, with the Triton that is installed?"""
+        return self.asynchronous and triton_version() >= DESCRIPTORS

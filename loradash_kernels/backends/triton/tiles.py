@@ -23,17 +23,23 @@ TARGETS = {
     for t in (
         Target("sm_80", 163 * KB, 108),
         Target("sm_86", 99 * KB, 82),
+        # Jetson Orin.
+        Target("sm_87", 163 * KB, 16),
         Target("sm_89", 99 * KB, 128),
         Target("sm_90", 227 * KB, 132, matrix_instruction="HGMMA"),
         Target("sm_100", 227 * KB, 148, matrix_instruction="UTCHMMA"),
-        Target("sm_103", 227 * KB, 148, matrix_instruction="UTCHMMA"),
-        Target("sm_110", 227 * KB, 20, matrix_instruction="UTCHMMA"),
+        Target("sm_103", 227 * KB, 148, matrix_instruction="UTCHMMA", triton=(3, 6)),
+        # Jetson Thor.
+        Target("sm_110", 227 * KB, 20, matrix_instruction="UTCHMMA", triton=(3, 7)),
         Target("sm_120", 99 * KB, 170),
-        Target("sm_121", 99 * KB, 48),
+        Target("sm_121", 99 * KB, 48, triton=(3, 6)),
         Target("gfx90a", 64 * KB, 104, warp_size=64, matrix_instruction="v_mfma", tf32=False),
         Target("gfx942", 64 * KB, 304, warp_size=64, matrix_instruction="v_mfma"),
     )
 }
+
+# LLVM in Triton 3.3 to 3.8 ends the process, or its assembler refuses.
+NO_TRITON = ("sm_88",)
 
 
 def _generation(architecture: str) -> tuple[str, int] | None:
@@ -49,7 +55,7 @@ def nearest(architecture: str, shared_limit: int | None) -> Target | None:
 
     shared_limit: bytes that a block may take; None where unknown: as little as any card of the family has.
     """
-    wanted = _generation(architecture)
+    wanted = None if architecture in NO_TRITON else _generation(architecture)
     family = {g: t for t in TARGETS.values() if wanted and (g := _generation(t.name)) and g[0] == wanted[0]}
     if shared_limit is None:
         shared_limit = min((t.shared_limit for t in family.values()), default=0)
@@ -75,7 +81,7 @@ _HOPPER = (
 _CDNA = (TileConfig(128, 128, 32, 4, 2), TileConfig(64, 128, 32, 4, 2), TileConfig(64, 64, 32, 4, 2))
 
 GEMM: dict[str, tuple[TileConfig, ...]] = {
-    "sm_80": (TileConfig(128, 256, 32, 8, 4, tight=True), *_AMPERE),
+    **dict.fromkeys(("sm_80", "sm_87"), (TileConfig(128, 256, 32, 8, 4, tight=True), *_AMPERE)),
     **dict.fromkeys(("sm_86", "sm_89", "sm_120", "sm_121"), _AMPERE),
     "sm_90": _HOPPER,
     **dict.fromkeys(("sm_100", "sm_103", "sm_110"), _HOPPER[1:]),
@@ -90,9 +96,9 @@ _GEMM_FP32_BLACKWELL = (TileConfig(64, 64, 16, 8, 3, tight=True), GEMM_FP32[1])
 # where a barrier does not wait for other waves' stores: T would be released before it is written.
 # These stay within 99 KB of shared memory.
 _ONE_LAUNCH_SMALL = (TileConfig(128, 64, 32, 8, 3), TileConfig(64, 64, 32, 4, 3))
-_ONE_LAUNCH_HOPPER = (TileConfig(128, 128, 32, 8, 4), TileConfig(64, 64, 32, 4, 4))
+_ONE_LAUNCH_HOPPER = (TileConfig(128, 128, 32, 8, 4, tight=True), TileConfig(64, 64, 32, 4, 4))
 ONE_LAUNCH = {
-    "sm_80": (TileConfig(128, 64, 32, 8, 4), TileConfig(64, 64, 32, 4, 4)),
+    **dict.fromkeys(("sm_80", "sm_87"), (TileConfig(128, 64, 32, 8, 4), TileConfig(64, 64, 32, 4, 4))),
     **dict.fromkeys(("sm_86", "sm_89", "sm_120", "sm_121"), _ONE_LAUNCH_SMALL),
     **dict.fromkeys(("sm_90", "sm_100", "sm_103", "sm_110"), _ONE_LAUNCH_HOPPER),
 }

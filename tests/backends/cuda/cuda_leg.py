@@ -5,6 +5,11 @@
 
 from __future__ import annotations
 
+import ast
+import os
+import subprocess
+from pathlib import Path
+
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -14,9 +19,28 @@ from loradash_kernels.backends import extension
 from loradash_kernels.calls import ForwardCall
 from loradash_kernels.testing import make_case
 
+NVCC = Path(os.environ.get("CUDA_HOME", "/usr/local/cuda")) / "bin" / "nvcc"
+
+
+def shipped() -> list[int]:
+    """CUDA_ARCHITECTURES of setup.py as nvcc numbers them, those that the toolkit knows."""
+    setup = ast.parse((Path(__file__).parents[3] / "setup.py").read_text())
+    assigned = [node for node in setup.body if isinstance(node, ast.Assign)]
+    (listed,) = [a.value for a in assigned if ast.unparse(a.targets[0]) == "CUDA_ARCHITECTURES"]
+    known = subprocess.run([NVCC, "--list-gpu-code"], capture_output=True, text=True, check=True).stdout.split()
+    return [100 * major + 10 * minor for major, minor in ast.literal_eval(listed) if f"sm_{major}{minor}" in known]
+
 
 def test_build():
-    assert extension.compiled().cuda_architectures == [800, 860, 890]
+    if os.environ.get("TORCH_CUDA_ARCH_LIST"):
+        pytest.skip("TORCH_CUDA_ARCH_LIST chose the architectures")
+    found = extension.compiled().cuda_architectures
+    assert {*shipped()} <= {*found}
+    # Where there is a card, its own may be one more.
+    assert torch.cuda.is_available() or found == shipped()
+
+
+def test_operators_take_tiles():
     for name in ("forward", "backward"):
         assert getattr(torch.ops.loradash_cuda, name).default._schema.arguments[-1].name == "tile"
 

@@ -20,7 +20,7 @@ pytestmark = [
 ]
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
-TILES = ("128x256", "128x128", "64x128", "64x64")
+TILES = ("128x256", "128x128", "64x128", "64x64", "64x128_shallow")
 
 
 def check(case, **options):
@@ -83,6 +83,18 @@ def test_splits_of_rows(m):
     check(make_case(m, 136, 1040, 16, 8, BF16, adapter_dtype=FP32, dropout_p=0.1))
 
 
+@pytest.mark.parametrize(("r", "s", "n"), [(31, 1, 1100), (56, 8, 1000), (16, 8, 2600), (100, 60, 700)])
+@pytest.mark.parametrize("seed", [0, 1])
+def test_programs_walk_columns(r, s, n, seed):
+    """On a small card partial sums of G may take little: programs walk several chunks of columns and add to their own."""
+    case = make_case(1300, 64, n, r, s, BF16, adapter_dtype=FP32)
+    launches, _ = emulation.plan(case, emulation.outputs(case), "backward", None, None, (1, 99 * 1024), "")
+    (dy,) = [grid for name, grid, *_ in launches if name.startswith("dy_")]
+    width = {32: 256, 64: 128, 24: 512, 160: 128}[r + s]
+    assert 1 <= dy[0] < -(-n // width)
+    check(case, processors=1, seed=seed, sms=2, ctas_per_sm=1 + seed)
+
+
 @pytest.mark.parametrize("adapter_dtype", [BF16, FP16, FP32])
 def test_adapter_dtypes(adapter_dtype):
     check(make_case(70, 80, 96, 8, 4, BF16, adapter_dtype=adapter_dtype, dropout_p=0.1))
@@ -96,6 +108,26 @@ def test_options(options):
 @pytest.mark.parametrize("n", [120, 121])
 def test_low_rank_update(n):
     check(make_case(100, 80, n, 8, 4, BF16, adapter_dtype=FP32, dropout_p=0.1), base=False)
+
+
+@pytest.mark.parametrize("dropout_p", [0.0, 0.1])
+@pytest.mark.parametrize(("m", "k", "n"), [(200, 136, 264), (100, 81, 121)])
+def test_before_a_library_product(m, k, n, dropout_p):
+    """Neither W nor a base, but a bias: y is bias and low-rank terms, dx the masked low-rank term, as with W of zeros."""
+    case = make_case(m, k, n, 8, 4, BF16, adapter_dtype=FP32, dropout_p=dropout_p)
+    case.tensors["weight"].zero_()
+    check(case, weight=False)
+
+
+def test_launches_before_a_library_product():
+    """Packing, pass and a product of rank columns alone, in shallow tiles; backward the same and the sums over M."""
+    case, card = make_case(300, 136, 400, 16, 8, BF16, adapter_dtype=FP32), emulation.CARDS["sm_86"]
+    out = emulation.outputs(case)
+    plans = [emulation.plan(case, out, p, None, None, card, "", False)[0] for p in emulation.PASSES]
+    assert [[name for name, *_ in launches] for launches in plans] == [
+        ["pack_bf16", "down_32_bf16", "gemm_rows_bf16_64x128_shallow"],
+        ["pack_bf16", "dy_32_24_bf16", "gemm_columns_bf16_64x128_shallow", "x_16_bf16", "finish_sums"],
+    ]
 
 
 @pytest.mark.parametrize("layout", [slices, transposed])

@@ -22,6 +22,8 @@ pytestmark = [
 ]
 
 if emulation.missing_tools() is None:
+    from loradash_kernels.backends.triton.plan import backward as backward_plan
+    from loradash_kernels.backends.triton.plan.backward import plan_backward
     from loradash_kernels.backends.triton.plan.forward import plan_forward
     from loradash_kernels.backends.triton.strategies import Strategy, descriptors_fit
 
@@ -102,9 +104,29 @@ def test_descriptors_where_rows_are_not_aligned():
     check(case, "sm_90", forward=Strategy("descriptors"), backward=Strategy("descriptors"))
 
 
-def test_library_product():
+@pytest.mark.parametrize("architecture", ["sm_80", "sm_90"])
+@pytest.mark.parametrize(("shape", "dtype"), [((100, 80, 120, 8, 4), BF16), ((37, 50, 70, 4, 3), FP32)])
+def test_library_product(shape, dtype, architecture):
+    """The default: the low-rank terms and the bias by kernels, then the library's product on top."""
     library = Strategy("library")
-    check(make_case(100, 80, 120, 8, 4, BF16, dropout_p=0.1), forward=library, backward=library)
+    case = make_case(*shape, dtype, adapter_dtype=FP32, dropout_p=0.1)
+    check(case, architecture, forward=library, backward=library)
+    transposed(case)
+    check(case, architecture, forward=library, backward=library)
+
+
+@pytest.mark.parametrize("tiles", [1, 2])
+@pytest.mark.parametrize("dtype", [BF16, FP32])
+def test_dy_in_rounds(monkeypatch, dtype, tiles):
+    """Partial sums of G for one or two tiles of columns at a time: four or two rounds, the first of them shorter."""
+    m, n, r, s = 70, 900 if dtype == BF16 else 220, 8, 4
+    monkeypatch.setattr(backward_plan, "_G_BYTES", 4 * m * (r + s) * (tiles + 1))
+    case = make_case(m, 48, n, r, s, dtype, adapter_dtype=FP32, dropout_p=0.1)
+    names = [
+        launch.kernel.__name__ for launch in plan_backward(emulation.problems_of(case, "sm_80")[1], Strategy("fused"))
+    ]
+    assert names.count("dy_pass") == 4 // tiles and names.count("add_parts") == 4 // tiles - 1
+    check(case)
 
 
 @pytest.mark.parametrize("layout", [slices, transposed])
@@ -127,7 +149,7 @@ def test_offsets_beyond_two_to_the_31():
     far.copy_(case.x)
     case.tensors["x"] = far
     out = outputs(case)
-    launches = plan_forward(emulation.problems_of(case, "sm_80", out)[0])
+    launches = plan_forward(emulation.problems_of(case, "sm_80", out)[0], Strategy("fused"))
     assert all(launch.constants["WIDE"] for launch in launches)
     emulation.run_plan(launches, "sm_80")
     assert torch.equal(out["y"], expected)
@@ -138,6 +160,6 @@ def test_same_mask_as_the_reference():
     case = make_case(50, 200, 16, 1, 0, FP32, dropout_p=0.4, bias=False)
     case.tensors["x"].fill_(1.0), case.tensors["lora_a"].fill_(1.0)
     problem, _ = emulation.problems_of(case, "sm_80")
-    emulation.run_plan(plan_forward(problem), "sm_80")
+    emulation.run_plan(plan_forward(problem, Strategy("fused")), "sm_80")
     kept = dropout_mask(problem.seed, problem.threshold, 50, 200).sum(1)
     assert torch.equal((problem.call.p[:, 0] / problem.keep_scale).round().long(), kept)

@@ -10,11 +10,13 @@ import os
 import subprocess
 import sys
 import warnings
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from support.cards import OnCard, backward_call, forward_call
+from support.layouts import slices, transposed
 
 import loradash_kernels as lk
 from loradash_kernels.backends import tuning
@@ -31,6 +33,7 @@ if importlib.util.find_spec("triton"):
     from loradash_kernels.backends.triton import problem as parts
     from loradash_kernels.backends.triton.plan import backward as backward_plan
     from loradash_kernels.backends.triton.plan import forward as forward_plan
+    from loradash_kernels.backends.triton.prepared import PlanCache
     from loradash_kernels.backends.triton.strategies import Strategy, candidates
 
 
@@ -57,7 +60,7 @@ def test_operator_in_the_interpreter():
 
 
 @pytest.mark.skipif(not triton_backend.interpreted(), reason="runs within test_operator_in_the_interpreter")
-@pytest.mark.parametrize("kind", ["one_launch", "library"])
+@pytest.mark.parametrize("kind", ["fused", "one_launch", "library"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("shape", [(37, 50, 70, 4, 3), (150, 64, 96, 16, 8)])
 def test_strategies(shape, dtype, kind):
@@ -66,6 +69,34 @@ def test_strategies(shape, dtype, kind):
         "triton", forward=Strategy(kind), backward=Strategy("library" if kind == "library" else "fused")
     ):
         check_error_rule(case, run(case, "triton"))
+        # The second time the plans are there.
+        check_error_rule(case, run(case, "triton"))
+
+
+@pytest.mark.skipif(not triton_backend.interpreted(), reason="runs within test_operator_in_the_interpreter")
+@pytest.mark.parametrize("layout", [slices, transposed])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_strategies_by_layout(layout, dtype):
+    """The operator's own tests take the default; these are our tiles."""
+    case = make_case(40, 56, 72, 8, 4, dtype, adapter_dtype=torch.float32, dropout_p=0.1)
+    layout(case)
+    for kind in ("fused", "one_launch"):
+        with tuning.forced("triton", forward=Strategy(kind), backward=Strategy()):
+            check_error_rule(case, run(case, "triton"))
+
+
+@pytest.mark.skipif(not triton_backend.interpreted(), reason="runs within test_operator_in_the_interpreter")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_strategies_in_rounds_over_dy(monkeypatch, dtype):
+    """Partial sums of G for a few columns at a time, the same bits each time."""
+    monkeypatch.setattr(backward_plan, "_G_BYTES", 1)
+    triton_backend.PLANS.clear()
+    case = make_case(100, 64, 700, 16, 8, dtype, adapter_dtype=torch.float32, dropout_p=0.1)
+    with tuning.forced("triton", backward=Strategy()):
+        first, again = (run(case, "triton") for _ in range(2))
+    triton_backend.PLANS.clear()
+    check_error_rule(case, first)
+    assert all(torch.equal(first[name], again[name]) for name in first)
 
 
 @pytest.mark.skipif(not triton_backend.interpreted(), reason="runs within test_operator_in_the_interpreter")
@@ -167,11 +198,29 @@ def test_candidates():
 
 
 @needs_triton
+def test_one_launch_tiles_fit_the_card():
+    """A tile that a card has no shared memory for is no candidate, nor one that would spill at this depth."""
+
+    def kinds(k, **limits):
+        call = forward_call(torch.empty(64, k, dtype=torch.bfloat16))
+        return [
+            c.tile
+            for c in candidates(parts.Problem(call, replace(tiles.TARGETS["sm_90"], **limits)))
+            if c.kind == "one_launch"
+        ]
+
+    table = tiles.one_launch_table(tiles.TARGETS["sm_90"], 2)
+    assert kinds(64) == list(table) and kinds(50) == list(table[1:])
+    assert kinds(64, shared_limit=64 * 1024) == list(table[1:]) and kinds(64, shared_limit=1024) == []
+
+
+@needs_triton
 def test_explicit_strategies_and_measured_ones(cache, monkeypatch):
-    """A plan is made with what was measured for this call, else with the table's."""
+    """A plan is made with what was measured for this call, else with the default."""
     call, told = forward_call(torch.empty(64, 64)), []
     monkeypatch.setattr(triton_backend, "_target_in_use", lambda device: tiles.TARGETS["sm_80"])
     monkeypatch.setattr(forward_plan, "plan_forward", lambda problem, strategy: told.append(strategy) or [])
+    monkeypatch.setattr(triton_backend, "PLANS", PlanCache(4))
     best = candidates(parts.Problem(call, tiles.TARGETS["sm_80"]))[-1]
     triton_backend.forward(call)
     tuning.MEASURED.remember(tuning.key("triton", call, "ieee"), str(best))
@@ -195,7 +244,8 @@ def test_guessed_tiles_are_said_once(card, unwarned):
     ("architecture", "shared_kb", "expected"),
     [
         ("sm_75", 64, None),
-        ("sm_87", 163, "sm_86"),
+        # No Triton compiles for it.
+        ("sm_88", 163, None),
         ("sm_91", 227, "sm_90"),
         ("sm_101", 227, "sm_100"),
         ("sm_101", 99, "sm_89"),

@@ -4,8 +4,10 @@
     d(sigma)_i = sum_m G_s P_s                  db = sum_m dy
 
 Five launches. `dy_pass` reads dy once for partial G, dB and db; `sum_g` adds the partial G's and writes T = G * c, the
-operand of dx and dA; `dx_gemm`; `x_pass` reads x once for partial dA; `finish` adds the partial sums over M. Every sum
-over programs is taken in a fixed order: no atomics, the same bits from run to run.
+operand of dx and dA; `dx_gemm`; `x_pass` reads x once for partial dA; `finish` adds the partial sums over M. Where N is so
+large that the partial G's would take too much memory, `dy_pass` goes over some columns at a time, and between these
+`add_parts` adds up what they left. Every sum over programs is taken in a fixed order: no atomics, the same bits from run
+to run.
 """
 
 from __future__ import annotations
@@ -16,22 +18,22 @@ import triton.language as tl
 from .common import column_factors, grouped, keep_mask, operand_tile, span, stacked
 
 
-@triton.jit(do_not_specialize=["M", "rows_per_split"])
+@triton.jit(do_not_specialize=["M", "first_tile", "rows_per_split"])
 def dy_pass(
     dy, lora_b, dash_u, p, g_part, db_part, dbias_part,
-    M, N, stride_ym, stride_yn, stride_bn, stride_br, stride_un, stride_us, rows_per_split,
+    M, N, first_tile, stride_ym, stride_yn, stride_bn, stride_br, stride_un, stride_us, rows_per_split,
     RANK: tl.constexpr, DIRECTIONS: tl.constexpr, R_BLOCK: tl.constexpr, RANK_BLOCK: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, EVEN_N: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """From BLOCK_N columns and rows_per_split rows of dy: G partial over N, dB and db partial over M.
 
-    g_part (tiles of N, M, R), db_part (splits, r, N), dbias_part (splits, N), fp32; null where not wanted.
-    FLOPs: 2 M N (R_BLOCK + RANK_BLOCK). Bytes: dy once, Q once per split; partial sums of 4 R M N / BLOCK_N and
-    4 r M N / rows_per_split bytes. Grid: (tiles of N, splits).
+    g_part (tiles of this launch, M, R), db_part (splits, r, N), dbias_part (splits, N), fp32; null where not wanted. The
+    launch begins with tile first_tile of N. Of a launch over all of them, FLOPs: 2 M N (R_BLOCK + RANK_BLOCK). Bytes: dy once, Q once per split; partial sums of 4 R M N / BLOCK_N and
+    4 r M N / rows_per_split bytes. Grid: (tiles, splits).
     """
     WIDTH: tl.constexpr = RANK + DIRECTIONS
-    pid_n, split = tl.program_id(0), tl.program_id(1)
-    n0 = pid_n * BLOCK_N
+    part, split = tl.program_id(0), tl.program_id(1)
+    n0 = (first_tile + part) * BLOCK_N
     first, last = split * rows_per_split, tl.minimum(M, (split + 1) * rows_per_split)
     dy += tl.cast(n0, tl.int64) * stride_yn
     rows, columns = span(BLOCK_M, WIDE)[:, None], span(BLOCK_N, WIDE)
@@ -43,7 +45,7 @@ def dy_pass(
             None if DIRECTIONS == 0 else dash_u + tl.cast(n0, tl.int64) * stride_un, stride_us, stride_un,
             ranks, columns[:, None], N - n0, RANK, DIRECTIONS, dtype,
         )  # fmt: skip
-        g_part += tl.cast(pid_n, tl.int64) * M * WIDTH
+        g_part += tl.cast(part, tl.int64) * M * WIDTH
     db = tl.zeros((RANK_BLOCK, BLOCK_N), tl.float32)
     dbias = tl.zeros((16, BLOCK_N), tl.float32)
     for m0 in tl.range(first, last, BLOCK_M):
@@ -75,6 +77,22 @@ def dy_pass(
         out = dbias_part + tl.cast(split, tl.int64) * N + n0 + columns
         first_row = tl.arange(0, 16)[:, None] == 0
         tl.store(out[None, :] + tl.zeros((16, 1), tl.int32), dbias, mask=first_row & inside[None, :])
+
+
+@triton.jit(do_not_specialize=["size", "parts", "last"])
+def add_parts(g_part, size, parts, last, FIRST: tl.constexpr, BLOCK: tl.constexpr):
+    """Part `last` of g_part (last + 1, size) = parts 0 to parts - 1, and but for the FIRST time what it was, fp32.
+
+    Bytes: these parts once. Grid: ceil(size / BLOCK).
+    """
+    index = tl.cast(tl.program_id(0), tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    out = g_part + tl.cast(last, tl.int64) * size + index
+    total = tl.zeros((BLOCK,), tl.float32)
+    if not FIRST:
+        total = tl.load(out, mask=index < size, other=0.0)
+    for part in tl.range(0, parts):
+        total += tl.load(g_part + tl.cast(part, tl.int64) * size + index, mask=index < size, other=0.0)
+    tl.store(out, total, mask=index < size)
 
 
 @triton.jit(do_not_specialize=["M", "parts", "tiles_m"])
@@ -137,12 +155,12 @@ def _masked_low_rank(
 
 @triton.jit(do_not_specialize=["M", "threshold"])
 def dx_gemm(
-    dy, w, t, d, seed, base, dx,
+    dy, w, t, d, seed, dx,
     M, N, K, m_padded, k_padded, stride_ym, stride_yn, stride_wn, stride_wk, keep_scale, threshold,
     R_BLOCK: tl.constexpr, RANK_STEP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     GROUP_M: tl.constexpr, DROPOUT: tl.constexpr, EVEN_N: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """dx (M, K) = mask * (T^T D) * keep_scale + dy W + base. Tiles are BLOCK_M x BLOCK_N of dx; BLOCK_K runs over N.
+    """dx (M, K) = mask * (T^T D) * keep_scale + dy W. Tiles are BLOCK_M x BLOCK_N of dx; BLOCK_K runs over N.
 
     T (R_BLOCK, m_padded), D (R_BLOCK, k_padded) from sum_g, null without adapters. FLOPs: 2 M K (N + R_BLOCK). Bytes: dy,
     W, dx once as far as L2 holds a group of tiles; T and D from L2. The masked low-rank term starts the accumulator:
@@ -160,8 +178,6 @@ def dx_gemm(
         )
     out_rows, out_columns = tl.cast(m0, tl.int64) + tl.arange(0, BLOCK_M)[:, None], k0 + tl.arange(0, BLOCK_N)[None, :]
     inside = (out_rows < M) & (out_columns < K)
-    if base is not None:
-        acc += tl.load(base + out_rows * K + out_columns, mask=inside, other=0.0).to(tl.float32)
     dy += tl.cast(m0, tl.int64) * stride_ym
     w += tl.cast(k0, tl.int64) * stride_wk
     for n0 in tl.range(0, N, BLOCK_K):

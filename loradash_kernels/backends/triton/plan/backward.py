@@ -10,8 +10,19 @@ from ....calls import BackwardCall, accumulator
 from .. import tiles
 from ..kernels import backward as bwd
 from ..kernels import descriptor as desc
-from ..problem import KernelLaunch, LibraryProduct, Plan, Problem, descriptor, round_up, strides, tile_count, wide
-from ..strategies import Strategy, descriptors_fit
+from ..problem import (
+    KernelLaunch,
+    LibraryProduct,
+    Plan,
+    Problem,
+    Zeros,
+    descriptor,
+    round_up,
+    strides,
+    tile_count,
+    wide,
+)
+from ..strategies import DEFAULT, Strategy, descriptors_fit
 from ..target import TileConfig
 
 PAD = 256
@@ -21,6 +32,8 @@ _FINISH_BLOCK = 1024
 _SUM_ROWS = 16
 # Ranks that dx takes at a time: more would not fit beside the accumulator.
 _RANK_STEP = 32
+# Bytes that the partial sums of G may take, where they are more than those of two tiles of columns.
+_G_BYTES = 128 << 20
 # Rows of a split of M: with fewer, partial sums outweigh what they are sums of.
 _MIN_ROWS = 256
 
@@ -29,10 +42,8 @@ def plan_backward(problem: Problem[BackwardCall], strategy: Strategy | None = No
     """The wanted ones of dx (M, K), dA (r, K), dB (N, r), d(sigma) (s,), db (N,)."""
     call, m, n = problem.call, problem.m, problem.n
     if m == 0 or n == 0:
-        for grad in (call.dx, call.da, call.db_lora, call.dsigma, call.dbias):
-            if grad is not None:
-                grad.zero_()
-        return []
+        wanted = (call.dx, call.da, call.db_lora, call.dsigma, call.dbias)
+        return [Zeros(grad) for grad in wanted if grad is not None]
     da, db_lora, dsigma, dx = (_not_empty(grad) for grad in (call.da, call.db_lora, call.dsigma, call.dx))
     dbias = call.dbias
     needs_g = problem.width > 0 and any(grad is not None for grad in (dx, da, dsigma))
@@ -40,12 +51,15 @@ def plan_backward(problem: Problem[BackwardCall], strategy: Strategy | None = No
     launches: Plan = []
 
     tile = tiles.pick_dy(problem.target, problem.itemsize, problem.r_block)
-    parts, (splits, rows) = tile_count(n, tile.block_n), splits_of_m(problem, n, tile.block_n, tile.block_m)
-    g_part = problem.empty(parts, m, problem.width, dtype=f32) if needs_g else None
+    columns = columns_at_a_time(problem, tile.block_n) if needs_g else tile_count(n, tile.block_n)
+    splits, rows = splits_of_m(problem, columns * tile.block_n, tile.block_n, tile.block_m)
+    # Where dy is taken in several rounds, the sum of the rounds before has a part of its own.
+    rounds = tile_count(tile_count(n, tile.block_n), columns)
+    g_part = problem.empty(columns + (rounds > 1), m, problem.width, dtype=f32) if needs_g else None
     db_part = problem.empty(splits, problem.rank, n, dtype=f32) if db_lora is not None else None
     dbias_part = problem.empty(splits, n, dtype=f32) if dbias is not None else None
     if needs_g or db_part is not None or dbias_part is not None:
-        launches.append(_dy_pass(problem, tile, (parts, splits), rows, g_part, db_part, dbias_part))
+        launches += _dy_passes(problem, tile, columns, (splits, rows), g_part, db_part, dbias_part)
 
     t = d = dsigma_part = None
     m_padded, k_padded = round_up(m, PAD), round_up(problem.k, PAD)
@@ -55,7 +69,7 @@ def plan_backward(problem: Problem[BackwardCall], strategy: Strategy | None = No
         dsigma_part = problem.empty(sum_tiles, problem.r_block, dtype=f32) if dsigma is not None else None
         launches.append(_sum_g(problem, sum_tiles, g_part, t, d, dsigma_part))
     if dx is not None:
-        launches += _dx(problem, t, d, dx, strategy or Strategy())
+        launches += _dx(problem, t, d, dx, strategy or DEFAULT)
     da_part, x_splits = None, 0
     if da is not None and t is not None:
         tile = tiles.pick_x(problem.target, problem.itemsize, problem.rank_block)
@@ -71,6 +85,13 @@ def _not_empty(grad: Tensor | None) -> Tensor | None:
     return grad if grad is not None and grad.numel() else None
 
 
+def columns_at_a_time(problem: Problem[BackwardCall], block: int) -> int:
+    """How many tiles of `block` columns `dy_pass` takes at a time: all of them, or as many as _G_BYTES allow, in even rounds."""
+    count, most = tile_count(problem.n, block), _G_BYTES // (4 * problem.m * problem.width)
+    # One more part is for the sum of the rounds before.
+    return count if count <= most else tile_count(count, tile_count(count, max(1, most - 1)))
+
+
 def splits_of_m(problem: Problem[BackwardCall], columns: int, block: int, block_m: int) -> tuple[int, int]:
     """How many parts M is summed in and the rows of each: twice the processors' programs, at least _MIN_ROWS rows."""
     wanted = max(1, 2 * problem.target.processors // tile_count(columns, block))
@@ -78,32 +99,56 @@ def splits_of_m(problem: Problem[BackwardCall], columns: int, block: int, block_
     return tile_count(problem.m, rows), rows
 
 
-def _dy_pass(
+def _dy_passes(
     problem: Problem[BackwardCall],
     tile: TileConfig,
-    grid: tuple[int, int],
-    rows: int,
+    columns: int,
+    split: tuple[int, int],
     g_part: Tensor | None,
     db_part: Tensor | None,
     dbias_part: Tensor | None,
-) -> KernelLaunch:
-    dy, n = problem.call.dy, problem.n
+) -> list[KernelLaunch]:
+    """dy in rounds of `columns` tiles of it; split: how many parts M is summed in, and the rows of each."""
+    dy, n, (splits, rows) = problem.call.dy, problem.n, split
     adapters = problem.adapter_args("bu")
+    launches: list[KernelLaunch] = []
+    # The last round fills every part, so that `sum_g` finds parts without a gap: the first may be the short one.
+    count = tile_count(n, tile.block_n)
+    first_tile, taken = 0, count - (tile_count(count, columns) - 1) * columns
+    while first_tile < count:
+        launches.append(
+            KernelLaunch(
+                bwd.dy_pass,
+                (taken, splits),
+                {
+                    "dy": dy, **adapters, "p": problem.call.p, "g_part": g_part, "db_part": db_part,
+                    "dbias_part": dbias_part, "M": problem.m, "N": n, "first_tile": first_tile,
+                    **strides(dy, "ym yn"), "rows_per_split": rows,
+                },
+                {
+                    **problem.rank_constants, "RANK_BLOCK": problem.rank_block, "BLOCK_M": tile.block_m,
+                    "BLOCK_N": tile.block_n, "EVEN_N": n % tile.block_n == 0, "WIDE": wide(dy, *adapters.values()),
+                    "PRECISION": problem.precision,
+                },
+                tile.num_warps,
+                tile.num_stages,
+            )
+        )  # fmt: skip
+        first_tile += taken
+        if first_tile < count and g_part is not None:
+            launches.append(_add_parts(g_part, taken, first=len(launches) == 1))
+        taken = columns
+    return launches
+
+
+def _add_parts(g_part: Tensor, taken: int, first: bool) -> KernelLaunch:
+    size = g_part[0].numel()
     return KernelLaunch(
-        bwd.dy_pass,
-        grid,
-        {
-            "dy": dy, **adapters, "p": problem.call.p, "g_part": g_part, "db_part": db_part, "dbias_part": dbias_part,
-            "M": problem.m, "N": n, **strides(dy, "ym yn"), "rows_per_split": rows,
-        },
-        {
-            **problem.rank_constants, "RANK_BLOCK": problem.rank_block, "BLOCK_M": tile.block_m,
-            "BLOCK_N": tile.block_n, "EVEN_N": n % tile.block_n == 0, "WIDE": wide(dy, *adapters.values()),
-            "PRECISION": problem.precision,
-        },
-        tile.num_warps,
-        tile.num_stages,
-    )  # fmt: skip
+        bwd.add_parts,
+        (tile_count(size, _FINISH_BLOCK),),
+        {"g_part": g_part, "size": size, "parts": taken, "last": g_part.shape[0] - 1},
+        {"FIRST": first, "BLOCK": _FINISH_BLOCK},
+    )
 
 
 def _sum_g(
@@ -126,14 +171,20 @@ def _sum_g(
 
 def _dx(problem: Problem[BackwardCall], t: Tensor | None, d: Tensor | None, dx: Tensor, strategy: Strategy) -> Plan:
     dy, weight, target = problem.call.dy, problem.weight, problem.target
-    depth = 1 if strategy.kind == "library" else problem.n
+    product = None
+    if strategy.kind == "library" and weight is not None:
+        # The masked low-rank term is written first: the library adds what is there in its own epilogue.
+        product = LibraryProduct(dy, weight, None, dx, transposed=False, accumulate=t is not None)
+        if t is None:
+            return [product]
+        weight = None
+    # Where only rank columns are summed there is no room for the tightest tiles.
+    depth = 1 if weight is None else problem.n
     tile = strategy.tile or tiles.pick_gemm(target, problem.itemsize, problem.m, problem.k, depth, problem.r_block)
     if weight is not None and strategy.kind == "descriptors" and descriptors_fit(problem, dy, weight):
         return [_descriptor_dx(problem, tile, weight, t, d, dx)]
-    if weight is None or strategy.kind != "library":
-        return [_dx_gemm(problem, tile, weight, t, d, None, dx)]
-    product = LibraryProduct(dy, weight, None, dx, False)
-    return [product] if t is None else [product, _dx_gemm(problem, tile, None, t, d, dx, dx)]
+    launch = _dx_gemm(problem, tile, weight, t, d, dx)
+    return [launch, product] if product else [launch]
 
 
 def _dx_gemm(
@@ -142,17 +193,16 @@ def _dx_gemm(
     weight: Tensor | None,
     t: Tensor | None,
     d: Tensor | None,
-    base: Tensor | None,
     dx: Tensor,
 ) -> KernelLaunch:
-    """Without a weight there is no loop over N: `base` or nothing, and the rank terms."""
+    """Without a weight there is no loop over N, but the rank terms alone."""
     dy = problem.call.dy
     w, n = (problem.x, 0) if weight is None else (weight, problem.n)
     return KernelLaunch(
         bwd.dx_gemm,
         (tile_count(problem.m, tile.block_m) * tile_count(problem.k, tile.block_n),),
         {
-            "dy": dy, "w": w, "base": base, "N": n, **_dx_args(problem, t, d, dx), **strides(dy, "ym yn"),
+            "dy": dy, "w": w, "N": n, **_dx_args(problem, t, d, dx), **strides(dy, "ym yn"),
             **strides(w, "wn wk"),
         },
         {

@@ -25,7 +25,7 @@ from ..problem import (
     tile_count,
     wide,
 )
-from ..strategies import Strategy, descriptors_fit
+from ..strategies import DEFAULT, Strategy, descriptors_fit
 from ..target import TileConfig
 
 _PACK_N = 64
@@ -35,15 +35,21 @@ def plan_forward(problem: Problem[ForwardCall], strategy: Strategy | None = None
     """y (M, N) and P (M, R). `base` (M, N) replaces the base product where there is no weight."""
     if problem.m == 0:
         return []
-    strategy = strategy or Strategy()
+    strategy = strategy or DEFAULT
     call, weight, target, itemsize = problem.call, problem.weight, problem.target, problem.itemsize
     base, bias = call.base, None if call.bias is None else call.bias.contiguous()
     if strategy.kind == "one_launch" and weight is not None and problem.width and problem.n:
         tile = strategy.tile or tiles.pick_one_launch(target, itemsize, problem.m, problem.n)
         return [_one_launch(problem, tile, weight, bias)]
-    library = strategy.kind == "library" and weight is not None
-    # On top of a library's product only rank columns are summed: no room for the tightest tiles.
-    depth = 1 if library else problem.k
+    product = None
+    if strategy.kind == "library" and weight is not None:
+        if not problem.width:
+            return [LibraryProduct(problem.x, weight, bias, call.y, transposed=True, accumulate=False)]
+        # The low-rank terms and the bias are written first: the library adds what is there in its own epilogue.
+        product = LibraryProduct(problem.x, weight, None, call.y, transposed=True, accumulate=True)
+        weight = None
+    # Where only rank columns are summed there is no room for the tightest tiles.
+    depth = 1 if weight is None else problem.k
     tile = strategy.tile or tiles.pick_gemm(target, itemsize, problem.m, problem.n, depth, problem.r_block)
     by_descriptors = strategy.kind == "descriptors" and descriptors_fit(problem, problem.x, weight)
     r_step = min(tile.block_k, problem.r_block) if by_descriptors else tile.block_k
@@ -53,23 +59,18 @@ def plan_forward(problem: Problem[ForwardCall], strategy: Strategy | None = None
     if problem.width:
         t, packed = problem.empty(problem.m, r_width), _packed_q(problem, r_width)
         launches.append(_down(problem, r_width, t, packed))
-    if library and weight is not None:
-        launches.append(LibraryProduct(problem.x, weight, bias, call.y, True))
-        if not problem.width:
-            return launches
-        weight, bias, base = None, None, call.y
     if by_descriptors and weight is not None:
         launches.append(_descriptor_forward(problem, tile, weight, r_step, r_width, t, packed, bias))
     elif call.y.numel():
         launches.append(_extended_gemm(problem, tile, weight, r_width, t, packed, bias, base))
-    return launches
+    return [*launches, product] if product else launches
 
 
 def _packed_q(problem: Problem[ForwardCall], r_width: int) -> Tensor:
     """Room for Q (N, r_width), in the order of W: a tile that is read along N reads both along N."""
     weight = problem.weight
     if weight is not None and weight.stride(0) == 1 and weight.stride(1) != 1:
-        return problem.empty(r_width, problem.n).t()
+        return problem.empty_columns(problem.n, r_width)
     return problem.empty(problem.n, r_width)
 
 
@@ -170,7 +171,7 @@ def _one_launch(problem: Problem[ForwardCall], tile: TileConfig, weight: Tensor,
         {
             "x": x, "w": weight, **adapters, "dash_sigma": problem.dash_sigma, "bias": bias, "seed": problem.seed,
             "p": problem.call.p, "t": problem.empty(m, problem.r_block), "y": problem.call.y,
-            "state": x.new_zeros(2 * tiles_m, dtype=torch.int32), "M": m, "N": n, "K": k, **strides(x, "xm xk"),
+            "state": problem.zeros(2 * tiles_m, torch.int32), "M": m, "N": n, "K": k, **strides(x, "xm xk"),
             **strides(weight, "wn wk"), "scaling": problem.scaling, "keep_scale": problem.keep_scale,
             "threshold": problem.threshold,
         },

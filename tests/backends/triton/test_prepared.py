@@ -1,0 +1,438 @@
+"""Prepared plans: the launches of a plan that is made anew, nothing stale, nothing held; no kernel runs here."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import importlib.util
+import itertools
+import os
+import subprocess
+import sys
+import threading
+import weakref
+from dataclasses import fields
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from support.calls import base_product, calls, drawn_seed, outputs
+from support.layouts import slices, transposed
+
+from loradash_kernels.backends import tuning
+from loradash_kernels.backends.triton import backend, tiles
+from loradash_kernels.testing import make_case
+
+pytestmark = [
+    pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed"),
+    pytest.mark.skipif(backend.interpreted(), reason="the interpreter launches nothing past Triton"),
+]
+
+if importlib.util.find_spec("triton"):
+    from loradash_kernels.backends.triton import launcher, prepared
+    from loradash_kernels.backends.triton.plan import backward as backward_plan
+    from loradash_kernels.backends.triton.plan.backward import plan_backward
+    from loradash_kernels.backends.triton.plan.forward import plan_forward
+    from loradash_kernels.backends.triton.problem import KernelLaunch, LibraryProduct, Problem
+    from loradash_kernels.backends.triton.strategies import Strategy
+
+ROOT = Path(__file__).parents[3]
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+SIZES = (
+    (0, 16, 24, 4, 2),
+    (8, 16, 0, 4, 2),
+    (40, 64, 96, 8, 4),
+    (1, 16, 16, 4, 0),
+    (33, 50, 70, 0, 3),
+    (300, 64, 640, 16, 8),
+    (20, 24, 28, 0, 0),
+)
+OPTIONS = (
+    {},
+    {"dropout_p": 0.0, "bias": False},
+    {"base": False},
+    {"layout": slices},
+    {"layout": transposed, "dtype": FP32},
+)
+KINDS = ("fused", "library", "one_launch", "descriptors")
+
+
+def plan_of(call, target, strategy, memory=None):
+    problem = Problem(call, tiles.TARGETS[target], memory=memory)
+    plan = plan_forward if call.pass_ == "forward" else plan_backward
+    return problem, plan(problem, strategy)
+
+
+def prepare(call, target="sm_80", strategy=None):
+    return prepared.PreparedPlan(*plan_of(prepared.without_memory(call), target, strategy, "meta"))
+
+
+def both_calls(*size, dtype=BF16, dropout_p=0.1, bias=True, base=True, layout=None):
+    case = make_case(*size, dtype, adapter_dtype=FP32, dropout_p=dropout_p, bias=bias)
+    if layout is not None:
+        layout(case)
+    return calls(case, outputs(case, base), drawn_seed(case), None if base else base_product(case))
+
+
+def same_tensor(one, two, given):
+    """The same memory where it is the call's, else memory of the same shape, order and dtype."""
+    same = (one.shape, one.stride(), one.dtype) == (two.shape, two.stride(), two.dtype)
+    ours = {t.data_ptr() for t in given if isinstance(t, torch.Tensor) and t.numel()}
+    return same and (one.data_ptr() == two.data_ptr() or not {one.data_ptr(), two.data_ptr()} & ours)
+
+
+def same_value(one, two, given):
+    if isinstance(one, torch.Tensor):
+        return same_tensor(one, two, given)
+    if hasattr(one, "block_shape"):
+        facts = [(d.shape, d.strides, d.block_shape) for d in (one, two)]
+        return facts[0] == facts[1] and same_tensor(one.base, two.base, given)
+    return one == two
+
+
+def check_same_plan(one, two, given):
+    assert len(one) == len(two)
+    for a, b in zip(one, two, strict=True):
+        assert type(a) is type(b)
+        if not isinstance(a, KernelLaunch):
+            parts = [[getattr(step, field.name) for field in fields(step)] for step in (a, b)]
+            assert all(same_value(x, y, given) for x, y in zip(*parts, strict=True))
+            continue
+        facts = [(c.kernel, c.grid, c.constants, c.num_warps, c.num_stages, list(c.args)) for c in (a, b)]
+        assert facts[0] == facts[1]
+        for name in a.args:
+            assert same_value(a.args[name], b.args[name], given), (a.kernel.__name__, name)
+
+
+def workspace_of(plan, given):
+    """First and last byte of every tensor of a plan that is not the call's."""
+    ours = {id(t) for t in given}
+    found = {}
+    for launch in plan:
+        for value in launch.args.values() if isinstance(launch, KernelLaunch) else ():
+            t = getattr(value, "base", value) if hasattr(value, "block_shape") else value
+            if isinstance(t, torch.Tensor) and id(t) not in ours and t.numel():
+                span = sum((n - 1) * s for n, s in zip(t.shape, t.stride(), strict=True)) + 1
+                found[t.data_ptr()] = t.data_ptr() + span * t.element_size()
+    return sorted(found.items())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("options", OPTIONS)
+def test_the_launches_of_a_plan_made_anew(size, options, kind):
+    if size[4] == 0 and "layout" in options:
+        options = {"dtype": FP16}
+    for call in both_calls(*size, **options):
+        found = prepare(call, "sm_90", Strategy(kind)).bind(call)
+        check_same_plan(plan_of(call, "sm_90", Strategy(kind))[1], found, call)
+        spans = workspace_of(found, call)
+        assert all(end <= start for (_, end), (start, _) in itertools.pairwise(spans)), "pieces overlap"
+        # What must be zero is allocated by itself, where the CPU's allocator pleases.
+        assert all(start % 256 == 0 for start, _ in spans) or kind == "one_launch"
+
+
+def test_rounds_and_every_choice_of_gradients(monkeypatch):
+    monkeypatch.setattr(backward_plan, "_G_BYTES", 1)
+    call = both_calls(40, 64, 1000, 8, 4)[1]
+    assert any(launch.kernel.__name__ == "add_parts" for launch in plan_of(call, "sm_80", Strategy())[1])
+    for wanted in range(32):
+        names = ("dx", "da", "db_lora", "dsigma", "dbias")
+        some = call._replace(**{name: None for bit, name in enumerate(names) if wanted & 1 << bit})
+        check_same_plan(plan_of(some, "sm_80", None)[1], prepare(some).bind(some), some)
+
+
+class Compiled:
+    """Stands for a compiled kernel: keeps what its launcher is given."""
+
+    function, packed_metadata = "function", "metadata"
+
+    def __init__(self, name, seen):
+        self.run = lambda *arguments: seen.append((name, *arguments))
+
+
+@pytest.fixture
+def launched(monkeypatch):
+    """Launches by Triton, and launches past it, of plans that are run; nothing is executed."""
+    seen = SimpleNamespace(by_triton=[], repeated=[], products=[])
+
+    def run(launch):
+        seen.by_triton.append(launch)
+        return Compiled(launch.kernel.__name__, seen.repeated)
+
+    monkeypatch.setattr(KernelLaunch, "run", run)
+    monkeypatch.setattr(LibraryProduct, "run", lambda product: seen.by_triton.append(product))
+    monkeypatch.setattr(prepared, "multiply", lambda *operands: seen.products.append(operands))
+    monkeypatch.setattr(launcher, "current_stream", lambda device: "stream")
+    monkeypatch.setattr(backend, "architecture_of", lambda device: "sm_90")
+    monkeypatch.setattr(backend, "PLANS", prepared.PlanCache(64))
+    return seen
+
+
+def in_order(launch):
+    return [{**launch.args, **launch.constants}[name] for name in launch.kernel.arg_names]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_repeats_by_address_what_triton_was_given(launched, kind):
+    for call in both_calls(40, 64, 96, 8, 4):
+        plan, addresses = prepare(call, "sm_90", Strategy(kind)), prepared.look(call)[2]
+        plan.run(call, addresses)
+        kernels = [launch for launch in launched.by_triton if isinstance(launch, KernelLaunch)]
+        plan.run(call, addresses)
+        assert len(launched.repeated) == len(kernels) and len(launched.by_triton) == len(plan.steps)
+        for launch, (name, *arguments) in zip(kernels, launched.repeated, strict=True):
+            assert name == launch.kernel.__name__
+            grid = [*launch.grid, 1, 1][:3]
+            assert arguments[: launcher.ARGUMENTS] == [*grid, "stream", "function", "metadata", None, None, None]
+            for ours, theirs in zip(arguments[launcher.ARGUMENTS :], in_order(launch), strict=True):
+                if isinstance(theirs, torch.Tensor):
+                    assert isinstance(ours, int) and ours % 16 == theirs.data_ptr() % 16
+                    own = {t.data_ptr() for t in call if isinstance(t, torch.Tensor)}
+                    assert ours == theirs.data_ptr() or theirs.data_ptr() not in own
+                elif hasattr(theirs, "block_shape"):
+                    assert (ours.shape, ours.strides, ours.block_shape) == (
+                        theirs.shape,
+                        theirs.strides,
+                        theirs.block_shape,
+                    )
+                    assert ours.base.data_ptr() % 16 == 0
+                else:
+                    assert ours == theirs
+        launched.by_triton.clear(), launched.repeated.clear()
+    if kind == "library":
+        (x, w, _, y, *forward), (dy, same_w, _, dx, *backward) = launched.products
+        assert (forward, backward) == ([True, True], [False, True]) and w is same_w is call.weight
+        assert x is call.x and dy is call.dy and dx is call.dx and y.shape == dy.shape
+
+
+def test_a_cached_plan_takes_the_tensors_of_its_call(launched):
+    """Other memory of the same kind: the same plan, the other addresses."""
+    one, two = (both_calls(40, 64, 96, 8, 4)[0] for _ in range(2))
+    for call in (one, two):
+        backend.forward(call)
+    assert len(backend.PLANS) == 1
+    first = launched.repeated[0]
+    assert two.x.data_ptr() in first and one.x.data_ptr() not in first
+
+
+def moved(t, offset=1):
+    """The same values at an address that 16 does not divide."""
+    memory = t.new_empty(t.numel() + offset)
+    return memory[offset:].view(t.shape).copy_(t)
+
+
+def test_gradients_without_terms_are_zero_in_every_call(launched, monkeypatch):
+    """And no driver is asked for, which the interpreter lacks."""
+    monkeypatch.setattr(launcher, "current_stream", None)
+    for _ in range(3):
+        call = both_calls(0, 16, 24, 4, 2)[1]
+        backend.backward(call)
+        assert all((grad == 0).all() for grad in (call.da, call.db_lora, call.dsigma, call.dbias))
+    assert len(backend.PLANS) == 1
+
+
+def test_what_makes_another_plan(launched):
+    call, gradients = both_calls(40, 64, 96, 8, 4)
+    twice = torch.empty(96, 128, dtype=BF16)
+    others = (
+        call._replace(x=moved(call.x)),
+        call._replace(p=moved(call.p)),
+        call._replace(weight=twice[:, :64]),
+        call._replace(weight=torch.empty(64, 96, dtype=BF16).t()),
+        call._replace(lora_b=call.lora_b.to(BF16)),
+        call._replace(scaling=3.0),
+        call._replace(threshold=7),
+        call._replace(seed=None),
+        call._replace(bias=None),
+        call._replace(weight=None, bias=None, base=call.y.clone()),
+        both_calls(41, 64, 96, 8, 4)[0],
+        both_calls(40, 64, 96, 8, 0)[0],
+        gradients,
+        gradients._replace(da=None),
+        gradients._replace(dy=gradients.dy.t().contiguous().t()),
+    )
+    for count, other in enumerate((call, *others), 1):
+        for _ in range(2):
+            getattr(backend, other.pass_)(other)
+        assert len(backend.PLANS) == count
+    with tuning.forced("triton", forward=Strategy("fused")):
+        backend.forward(call)
+    assert len(backend.PLANS) == count + 1
+    # And all of it anew on another card.
+    backend.architecture_of = lambda device: "sm_80"
+    backend.forward(call)
+    assert len(backend.PLANS) == count + 2
+
+
+def test_tensors_given_twice_are_told_apart(launched):
+    """U and A^T may be one tensor in one call and two in the next."""
+    call = both_calls(40, 64, 64, 8, 8)[0]
+    shared = call._replace(dash_vt=call.lora_a)
+    backend.forward(shared)
+    apart = shared._replace(dash_vt=call.lora_a.clone())
+    backend.forward(apart)
+    assert len(backend.PLANS) == 1
+    down = launched.repeated[0]
+    assert apart.dash_vt.data_ptr() in down and apart.lora_a.data_ptr() in down
+
+
+def test_vectors_with_gaps_and_negated_values_are_copied():
+    call = both_calls(40, 64, 96, 8, 4)[0]
+    wide = torch.randn(4, 2)
+    odd = call._replace(dash_sigma=wide[:, 0], lora_a=torch._neg_view(call.lora_a))
+    given, traits, addresses = prepared.look(odd)
+    assert given.dash_sigma.is_contiguous() and torch.equal(given.dash_sigma, wide[:, 0])
+    assert not given.lora_a.is_neg() and torch.equal(given.lora_a, -call.lora_a)
+    assert traits == prepared.look(call)[1] and given.lora_a.data_ptr() == addresses[3]
+    # A vector of one element has no gap, whatever its stride.
+    one = both_calls(8, 16, 16, 4, 1)[0]
+    one = one._replace(dash_sigma=torch.ones(1, 3)[:, 0])
+    assert prepared.look(one)[0] is one
+
+
+def test_no_tensor_is_held(launched):
+    call = both_calls(40, 64, 96, 8, 4)[0]
+    held = [weakref.ref(t.untyped_storage()) for t in call if isinstance(t, torch.Tensor)]
+    for _ in range(2):
+        backend.forward(call)
+    assert len(backend.PLANS) == 1 and launched.repeated
+    launched.by_triton.clear(), launched.products.clear()
+    del call
+    gc.collect()
+    assert all(storage() is None for storage in held)
+
+
+def test_the_cache_keeps_the_last_plans():
+    made = []
+    cache = prepared.PlanCache(3)
+    for key in (1, 2, 3, 1, 4, 1, 3, 2):
+        cache.get(key, lambda key=key: made.append(key) or key)
+    assert len(cache) == 3 and made == [1, 2, 3, 4, 2]
+
+
+def test_the_cache_from_several_threads():
+    cache = prepared.PlanCache(2)
+
+    def use():
+        for turn in range(2000):
+            assert cache.get(turn % 5, lambda turn=turn: turn % 5) == turn % 5
+
+    threads = [threading.Thread(target=use) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(cache) == 2
+
+
+def test_watched_launches_go_through_triton(launched, monkeypatch):
+    from triton import knobs
+
+    call = both_calls(40, 64, 96, 8, 4)[0]
+    for _ in range(2):
+        backend.forward(call)
+    repeated = len(launched.repeated)
+    assert repeated and len(launched.by_triton) == 3
+
+    def through_triton():
+        launched.by_triton.clear()
+        backend.forward(call)
+        assert (len(launched.repeated) == repeated) == (len(launched.by_triton) == 3)
+        return bool(launched.by_triton)
+
+    for name, value in (("debug", True), ("launch_enter_hook", print), ("launch_exit_hook", print)):
+        with monkeypatch.context() as patch:
+            patch.setattr(knobs.runtime, name, value)
+            assert through_triton(), name
+    hooks = next(iter(backend.PLANS._plans.values()))._kernels[0].pre_run_hooks
+    hooks.append(print)
+    assert through_triton()
+    hooks.clear()
+    assert not through_triton()
+
+
+def test_an_unknown_triton_launches_as_ever(launched, monkeypatch):
+    from triton.runtime.jit import JITFunction
+
+    monkeypatch.setattr(JITFunction, "run", lambda self, *args, **kwargs: None)
+    launcher._obstacle.cache_clear()
+    try:
+        call = both_calls(40, 64, 96, 8, 4)[0]
+        for _ in range(3):
+            backend.forward(call)
+        assert "another way" in launcher._obstacle()
+        assert len(launched.by_triton) == 9 and not launched.repeated
+    finally:
+        launcher._obstacle.cache_clear()
+
+
+def test_a_launch_that_fails_is_tried_by_triton_again(launched, monkeypatch):
+    """Nothing is repeated before every launch of a plan went through once."""
+    call, run = both_calls(40, 64, 96, 8, 4)[0], KernelLaunch.run
+
+    def fail(launch):
+        raise RuntimeError("out of resource")
+
+    monkeypatch.setattr(KernelLaunch, "run", fail)
+    with pytest.raises(RuntimeError, match="out of resource"):
+        backend.forward(call)
+    monkeypatch.setattr(KernelLaunch, "run", run)
+    backend.forward(call)
+    assert len(launched.by_triton) == 3 and not launched.repeated
+
+
+def test_every_run_takes_the_stream_that_is_current(launched, monkeypatch):
+    streams = iter(("first", "second"))
+    monkeypatch.setattr(launcher, "current_stream", lambda device: next(streams))
+    call = both_calls(40, 64, 96, 8, 4)[0]
+    for _ in range(3):
+        backend.forward(call)
+    place = 1 + launcher.STREAM
+    assert [launch[place] for launch in launched.repeated] == ["first", "first", "second", "second"]
+
+
+@pytest.mark.parametrize(("device", "entered"), [(0, []), (1, [torch.device("cuda", 1)])])
+def test_the_device_of_x_is_the_current_one(monkeypatch, device, entered):
+    seen = []
+
+    @contextlib.contextmanager
+    def enter(found):
+        seen.append(found)
+        yield
+
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "device", enter)
+    monkeypatch.setattr(backend, "_run_here", lambda call: None)
+    x = SimpleNamespace(is_cuda=True, get_device=lambda: device, device=torch.device("cuda", device))
+    backend.forward(SimpleNamespace(x=x))
+    assert seen == entered
+
+
+def test_nothing_is_repeated_on_amd(monkeypatch):
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    launcher._obstacle.cache_clear()
+    try:
+        assert "on AMD" in launcher.obstacle([])
+    finally:
+        launcher._obstacle.cache_clear()
+    assert "list launches kernels" in launcher.obstacle([[]])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("architecture", [80, 90])
+def test_real_kernels_get_the_arguments_that_triton_gives_them(architecture):
+    """Compiled for a card, up to the launcher: the installed Triton's own launches beside the repeated ones."""
+    command = [sys.executable, "-m", "tests.support.repeated_launches", str(architecture)]
+    done = subprocess.run(command, env=dict(os.environ), capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    assert "launches are repeated" in done.stdout and "one_launch_forward" in done.stdout
+
+
+@pytest.mark.slow
+def test_host_time_runs():
+    command = [sys.executable, "-m", "benchmarks.layers.host_time", "--blocks", "1", "--steps", "2"]
+    done = subprocess.run(command, env=dict(os.environ), capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "library, its products left out" in done.stdout
