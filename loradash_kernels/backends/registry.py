@@ -124,11 +124,13 @@ def _remedy(x: Tensor, width: int) -> str:
     """What would let kernels run such a call on a GPU, or "" where nothing would."""
     if width > triton.MAX_WIDTH:
         return f"No kernel takes r + s above {triton.MAX_WIDTH}: choose a smaller rank"
-    oldest, architecture = ".".join(map(str, triton.MINIMUM)), cards.architecture_of(x.device)
+    architecture, target = cards.architecture_of(x.device), triton.target_of(x.device)
     if architecture.startswith("sm_") and cards.capability_of(x.device) < cuda.OLDEST:
         return f"No kernel runs on {architecture}: sm_{cuda.OLDEST[0]}{cuda.OLDEST[1]} or newer is needed"
     remedies = []
-    if triton.missing() is not None:
+    if target is not None:
+        # There are tiles for it: Triton is not there, or too old.
+        oldest = ".".join(map(str, target.triton))
         remedies.append(f"install Triton {oldest} or newer (`pip install 'triton>={oldest}'`)")
     if not torch.version.hip and x.dtype in cuda.DTYPES:
         remedies.append(f"build the compiled part with a CUDA toolkit for {architecture} (docs/install.md)")
