@@ -153,6 +153,11 @@ def test_options(drawn, options, r, s, dtype):
     check_error_rule(check, products_run(check))
 
 
+def test_an_update_of_no_rank_passes_no_gradient_to_x(drawn):
+    case = make_case(5, 8, 16, 0, 0, FP32)
+    check_error_rule(case, products_run(case, base=False))
+
+
 @pytest.mark.parametrize("layout", [slices, transposed])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("base", [True, False])
