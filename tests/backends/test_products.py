@@ -6,6 +6,7 @@ import pytest
 import torch
 from support import jitted
 from support.calls import base_product, calls, drawn_seed, outputs, results
+from support.cards import OnCard, backward_call, forward_call
 from support.layouts import slices, transposed
 from support.shapes import DTYPES, SHAPES
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -222,6 +223,20 @@ def test_few_kernels(monkeypatch):
     fused = launches(products.forward, forward), launches(products.backward, backward)
     print(f"operators that launch: {eager} by the formula, {fused} as products")
     assert fused[0] <= 20 and fused[1] <= 30 and eager[0] > 300 and eager[1] > 600
+
+
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float64])
+@pytest.mark.parametrize("make", [forward_call, backward_call])
+def test_which_calls_take_this_path(monkeypatch, make, dtype):
+    """Those on a card, float64 apart, which keeps its precision."""
+    ran = []
+    for module, names in ((products, ("forward", "backward")), (reference, ("_forward", "_backward"))):
+        for name in names:
+            monkeypatch.setattr(module, name, lambda call, module=module: ran.append(module))
+    for x in (OnCard(dtype), torch.zeros(2, 4, dtype=dtype)):
+        call = make(x)
+        getattr(reference, call.pass_)(call)
+    assert ran == [reference if dtype == torch.float64 else products, reference]
 
 
 @pytest.mark.skipif(torch.version.cuda is None, reason="this PyTorch has no CUDA, which fake tensors of a card ask for")
