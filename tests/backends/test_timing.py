@@ -167,6 +167,14 @@ def test_a_host_that_comes_late_lengthens_the_spin(slept, monkeypatch):
     assert max(slept) == timing._LONGEST_SPIN and watch.late == 11
 
 
+def test_the_card_that_is_timed_spins(slept, monkeypatch):
+    """The spin is the current device's, whichever that is."""
+    entered = []
+    monkeypatch.setattr(torch.cuda, "device", lambda device: entered.append(device) or timing.contextlib.nullcontext())
+    CudaStopwatch("cuda:1").spin()
+    assert entered == [torch.device("cuda", 1)] and len(slept) == 1
+
+
 def test_a_stamp_without_a_spin_judges_nothing(slept, monkeypatch):
     monkeypatch.setattr(FakeEvent, "passed", True)
     watch = CudaStopwatch("cuda")
