@@ -6,14 +6,13 @@ case that passes has none of them. Outputs are NaN before.
 
 from __future__ import annotations
 
-import ptxsim
 import pytest
 import torch
 from support import triton_emulation as emulation
 from support.calls import outputs
 from support.layouts import slices, transposed
 
-from loradash_kernels.backends.triton.target import TileConfig, triton_version
+from loradash_kernels.backends.triton.target import TileConfig
 from loradash_kernels.random import dropout_mask
 from loradash_kernels.testing import check_error_rule, make_case
 
@@ -32,18 +31,8 @@ BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 SMALL = TileConfig(64, 64, 32, 4, 3, group_m=2)
 
 
-# Before 3.7.1 Triton leaves out a fence that PTX asks for between what cp.async copied and the wgmma that reads it.
-FENCED = (3, 7)
-
-
 def check(case, architecture="sm_80", **options):
-    try:
-        found = emulation.emulated_run(case, architecture, **options)
-    except ptxsim.SimError as error:
-        if triton_version() < FENCED and architecture == "sm_90" and "[proxy]" in str(error):
-            pytest.xfail(f"this Triton is older than 3.7.1, which fences cp.async before wgmma: {str(error)[:200]}")
-        raise
-    check_error_rule(case, found)
+    check_error_rule(case, emulation.emulated_run(case, architecture, **options))
 
 
 @pytest.mark.parametrize("architecture", ["sm_80", "sm_86", "sm_90"])

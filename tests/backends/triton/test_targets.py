@@ -15,8 +15,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from support import triton_emulation as emulation
 
+from loradash_kernels.backends.triton.strategies import Strategy
 from loradash_kernels.backends.triton.target import triton_version
 from loradash_kernels.backends.triton.tiles import TARGETS
 
@@ -107,3 +109,18 @@ def test_spills_that_are_allowed():
     assert allowed((3, 6), "sm_80", kernel) == 8 and allowed((3, 6), "sm_90", kernel) == 0
     assert allowed((9, 9), "sm_80", kernel) == UNSEEN > max(SPILLS.values())
     assert all(version != HELD and target in SEEN[version] for version, target, *_ in SPILLS)
+
+
+def test_no_copies_ahead_without_the_fence(monkeypatch):
+    """Triton before 3.7 leaves out the fence between cp.async and wgmma: one stage, but for fp32 products and descriptors."""
+    from support.compile_targets import launches
+
+    def stages(version, dtype, kind):
+        monkeypatch.setattr("loradash_kernels.backends.triton.target.triton_version", lambda: version)
+        return {launch.kernel.__name__: launch.num_stages for launch in launches("sm_90", dtype, Strategy(kind))}
+
+    without, fenced = (stages(version, torch.bfloat16, "fused") for version in ((3, 6), (3, 7)))
+    assert fenced["extended_gemm"] > 1 and fenced["dy_pass"] > 1
+    assert {without[name] for name in (*PRODUCTS[:2], *PASSES)} == {1}
+    assert stages((3, 6), torch.float32, "fused")["extended_gemm"] > 1
+    assert stages((3, 6), torch.bfloat16, "descriptors")["descriptor_forward"] > 1
