@@ -319,12 +319,11 @@ __device__ __forceinline__ void multiply(const GemmParams& p, char* shared, int 
   constexpr uint32_t kEnd = Tile::kStages * Tile::kStageBytes;
   // The offset of the stage to fill next, and how many tiles are fetched before the second pair of operands.
   uint32_t write = 0;
-  int until_second = kSecond == Second::kMasked || first == 0 ? -1 : first;
   int to_fetch = steps;
   const auto prefetch = [&] {
     if (to_fetch > 0) {
       if constexpr (kSecond != Second::kMasked) {
-        if (until_second == 0) {
+        if (to_fetch == second) {
           // Makes this a branch that is taken once, not a selection in every step.
           asm volatile("");
           before_second();
@@ -332,7 +331,7 @@ __device__ __forceinline__ void multiply(const GemmParams& p, char* shared, int 
         }
       }
       stream.next(place_a + write, place_b + write);
-      --until_second, --to_fetch;
+      --to_fetch;
     }
     commit_copies();
     write += Tile::kStageBytes;

@@ -120,7 +120,8 @@ struct TileCopy {
   // are there when the next barrier is passed.
   static __device__ __forceinline__ void load(uint32_t tile, const T* from, int64_t ld, int rows_left,
                                               int columns_left) {
-#pragma unroll
+    // Element by element there is little to gain by unrolling, and registers are short.
+#pragma unroll(kAligned ? kCount : 1)
     for (int i = 0; i < kCount; ++i) {
       const uint32_t to = tile + i * kStep * Tile::kRowBytes;
       const bool row_inside = row() + i * kStep < rows_left;
