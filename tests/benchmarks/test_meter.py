@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 import torch
 
@@ -83,7 +85,7 @@ def card(monkeypatch):
 
     class Stream:
         def __init__(self, device=None):
-            pass
+            self.device = device
 
         def wait_stream(self, other):
             asked.append("wait")
@@ -110,11 +112,15 @@ def card(monkeypatch):
             asked.append(f"{state} generator")
 
     monkeypatch.setattr(torch, "Generator", lambda device: Generator())
+    for name in ("_cuda_endAllocateToPool", "_cuda_releasePool"):
+        fake = functools.partial(lambda name, index, pool: asked.append(f"{name} {index} {pool}"), name)
+        monkeypatch.setattr(torch._C, name, fake, raising=False)
     memory = iter([100, 350])
     for name, fake in {
         "Stream": Stream,
         "CUDAGraph": Graph,
         "current_stream": Stream,
+        "set_stream": lambda stream: asked.append(f"back to the stream of {stream.device}"),
         "current_device": lambda: 0,
         "default_generators": [Generator()],
         "stream": lambda stream: Context("stream"),
@@ -134,12 +140,14 @@ def test_a_graph_is_captured_once_and_replayed(card):
     meter = Meter(torch.device("cuda"), HostStopwatch(), least=2, most=2)
 
     def bad():
-        raise RuntimeError("operation not permitted when stream is capturing")
+        if card[-1] == "graph begins":
+            raise RuntimeError("operation not permitted when stream is capturing")
 
     found = meter.graphs({"a": lambda: card.append("step"), "bad": bad})
     assert found.samples.keys() == {"a"} and "capturing" in found.errors["bad"]
     assert " ".join(card).startswith(
         "wait stream begins step step step stream ends wait graph begins step graph ends wait stream begins stream ends "
+        "wait graph begins graph ends back to the stream of cuda _cuda_endAllocateToPool 0 graph _cuda_releasePool 0 graph "
         "fresh generator synchronize empty_cache replay"
     )
     assert card.count("step") == 4 and card.count("replay") == 4, "two of them warm"
