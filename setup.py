@@ -341,16 +341,11 @@ def cuda_part(torch: Torch) -> CudaPart:
 
 
 def installed_torch(torch: Any, cpp_extension: Any) -> Torch:
-    packages = Path(torch.__file__).parents[1] / "nvidia"
+    headers = sorted((Path(torch.__file__).parents[1] / "nvidia").glob("*/include"))
     cards = range(torch.cuda.device_count()) if torch.version.cuda else ()
-    return Torch(
-        torch.__version__,
-        torch.version.cuda,
-        torch.version.hip,
-        cpp_extension.CUDA_HOME,
-        tuple(sorted(packages.glob("*/include"))),
-        tuple(sorted({torch.cuda.get_device_capability(index) for index in cards})),
-    )
+    capabilities = sorted({torch.cuda.get_device_capability(index) for index in cards})
+    version, toolkit = torch.version, cpp_extension.CUDA_HOME
+    return Torch(torch.__version__, version.cuda, version.hip, toolkit, tuple(headers), tuple(capabilities))
 
 
 def missing_part(reason: str) -> dict[str, Any]:

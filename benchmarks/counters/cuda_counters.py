@@ -4,7 +4,8 @@
 
 1. The product's tiles beside CUTLASS's sm_80 GEMM of the same tile (pip install --no-deps nvidia-cutlass==4.2.0.0), one run.
 2. The passes: bytes over those of their one large operand.
-3. MODELLED, for an A100 and an RTX 3090: the sum of our launches' bounds over the bound of the frozen product alone, at
+3. The products of a call without W, which go before a library's product: bytes over those of their output, by tile.
+4. MODELLED, for an A100 and an RTX 3090: the sum of our launches' bounds over the bound of the frozen product alone, at
    LLaMA-7B shapes. Every launch is emulated at two small depths; its counters are lines in the depth, which are continued
    to the full size. A bound is the busiest resource of the card at its published rate (ptxsim/model.py in tools/ptxsim):
    latency, fill and drain cost nothing.
@@ -21,6 +22,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import ptxsim
 import torch
 from ptxsim.cutlass import CutlassGemm, include_dir
 from ptxsim.model import A100_SXM_80GB, RTX_3090, estimate
@@ -64,6 +66,7 @@ def launches(
     rank: int = RANK,
     dash: int = DIRECTIONS,
     dropout: float = DROPOUT,
+    weight: bool = True,
 ) -> list[tuple[str, list[tuple], list[torch.Tensor]]]:
     """(pass, launches, buffers) for each pass of a case without bias."""
     case = make_case(m, k, n, rank, dash, BF16, adapter_dtype=F32, bias=False, dropout_p=dropout)
@@ -71,7 +74,7 @@ def launches(
     out = outputs(case, torch.zeros)
     found = []
     for pass_ in passes:
-        planned, kept = emulation.plan(case, out, pass_, seed, None, card, tile)
+        planned, kept = emulation.plan(case, out, pass_, seed, None, card, tile, weight)
         buffers = [t for t in (*out.values(), seed, case.dy, case.x, *kept) if t is not None]
         found.append((pass_, planned, buffers))
     return found
@@ -149,6 +152,37 @@ def passes(m: int = 2048, size: int = 1024) -> list[dict[str, Any]]:
                         "requested / operand": requested / (2 * m * size),
                         "touched / operand": touched / (2 * m * size),
                         "conflicts in the main loop": main_loop_conflicts(s),
+                    }
+                )
+    return rows
+
+
+def before_a_library_product(m: int = 2048, size: int = 1024) -> list[dict[str, Any]]:
+    """Low-rank terms alone, written as y and dx: what each tile requests and executes, and how many programs of it an A100's and
+    an RTX 3090's processor holds. The last tile is what the plan takes."""
+    rows = []
+    used: dict[str, dict[str, int]] = {}
+    for source in emulation.SOURCES:
+        used |= ptxsim.resources(emulation.ptx(source, "sm_80"))
+    for tile in ("128x256", "128x128", "64x128", "64x64", ""):
+        for pass_, planned, buffers in launches(m, size, size, emulation.CARDS["sm_80"], tile, weight=False):
+            stats = emulation.emulate(planned, buffers, "sm_80")
+            for (kernel, _, threads, shared, _), s in zip(planned, stats, strict=True):
+                if not kernel.startswith("gemm"):
+                    continue
+                registers = -(-used[kernel]["registers"] // 8) * 8
+                by_registers = 65536 // (registers * threads)
+                rows.append(
+                    {
+                        "pass": pass_,
+                        "kernel": kernel,
+                        "requested / output": 32 * (s.gld["sectors"] + s.gst["sectors"]) / (2 * m * size),
+                        "touched / output": (s.unique_load_bytes + s.unique_store_bytes) / (2 * m * size),
+                        "warp instructions / KB": s.warp_insts / (2 * m * size / 1024),
+                        "conflicts": s.smem["conflicts"],
+                        "registers": registers,
+                        "programs, 164 KB": min(by_registers, 164 * 1024 // (shared + 1024)),
+                        "programs, 100 KB": min(by_registers, 100 * 1024 // (shared + 1024)),
                     }
                 )
     return rows
@@ -329,6 +363,8 @@ def main() -> None:
         raise SystemExit(f"nothing can be emulated here: {reason}")
     console = Console(width=170)
     tables = {"cuda_passes": ("counted: the passes, M 2048, K = N = 1024, r 16, s 8, dropout 0.05", passes())}
+    apart = before_a_library_product()
+    tables["cuda_before_library"] = ("counted: products of a call without W, M 2048, K = N = 1024, dropout 0.05", apart)
     if include_dir() is None:
         console.print(
             "CUTLASS's headers are not installed (pip install --no-deps nvidia-cutlass==4.2.0.0): no comparison"

@@ -31,6 +31,8 @@ from .state import State, Unusable, restore
 
 PASSED, FAILED, UNABLE, CUT = range(4)
 REPORT_SECONDS = 60.0
+# Ctrl-C, a scheduler's end of the job, a terminal that is closed.
+ENDS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 NAMES = [stage.name for stage in STAGES]
 
 
@@ -68,6 +70,8 @@ def examine(options: argparse.Namespace, call: Call) -> dict[str, Any]:
     """What the doctor finds, in every call anew: the card decides where the state lies. Raises Unusable."""
     record = run_stage(call, STAGES[0])
     facts = call.context.of("doctor") / "facts.json"
+    if record.ending == "cut":
+        raise KeyboardInterrupt
     if not facts.exists():
         raise Unusable(f"the doctor found nothing out. {record.detail}")
     return json.loads(facts.read_text())
@@ -140,7 +144,7 @@ def code_of(proof: dict[str, Any], chosen: list[str], through: bool) -> int:
 
 def interrupted(number: int, frame: object) -> NoReturn:
     """Once: while processes are being ended, a second Ctrl-C would leave some of them running."""
-    for one in (signal.SIGINT, signal.SIGTERM):
+    for one in ENDS:
         signal.signal(one, signal.SIG_IGN)
     raise KeyboardInterrupt
 
@@ -148,7 +152,7 @@ def interrupted(number: int, frame: object) -> NoReturn:
 def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
     screen = Screen()
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in ENDS:
         signal.signal(number, interrupted)
     try:
         return prove(options, screen)

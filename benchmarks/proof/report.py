@@ -11,7 +11,7 @@ import dataclasses
 import json
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -108,7 +108,7 @@ def write(proof: dict[str, Any], folder: Path, out: Path) -> list[str]:
     if measurements.exists():
         (out / MEASUREMENTS).write_bytes(measurements.read_bytes())
     rows, parts, troubles = bench_rows(proof["stages"]), [documents.markdown(proof)], []
-    made = {"plots.png": lambda path: plots.draw(proof, path)}
+    made: dict[str, Callable[[Path], object]] = {"plots.png": lambda path: plots.draw(proof, path)}
     if rows:
         made["the tables of layers"] = lambda path: parts.append(layers_text(rows))
     if any(measured.values() for measured in device_report.ratios(rows).values()):

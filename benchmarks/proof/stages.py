@@ -111,6 +111,7 @@ STAGES = (
         complete=lambda code: code in (0, 1, 5),
         lanes=lanes,
         sources=(*KERNELS, *TESTS, "tests/operator"),
+        patience=160,
     ),
     Stage(
         "integrate",
@@ -120,6 +121,7 @@ STAGES = (
         complete=lambda code: code in (0, 1, 5),
         lanes=lanes,
         sources=(*KERNELS, *TESTS, "python"),
+        patience=160,
     ),
     Stage(
         "sanitize",
@@ -127,7 +129,7 @@ STAGES = (
         240,
         sanitize,
         lanes=lanes,
-        sources=(*KERNELS, "examples", "tests/support", PROOF),
+        sources=(*KERNELS, "examples", f"{PROOF}/sanitize.py", f"{PROOF}/emulated.py"),
         patience=200,
     ),
     Stage("stress", 70, 120, stress, sources=(*KERNELS, f"{PROOF}/stress.py"), patience=40),

@@ -64,10 +64,10 @@ struct Expected {
   std::vector<double> values, allowed;
 
   Expected(const char* name_in, int64_t count) : name(name_in), values(count), allowed(count) {}
-  // `low` counts the absolute products that were rounded to 16 bits, `high` those that were not.
-  void set(int64_t index, double value, double low, double high, double unit) {
+  // Absolute products are counted in `rounded` where a factor was rounded to 16 bits, in `exact` where none was.
+  void set(int64_t index, double value, double rounded, double exact, double unit) {
     values[index] = value;
-    allowed[index] = unit * (std::fabs(value) + 2 * low) + 1e-5 * (low + high) + 1e-6;
+    allowed[index] = unit * (std::fabs(value) + 2 * rounded) + 1e-5 * (rounded + exact) + 1e-6;
   }
 };
 
@@ -88,84 +88,129 @@ inline bool kept(const int64_t* seed, uint32_t threshold, int64_t m, int64_t k) 
   return (c[half / 2] >> (half % 2 * 16) & 0xFFFF) >= threshold;
 }
 
+// Everything of rank R, with the sums of absolute products beside each sum.
+struct LowRank {
+  int64_t all;
+  std::vector<double> dropped;    // (M, K): x as dropout leaves it, scaled
+  std::vector<double> p, p_size;  // (M, R)
+  std::vector<double> g, g_size;  // (M, R)
+};
+
+// The operands by their places in D (R, K), Q (N, R) and c (R).
+struct Factors {
+  const Case& c;
+  const Inputs& in;
+
+  double d(int64_t p, int64_t i) const {
+    return p < c.rank ? in.a[p * c.shape.k + i] : in.vt[(p - c.rank) * c.shape.k + i];
+  }
+  double q(int64_t j, int64_t p) const {
+    return p < c.rank ? in.b[j * c.rank + p] : in.u[j * c.directions + p - c.rank];
+  }
+  double scale(int64_t p) const { return p < c.rank ? in.scaling : in.sigma[p - c.rank]; }
+  bool keeps(int64_t m, int64_t k) const { return c.threshold() == 0 || kept(in.seed, c.threshold(), m, k); }
+};
+
+inline LowRank low_rank(const Factors& f) {
+  const auto [m, k, n] = f.c.shape;
+  const double keep = loradash::keep_scale(f.c.threshold());
+  const int64_t all = f.c.rank + f.c.directions;
+  const std::vector<double> zeros(m * all);
+  LowRank low{all, std::vector<double>(m * k), zeros, zeros, zeros, zeros};
+  for (int64_t i = 0; i < m; ++i) {
+    for (int64_t e = 0; e < k; ++e) low.dropped[i * k + e] = f.keeps(i, e) ? keep * f.in.x[i * k + e] : 0;
+    for (int64_t p = 0; p < all; ++p) {
+      const int64_t at = i * all + p;
+      for (int64_t e = 0; e < k; ++e) {
+        const double product = low.dropped[i * k + e] * f.d(p, e);
+        low.p[at] += product, low.p_size[at] += std::fabs(product);
+      }
+      for (int64_t j = 0; j < n; ++j) {
+        const double product = f.in.dy[i * n + j] * f.q(j, p);
+        low.g[at] += product, low.g_size[at] += std::fabs(product);
+      }
+    }
+  }
+  return low;
+}
+
+inline Expected output(const Factors& f, const LowRank& low, double unit) {
+  const auto [m, k, n] = f.c.shape;
+  Expected y("y", m * n);
+  for (int64_t i = 0; i < m; ++i) {
+    for (int64_t j = 0; j < n; ++j) {
+      double sum = f.c.base ? f.in.base[i * n + j] : f.in.bias[j], exact = std::fabs(sum), rounded = 0;
+      for (int64_t e = 0; e < k; ++e) {
+        const double product = double(f.in.x[i * k + e]) * f.in.w[j * k + e];
+        sum += product, exact += std::fabs(product);
+      }
+      for (int64_t p = 0; p < low.all; ++p) {
+        const double factor = f.scale(p) * f.q(j, p), product = low.p[i * low.all + p] * factor;
+        sum += product, rounded += std::fabs(product), exact += low.p_size[i * low.all + p] * std::fabs(factor);
+      }
+      y.set(i * n + j, sum, rounded, exact, unit);
+    }
+  }
+  return y;
+}
+
+inline Expected input_gradient(const Factors& f, const LowRank& low, double unit) {
+  const auto [m, k, n] = f.c.shape;
+  const double keep = loradash::keep_scale(f.c.threshold());
+  Expected dx("dx", m * k);
+  for (int64_t i = 0; i < m; ++i) {
+    std::vector<double> sums(k), sizes(k);
+    for (int64_t j = 0; j < n; ++j)
+      for (int64_t e = 0; e < k; ++e) {
+        const double product = double(f.in.dy[i * n + j]) * f.in.w[j * k + e];
+        sums[e] += product, sizes[e] += std::fabs(product);
+      }
+    for (int64_t e = 0; e < k; ++e) {
+      double rounded = 0;
+      for (int64_t p = 0; f.keeps(i, e) && p < low.all; ++p) {
+        const double factor = keep * f.scale(p) * f.d(p, e), product = low.g[i * low.all + p] * factor;
+        sums[e] += product, rounded += std::fabs(product), sizes[e] += low.g_size[i * low.all + p] * std::fabs(factor);
+      }
+      dx.set(i * k + e, sums[e], rounded, sizes[e], unit);
+    }
+  }
+  return dx;
+}
+
+// Sums over the rows, of products of two columns (pitch, first). Where `unit` is not 0, one of the two was rounded to
+// 16 bits; results stay fp32.
+struct Column {
+  const double* first;
+  int64_t pitch;
+};
+inline void over_rows(Expected& out, int64_t index, int64_t m, Column left, Column right, double scale, double unit) {
+  double sum = 0, size = 0;
+  for (int64_t i = 0; i < m; ++i) {
+    const double product = scale * left.first[i * left.pitch] * right.first[i * right.pitch];
+    sum += product, size += std::fabs(product);
+  }
+  out.set(index, sum, 0, size * (1 + std::sqrt(static_cast<double>(m))), 0);
+  out.allowed[index] += 2 * unit * size;
+}
+
 // y, dx, dA, dB, the gradients of sigma and of the bias.
 inline std::vector<Expected> plain(const Case& c, const Inputs& in) {
   const auto [m, k, n] = c.shape;
-  const int64_t rank = c.rank, all = c.rank + c.directions;
-  const double unit = c.dtype == DType::kBFloat16 ? 1.0 / 256 : 1.0 / 2048;
-  const double keep = loradash::keep_scale(c.threshold());
-  const auto d = [&](int64_t p, int64_t i) { return p < rank ? in.a[p * k + i] : in.vt[(p - rank) * k + i]; };
-  const auto q = [&](int64_t j, int64_t p) {
-    return p < rank ? in.b[j * rank + p] : in.u[j * c.directions + p - rank];
-  };
-  const auto factor = [&](int64_t p) -> double { return p < rank ? in.scaling : in.sigma[p - rank]; };
-  Expected y("y", m * n), dx("dx", m * k), da("dA", rank * k), db("dB", n * rank), dsigma("dsigma", c.directions),
-      dbias("dbias", n);
-  std::vector<double> dropped(m * k), p_sums(m * all), g_sums(m * all), g_sizes(m * all), p_sizes(m * all);
-  for (int64_t i = 0; i < m; ++i) {
-    for (int64_t j = 0; j < k; ++j) {
-      const bool stays = c.threshold() == 0 || kept(in.seed, c.threshold(), i, j);
-      dropped[i * k + j] = stays ? keep * in.x[i * k + j] : 0;
-    }
-    for (int64_t p = 0; p < all; ++p) {
-      double sum = 0, size = 0, g = 0, g_size = 0;
-      for (int64_t j = 0; j < k; ++j)
-        sum += dropped[i * k + j] * d(p, j), size += std::fabs(dropped[i * k + j] * d(p, j));
-      for (int64_t j = 0; j < n; ++j)
-        g += double(in.dy[i * n + j]) * q(j, p), g_size += std::fabs(double(in.dy[i * n + j]) * q(j, p));
-      p_sums[i * all + p] = sum, g_sums[i * all + p] = g, p_sizes[i * all + p] = size, g_sizes[i * all + p] = g_size;
-    }
-    for (int64_t j = 0; j < n; ++j) {
-      double sum = c.base ? in.base[i * n + j] : in.bias[j], high = std::fabs(sum), low = 0;
-      for (int64_t e = 0; e < k; ++e) {
-        const double product = double(in.x[i * k + e]) * in.w[j * k + e];
-        sum += product, high += std::fabs(product);
-      }
-      for (int64_t p = 0; p < all; ++p) {
-        const double product = p_sums[i * all + p] * factor(p) * q(j, p);
-        sum += product, low += std::fabs(product), high += std::fabs(p_sizes[i * all + p] * factor(p) * q(j, p));
-      }
-      y.set(i * n + j, sum, low, high, unit);
-    }
-    std::vector<double> products(k), sizes(k);
-    for (int64_t j = 0; j < n; ++j)
-      for (int64_t e = 0; e < k; ++e) {
-        const double product = double(in.dy[i * n + j]) * in.w[j * k + e];
-        products[e] += product, sizes[e] += std::fabs(product);
-      }
-    for (int64_t e = 0; e < k; ++e) {
-      double sum = 0, low = 0, high = sizes[e];
-      for (int64_t p = 0; p < all; ++p) {
-        const double product = g_sums[i * all + p] * factor(p) * d(p, e);
-        sum += product, low += std::fabs(product), high += std::fabs(g_sizes[i * all + p] * factor(p) * d(p, e));
-      }
-      const bool stays = c.threshold() == 0 || kept(in.seed, c.threshold(), i, e);
-      dx.set(i * k + e, products[e] + (stays ? keep * sum : 0), stays ? keep * low : 0, high, unit);
-    }
-  }
-  // Sums over the rows: of products of two columns, of which `rounded` says whether a factor had 16 bits.
-  const auto over_rows = [&](Expected& out, int64_t index, const auto& left, const auto& right, double scale,
-                             bool rounded) {
-    double sum = 0, size = 0;
-    for (int64_t i = 0; i < m; ++i) sum += scale * left(i) * right(i), size += std::fabs(scale * left(i) * right(i));
-    out.set(index, sum, rounded ? size : 0, size * (1 + std::sqrt(static_cast<double>(m))), 0);
-    if (rounded) out.allowed[index] += 2 * unit * size;
-  };
-  for (int64_t p = 0; p < rank; ++p) {
-    const auto g = [&](int64_t i) { return g_sums[i * all + p]; };
-    const auto low = [&](int64_t i) { return p_sums[i * all + p]; };
+  const double unit = c.dtype == DType::kBFloat16 ? 1.0 / 256 : 1.0 / 2048, one = 1;
+  const Factors f{c, in};
+  const LowRank low = low_rank(f);
+  const std::vector<double> dy(in.dy.begin(), in.dy.end());
+  Expected da("dA", c.rank * k), db("dB", n * c.rank), dsigma("dsigma", c.directions), dbias("dbias", n);
+  for (int64_t p = 0; p < c.rank; ++p) {
     for (int64_t e = 0; e < k; ++e)
-      over_rows(da, p * k + e, g, [&](int64_t i) { return dropped[i * k + e]; }, in.scaling, true);
+      over_rows(da, p * k + e, m, {&low.g[p], low.all}, {&low.dropped[e], k}, in.scaling, unit);
     for (int64_t j = 0; j < n; ++j)
-      over_rows(db, j * rank + p, low, [&](int64_t i) { return in.dy[i * n + j]; }, in.scaling, true);
+      over_rows(db, j * c.rank + p, m, {&low.p[p], low.all}, {&dy[j], n}, in.scaling, unit);
   }
-  for (int64_t s = 0; s < c.directions; ++s) {
-    const auto g = [&](int64_t i) { return g_sums[i * all + rank + s]; };
-    over_rows(dsigma, s, g, [&](int64_t i) { return p_sums[i * all + rank + s]; }, 1, false);
-  }
-  for (int64_t j = 0; j < n; ++j)
-    over_rows(dbias, j, [](int64_t) { return 1.0; }, [&](int64_t i) { return in.dy[i * n + j]; }, 1, false);
-  return {y, dx, da, db, dsigma, dbias};
+  for (int64_t p = c.rank; p < low.all; ++p)
+    over_rows(dsigma, p - c.rank, m, {&low.g[p], low.all}, {&low.p[p], low.all}, 1, 0);
+  for (int64_t j = 0; j < n; ++j) over_rows(dbias, j, m, {&one, 0}, {&dy[j], n}, 1, 0);
+  return {output(f, low, unit), input_gradient(f, low, unit), da, db, dsigma, dbias};
 }
 
 }  // namespace check

@@ -28,8 +28,11 @@ def missing() -> str | None:
     """Why the CUDA kernels cannot be used here at all, or None."""
     if extension.missing_reason is not None:
         return extension.missing_reason
-    if extension.compiled().cuda_architectures is None:
-        return f"the compiled part was built without CUDA: {extension.compiled().without_cuda}"
+    built = extension.compiled()
+    if built.cuda_architectures is None:
+        # Parts that older versions of this package compiled do not say why.
+        why = getattr(built, "without_cuda", f"it is older than this package; rebuild it with {extension.BUILD}")
+        return f"the compiled part was built without CUDA: {why}"
     return None if torch.cuda.is_available() else "PyTorch sees no GPU"
 
 
@@ -96,8 +99,8 @@ def _run(call: Call, strategy: str) -> None:
     place = _WEIGHT[call.pass_]
     kernels(*call[:place], None, *call[place + 1 :], "")
     out, left, right = product
-    # Gradients are another file's business, and autocast has cast what it may.
-    with torch._C._AutoDispatchBelowAutograd(), torch._C._DisableAutocast():
+    # Gradients are another file's business; autocast leaves products in place alone.
+    with torch._C._AutoDispatchBelowAutograd():
         out.addmm_(left, right)
 
 

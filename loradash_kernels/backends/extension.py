@@ -8,7 +8,7 @@ from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 from types import ModuleType
 
-_BUILD = "`pip install --no-build-isolation .` where a C++ compiler and PyTorch are installed"
+BUILD = "`pip install --no-build-isolation .` where a C++ compiler and PyTorch are installed"
 
 
 def _other_builds() -> list[str]:
@@ -24,12 +24,12 @@ def _load() -> tuple[ModuleType | None, str | None]:
     except ModuleNotFoundError as error:
         others = _other_builds()
         if not others:
-            return None, f"the compiled part is missing ({error}); build it with {_BUILD}"
+            return None, f"the compiled part is missing ({error}); build it with {BUILD}"
         broken = f"{', '.join(others)} was compiled for another Python"
     except ImportError as error:
         # A symbol is undefined after an upgrade of PyTorch, or a library is gone.
         broken = str(error)
-    reason = f"the compiled part is there but does not load ({broken}); rebuild it with {_BUILD}"
+    reason = f"the compiled part is there but does not load ({broken}); rebuild it with {BUILD}"
     warnings.warn(f"loradash_kernels: {reason}. Until then other backends run, slower", RuntimeWarning, stacklevel=2)
     return None, reason
 

@@ -47,7 +47,8 @@ def dropped(x: Tensor, seed: Tensor | None, threshold: int) -> Tensor:
 
     x: of 16 or 32 bits an element, any strides. seed (2,) int64 and the 16-bit threshold are those of a call.
     """
-    if seed is None or threshold == 0 or x.numel() == 0:
+    # Autograd's tensors of nothing but zeros have no memory to read.
+    if seed is None or threshold == 0 or x.numel() == 0 or x._is_zerotensor():
         return x
     (m, k), kernel = x.shape, _kernel(x.device)
     if kernel is None:
@@ -74,13 +75,23 @@ def _words(x: Tensor) -> Tensor:
 
 @functools.cache
 def _kernel(device: torch.device) -> Callable[..., Tensor] | None:
-    """The compiled formula, or None with a warning where PyTorch cannot compile it here."""
+    """The compiled formula, or None with a warning where PyTorch cannot compile it here.
+
+    Raises RuntimeError where a CUDA graph is captured that no run of the layer has preceded: the failure is of that moment
+    alone and is not remembered.
+    """
     try:
         kernel = torch.cuda.jiterator._create_jit_fn(CODE, threshold=0, elements=1)
-        # The first call compiles.
-        word = torch.zeros((), dtype=torch.int32, device=device)
-        kernel(*[word] * 7, threshold=1, elements=1)
+        # The first call compiles. Two elements beside words of one are read as those of every call are: nothing else is
+        # compiled later, be it while a graph is captured.
+        words = torch.zeros(2, dtype=torch.int32, device=device)
+        kernel(words, *[words[0]] * 6, threshold=1, elements=1)
         return kernel
     except (RuntimeError, AttributeError, AssertionError) as error:
+        if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+            raise RuntimeError(
+                "loradash: dropout is compiled at its first call, which a captured CUDA graph does not allow: run the layer "
+                "once before it is captured"
+            ) from error
         warn_once(f"dropout in plain PyTorch takes hundreds of kernels a layer: jiterator cannot be used ({error})")
         return None

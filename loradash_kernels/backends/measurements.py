@@ -178,11 +178,6 @@ class ShippedTables(_Tables):
         self._folder = folder
         self._sources: dict[Key, Mapping[str, str]] = {}
 
-    def read_from(self, folder: Path) -> None:
-        """Takes another folder's files."""
-        self.forget()
-        self._folder = folder
-
     def forget(self) -> None:
         super().forget()
         self._sources = {}
@@ -243,7 +238,7 @@ def _distance(found: Key, key: Key) -> float | None:
     for ours, other in ((found.k, key.k), (found.n, key.n)):
         if ours == other:
             continue
-        if min(ours, other) == 0 or max(ours, other) > 2 * min(ours, other):
+        if max(ours, other) > 2 * min(ours, other):
             return None
         total += abs(math.log2(ours / other))
     return total

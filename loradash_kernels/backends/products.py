@@ -99,11 +99,7 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None
 
 def _wide_product(a: Tensor, b: Tensor, out: Tensor) -> None:
     """out = a b, summed and kept in the dtype of out, which is that of a and b or float32."""
-    if a.shape[1] == 0:
-        out.zero_()
-    elif out.numel() == 0:
-        return
-    elif a.dtype == out.dtype:
+    if a.dtype == out.dtype:
         torch.mm(a, b, out=out)
     elif a.is_cuda and _WIDE_RESULTS:
         torch.mm(a, b, out_dtype=out.dtype, out=out)

@@ -119,22 +119,27 @@ def _warn_of_reference(x: Tensor, width: int) -> None:
     device = x.device.type
     reasons = [f"{b.name}: {_reason_against(b, x, width)}" for b in _KERNELS.get(device, ())]
     if reasons:
-        remedy = f". {_remedy(x, width)}" if x.is_cuda else ""
-        why = "; ".join(reasons)
-        warn_once(f"plain PyTorch computes LoRA-Dash layers on this {device} device, slowly. {why}{remedy}")
+        sentences = ["; ".join(reasons), _remedy(x, width) if x.is_cuda else ""]
+        said = ". ".join(filter(None, sentences))
+        warn_once(f"plain PyTorch computes LoRA-Dash layers on this {device} device, slowly. {said}")
 
 
 def _remedy(x: Tensor, width: int) -> str:
-    """What would let kernels run such a call on a GPU."""
+    """What would let kernels run such a call on a GPU, or "" where nothing would."""
     if width > triton.MAX_WIDTH:
         return f"No kernel takes r + s above {triton.MAX_WIDTH}: choose a smaller rank"
-    oldest, architecture = ".".join(map(str, triton.MINIMUM)), cards.architecture_of(x.device)
+    architecture, target = cards.architecture_of(x.device), triton.target_of(x.device)
     if architecture.startswith("sm_") and cards.capability_of(x.device) < cuda.OLDEST:
         return f"No kernel runs on {architecture}: sm_{cuda.OLDEST[0]}{cuda.OLDEST[1]} or newer is needed"
-    install = f"Install Triton {oldest} or newer (`pip install 'triton>={oldest}'`)"
-    if torch.version.hip:
-        return install
-    return f"{install}, or build the compiled part with a CUDA toolkit for {architecture} (docs/install.md)"
+    remedies = []
+    if target is not None:
+        # There are tiles for it: Triton is not there, or too old.
+        oldest = ".".join(map(str, target.triton))
+        remedies.append(f"install Triton {oldest} or newer (`pip install 'triton>={oldest}'`)")
+    if not torch.version.hip and x.dtype in cuda.DTYPES:
+        remedies.append(f"build the compiled part with a CUDA toolkit for {architecture} (docs/install.md)")
+    text = ", or ".join(remedies)
+    return text[:1].upper() + text[1:]
 
 
 def explain_backend(x: Tensor, backend: str | None = None, *, width: int = 0) -> BackendChoice:

@@ -68,8 +68,16 @@ def choose(
     else:
         found = found or SHIPPED.nearest(name)
         if found is not None:
-            best = next((c for c in candidates() if str(c) == found.fastest), None)
+            best = _candidate(owner, found.fastest, candidates())
     MEASURED.chosen[traits] = best
+    return best
+
+
+def _candidate(owner: str, fastest: str, candidates: Sequence[S]) -> S | None:
+    """The candidate of this name; or None, with a warning where there is a choice, as of a table of another version."""
+    best = next((c for c in candidates if str(c) == fastest), None)
+    if best is None and len(candidates) > 1:
+        warn_once(f"{fastest!r}, measured to be the fastest of {owner}, is no candidate here: the default holds")
     return best
 
 

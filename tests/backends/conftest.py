@@ -7,7 +7,7 @@ from support.choices import forget_devices, pretend_card
 
 from loradash_kernels import notices
 from loradash_kernels.backends import cuda, tuning
-from loradash_kernels.backends.measurements import SHIPPED_FOLDER
+from loradash_kernels.backends.measurements import ShippedTables
 from loradash_kernels.backends.triton import backend as triton
 
 
@@ -37,8 +37,7 @@ def cache(tmp_path, monkeypatch, unwarned):
     """A folder for measurements, which is not there yet; and nothing is shipped."""
     monkeypatch.setenv("LORADASH_CACHE", str(tmp_path / "cache"))
     monkeypatch.delenv("LORADASH_TUNE", raising=False)
+    monkeypatch.setattr(tuning, "SHIPPED", ShippedTables(tmp_path / "shipped"))
     tuning.MEASURED.forget()
-    tuning.SHIPPED.read_from(tmp_path / "shipped")
     yield tmp_path / "cache"
     tuning.MEASURED.forget()
-    tuning.SHIPPED.read_from(SHIPPED_FOLDER)

@@ -6,6 +6,7 @@ import pytest
 import torch
 from support import jitted
 from support.calls import base_product, calls, drawn_seed, outputs, results
+from support.cards import OnCard, backward_call, forward_call
 from support.layouts import slices, transposed
 from support.shapes import DTYPES, SHAPES
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -77,6 +78,12 @@ def test_masks_where_memory_is_laid_out_otherwise(drawn, dtype):
         assert torch.equal(fused_dropout.dropped(x, seed, 20000), torch.where(mask, x, 0))
 
 
+def test_zeros_without_memory_stay_zeros(monkeypatch):
+    monkeypatch.setattr(fused_dropout, "_kernel", None)
+    found = fused_dropout.dropped(torch._efficientzerotensor((3, 8)), torch.tensor([1, 2]), 9000)
+    assert torch.equal(found + 0, torch.zeros(3, 8))
+
+
 def test_the_code_is_what_jiterator_parses():
     assert torch.cuda.jiterator._create_jit_fn(fused_dropout.CODE, threshold=0, elements=1).kernel_name == "kept_bits"
 
@@ -87,6 +94,48 @@ def test_without_jiterator_the_eager_formula_draws_and_says_so(monkeypatch, unwa
     with pytest.warns(UserWarning, match="jiterator cannot be used") as said:
         found = [fused_dropout.dropped(x, seed, 9000) for _ in range(2)]
     assert len(said) == 1 and all(torch.equal(f, x * dropout_mask(seed, 9000, 6, 10)) for f in found)
+    fused_dropout._kernel.cache_clear()
+
+
+def pretend_jiterator(monkeypatch, run):
+    """A jiterator whose functions do this, with tensors of the CPU."""
+    monkeypatch.setattr(torch.cuda.jiterator, "_create_jit_fn", lambda code, **options: run)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    fused_dropout._kernel.cache_clear()
+
+
+def test_the_trial_compiles_what_every_call_runs(monkeypatch):
+    """PyTorch compiles one kernel for operands that lie alike and another for those that do not."""
+    asked = []
+
+    def run(*tensors, **options):
+        *tensors, first = torch.broadcast_tensors(*tensors)[::-1]
+        asked.append(all(t.is_contiguous() for t in (first, *tensors)))
+        return first.clone()
+
+    pretend_jiterator(monkeypatch, run)
+    for shape in ((1, 4), (4, 1), (3, 8)):
+        fused_dropout.dropped(torch.ones(shape), torch.tensor([1, 2]), 9000)
+    fused_dropout._kernel.cache_clear()
+    assert asked == [False] * 4
+
+
+def test_a_capture_before_the_first_run_is_refused_and_nothing_is_remembered(monkeypatch, draw, unwarned):
+    """Modules cannot be loaded while a graph is captured. The process draws in one kernel afterwards all the same."""
+    capturing = True
+
+    def run(*tensors, **options):
+        if capturing:
+            raise RuntimeError("operation not permitted when stream is capturing")
+        return draw(*tensors, **options)
+
+    pretend_jiterator(monkeypatch, run)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing)
+    x, seed = torch.ones(3, 8), torch.tensor([1, 2])
+    with pytest.raises(RuntimeError, match="run the layer once before it is captured"):
+        fused_dropout.dropped(x, seed, 9000)
+    capturing = False
+    assert torch.equal(fused_dropout.dropped(x, seed, 9000) == 1, dropout_mask(seed, 9000, 3, 8))
     fused_dropout._kernel.cache_clear()
 
 
@@ -103,6 +152,11 @@ def test_shapes(drawn, shape, dtype):
 def test_options(drawn, options, r, s, dtype):
     check = make_case(37, 40, 48, r, s, dtype, adapter_dtype=FP32, **options)
     check_error_rule(check, products_run(check))
+
+
+def test_an_update_of_no_rank_passes_no_gradient_to_x(drawn):
+    case = make_case(5, 8, 16, 0, 0, FP32)
+    check_error_rule(case, products_run(case, base=False))
 
 
 @pytest.mark.parametrize("layout", [slices, transposed])
@@ -169,6 +223,20 @@ def test_few_kernels(monkeypatch):
     fused = launches(products.forward, forward), launches(products.backward, backward)
     print(f"operators that launch: {eager} by the formula, {fused} as products")
     assert fused[0] <= 20 and fused[1] <= 30 and eager[0] > 300 and eager[1] > 600
+
+
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float64])
+@pytest.mark.parametrize("make", [forward_call, backward_call])
+def test_which_calls_take_this_path(monkeypatch, make, dtype):
+    """Those on a card, float64 apart, which keeps its precision."""
+    ran = []
+    for module, names in ((products, ("forward", "backward")), (reference, ("_forward", "_backward"))):
+        for name in names:
+            monkeypatch.setattr(module, name, lambda call, module=module: ran.append(module))
+    for x in (OnCard(dtype), torch.zeros(2, 4, dtype=dtype)):
+        call = make(x)
+        getattr(reference, call.pass_)(call)
+    assert ran == [reference if dtype == torch.float64 else products, reference]
 
 
 @pytest.mark.skipif(torch.version.cuda is None, reason="this PyTorch has no CUDA, which fake tensors of a card ask for")

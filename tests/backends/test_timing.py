@@ -175,6 +175,14 @@ def test_calls_in_time_shorten_the_spin_again(slept, monkeypatch):
     assert slept[-1] == min(slept) == timing._SPIN_CYCLES and watch.late == 1
 
 
+def test_the_card_that_is_timed_spins(slept, monkeypatch):
+    """The spin is the current device's, whichever that is."""
+    entered = []
+    monkeypatch.setattr(torch.cuda, "device", lambda device: entered.append(device) or timing.contextlib.nullcontext())
+    CudaStopwatch("cuda:1").spin()
+    assert entered == [torch.device("cuda", 1)] and len(slept) == 1
+
+
 def test_a_stamp_without_a_spin_judges_nothing(slept, monkeypatch):
     monkeypatch.setattr(FakeEvent, "passed", True)
     watch = CudaStopwatch("cuda")
@@ -259,6 +267,13 @@ def test_without_an_answer_only_torch_is_known(smi, answer):
     facts = card_facts("cuda:0")
     assert (facts["card"], facts["capability"], facts["driver's CUDA"]) == ("NVIDIA A100-SXM4-40GB", "8.0", "13.0")
     assert {facts["driver"], facts["power"], facts["throttled"]} == {"unknown"}
+
+
+def test_another_card_of_that_number_is_not_asked(smi, monkeypatch):
+    """Without a UUID, as on old ROCm: the numbers of nvidia-smi are not those of this process."""
+    card = types.SimpleNamespace(name="a card", major=8, minor=0)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: card)
+    assert card_facts("cuda:0")["driver"] == "unknown" and smi.asked == []
 
 
 def test_a_cpu_has_the_same_keys(smi):

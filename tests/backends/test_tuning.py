@@ -12,7 +12,7 @@ import torch
 from support.cards import OnCard, backward_call, forward_call
 from support.stopwatch import Scripted
 
-from loradash_kernels import timing
+from loradash_kernels import notices, timing
 from loradash_kernels.backends import tuning
 from loradash_kernels.backends.measurements import from_json
 from loradash_kernels.backends.tuning import MEASURED
@@ -136,9 +136,23 @@ def test_damaged_file(cache, call, text):
     assert chosen(call) == "fast"
 
 
+def test_a_shared_cache_is_for_all_its_readers(cache, call):
+    measured(call)
+    assert MEASURED.path().stat().st_mode & 0o777 == 0o644
+
+
 def test_name_of_no_candidate(cache, call):
     MEASURED.remember(tuning.key("a backend", call), "magic")
-    assert chosen(call) is None
+    with pytest.warns(
+        UserWarning, match="'magic', measured to be the fastest of a backend, is no candidate here"
+    ) as said:
+        assert [chosen(call), chosen(forward_call(torch.empty(9, 64)))] == [None, None]
+    assert len(said) == 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        notices._given.clear()
+        MEASURED.chosen.clear()
+        assert tuning.choose("a backend", call, lambda: ["fused"], lambda name: None) is None, "there is no choice"
 
 
 def test_file_that_cannot_be_written(cache, call):
@@ -197,6 +211,34 @@ def test_measures_on_the_device_of_x(card, cache, monkeypatch, clocked):
     assert entered == [OnCard.device]
 
 
+def test_each_device_has_its_own(card, cache, monkeypatch):
+    """Two cards in one machine: what holds for one says nothing of the other."""
+    card(8, 6)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: f"card {device.index}")
+    first, second = OnCard(), OnCard()
+    second.device = torch.device("cuda", 1)
+    MEASURED.remember(tuning.key("a backend", forward_call(first)), "fast")
+    assert [chosen(forward_call(x)) for x in (first, second)] == ["fast", None]
+
+
+def test_what_is_measured_later_holds_from_then_on(cache, call):
+    """Also where the call was seen before, while another of its owner's was known."""
+    MEASURED.remember(tuning.key("a backend", backward_call(call.x)), "slow")
+    assert chosen(call) is None
+    MEASURED.remember(tuning.key("a backend", call), "fast")
+    assert chosen(call) == "fast"
+
+
+def test_what_is_known_is_of_this_card_and_these_versions(card, cache):
+    card(8, 6)
+    name = tuning.key("a backend", forward_call(OnCard()))
+    MEASURED.remember(name._replace(card="another card"), "fast")
+    MEASURED.remember(name._replace(versions="older"), "fast")
+    assert tuning.known_of("a backend", OnCard.device) is None
+    MEASURED.remember(name, "fast")
+    assert tuning.known_of("a backend", OnCard.device) == "measurements: 1 of this machine"
+
+
 def test_key_tells_what_matters():
     def key(owner="a backend", m=100, k=64, dtype=torch.float32, columns=False, extra=(), **fields):
         call = forward_call(torch.empty(m, k, dtype=dtype))
@@ -217,6 +259,7 @@ def test_key_tells_what_matters():
         key(seed=torch.zeros(2, dtype=torch.int64)),
         key(lora_b=torch.empty(32, 8)),
         key(x=torch.empty(100 * 64 + 1)[1:].view(100, 64)),
+        key(weight=torch.empty(32, 66)[:, :64]),
         key(extra=("tf32",)),
     ]
     assert len({key(), *others}) == 1 + len(others)

@@ -26,8 +26,14 @@ CUDA_13 = (*AMPERE_TO_HOPPER, "88", "100", "103", "110", "120", "121")
 CPU = build.Torch("2.13.0+cpu", None)
 CU126 = build.Torch("2.13.0+cu126", "12.6")
 VARIABLES = (
-    "CUDA_HOME", "CUDA_PATH", "LORADASH_CUDA", "LORADASH_REQUIRE_EXTENSION", "LORADASH_PURE_PYTHON", "TORCH_CUDA_ARCH_LIST", "CC",
-)  # fmt: skip
+    "CUDA_HOME",
+    "CUDA_PATH",
+    "LORADASH_CUDA",
+    "LORADASH_REQUIRE_EXTENSION",
+    "LORADASH_PURE_PYTHON",
+    "TORCH_CUDA_ARCH_LIST",
+    "CC",
+)
 
 
 @pytest.fixture(autouse=True)
@@ -71,21 +77,56 @@ def torch_with(home: Path | None, base=CU126, **changes):
 
 # What is found: PyTorch, the toolkit's peculiarities (None: there is none), environment, and the sentence.
 MISFITS = {
-    "another major": (CU126, {"version": "13.0"}, {}, r"nvcc of .* is 13\.0 and .*\+cu126 is built for CUDA 12\.6; let CUDA_HOME name"),
-    "older major": (build.Torch("2.14.1", "13.0"), {}, {}, r"is 12\.8 and PyTorch 2\.14\.1 is built for CUDA 13\.0; .* for CUDA 12$"),
+    "another major": (
+        CU126,
+        {"version": "13.0"},
+        {},
+        r"nvcc of .* is 13\.0 and .*\+cu126 is built for CUDA 12\.6; let CUDA_HOME name",
+    ),
+    "older major": (
+        build.Torch("2.14.1", "13.0"),
+        {},
+        {},
+        r"is 12\.8 and PyTorch 2\.14\.1 is built for CUDA 13\.0; .* for CUDA 12$",
+    ),
     "no nvcc": (CU126, {"nvcc": False}, {}, r"has no bin/nvcc; install its compiler of CUDA 12\.6"),
     "no toolkit": (CU126, None, {}, r"no CUDA toolkit was found; install one of CUDA 12"),
-    "cpu torch, CUDA_HOME set": (CPU, {}, {"CUDA_HOME": "/opt/cuda"}, r"without CUDA, so the CUDA toolkit at /opt/cuda is of no use"),
-    "rocm torch, CUDA_HOME set": (build.Torch("2.13", None, "7.2"), {}, {"CUDA_HOME": "/opt/cuda"}, "is built for ROCm 7.2"),
+    "cpu torch, CUDA_HOME set": (
+        CPU,
+        {},
+        {"CUDA_HOME": "/opt/cuda"},
+        r"without CUDA, so the CUDA toolkit at /opt/cuda is of no use",
+    ),
+    "rocm torch, CUDA_HOME set": (
+        build.Torch("2.13", None, "7.2"),
+        {},
+        {"CUDA_HOME": "/opt/cuda"},
+        "is built for ROCm 7.2",
+    ),
     "too old": (build.Torch("2.7.1+cu118", "11.8"), {"version": "11.4"}, {}, r"is 11\.4; 11\.8 or newer is needed"),
-    "no headers": (CU126, {"headers": ()}, {}, r"has no cuda_runtime_api\.h, .*cuda_bf16\.h; install its development files"),
+    "no headers": (
+        CU126,
+        {"headers": ()},
+        {},
+        r"has no cuda_runtime_api\.h, .*cuda_bf16\.h; install its development files",
+    ),
     "one header": (CU126, {"headers": build.HEADERS[:3]}, {}, r"has no cuda_bf16\.h; install"),
     "no library": (CU126, {"library": False}, {}, r"has no libcudart\.so; install its runtime library"),
-    "host compiler": (CU126, {"compiles": False}, {}, r"does not compile an empty kernel \(.*unsupported GNU version!\); name a host"),
-    "old architectures": (CU126, {}, {"TORCH_CUDA_ARCH_LIST": "7.0;7.5+PTX"}, r"LIST=7\.0;7\.5\+PTX leaves nothing .* take 8\.0 8\.6 8\.7"),
+    "host compiler": (
+        CU126,
+        {"compiles": False},
+        {},
+        r"does not compile an empty kernel \(.*unsupported GNU version!\); name a host",
+    ),
+    "old architectures": (
+        CU126,
+        {},
+        {"TORCH_CUDA_ARCH_LIST": "7.0;7.5+PTX"},
+        r"LIST=7\.0;7\.5\+PTX leaves nothing .* take 8\.0 8\.6 8\.7",
+    ),
     "native without a card": (CU126, {}, {"TORCH_CUDA_ARCH_LIST": "native"}, "native leaves nothing"),
     "nvcc of a newer world": (CU126, {"known": ("200",)}, {}, "leaves nothing to compile for; .* take 20.0"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("case", MISFITS)
@@ -177,7 +218,7 @@ OLD = {(int(code[:-1]), int(code[-1])) for code in AMPERE_TO_HOPPER}
         ("native", ALL, ((8, 6),), ["8.6"], []),
         ("8.6;rubbish", ALL, (), ["8.6"], ["has rubbish, which is no compute capability"]),
     ],
-)  # fmt: skip
+)
 def test_architectures(requested, known, cards, chosen, left_out):
     found, sentences = build.architectures(requested, known, cards)
     assert found == chosen

@@ -77,7 +77,7 @@ def printed() -> tuple[int, str, str]:
         ("12.6", ["8.6"], "13.0", f"torch==2.13.0 --index-url {INDEX}/cu126"),
         (None, [], "13.0", f"torch==2.13.0 --index-url {INDEX}/cpu"),
     ],
-)  # fmt: skip
+)
 def test_the_driver_decides_for_a_wheel(machine, cuda, cards, toolkit, expected):
     machine(cuda, cards, toolkit)
     assert printed() == (0, expected, "")

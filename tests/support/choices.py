@@ -18,6 +18,7 @@ import torch
 from loradash_kernels import notices
 from loradash_kernels.backends import cards, cuda, extension, registry
 from loradash_kernels.backends.triton import backend as triton
+from loradash_kernels.backends.triton.target import triton_version
 
 from .cards import OnCard, forward_call
 
@@ -47,6 +48,12 @@ def forget_devices():
         getattr(cached, "cache_clear", lambda: None)()
 
 
+def forget_triton():
+    """What was learnt of a pretended Triton."""
+    triton.missing.cache_clear()
+    triton_version.cache_clear()
+
+
 def pretend_card(monkeypatch, capability, shared_limit=None):
     """PyTorch says that there is a card."""
     names = {"name": "a card", "major": capability[0], "minor": capability[1]}
@@ -67,7 +74,7 @@ def _pretend_triton(monkeypatch, version):
         package.__version__ = version
         package.__spec__ = importlib.machinery.ModuleSpec("triton", None)
     monkeypatch.setitem(sys.modules, "triton", package)
-    triton.missing.cache_clear()
+    forget_triton()
 
 
 @contextlib.contextmanager
@@ -87,7 +94,8 @@ def pretended(capability, code=True, triton_version="3.8.0"):
         [f.cache_clear() for f in cached]
         _pretend_triton(monkeypatch, triton_version)
         yield
-    [f.cache_clear() for f in (*cached, triton.missing)]
+    [f.cache_clear() for f in cached]
+    forget_triton()
     forget_devices()
 
 

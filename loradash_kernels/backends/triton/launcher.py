@@ -72,14 +72,17 @@ class _Environment:
         return os.environ.get("TRITON_DEBUG", "0") == "1"
 
 
-def watched(kernels: Sequence[Any]) -> bool:
-    """Does anything want to see every launch of these, or other code than what was compiled without it?"""
+def watched(hooks: Sequence[list[Any]]) -> bool:
+    """Does anything want to see every launch, or other code than what was compiled without it?
+
+    hooks: `pre_run_hooks` of the kernels, the lists that Triton itself appends to.
+    """
     for owner, name in _settings():
         value = getattr(owner, name)
         # A chain of hooks is always there, and true even where it is empty.
         if value and getattr(value, "calls", True):
             return True
-    return any(kernel.pre_run_hooks for kernel in kernels)
+    return any(hooks)
 
 
 def repeated(compiled: Any, grid: tuple[int, ...], args: list[Any]) -> tuple[Callable[..., Any], list[Any]]:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from .kernels.prelaunch import highest_rates, jacobi_sweeps, sketch_product
 from .problem import KernelLaunch, power_of_two, tile_count
+from .target import FENCED, triton_version
 
 # The most sweeps of Jacobi rotations: five to eight do, more say that something is wrong.
 SWEEPS = 20
@@ -31,7 +32,11 @@ def plan_sketch(w: Tensor, seed: Tensor, y: Tensor, precision: str = "ieee") -> 
     args = {"w": w, "seed": seed, "y": y, "N": n, "K": k, "width": width}
     args |= dict(zip(("stride_wl", "stride_wn", "stride_wk"), w.stride(), strict=True))
     constants = {"BLOCK_N": 64, "BLOCK_J": block_j, "BLOCK_K": 16, "PRECISION": precision}
-    return KernelLaunch(sketch_product, (tile_count(n, 64), tile_count(width, block_j), count), args, constants, 8, 2)
+    # Three products of TF32 are matrix instructions, which on some cards need a fence after a copy ahead (see `target`).
+    stages = 2 if precision == "ieee" or triton_version() >= FENCED else 1
+    return KernelLaunch(
+        sketch_product, (tile_count(n, 64), tile_count(width, block_j), count), args, constants, 8, stages
+    )
 
 
 def plan_jacobi(x: Tensor, off: Tensor) -> KernelLaunch:

@@ -80,8 +80,8 @@ class PreparedPlan:
         first = len(problem.call)
         self._zeroed = [(first + index, piece) for index, piece in enumerate(self.pieces) if piece.zeroed]
         kernels = [step.kernel for step in self.steps if isinstance(step, KernelLaunch)]
-        # Where launches can be repeated: the kernels, and from the second time on what `run` does.
-        self._kernels = kernels if launcher.obstacle(kernels) is None else None
+        # Where launches can be repeated: the hooks of the kernels, and from the second time on what `run` does.
+        self._hooks = [kernel.pre_run_hooks for kernel in kernels] if launcher.obstacle(kernels) is None else None
         self._repeats: list[Repeat] | None = None
 
     def bind(self, call: Call) -> Plan:
@@ -95,7 +95,7 @@ class PreparedPlan:
 
     def run(self, call: Call, addresses: list[int]) -> None:
         """Executes the plan for a call whose fields have these addresses."""
-        plain = self._kernels is not None and not launcher.watched(self._kernels)
+        plain = self._hooks is not None and not launcher.watched(self._hooks)
         if plain and self._repeats is not None:
             self._repeat(call, addresses, self._repeats)
             return
@@ -114,7 +114,8 @@ class PreparedPlan:
             for place, piece in self._zeroed:
                 kept.append(zeros := piece.within(memory))
                 addresses[place] = zeros.data_ptr()
-        stream = launcher.current_stream(x.get_device())
+        # Without kernels there need be no driver: the interpreter has none.
+        stream = launcher.current_stream(x.get_device()) if self._hooks else None
         for launch, template, slots, descriptors in repeats:
             if template is None:
                 launch(call)

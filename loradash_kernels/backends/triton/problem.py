@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ...calls import BackwardCall, ForwardCall
 from ...random import keep_scale
-from .target import Target
+from .target import Target, TileConfig
 
 
 @dataclass(frozen=True)
@@ -106,6 +106,11 @@ class Problem(Generic[C]):
     @property
     def precision(self) -> str:
         return "tf32" if self.tf32 and self.target.tf32 else "ieee"
+
+    def stages(self, tile: TileConfig) -> int:
+        """How many tiles of its operands a kernel without tensor descriptors keeps in flight."""
+        by_matrix_instructions = self.itemsize == 2 or self.precision != "ieee"
+        return tile.num_stages if self.target.copies_ahead or not by_matrix_instructions else 1
 
     @property
     def rank_constants(self) -> dict[str, int]:

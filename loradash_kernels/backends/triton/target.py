@@ -7,9 +7,11 @@ from dataclasses import dataclass
 
 Version = tuple[int, int]
 MINIMUM: Version = (3, 3)
-"""The first Triton whose compiler and interpreter were seen to take every kernel."""
+"""The first Triton whose compiler was seen to take kernels of every kind, and whose interpreter runs them."""
 DESCRIPTORS: Version = (3, 4)
 """The first Triton whose programs are given tensor descriptors by the host."""
+FENCED: Version = (3, 7)
+"""The first Triton that puts a fence between what cp.async copied to shared memory and the wgmma that reads it."""
 
 
 @functools.cache
@@ -66,6 +68,15 @@ class Target:
     def asynchronous(self) -> bool:
         """Do matrix instructions run beside the program, which waits for them? Those cards copy by descriptors too."""
         return self.matrix_instruction in ("HGMMA", "UTCHMMA")
+
+    @property
+    def copies_ahead(self) -> bool:
+        """May a kernel copy the next tiles by cp.async while it multiplies, with the Triton that is installed?
+
+        Asynchronous matrix instructions read shared memory through another proxy than cp.async writes it: without a fence
+        between the two, which PTX asks for, they may read what was there before.
+        """
+        return not self.asynchronous or triton_version() >= FENCED
 
     @property
     def descriptors(self) -> bool:

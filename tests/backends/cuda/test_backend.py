@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from support.cards import OnCard, backward_call, forward_call
@@ -16,6 +18,13 @@ pytestmark = pytest.mark.skipif(extension.missing_reason is not None, reason=str
 def test_says_what_is_missing():
     assert "built without CUDA" in cuda.missing()
     assert "built without CUDA" in explain_backend(torch.zeros(1, 1)).reasons["cuda"]
+
+
+def test_a_part_of_an_older_version_is_to_be_rebuilt(monkeypatch):
+    """It has the operators, and no sentence of why it has none for CUDA."""
+    monkeypatch.setattr(extension, "compiled", lambda: SimpleNamespace(cuda_architectures=None))
+    said = cuda.missing.__wrapped__()
+    assert "it is older than this package; rebuild it with `pip install" in said
 
 
 def test_refuses(card, monkeypatch):

@@ -1,7 +1,7 @@
 """Every Triton kernel with every tile, cross-compiled: no spills, within the card's shared memory, on matrix units.
 
 Spills are the compiler's. The tiles were chosen for the Triton of HELD, with which none spills. For other versions, what was seen
-to spill stands in SPILLS, and where a version was not looked at, a kernel may spill what any was seen to. A failure names the
+to spill stands in SPILLS, and where nobody has looked, a kernel may spill what the worst was seen to. A failure names the
 version, the kernel and the tile.
 """
 
@@ -15,8 +15,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from support import triton_emulation as emulation
 
+from loradash_kernels.backends.triton.strategies import Strategy
 from loradash_kernels.backends.triton.target import triton_version
 from loradash_kernels.backends.triton.tiles import TARGETS
 
@@ -35,13 +37,17 @@ SUMS = ("sum_g", "add_parts", "finish", "jacobi_sweeps", "highest_rates")
 HELD = (3, 8)
 # The architectures that were looked at with other versions; and there the kernel, its tile (rows, columns, depth; a block) and the
 # bytes that it spills. A few bytes cost a few stores and loads a tile, and no bit of the result.
-SEEN = {(3, 6): ("sm_80", "sm_86", "sm_90")}
+SEEN = {(3, 5): ("sm_90",), (3, 6): ("sm_80", "sm_86", "sm_90")}
 SPILLS = {
+    ((3, 5), "sm_90", "descriptor_dx", (128, 256, 64)): 24,
+    ((3, 5), "sm_90", "one_launch_forward", (32, 32, 16)): 8,
     ((3, 6), "sm_80", "dx_gemm", (64, 128, 32)): 8,
     ((3, 6), "sm_80", "jacobi_sweeps", (1024,)): 8,
     ((3, 6), "sm_86", "dx_gemm", (64, 128, 32)): 8,
     ((3, 6), "sm_86", "jacobi_sweeps", (1024,)): 8,
 }
+# Where nobody has looked: the most that was seen is 88 (Triton 3.4, sm_90, descriptor_dx of 128 x 256 x 64).
+UNSEEN = 96
 
 
 def tile_of(kernel: dict[str, Any]) -> tuple[int, ...]:
@@ -52,7 +58,7 @@ def allowed(version: tuple[int, int], target: str, kernel: dict[str, Any]) -> in
     """The bytes that this kernel may spill."""
     if version == HELD or target in SEEN.get(version, ()):
         return SPILLS.get((version, target, kernel["kernel"], tile_of(kernel)), 0)
-    return max(SPILLS.values())
+    return UNSEEN
 
 
 def dotted(version: tuple[int, int]) -> str:
@@ -101,5 +107,20 @@ def test_spills_that_are_allowed():
     kernel = {"kernel": "dx_gemm", "tile": {"BLOCK_M": 64, "BLOCK_N": 128, "BLOCK_K": 32}}
     assert allowed(HELD, "sm_80", kernel) == 0
     assert allowed((3, 6), "sm_80", kernel) == 8 and allowed((3, 6), "sm_90", kernel) == 0
-    assert allowed((9, 9), "sm_80", kernel) == max(SPILLS.values()) <= 128
+    assert allowed((9, 9), "sm_80", kernel) == UNSEEN > max(SPILLS.values())
     assert all(version != HELD and target in SEEN[version] for version, target, *_ in SPILLS)
+
+
+def test_no_copies_ahead_without_the_fence(monkeypatch):
+    """Triton before 3.7 leaves out the fence between cp.async and wgmma: one stage, but for fp32 products and descriptors."""
+    from support.compile_targets import launches
+
+    def stages(version, dtype, kind):
+        monkeypatch.setattr("loradash_kernels.backends.triton.target.triton_version", lambda: version)
+        return {launch.kernel.__name__: launch.num_stages for launch in launches("sm_90", dtype, Strategy(kind))}
+
+    without, fenced = (stages(version, torch.bfloat16, "fused") for version in ((3, 6), (3, 7)))
+    assert fenced["extended_gemm"] > 1 and fenced["dy_pass"] > 1
+    assert {without[name] for name in (*PRODUCTS[:2], *PASSES)} == {1}
+    assert stages((3, 6), torch.float32, "fused")["extended_gemm"] > 1
+    assert stages((3, 6), torch.bfloat16, "descriptors")["descriptor_forward"] > 1

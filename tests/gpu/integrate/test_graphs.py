@@ -55,7 +55,7 @@ def test_a_graphed_training_loop(device, sizes):
         torch.manual_seed(0)
         layer = loradash.DashLinear(k, n, config=loradash.DashConfig(r=8, directions=4), device=device)
         x, target = torch.randn(m, k, device=device), torch.randn(m, n, device=device)
-        optimizer = torch.optim.SGD([p for p in layer.parameters() if p.requires_grad], lr=0.5)
+        optimizer = torch.optim.SGD([p for p in layer.parameters() if p.requires_grad], lr=n / 20)
         loss = torch.zeros((), device=device)
 
         def step() -> None:

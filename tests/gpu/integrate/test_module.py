@@ -46,11 +46,12 @@ def test_both_phases(device, sizes, dtype):
     model = nn.Sequential(nn.Linear(k, n), nn.Tanh(), nn.Linear(n, k)).to(device, dtype)
     loradash.apply_dash(model, CONFIG)
     schedule = DashSchedule(model, progress=False)
-    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.5)
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.05)
     x = torch.randn(m, k, device=device).to(dtype)
     for step in range(6):
         optimizer.zero_grad()
-        model(x).float().square().mean().backward()
+        # Gradients of a mean over all numbers would vanish in float16.
+        (model(x).float().square().sum() / m).backward()
         optimizer.step()
         assert schedule.step() == (step == 2)
         for layer in loradash.dash_layers(model).values():

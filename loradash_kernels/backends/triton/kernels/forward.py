@@ -113,7 +113,8 @@ def extended_gemm(
 
     FLOPs: 2 M N (K + R_WIDTH); R_WIDTH is a multiple of BLOCK_K. Bytes: x, W, y once, as far as L2 holds a group of
     tiles. The rank columns are steps of the K loop: one pipeline, whose pointers change in the last steps. K = 0: the
-    rank columns alone, on top of `base` (low_rank_update). Grid: tiles of M times tiles of N.
+    rank columns alone, on top of `base` (low_rank_update) or for a library to add its product to. Grid: tiles of M times
+    tiles of N.
     """
     pid_m, pid_n = grouped(tl.program_id(0), tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N), GROUP_M)
     m0, n0 = pid_m * BLOCK_M, pid_n * BLOCK_N

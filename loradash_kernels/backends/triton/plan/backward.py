@@ -131,7 +131,7 @@ def _dy_passes(
                     "PRECISION": problem.precision,
                 },
                 tile.num_warps,
-                tile.num_stages,
+                problem.stages(tile),
             )
         )  # fmt: skip
         first_tile += taken
@@ -210,7 +210,7 @@ def _dx_gemm(
             "PRECISION": problem.precision,
         },
         tile.num_warps,
-        tile.num_stages,
+        problem.stages(tile),
     )  # fmt: skip
 
 
@@ -266,7 +266,7 @@ def _x_pass(
             "EVEN_K": k % tile.block_k == 0, "WIDE": wide(x), "PRECISION": problem.precision,
         },
         tile.num_warps,
-        tile.num_stages,
+        problem.stages(tile),
     )  # fmt: skip
 
 

@@ -94,7 +94,7 @@ def _down(problem: Problem[ForwardCall], r_width: int, t: Tensor, packed: Tensor
             "WIDE": wide(x, *adapters.values()), "PRECISION": problem.precision,
         },
         tile.num_warps,
-        tile.num_stages,
+        problem.stages(tile),
     )  # fmt: skip
 
 
@@ -123,7 +123,7 @@ def _extended_gemm(
             "PRECISION": problem.precision,
         },
         tile.num_warps,
-        tile.num_stages,
+        problem.stages(tile),
     )  # fmt: skip
 
 
@@ -164,7 +164,7 @@ def _one_launch(problem: Problem[ForwardCall], tile: TileConfig, weight: Tensor,
     adapters = problem.adapter_args("abuv")
     # Triton 3.8 pipelines two wgmma products of one loop with a buffer too few: a copy overwrites what the second still
     # reads.
-    first_stages = 1 if target.asynchronous else tile.num_stages
+    first_stages = 1 if target.asynchronous else problem.stages(tile)
     return KernelLaunch(
         fwd.one_launch_forward,
         (min(tiles_m * tile_count(n, tile.block_n), target.processors),),
@@ -181,5 +181,5 @@ def _one_launch(problem: Problem[ForwardCall], tile: TileConfig, weight: Tensor,
             "PRECISION": problem.precision,
         },
         tile.num_warps,
-        tile.num_stages,
+        problem.stages(tile),
     )  # fmt: skip
