@@ -146,6 +146,8 @@ class Meter:
                 errors[name] = said(error)
                 del error
                 self.recover(name, errors[name])
+                # The allocator takes no pool again that it was given back.
+                pool = torch.cuda.graph_pool_handle()
         found = self.measure({name: graph.replay for name, graph in graphs.items()})
         found.errors |= errors
         return found
