@@ -15,7 +15,7 @@ DEVICE = pytest.StashKey[torch.device]()
 
 
 def pytest_addoption(parser):
-    # The tests have an option of that name, which is there when both are run together.
+    # The tests have an option of that name, which may be there when both are run together.
     with contextlib.suppress(ValueError):
         parser.addoption("--device", default=None, help="cpu, cuda or cuda:N; by default the card where there is one")
 

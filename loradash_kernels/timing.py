@@ -44,7 +44,8 @@ class CudaStopwatch:
     """Events on the current stream of a GPU.
 
     A host that is still enqueuing when the spin ends would be measured itself. `stamp` notices that the stamp before it had
-    been passed already, counts it in `late` and doubles the spin for the calls to come, up to about 30 ms.
+    been passed already, counts it in `late` and doubles the spin for the calls to come, up to about 30 ms. Calls in time
+    shorten it again, slowly: a host that was away once must not make every later call long.
     """
 
     def __init__(self, device: torch.device | str = "cuda") -> None:
@@ -66,9 +67,12 @@ class CudaStopwatch:
     def stamp(self) -> torch.cuda.Event:
         event = torch.cuda.Event(enable_timing=True)
         event.record(torch.cuda.current_stream(self.device))
-        if self._started is not None and self._started.query():
-            self.late += 1
-            self._cycles = min(2 * self._cycles, _LONGEST_SPIN)
+        if self._started is not None:
+            if self._started.query():
+                self.late += 1
+                self._cycles = min(2 * self._cycles, _LONGEST_SPIN)
+            else:
+                self._cycles = max(self._cycles - self._cycles // 128, _SPIN_CYCLES)
         # Only a stamp right after a spin is one that the device may not have passed yet.
         self._started, self._spun = (event if self._spun else None), False
         return event

@@ -10,6 +10,7 @@ A test is marked `gpu` where it takes the fixture `device`, directly or through 
 
 from __future__ import annotations
 
+import contextlib
 import os
 from pathlib import Path
 
@@ -31,7 +32,9 @@ FACTORS = Path(os.environ.get("LORADASH_FACTORS", KEPT_FACTORS))
 
 
 def pytest_addoption(parser):
-    parser.addoption("--device", default="cpu", help="where tests marked gpu run: cpu (default), cuda or cuda:N")
+    # The benchmarks have an option of that name, which may be there when both are run together.
+    with contextlib.suppress(ValueError):
+        parser.addoption("--device", help="where tests marked gpu run: cpu (default), cuda or cuda:N")
     parser.addoption(
         "--shard",
         default="0/1",
@@ -40,7 +43,7 @@ def pytest_addoption(parser):
 
 
 def pytest_configure(config):
-    config.stash[DEVICE] = wanted_device(config.getoption("device"))
+    config.stash[DEVICE] = wanted_device(config.getoption("device") or "cpu")
     wanted_shard(config.getoption("shard"))
     config.addinivalue_line("markers", "heavy: takes tens of GB of a card; no two run at a time")
     # Tests have PyTorch fill memory with NaN, which it does in its deterministic mode alone; there it warns of cuBLAS.

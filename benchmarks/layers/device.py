@@ -20,7 +20,9 @@ import functools
 import re
 import sys
 import time
+import traceback
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +32,7 @@ from benchmarks.layers import backends, training
 from benchmarks.layers.checks import check_by_norms, check_ours
 from benchmarks.layers.device_report import report
 from benchmarks.layers.meter import CardLost, Found, Meter, products_in, said
-from benchmarks.layers.roofs import roofs
+from benchmarks.layers.roofs import SIDE, products, roofs
 from benchmarks.layers.variants import DIRECTIONS, FROZEN, OURS, VARIANTS, Case, Inputs, make_case, make_inputs
 from benchmarks.layers.workloads import Job, Workload, all_jobs, rehearsal, selected
 from benchmarks.prelaunch.device import prelaunch_row
@@ -40,6 +42,8 @@ from loradash_kernels.timing import card_facts, stopwatch_for
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "tf32": torch.float32}
 GEMM = "vendor GEMM"
+# The arm of a row that says why a job has no others.
+WHOLE = "the whole job"
 TIME_IS_OVER, CARD_IS_LOST = 75, 76
 
 
@@ -54,6 +58,7 @@ class Program:
         self.begun, self.seconds = time.monotonic(), seconds
         self.device, self.rehearsed = meter.device, rehearsed
         self.about = {**environment(), "device": str(meter.device), "rehearsed": rehearsed}
+        self._late = 0
         self._look()
 
     @property
@@ -68,7 +73,8 @@ class Program:
     def run(self, job: Job) -> None:
         """Adds the rows of a job that are not there; none where what the others stand beside has failed."""
         references = (FROZEN, OURS) if job.kind == "strategy" else (FROZEN,)
-        if {key_of(job, arm) for arm in references} & {row["key"] for row in self.journal.rows if row["error"]}:
+        failed = {row["key"] for row in self.journal.rows if row["error"]}
+        if {key_of(job, arm) for arm in references} & failed or key_of(job, WHOLE) in self.journal.keys:
             return
         # The compiler gives up on a function that it has compiled for eight shapes.
         torch._dynamo.reset()
@@ -85,11 +91,27 @@ class Program:
             # The next program leaves out what this one ended with.
             self._add(job, {"arm": error.arm, "error": error.why})
             raise
+        except Exception as error:
+            # What stands around the arms, their inputs say: the other jobs go on.
+            traceback.print_exc()
+            kind, words = _failure(error)
+        else:
+            return
+        self._add(job, {"arm": WHOLE, kind: words})
+        self.meter.recover(WHOLE, words)
 
-    def _look(self) -> None:
-        """Notes the state of the card, right after a measurement, for the rows to come; and the calls so far that were timed
-        with some of their launching, because the host came late."""
-        self.facts = {**card_facts(self.device), "late calls": getattr(self.meter.stopwatch, "late", 0)}
+    def _look(self, step: Callable[[], object] | None = None) -> None:
+        """Notes the state of the card for the rows to come, while it takes this step again and again: at rest its clocks, its power
+        and its reasons to throttle are others. And how many calls since the last look were timed with some of their launching,
+        because the host came late."""
+        with ThreadPoolExecutor(1) as pool:
+            asked = pool.submit(card_facts, self.device)
+            while step is not None and not asked.done():
+                step()
+                self.meter.synchronize()
+        late = getattr(self.meter.stopwatch, "late", 0)
+        self.facts = {**asked.result(), "late calls": late - self._late}
+        self._late = late
 
     def missing(self, job: Job, arms: Any) -> list[str]:
         """The arms that have no row."""
@@ -126,9 +148,7 @@ class Program:
             print(f"  {arm}: passed, {self.spent - begun:.1f} s", flush=True)
             return found
         except Exception as error:
-            # That a card is small is nobody's fault.
-            kind = "left out" if isinstance(error, torch.cuda.OutOfMemoryError) else "error"
-            words = said(error)
+            kind, words = _failure(error)
         print(f"  {arm}: {words}", flush=True)
         # What was allocated is free once the error is gone.
         self._add(job, {"arm": arm, kind: words})
@@ -139,7 +159,9 @@ class Program:
     def _roofs(self, job: Job) -> None:
         if self.missing(job, ["empty launch"]):
             small = {"side": 64, "copied": 1 << 20} if self.rehearsed else {}
-            for row in roofs(self.meter, **small):
+            rows = roofs(self.meter, **small)
+            self._look(products(small.get("side", SIDE), self.device))
+            for row in rows:
                 self._add(job, row)
 
     def _prelaunch(self, job: Job) -> None:
@@ -159,7 +181,7 @@ class Program:
                 steps[arm] = step
         found = {"step": self.meter.measure(steps)}
         found["wall"] = self.meter.wall(steps, found["step"].shortest)
-        self._look()
+        self._look(next(iter(steps.values()), None))
         for arm in wanted:
             if arm in steps:
                 row = {"arm": arm, **times_of(arm, found), "stack": str(sizes)}
@@ -182,8 +204,8 @@ class Program:
                     self._add(job, {"arm": f"{OURS}, {name}", "left out": f"refused: {reason}"})
             cases = self._checked(job, dict.fromkeys((FROZEN, *self.missing(job, wanted))), inputs)
             found = self.meter.passes(cases)
-            self._look()
             steps = {name: case.step for name, case in cases.items()}
+            self._look(next(iter(steps.values()), None))
             found["wall"] = self.meter.wall(steps, found["step"].shortest)
             found["graph"] = self.meter.graphs(steps)
             if GEMM in wanted:
@@ -215,7 +237,7 @@ class Program:
                 return pass_ in (arms[name].passes if name in arms else backends.PASSES)
 
             found = self.meter.passes(cases, takes)
-            self._look()
+            self._look(ours.step)
             for name in wanted:
                 if name in cases:
                     self._add(job, {"arm": name, "backend": arms[name].backend, **times_of(name, found)})
@@ -246,6 +268,11 @@ class Program:
         else:
             check_by_norms(case, inputs.weight, workload.dtype == "tf32")
         return True
+
+
+def _failure(error: Exception) -> tuple[str, str]:
+    """In which field of a row an error stands, and its words. That a card is small is nobody's fault."""
+    return "left out" if isinstance(error, torch.cuda.OutOfMemoryError) else "error", said(error)
 
 
 def key_of(job: Job, arm: str) -> str:
@@ -303,6 +330,9 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error(
             "PyTorch sees no GPU; --rehearse shows on a CPU that all of it runs, --device cpu measures it, for hours"
         )
+    if device.index is not None:
+        # Graphs, and kernels that are compiled for it, take the current one.
+        torch.cuda.set_device(device)
     card = card_facts(device)["card"]
     folder = options.out or ROOT / RESULTS / re.sub(r"[^a-z0-9]+", "_", card.lower()).strip("_")
     journal = Journal(folder)

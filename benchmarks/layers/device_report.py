@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -22,11 +23,17 @@ SHOWN = (PEFT, IN_PLACE, FACTORED, COMPILED, DENSE, OURS)
 TIMES = ("step", "wall", "graph")
 # A picture has room for so many workloads: the first, which tell the most. The tables have all.
 DRAWN = 9
-TITLES = {"step": "device time", "wall": "eager, back to back", "graph": "CUDA graph replay"}
+TITLES = {
+    "step": "device time",
+    "wall": "eager, back to back",
+    "graph": "CUDA graph replay",
+    "forward": "device time of forward alone",
+    "backward": "device time of backward alone",
+}
 
 
 def ratios(rows: Iterable[Row], time_: str = "step") -> dict[str, dict[str, float | None]]:
-    """A step over the frozen layer: workload -> arm -> ratio; time_: "step", "wall" or "graph"."""
+    """A step over the frozen layer: workload -> arm -> ratio; time_: one of TITLES."""
     return {
         where: {arm: row.get(f"{time_} ratio") for arm, row in arms.items() if arm != FROZEN}
         for where, arms in by_workload(rows, "layer").items()
@@ -51,6 +58,14 @@ def _table(columns: list[str], lines: Iterable[Iterable[Any]]) -> list[str]:
     return [*head, *(f"| {' | '.join(map(_cell, line))} |" for line in lines), ""]
 
 
+def _state(rows: list[Row]) -> str:
+    """How the card was while it was measured."""
+    reasons = Counter(row["throttled"] for row in rows)
+    late = sum({row["key"].rpartition("/")[0]: row["late calls"] for row in rows}.values())
+    throttled = ", ".join(f"{reason} in {number}" for reason, number in reasons.most_common())
+    return f"Throttled, of {len(rows)} rows: {throttled}. Power limit {rows[0]['power limit']}. Calls timed with launching: {late}"
+
+
 def _fastest(rows: list[Row]) -> list[list[Any]]:
     """The fastest strategy of each pass at each workload, over the frozen layer and over ours by default."""
     lines = []
@@ -72,9 +87,9 @@ def text_of(rows: list[Row]) -> str:
     lines = [f"# Layers on {first['card']}", ""]
     if first["rehearsed"]:
         lines += ["A rehearsal on tiny sizes: the program ran, and no time here means anything.", ""]
-    lines += [", ".join(f"{name} {first[name]}" for name in facts), "", "## Verdicts", ""]
+    lines += [", ".join(f"{name} {first[name]}" for name in facts), "", _state(rows), "", "## Verdicts", ""]
     lines += [*(f"- {verdict}" for verdict in found.values()), ""]
-    for time_ in TIMES:
+    for time_ in TITLES:
         groups = ratios(rows, time_)
         if any(ratio is not None for arms in groups.values() for ratio in arms.values()):
             arms = [arm for arm in _arms(rows) if any(group.get(arm) is not None for group in groups.values())]

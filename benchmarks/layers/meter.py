@@ -145,8 +145,9 @@ class Meter:
             except Exception as error:
                 errors[name] = said(error)
                 del error
-                _renew_generator(self.device)
                 self.recover(name, errors[name])
+                # The allocator takes no pool again that it was given back.
+                pool = torch.cuda.graph_pool_handle()
         found = self.measure({name: graph.replay for name, graph in graphs.items()})
         found.errors |= errors
         return found
@@ -170,16 +171,29 @@ def _captured(step: Callable[[], object], device: torch.device, pool: Any) -> An
     with torch.cuda.stream(stream):
         for _ in range(_WARM_GRAPH):
             step()
-    torch.cuda.current_stream(device).wait_stream(stream)
+    current = torch.cuda.current_stream(device)
+    current.wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, pool=pool):
-        step()
+    try:
+        with torch.cuda.graph(graph, pool=pool):
+            step()
+    except Exception:
+        _abandon_capture(device, current, pool)
+        raise
     return graph
 
 
-def _renew_generator(device: torch.device) -> None:
-    """A capture that failed leaves the generator waiting for the rest of it, and all later draws would raise."""
+def _abandon_capture(device: torch.device, stream: Any, pool: Any) -> None:
+    """A capture that failed leaves its own stream current, the allocator and the generator waiting for the rest of it: nothing
+    could be freed, and draws would raise."""
     index = torch.cuda.current_device() if device.index is None else device.index
+    torch.cuda.set_stream(stream)
+    # The name before PyTorch 2.8 is the other.
+    end = getattr(torch._C, "_cuda_endAllocateToPool", None) or torch._C._cuda_endAllocateCurrentStreamToPool
+    # It raises where the capture did end, and only the step in it had failed: then the graph gives back the pool.
+    with contextlib.suppress(RuntimeError):
+        end(index, pool)
+        torch._C._cuda_releasePool(index, pool)
     fresh = torch.Generator(torch.device("cuda", index))
     torch.cuda.default_generators[index].graphsafe_set_state(fresh.graphsafe_get_state())
 

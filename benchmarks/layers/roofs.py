@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -46,6 +47,12 @@ def _copy(meter: Meter, size: int) -> dict[str, Any]:
     if "step ms" in row:
         row["GB/s"] = 2e-6 * size / row["step ms"]
     return row
+
+
+def products(side: int, device: torch.device) -> Callable[[], object]:
+    """What loads a card: a bf16 product."""
+    a = torch.randn(side, side, dtype=torch.bfloat16, device=device)
+    return lambda: a @ a
 
 
 def _product(meter: Meter, name: str, dtype: torch.dtype, tf32: bool, side: int) -> dict[str, Any]:

@@ -71,7 +71,13 @@ def _both(workload: Workload) -> tuple[Job, Job]:
 def all_jobs() -> list[Job]:
     """Every job once, in order of what it tells."""
     square = [Workload("bf16", m, 4096, 4096) for m in (4096, 8192)]
-    first = [Job("roofs"), *(Job("layer", workload) for workload in square), Job("training")]
+    # A number for each verdict.
+    first = [
+        Job("roofs"),
+        *(Job("layer", workload) for workload in square),
+        Job("training"),
+        Job("strategy", square[0]),
+    ]
     llama = list(_layers(LINEARS, ROWS[:1]))
     sweeps = [Job("strategy", Workload("bf16", 4096, k, n)) for k, n in LINEARS]
     prelaunch = [Job("prelaunch", shape=shape) for shape in ((4096, 4096), (4096, 11008))]
@@ -79,7 +85,7 @@ def all_jobs() -> list[Job]:
     others += [Workload("bf16", 4096, k, n, rank=64) for k, n in PAIR]
     rest = [
         *llama,
-        *(Job("strategy", workload) for workload in square),
+        Job("strategy", square[1]),
         *_layers(PAIR, ROWS[:1], dropout=0.0),
         *prelaunch,
         *sweeps,

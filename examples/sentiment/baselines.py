@@ -51,7 +51,12 @@ class DenseDash(AdaptedLinear):
 
 
 class FactoredDash(AdaptedLinear):
-    """The same term through its factors: ((x V) * Δσ) Uᵀ."""
+    """The same term through its factors, ((x V) * Δσ) Uᵀ, and one dropped x for both terms, as in `DashLinear`."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        dropped = self.dropout(x)
+        lora = dropped @ self.lora_a.t() @ self.lora_b.t() * self.scaling
+        return F.linear(x, self.weight, self.bias) + lora + self.dash(dropped)
 
     def dash(self, x: Tensor) -> Tensor:
         return (x @ self.dash_vt.t() * self.dash_sigma) @ self.dash_u.t()

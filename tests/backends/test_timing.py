@@ -153,11 +153,26 @@ def test_a_host_that_comes_late_lengthens_the_spin(slept, monkeypatch):
         watch.stamp()
         watch.stamp()
 
-    for late in (False, True, True, False, *[True] * 9):
+    for late in (False, True, True, *[True] * 9):
         once(late)
     first = slept[0]
-    assert slept[:5] == [first, first, 2 * first, 4 * first, 4 * first]
+    assert slept[:4] == [first, first, 2 * first, 4 * first]
     assert max(slept) == timing._LONGEST_SPIN and watch.late == 11
+
+
+def test_calls_in_time_shorten_the_spin_again(slept, monkeypatch):
+    watch = CudaStopwatch("cuda")
+
+    def once(late):
+        monkeypatch.setattr(FakeEvent, "passed", late)
+        watch.spin()
+        watch.stamp()
+        watch.stamp()
+
+    for late in (True, *[False] * 200):
+        once(late)
+    assert slept[1] == 2 * slept[0] > slept[2] > slept[50]
+    assert slept[-1] == min(slept) == timing._SPIN_CYCLES and watch.late == 1
 
 
 def test_the_card_that_is_timed_spins(slept, monkeypatch):

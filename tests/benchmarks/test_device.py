@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -104,6 +105,25 @@ def test_out_of_memory_is_a_row_that_says_so(run, monkeypatch):
     assert rows[PEFT]["error"] is None
     assert rows[PEFT]["left out"] == "OutOfMemoryError: CUDA out of memory. Tried to allocate 98.00 GiB"
     assert rows[IN_PLACE]["error"] is None
+
+
+def test_inputs_that_find_no_room_end_their_job_alone(run, monkeypatch):
+    def greedy(*args):
+        raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 98.00 GiB")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(program, "make_inputs", greedy)
+        status, rows = run(LAYER, Job("roofs"))
+    assert status == 0 and rows[program.WHOLE]["left out"].startswith("OutOfMemoryError") and "empty launch" in rows
+    assert run(LAYER)[1] == rows, "it is not tried again"
+
+
+def test_the_card_is_asked_how_it_is_while_it_works(tmp_path, monkeypatch):
+    measured = program.Program(Meter(torch.device("cpu"), HostStopwatch()), Journal(tmp_path), True)
+    worked = threading.Event()
+    monkeypatch.setattr(program, "card_facts", lambda device: {"power": "700 W" if worked.wait(30) else "idle"})
+    measured._look(worked.set)
+    assert measured.facts == {"power": "700 W", "late calls": 0}
 
 
 def test_what_a_backend_refuses_is_no_failure(run, monkeypatch):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 import torch
 
@@ -83,7 +85,7 @@ def card(monkeypatch):
 
     class Stream:
         def __init__(self, device=None):
-            pass
+            self.device = device
 
         def wait_stream(self, other):
             asked.append("wait")
@@ -110,16 +112,20 @@ def card(monkeypatch):
             asked.append(f"{state} generator")
 
     monkeypatch.setattr(torch, "Generator", lambda device: Generator())
+    for name in ("_cuda_endAllocateToPool", "_cuda_releasePool"):
+        fake = functools.partial(lambda name, index, pool: asked.append(f"{name} {index} {pool}"), name)
+        monkeypatch.setattr(torch._C, name, fake, raising=False)
     memory = iter([100, 350])
     for name, fake in {
         "Stream": Stream,
         "CUDAGraph": Graph,
         "current_stream": Stream,
+        "set_stream": lambda stream: asked.append(f"back to the stream of {stream.device}"),
         "current_device": lambda: 0,
         "default_generators": [Generator()],
         "stream": lambda stream: Context("stream"),
         "graph": lambda graph, pool: Context(pool),
-        "graph_pool_handle": lambda: "graph",
+        "graph_pool_handle": iter(("graph", "other graph")).__next__,
         "synchronize": lambda device: asked.append("synchronize"),
         "empty_cache": lambda: asked.append("empty_cache"),
         "reset_peak_memory_stats": lambda device: asked.append("reset"),
@@ -134,15 +140,17 @@ def test_a_graph_is_captured_once_and_replayed(card):
     meter = Meter(torch.device("cuda"), HostStopwatch(), least=2, most=2)
 
     def bad():
-        raise RuntimeError("operation not permitted when stream is capturing")
+        if card[-1] == "graph begins":
+            raise RuntimeError("operation not permitted when stream is capturing")
 
-    found = meter.graphs({"a": lambda: card.append("step"), "bad": bad})
-    assert found.samples.keys() == {"a"} and "capturing" in found.errors["bad"]
+    found = meter.graphs({"a": lambda: card.append("step"), "bad": bad, "c": lambda: None})
+    assert found.samples.keys() == {"a", "c"} and "capturing" in found.errors["bad"]
     assert " ".join(card).startswith(
         "wait stream begins step step step stream ends wait graph begins step graph ends wait stream begins stream ends "
-        "fresh generator synchronize empty_cache replay"
+        "wait graph begins graph ends back to the stream of cuda _cuda_endAllocateToPool 0 graph _cuda_releasePool 0 graph "
+        "fresh generator synchronize empty_cache wait stream begins stream ends wait other graph begins other graph ends replay"
     )
-    assert card.count("step") == 4 and card.count("replay") == 4, "two of them warm"
+    assert card.count("step") == 4 and card.count("replay") == 8, "two of each are warm"
 
 
 def test_a_card_that_no_longer_answers_is_lost(card, monkeypatch):

@@ -53,8 +53,17 @@ def test_beside_peers_fails_at_one_shape(better):
 def test_beside_peers_is_not_decided_where_a_peer_is_missing():
     rows = [layer(OURS, 1.1), layer(PEFT, 1.3), layer(COMPILED, error="no compiler")]
     found = beside_peers(rows)
-    assert found.holds is None and found.missing == (f"{COMPILED} at bf16 4096x4096x4096, r 16, dropout 0.05",)
+    assert found.holds is None and found.missing == (f"device of {COMPILED}, bf16 4096x4096x4096, r 16, dropout 0.05",)
     assert beside_peers([layer(OURS, 1.5), layer(PEFT, 1.3)]).holds is False, "what is there decides"
+
+
+@pytest.mark.parametrize("without", [0, 1, 2])
+def test_beside_peers_is_not_decided_where_one_has_no_graph(without):
+    rows = peers(1.1)
+    for place, row in enumerate(rows):
+        row["graph ratio"] = None if place == without else 1.2
+    found = beside_peers(rows)
+    assert found.holds is None and found.missing[0].startswith(f"graph of {rows[without]['arm']}")
 
 
 @pytest.mark.parametrize("verdict", [beside_peers, beside_frozen])

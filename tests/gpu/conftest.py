@@ -12,7 +12,7 @@ from support.sizes import CARD, REHEARSAL
 
 def pytest_generate_tests(metafunc):
     if "way" in metafunc.fixturenames:
-        metafunc.parametrize("way", _ways(metafunc.config.getoption("device")), indirect=True)
+        metafunc.parametrize("way", _ways(metafunc.config.getoption("device") or "cpu"), indirect=True)
 
 
 @functools.cache
