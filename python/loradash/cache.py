@@ -23,7 +23,7 @@ from loradash_kernels.directions.kept import KeptDecomposition, choose_direction
 from loradash_kernels.files import replace_bytes
 
 from .background import BackgroundDecomposition
-from .distributed import is_sharded
+from .distributed import cost, is_sharded, place, share_out
 from .fingerprint import FORMAT, fingerprint
 from .state import dash_layers
 
@@ -109,6 +109,7 @@ class SpectralCache:
     def start(self, model: nn.Module) -> BackgroundDecomposition:
         """Decomposes the adapted layers' weights in a process of its own, at the lowest priority, while training runs.
 
+        Under torch.distributed each process takes the share of the layers that launch will give it, where all have trained.
         Layers with sharded parameters are left out, with a warning, as only all processes together can gather them; so are
         offloaded ones, which training brings in and sends away meanwhile.
         """
@@ -125,7 +126,9 @@ class SpectralCache:
                 f"background; launch decomposes them: {', '.join(left_out[:4])}",
                 stacklevel=2,
             )
-        read = [layer for name, layer in layers.items() if name not in left_out]
+        rank, processes = place()
+        costs = {n: cost(m.out_features, m.in_features) for n, m in layers.items() if m.dash_sigma.numel()}
+        read = [layers[name] for name in share_out(costs, processes)[rank] if name not in left_out]
         devices = [p.device for layer in read for p in (layer.weight, layer.lora_a)]
         return BackgroundDecomposition(self, [layer.weight_nk for layer in read], devices)
 

@@ -48,6 +48,11 @@ def place() -> tuple[int, int]:
     return 0, 1
 
 
+def cost(n: int, k: int) -> float:
+    """What decomposing a matrix N x K costs, beside others."""
+    return float(n * k * min(n, k))
+
+
 def share_out(costs: Mapping[str, float], parts: int) -> list[list[str]]:
     """Names in `parts` shares of nearly equal cost: the dearest first, each to the share that has least."""
     shares: list[list[str]] = [[] for _ in range(parts)]

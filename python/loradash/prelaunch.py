@@ -14,7 +14,7 @@ from loradash_kernels import Directions, task_specific_directions
 
 from .batches import batch_elements, is_out_of_memory, no_memory, release
 from .cache import SpectralCache
-from .distributed import exchange_directions, gather_in_turns, gathered, is_sharded, place, reshard, share_out
+from .distributed import cost, exchange_directions, gather_in_turns, gathered, is_sharded, place, reshard, share_out
 from .linear import DashLinear
 from .meeting import Meeting
 from .state import dash_layers, dash_state
@@ -67,7 +67,7 @@ def prelaunch(
     names = [name for name, layer in layers.items() if name not in set(idle) and layer.dash_sigma.numel()]
     finder = _Finder(layers, adapters, method, cache, device)
     rank, processes = place()
-    shares = share_out({name: _cost(layers[name]) for name in names}, processes)
+    shares = share_out({name: cost(layers[name].out_features, layers[name].in_features) for name in names}, processes)
     with tqdm(total=len(names), desc="pre-launch", unit="layer", disable=not progress or rank != 0) as bar:
         found = _find(finder, shares, rank, bar)
     if processes > 1:
@@ -182,11 +182,6 @@ class _Finder:
             name: Directions(*(t[i] for t in many[:5]), many.routes[i : i + 1])  # type: ignore[arg-type, call-arg]
             for i, name in enumerate(names)
         }
-
-
-def _cost(layer: DashLinear) -> float:
-    n, k = layer.out_features, layer.in_features
-    return float(n * k * min(n, k))
 
 
 def _find(finder: _Finder, shares: list[list[str]], rank: int, bar: tqdm) -> dict[str, Directions]:

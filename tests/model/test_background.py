@@ -30,6 +30,28 @@ def adapted(*widths):
     return apply_dash(nn.Sequential(*layers), DashConfig(r=2, directions=3))
 
 
+@pytest.mark.parametrize("rank", [0, 1])
+def test_each_process_takes_the_share_that_launch_gives_it(cache, monkeypatch, rank):
+    """Two processes decompose every weight once between them, and launch reads its own share from disk."""
+    model = adapted(24, 40, 24, 8, 32)
+    for layer in model:
+        nn.init.normal_(layer.lora_b)
+    monkeypatch.setattr("loradash.cache.place", lambda: (rank, 2))
+    assert cache.start(model).wait()
+    names = [name for name, layer in loradash.dash_layers(model).items() if cache.has(layer.weight)]
+    monkeypatch.setitem(prelaunch.__globals__, "place", lambda: (rank, 2))
+    seen = []
+
+    def find(finder, shares, ours, bar):
+        seen.append(shares[ours])
+        raise KeyboardInterrupt
+
+    monkeypatch.setitem(prelaunch.__globals__, "_find", find)
+    with pytest.raises(KeyboardInterrupt):
+        prelaunch(model, progress=False, cache=cache)
+    assert sorted(*seen) == sorted(names) and 0 < len(names) < 4
+
+
 def until(happened, seconds=300):
     """Waits: on a busy machine what runs at the lowest priority may have to."""
     end = time.monotonic() + seconds
