@@ -67,7 +67,7 @@ def _pretend_triton(monkeypatch, version):
         package.__version__ = version
         package.__spec__ = importlib.machinery.ModuleSpec("triton", None)
     monkeypatch.setitem(sys.modules, "triton", package)
-    triton.missing.cache_clear()
+    [f.cache_clear() for f in (triton.missing, triton.triton_version)]
 
 
 @contextlib.contextmanager
@@ -87,7 +87,7 @@ def pretended(capability, code=True, triton_version="3.8.0"):
         [f.cache_clear() for f in cached]
         _pretend_triton(monkeypatch, triton_version)
         yield
-    [f.cache_clear() for f in (*cached, triton.missing)]
+    [f.cache_clear() for f in (*cached, triton.missing, triton.triton_version)]
     forget_devices()
 
 
