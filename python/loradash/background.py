@@ -21,7 +21,7 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
-from .streams import SideStreams, borrow, to_host
+from .streams import SideStreams, borrow
 
 # Before every message to the process stands its length, a number of so many bytes.
 LENGTH_BYTES = 8
@@ -153,7 +153,8 @@ class _Worker:
     def decompose(self, weight: Tensor) -> str | None:
         """Puts a weight's decomposition into the cache. Returns what went wrong, if anything did."""
         assert self._process.stdin is not None and self._process.stdout is not None
-        data = save({"weight": to_host(weight)})
+        # From a GPU this waits for the current stream alone. Not through pinned memory, whose allocation may hold up others.
+        data = save({"weight": weight.cpu().contiguous()})
         try:
             self._process.stdin.write(len(data).to_bytes(LENGTH_BYTES, "little"))
             self._process.stdin.write(data)

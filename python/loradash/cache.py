@@ -24,17 +24,13 @@ from loradash_kernels.files import replace_bytes
 
 from .background import BackgroundDecomposition
 from .distributed import cost, is_sharded, place, share_out
-from .fingerprint import FORMAT, Fingerprints
+from .fingerprint import FORMAT, fingerprint
 from .state import dash_layers
 
 GB = 2**30
 # A file that is still half written after so long belongs to a process that was killed.
 STALE_SECONDS = 86400
 NAME = re.compile(r"[0-9a-f]{40}\.safetensors(?P<partial>.*\.partial)?")
-
-
-# All caches of a process ask for one weight's fingerprint, and so do the thread beside training and the launch after it.
-_FINGERPRINTS = Fingerprints()
 
 
 class _File(NamedTuple):
@@ -53,7 +49,7 @@ class SpectralCache:
 
     A weight is found again by its values: on any device, in any layout, stored as (N, K) or transposed, and in float32
     where it was bfloat16 or float16 before, as long as no value was rounded. Its fingerprint is computed where it lies,
-    and once a process as long as nobody writes to it.
+    anew in every call, so that no write to it goes unseen.
 
     A cache is a convenience: of a folder that cannot be made, read or written, a full disk or a damaged file it warns once,
     and computes the decomposition. Files are written whole or not at all, by any number of processes. When the folder
@@ -76,7 +72,7 @@ class SpectralCache:
 
     def has(self, weight: Tensor) -> bool:
         """Is there a file for this weight (N, K)? It is not read."""
-        return any(self._exists(self._path(name)) for name in _FINGERPRINTS.of(weight))
+        return any(self._exists(self._path(name)) for name in fingerprint(weight))
 
     def spectrum(self, weight: Tensor, method: str = "auto") -> KeptDecomposition:
         """What is kept of a weight (N, K): read from disk, or decomposed now and written there.
@@ -139,7 +135,7 @@ class SpectralCache:
     def _spectrum(
         self, weight: Tensor, method: str, write: Callable[[Path, KeptDecomposition], None]
     ) -> KeptDecomposition:
-        names = _FINGERPRINTS.of(weight)
+        names = fingerprint(weight)
         # transformers' Conv1D stores (K, N), of which the weight is a view: the file of either layout serves the other.
         for name, turned in ((names.itself, False), (names.transposed, True)):
             found = self._read(self._path(name), weight.mT if turned else weight)

@@ -5,7 +5,9 @@ change there: they are equal in all processes once DDP has wrapped the model, wh
 process the same. For a 7B model they are 80 MB a step.
 
 DDP reads which names to leave out from the module it is given, and then leaves them out of the first sending too. So its
-own set of names is completed after that, whatever was wrapped: the model, a part of it, or a larger one around it.
+own set of names is completed after that, whatever was wrapped: the model, a part of it, or a larger one around it. For that a
+hook of PyTorch's sees every registration of a submodule, in the whole program: it costs each 0.1 us, and changes none but
+DDP's. It is made on import, as a model may come out of a pickle; where DDP has no such last step, all is sent as before.
 """
 
 from __future__ import annotations
@@ -31,7 +33,8 @@ def frozen_buffers(module: nn.Module) -> set[str]:
 
 def _when_wrapped(parent: nn.Module, name: str, child: nn.Module | None) -> None:
     """A hook on every registration of a submodule: DDP's own is where it takes the model in."""
-    if isinstance(parent, nn.parallel.DistributedDataParallel) and name == "module" and child is not None:
+    # The name is compared first, which costs all other modules least.
+    if name == "module" and isinstance(parent, nn.parallel.DistributedDataParallel) and child is not None:
         names = frozen_buffers(child)
         if names:
             parent.__dict__[_LAST_STEP] = partial(_finish, parent, names)

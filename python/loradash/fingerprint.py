@@ -4,6 +4,9 @@ The bits of W, as float32 numbers in two halves of 16, are multiplied with eight
 eight sums, every column too. The products are exact integers in float64, so neither device, layout nor library changes
 them, and one pass over W where it lies serves both itself and its transpose. A cryptographic hash of the sums is the
 fingerprint. Two weights that differ in a row agree in one of its sums with a chance of 2⁻¹⁶, in all eight of 2⁻¹²⁸.
+
+No fingerprint is remembered: nothing cheaper than reading W sees every write to it (`weight.data`, NumPy, another view),
+and a stale one would give another weight's directions.
 """
 
 from __future__ import annotations
@@ -11,22 +14,18 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
-import threading
 from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.multiprocessing.reductions import StorageWeakRef
 
 FORMAT = "loradash-spectrum-3"
 KEYS = 8
-# Sums of 2^21 products of two 16-bit numbers are exact in float64, and no weight has longer sides.
+# Sums of 2^21 products of two 16-bit numbers are exact in float64.
 EXACT = 2**21
 # So many elements are widened to float64 at a time: 2 MB on a CPU, 32 MB on a GPU.
 CPU_ELEMENTS, GPU_ELEMENTS = 2**18, 2**22
-# A write that goes past a tensor's version counter (`weight.data.add_`) changes nearly all elements: it shows in so many.
-SAMPLED = 4096
 
 
 class Fingerprint(NamedTuple):
@@ -36,48 +35,17 @@ class Fingerprint(NamedTuple):
     transposed: str
 
 
-class _Known(NamedTuple):
-    storage: StorageWeakRef
-    version: int
-    sample: bytes
-    fingerprint: Fingerprint
-
-
-class Fingerprints:
-    """Remembers fingerprints for as long as the weights' storages live and are not written to. Threads may share one."""
-
-    def __init__(self) -> None:
-        self._known: dict[tuple, _Known] = {}
-        self._lock = threading.Lock()
-
-    def of(self, weight: Tensor) -> Fingerprint:
-        """The fingerprint of a weight (N, K), whatever its device and strides."""
-        if weight.dim() != 2:
-            raise ValueError(f"weight has shape {tuple(weight.shape)}; wanted (N, K)")
-        # A weight made in inference mode counts no versions.
-        if weight.is_inference():
-            return fingerprint(weight)
-        storage = StorageWeakRef(weight.untyped_storage())
-        # A storage's address is that of no other while a reference, even a weak one, is kept.
-        place = storage.cdata, weight.data_ptr(), weight.shape, weight.stride(), weight.dtype, weight.device
-        version, sample = weight._version, _sample(weight)
-        with self._lock:
-            known = self._known.get(place)
-        if known is not None and (known.version, known.sample) == (version, sample):
-            return known.fingerprint
-        found = fingerprint(weight)
-        with self._lock:
-            self._known = {key: kept for key, kept in self._known.items() if not kept.storage.expired()}
-            self._known[place] = _Known(storage, version, sample, found)
-        return found
-
-
 @torch.no_grad()
 def fingerprint(weight: Tensor) -> Fingerprint:
     """Computes the fingerprints of a weight (N, K) and its transpose, in one pass where it lies.
 
-    float16 and bfloat16 count as the float32 numbers that they are; float64 stays apart.
+    float16 and bfloat16 count as the float32 numbers that they are; float64 stays apart. Raises ValueError for other
+    shapes, and for sides beyond EXACT.
     """
+    if weight.dim() != 2:
+        raise ValueError(f"weight has shape {tuple(weight.shape)}; wanted (N, K)")
+    if max(weight.shape) > EXACT:
+        raise ValueError(f"weight has shape {tuple(weight.shape)}; no side may be longer than {EXACT}")
     weight = weight.detach()
     # Apple's GPUs know no float64.
     weight = weight.cpu() if weight.device.type == "mps" else weight
@@ -135,16 +103,3 @@ def _table(length: int) -> Tensor:
 def _keys(length: int) -> Tensor:
     """At least so many columns of keys; the table is made for the next power of two."""
     return _table(1 << (length - 1).bit_length())
-
-
-def _sample(weight: Tensor) -> bytes:
-    """Some elements of a weight, spread over all of it."""
-    if not weight.numel():
-        return b""
-    at = (
-        torch.linspace(0, weight.numel() - 1, min(SAMPLED, weight.numel()), dtype=torch.float64)
-        .long()
-        .to(weight.device)
-    )
-    k = weight.shape[1]
-    return weight.detach()[at // k, at % k].cpu().view(torch.uint8).numpy().tobytes()

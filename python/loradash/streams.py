@@ -37,13 +37,3 @@ def borrow(t: Tensor) -> Tensor:
     if t.is_cuda:
         t.record_stream(torch.cuda.current_stream(t.device))
     return t
-
-
-def to_host(t: Tensor) -> Tensor:
-    """A tensor's values on the CPU, rows in memory. From a GPU through pinned memory, waiting for the current stream alone."""
-    if not t.is_cuda:
-        return t.cpu().contiguous()
-    host = torch.empty(t.shape, dtype=t.dtype, pin_memory=True)
-    host.copy_(t, non_blocking=True)
-    torch.cuda.current_stream(t.device).synchronize()
-    return host

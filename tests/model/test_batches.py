@@ -153,6 +153,31 @@ def test_the_message_tells_what_is_free_on_a_card(card):
     assert "block.7: its weight (4096, 11008)" in text and "cuda:1" in text and "of which 1,300 are free" in text
 
 
+def test_a_share_is_given_up_where_another_process_failed(bounded, monkeypatch):
+    """What is left of it would be for nothing: the next batch is not begun."""
+    tried = bounded(LAYERS)
+
+    class Lost:
+        def __init__(self, rank, processes, what, bar):
+            assert (rank, processes) == (0, 2)
+
+        def is_lost(self):
+            return len(tried) == 2
+
+        def advance(self, steps):
+            pass
+
+        def meet(self, error=None):
+            raise RuntimeError("process 1 failed")
+
+    monkeypatch.setattr(batches, "BATCH_ELEMENTS", SIDE * SIDE)
+    monkeypatch.setitem(NAMES, "place", lambda: (0, 2))
+    monkeypatch.setitem(NAMES, "Meeting", Lost)
+    with pytest.raises(RuntimeError, match="process 1 failed"):
+        prelaunch(adapted(10), progress=False)
+    assert tried == [1, 1]
+
+
 def test_other_errors_are_not_tried_again(monkeypatch):
     def broken(*args, **options):
         raise RuntimeError("CUDA error: an illegal memory access was encountered")

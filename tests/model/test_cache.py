@@ -81,10 +81,12 @@ def test_found_in_any_layout(cache, n, k, made_as, found_as, from_disk):
     assert_same(cache.directions(LAYOUTS[found_as](w), a, b, min(n, 4), 2.0), wanted)
 
 
-def test_the_transpose_is_another_weight_with_its_own_directions(cache, from_disk):
-    """A square weight's sides are swapped, not confused."""
-    w, a, b = gaussian(48, 48)
+@pytest.mark.parametrize("shape", [(48, 48), (32, 48), (48, 32)])
+def test_the_transpose_is_another_weight_with_its_own_directions(cache, shape, from_disk):
+    """Its sides are swapped, not confused, whatever the shape."""
+    w, a, b = gaussian(*shape)
     cache.spectrum(w)
+    a, b = b.t(), a.t()
     wanted = task_specific_directions(w.t(), a, b, 4, scaling=2.0)
     from_disk()
     assert_same(cache.directions(w.t().contiguous(), a, b, 4, 2.0), wanted)

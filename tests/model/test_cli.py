@@ -202,6 +202,8 @@ def test_info_of_a_card_that_pytorch_does_not_see(cards, programs, monkeypatch, 
     code, text = run("info")
     assert code == 0 and "There is a card that PyTorch does not see (NVIDIA GeForce RTX 3090, 535.183.01)" in text
     assert why in text and "docs/install.md tells which build fits the driver" in text
+    cards(1)
+    assert machine.unseen_cards() is None
 
 
 def test_the_toolkit_in_reach(programs, monkeypatch):

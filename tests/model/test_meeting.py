@@ -142,6 +142,15 @@ def test_a_failure_is_known_before_the_meeting(store):
     assert here.is_lost()
 
 
+def test_a_failure_is_told_to_the_others(store):
+    """Those that are still at work see it, and what they read at the meeting is what went wrong."""
+    here = Meeting(1, 2, "the job")
+    store.set(f"{here._prefix}/1/all", "yes")
+    with pytest.raises(KeyError, match="mine"):
+        here.meet(KeyError("mine"))
+    assert here.is_lost() and store.get(f"{here._prefix}/1/1") == b":KeyError: 'mine'"
+
+
 def come(store, here, process, text, place=1):
     """Another process comes to the meeting."""
     store.set(f"{here._prefix}/{place}/{process}", f":{text}")
