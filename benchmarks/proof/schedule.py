@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import time
 from collections import Counter
@@ -16,7 +17,7 @@ from .state import Record, State, hash_of
 from .worker import LEDGER, SECONDS, START_AGAIN, TIME_IS_UP
 
 # Nothing need be installed: the packages are imported from the checkout.
-PATH = ":".join(str(ROOT / room) for room in (".", "python", "tools/ptxsim"))
+FOLDERS = [str(ROOT / room) for room in (".", "python", "tools/ptxsim")]
 CUT = "the call is over, the next one goes on"
 INTERRUPTED = "interrupted; what has ended is kept"
 PAUSE = 0.1
@@ -46,6 +47,11 @@ class Call:
     def patience(self, stage: Stage) -> float:
         """A CPU that others use too may be silent for long."""
         return max(stage.patience, stage.rehearsal) if self.context.rehearse else stage.patience
+
+
+def import_path() -> dict[str, str]:
+    """The environment in which the checkout's packages are found, before those that the interpreter is told of."""
+    return {"PYTHONPATH": os.pathsep.join([*FOLDERS, *filter(None, [os.environ.get("PYTHONPATH")])])}
 
 
 def run_stages(call: Call, stages: Sequence[Stage]) -> bool:
@@ -140,7 +146,7 @@ class Lane:
         self.rows_before = len(self.ledger.rows())
         self.starts += 1
         environment = {
-            "PYTHONPATH": PATH,
+            **import_path(),
             "PYTHONUNBUFFERED": "1",
             LEDGER: str(self.ledger.path),
             # It stops by itself a little before it would be killed.

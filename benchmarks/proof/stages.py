@@ -101,7 +101,8 @@ def tune(context: Context, turn: Turn) -> Command:
 
 # Seconds: on a card 29 minutes together, and in the rehearsal more than it takes, on a machine that others use too.
 STAGES = (
-    Stage("doctor", 40, 60, doctor),
+    # A machine that has just been started reads PyTorch from its disk for the first time.
+    Stage("doctor", 60, 60, doctor),
     Stage("build", 220, 60, build, sources=(*KERNELS, "examples", "CMakeLists.txt"), patience=220),
     Stage(
         "correct",
@@ -131,10 +132,10 @@ STAGES = (
         patience=200,
     ),
     Stage("stress", 70, 120, stress, sources=(*KERNELS, f"{PROOF}/stress.py"), patience=40),
-    Stage("prelaunch", 60, 120, prelaunch, sources=("loradash_kernels", f"{PROOF}/prelaunch.py"), patience=50),
+    Stage("prelaunch", 80, 120, prelaunch, sources=("loradash_kernels", f"{PROOF}/prelaunch.py"), patience=70),
     Stage(
         "bench",
-        430,
+        400,
         240,
         bench,
         sources=(*KERNELS, "benchmarks/layers", "benchmarks/prelaunch"),
