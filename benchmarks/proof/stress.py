@@ -41,7 +41,7 @@ def case_for(device: str) -> Case:
 def step(case: Case, device: str, backend: str) -> Callable[[], dict[str, torch.Tensor]]:
     """A forward and a backward pass, whose results stay on the device."""
     tensors: dict[str, Any] = {
-        n: t.to(device).requires_grad_(n in GRADIENTS) for n, t in case.tensors.items() if t is not None
+        n: t.detach().to(device).requires_grad_(n in GRADIENTS) for n, t in case.tensors.items() if t is not None
     }
     wanted, dy = {n: tensors[n] for n in GRADIENTS}, case.dy.to(device)
     call = functools.partial(dash_linear, **tensors, scaling=case.scaling, dropout_p=case.dropout_p, backend=backend)
