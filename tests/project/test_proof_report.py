@@ -159,6 +159,17 @@ def test_a_verdict_without_numbers_is_no_pass(folder):
     assert "passed" not in (outcomes(proof)["beside peers"], outcomes(proof)["beside frozen"])
 
 
+def test_a_verdict_that_lacks_a_peer_is_not_measured(folder):
+    """What is there holds, and decides nothing."""
+    peer = layer("PEFT LoRA", 1.3)
+    none = {**peer, "left out": "not installed", **{f"{n} ratio": None for n in ("step", "forward", "backward")}}
+    proof = change(folder, "bench", Row(peer["key"], "missing", values=none))
+    assert outcomes(proof) == {"beside peers": "not measured", "beside our best": "passed", "beside frozen": "passed"}
+    assert proof["result"] == "failed" and "missing: PEFT LoRA" in documents.summary(proof)
+    suite = ElementTree.fromstring(documents.junit(proof)).find("testsuite[@name='verdicts']")
+    assert (suite.get("failures"), suite.get("skipped")) == ("0", "1")
+
+
 def test_a_rehearsal_judges_no_number(folder):
     broken = layer("ours", 9.0)
     change(folder, "bench", Row(broken["key"], "measured", values=broken))

@@ -57,11 +57,17 @@ def test_cases_share_processes():
     assert sanitize.groups_of(["a", "b"]) == {"a": 1, "b": 1}
 
 
-def test_races_of_libraries_are_told_apart():
-    found = sanitize.read(sanitize.FOUND, f"{RACE}in void cutlass_80_tensorop_s1688gemm")
+def test_findings_in_libraries_are_told_apart():
+    found = sanitize.read(sanitize.FOUND, f"{RACE}=========     at void cutlass_80_tensorop_s1688gemm")
     assert sanitize.clean(found).outcome == "failed"
     row = sanitize.clean(found, sanitize.triton_kernels())
-    assert row.outcome == "passed" and "1 hazards, all in kernels of libraries" in row.detail
+    assert (
+        row.outcome == "passed"
+        and "1 findings, all in kernels of libraries" in row.detail
+        and "s1688gemm" in row.detail
+    )
+    copied = sanitize.read(sanitize.FOUND, f"========= {sanitize.COPIED}\n{CLEAN.replace('0 errors', '1 error')}")
+    assert sanitize.clean(copied, sanitize.triton_kernels()).outcome == "failed"
     ours = sanitize.read(sanitize.FOUND, f"{RACE}in extended_gemm")
     assert sanitize.clean(ours, sanitize.triton_kernels()).outcome == "failed"
     assert sanitize.clean(sanitize.read(1, CLEAN), sanitize.triton_kernels()).outcome == "failed"
@@ -86,7 +92,7 @@ PRETENDED = """#!{python}
 import subprocess, sys
 tool, program = sys.argv[2], sys.argv[5:]
 assert sys.argv[1] == "--tool" and sys.argv[3:5] == ["--error-exitcode", "86"], sys.argv
-extra = dict(memcheck=["--report-api-errors", "no"], racecheck=["--print-limit", "100000"]).get(tool, [])
+extra = ["--report-api-errors", "no"] if tool == "memcheck" else ["--print-limit", "100000"]
 code, triton = 0, "triton_check" in " ".join(program)
 if triton:
     assert program[:len(extra)] == extra, program
