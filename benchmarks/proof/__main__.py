@@ -21,6 +21,7 @@ import time
 from pathlib import Path
 from typing import Any, NoReturn
 
+from .doctor import NEEDED
 from .documents import summary
 from .runner import Process
 from .schedule import PAUSE, Call, import_path, run_stage, run_stages
@@ -85,6 +86,9 @@ def prove(options: argparse.Namespace, screen: Screen) -> int:
     shutil.rmtree(waiting, ignore_errors=True)
     doctor = Call(Context(waiting, {}, options.rehearse), State(waiting), screen)
     facts = examine(options, doctor)
+    if lacking := [name for name in NEEDED if not facts["packages"][name]]:
+        screen.say(f"cannot run here: {', '.join(lacking)} not installed for {sys.executable}")
+        return UNABLE
     if not facts["card"] and not options.rehearse:
         screen.say(f"cannot run here: {facts['card trouble']}. Without a card: make gpu-proof REHEARSE=1")
         return UNABLE
@@ -92,9 +96,13 @@ def prove(options: argparse.Namespace, screen: Screen) -> int:
     # Also where the state cannot be read.
     if options.again == NAMES:
         shutil.rmtree(folder, ignore_errors=True)
-    if options.resume:
+    state = State(folder)
+    if options.resume and state.path.exists():
+        # The same command must go on, and not begin where the other machine ended.
+        screen.say(f"--resume: not needed, this machine goes on with {folder}")
+    elif options.resume:
         restore(folder, options.resume)
-    state = State(folder).load()
+    state.load()
     state.facts = facts
     shutil.rmtree(folder / "doctor", ignore_errors=True)
     folder.mkdir(parents=True, exist_ok=True)

@@ -73,3 +73,12 @@ def test_the_check_of_triton(code, outcome):
     argv = [sys.executable, "-c", f"print('one', 'two', sep='\\n'); raise SystemExit({code})"]
     row = build.triton_check(subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True))
     assert row.outcome == outcome and row.detail.endswith("two")
+
+
+@pytest.mark.parametrize(("code", "outcome"), [(0, "passed"), (1, "failed")])
+def test_a_source_that_does_not_compile_is_a_failure(monkeypatch, tmp_path, code, outcome):
+    nvcc = tmp_path / "nvcc"
+    nvcc.write_text(f"#!/bin/sh\nexit {code}\n")
+    nvcc.chmod(0o755)
+    monkeypatch.setattr(build, "found_program", lambda name: str(nvcc))
+    assert build.build_check((9, 0), tmp_path / "cuda_check").outcome == outcome

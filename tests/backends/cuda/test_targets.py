@@ -9,7 +9,6 @@ import pytest
 import torch
 from support import cuda_emulation as emulation
 
-from loradash_kernels.backends import extension
 from loradash_kernels.testing import make_case
 
 pytestmark = [
