@@ -65,6 +65,8 @@ def build(capability: tuple[int, int]) -> Row:
     print(f"building, for {reason}", flush=True)
     environment = {
         **os.environ,
+        # Where the interpreter's folder is not on PATH, its ninja would not be found, and one file built after the other.
+        "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)]),
         "TORCH_CUDA_ARCH_LIST": architectures(capability),
         "LORADASH_CUDA": "1",
         "LORADASH_REQUIRE_EXTENSION": "1",

@@ -63,7 +63,10 @@ def tests(stage: str, *paths: str) -> Callable[[Context, Turn], Command | Missin
         argv += ["--continue-on-collection-errors", "--shard"]
         if context.rehearse:
             return Command([sys.executable, "-m", *argv, REHEARSED[stage], paths[0]], {"TRITON_INTERPRET": "1"})
-        return Command([sys.executable, "-m", *argv, f"{turn.lane}/{turn.lanes}", "--device", "cuda", *paths])
+        # Each lane thinks that all cores are its own.
+        threads = str(max(1, context.facts["cores"] // turn.lanes))
+        shared = {"OMP_NUM_THREADS": threads, "TORCHINDUCTOR_COMPILE_THREADS": threads}
+        return Command([sys.executable, "-m", *argv, f"{turn.lane}/{turn.lanes}", "--device", "cuda", *paths], shared)
 
     return command
 
@@ -121,6 +124,8 @@ STAGES = (
         complete=lambda code: code in (0, 1, 5),
         lanes=lanes,
         sources=(*KERNELS, *TESTS, "python"),
+        # What torch.compile makes of a model takes a while.
+        patience=150,
     ),
     Stage(
         "sanitize",
