@@ -136,7 +136,7 @@ STAGES = (
         sources=(*KERNELS, "examples", "tests/support", PROOF),
         patience=200,
     ),
-    Stage("stress", 70, 120, stress, sources=(*KERNELS, f"{PROOF}/stress.py"), patience=40),
+    Stage("stress", 70, 120, stress, sources=(*KERNELS, f"{PROOF}/stress.py"), patience=60),
     Stage("prelaunch", 80, 120, prelaunch, sources=("loradash_kernels", f"{PROOF}/prelaunch.py"), patience=70),
     Stage(
         "bench",

@@ -41,6 +41,18 @@ def test_other_bits_under_load_are_a_failure(monkeypatch, wrong, outcome):
     assert row.outcome == outcome and (wrong or "repeats") in row.detail
 
 
+def test_the_same_wrong_bits_are_a_failure(monkeypatch):
+    real = stress.step
+
+    def step(*arguments):
+        run = real(*arguments)
+        return lambda: {name: 2 * t for name, t in run().items()}
+
+    monkeypatch.setattr(stress, "step", step)
+    with pytest.raises(AssertionError, match="of what is allowed"):
+        stress.same_bits(stress.case_for("cpu"), "cpu", "cpu", 0.0, {}, Quiet())
+
+
 def test_a_second_process_works_only_while_it_is_told_to():
     neighbour = stress.Neighbour("cpu")
     try:
