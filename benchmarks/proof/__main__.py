@@ -16,13 +16,15 @@ import re
 import shutil
 import signal
 import sys
+import tarfile
 import time
 from pathlib import Path
 from typing import Any, NoReturn
 
+from .doctor import NEEDED
 from .documents import summary
 from .runner import Process
-from .schedule import PAUSE, Call, run_stage, run_stages
+from .schedule import PAUSE, Call, import_path, run_stage, run_stages
 from .schema import verdicts_hold
 from .screen import Screen, clock, last_lines
 from .stage import ROOT, Context
@@ -88,6 +90,9 @@ def prove(options: argparse.Namespace, screen: Screen) -> int:
     shutil.rmtree(waiting, ignore_errors=True)
     doctor = Call(Context(waiting, {}, options.rehearse), State(waiting), screen)
     facts = examine(options, doctor)
+    if lacking := [name for name in NEEDED if not facts["packages"][name]]:
+        screen.say(f"cannot run here: {', '.join(lacking)} not installed for {sys.executable}")
+        return UNABLE
     if not facts["card"] and not options.rehearse:
         screen.say(f"cannot run here: {facts['card trouble']}. Without a card: make gpu-proof REHEARSE=1")
         return UNABLE
@@ -95,9 +100,13 @@ def prove(options: argparse.Namespace, screen: Screen) -> int:
     # Also where the state cannot be read.
     if options.again == NAMES:
         shutil.rmtree(folder, ignore_errors=True)
-    if options.resume:
+    state = State(folder)
+    if options.resume and state.path.exists():
+        # The same command must go on, and not begin where the other machine ended.
+        screen.say(f"--resume: not needed, this machine goes on with {folder}")
+    elif options.resume:
         restore(folder, options.resume)
-    state = State(folder).load()
+    state.load()
     state.facts = facts
     shutil.rmtree(folder / "doctor", ignore_errors=True)
     folder.mkdir(parents=True, exist_ok=True)
@@ -123,14 +132,27 @@ def report(folder: Path, out: Path, rehearse: bool, screen: Screen) -> None:
     log = folder / "report" / "log-0.txt"
     log.unlink(missing_ok=True)
     argv = [sys.executable, "-m", f"{__package__}.report", str(folder), "--out", str(out)]
-    process = Process([*argv, *(["--rehearse"] if rehearse else [])], log, budget=REPORT_SECONDS, folder=ROOT)
+    argv += ["--rehearse"] if rehearse else []
+    process = Process(argv, log, budget=REPORT_SECONDS, environment=import_path(), folder=ROOT)
     while (ended := process.poll()) is None:
         time.sleep(PAUSE)
     said = "\n".join(last_lines(log, 12))
     if ended.how != "exit" or ended.code:
-        raise Unusable(f"the report could not be written, {ended}:\n{said}")
+        raise Unusable(
+            f"the report could not be written, {ended}; what it is made of is in {pack(folder, out)}:\n{said}"
+        )
     if said:
         screen.say(said)
+
+
+def pack(folder: Path, out: Path) -> Path:
+    """Everything that the stages wrote down, in one file: half an hour on a card must not be lost with a report."""
+    out.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(out / "state.tar.gz", "w:gz") as archive:
+        for path in sorted(folder.rglob("*")):
+            if path.is_file() and path.suffix in (".json", ".jsonl", ".txt"):
+                archive.add(path, str(path.relative_to(folder)))
+    return out / "state.tar.gz"
 
 
 def code_of(proof: dict[str, Any], chosen: list[str], through: bool) -> int:

@@ -16,8 +16,10 @@ from pathlib import Path
 from .doctor import found_program
 from .ledger import Row
 from .stage import ROOT
-from .worker import expect, failed, passed, work
+from .worker import expect, failed, missing, passed, work
 
+# What examples/triton_check.py ends with where Triton cannot run.
+NO_TRITON = 3
 PROBE = """
 import sys, torch
 from loradash_kernels.backends import extension
@@ -63,6 +65,8 @@ def build(capability: tuple[int, int]) -> Row:
     print(f"building, for {reason}", flush=True)
     environment = {
         **os.environ,
+        # Where the interpreter's folder is not on PATH, its ninja would not be found, and one file built after the other.
+        "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)]),
         "TORCH_CUDA_ARCH_LIST": architectures(capability),
         "LORADASH_CUDA": "1",
         "LORADASH_REQUIRE_EXTENSION": "1",
@@ -94,6 +98,21 @@ def build_check(capability: tuple[int, int], out: Path) -> Row:
     return expect(not any(codes), f"{len(sources)} sources for sm_{capability[0]}{capability[1]}: exit codes {codes}")
 
 
+def start_triton() -> subprocess.Popen[str]:
+    """Triton's checks without a sanitizer, beside nvcc: they compile on one core, and the sanitizer finds them compiled."""
+    argv = [sys.executable, str(ROOT / "examples" / "triton_check.py")]
+    return subprocess.Popen(argv, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def triton_check(process: subprocess.Popen[str]) -> Row:
+    said, _ = process.communicate()
+    if process.returncode == NO_TRITON:
+        return missing(said.strip()[-1000:])
+    return expect(
+        process.returncode == 0, said.strip()[-1000:] if process.returncode else said.strip().splitlines()[-1]
+    )
+
+
 def check() -> Row:
     reason = against(card=False)
     return expect(reason is None, reason or "there, newer than its sources, and it can be imported")
@@ -110,7 +129,9 @@ def main() -> int:
     major, minor = map(int, options.capability.split("."))
     units = [("compiled part", lambda: build((major, minor)))]
     if options.cuda_check:
+        triton = start_triton()
         units.append(("cuda_check", lambda: build_check((major, minor), options.cuda_check)))
+        units.append(("triton_check", lambda: triton_check(triton)))
     return work(units)
 
 

@@ -28,7 +28,9 @@ GIB = 1 << 30
 # A build takes 1 GiB, the rows, logs and the caches of compilers another.
 LEAST_DISK = 4 * GIB
 OLDEST_TORCH = (2, 7)
-PACKAGES = ("numpy", "triton", "pytest", "matplotlib", "peft", "setuptools", "ninja")
+# What the packages of this checkout import wherever they run, and pytest; what else there may be.
+NEEDED = ("numpy", "safetensors", "tqdm", "typer", "rich", "pytest")
+PACKAGES = (*NEEDED, "triton", "matplotlib", "peft", "setuptools", "ninja", "hypothesis")
 
 
 def found_program(name: str, *folders: str) -> str | None:
@@ -138,8 +140,8 @@ def findings(facts: dict[str, Any], rehearse: bool) -> Iterator[tuple[str, Calla
     torch = tuple(int(part) for part in (facts["torch"] or "0.0").split(".")[:2])
     yield "Python", lambda: expect(sys.version_info >= (3, 10), f"{facts['python']}, wanted 3.10 or newer")
     yield "PyTorch", lambda: expect(torch >= OLDEST_TORCH, f"{facts['torch']}, wanted 2.7 or newer")
-    yield "pytest", lambda: expect(bool(packages["pytest"]), f"{packages['pytest']}; no test runs without it")
-    yield "numpy", lambda: expect(bool(packages["numpy"]), f"{packages['numpy']}; the tests need it")
+    lacking = [name for name in NEEDED if not packages[name]]
+    yield "packages", lambda: expect(not lacking, f"missing: {', '.join(lacking) or 'none'}")
     disk = facts["disk"] / GIB
     yield "disk", lambda: expect(facts["disk"] > LEAST_DISK, f"{disk:.1f} GiB free, wanted {LEAST_DISK / GIB:.0f}")
     if not rehearse:
@@ -150,6 +152,7 @@ def findings(facts: dict[str, Any], rehearse: bool) -> Iterator[tuple[str, Calla
     yield needed("C++ compiler", facts["compiler"], "no compiled part")
     yield needed("matplotlib", packages["matplotlib"], "no plots")
     yield needed("PEFT", packages["peft"], "no comparison with its layers")
+    yield needed("hypothesis", packages["hypothesis"], "one file of tests is left out")
 
 
 def main() -> int:

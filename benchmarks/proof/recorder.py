@@ -40,6 +40,8 @@ class Recorder:
     def pytest_collectreport(self, report: pytest.CollectReport) -> None:
         if report.failed:
             self.ledger.finish(Row(f"{report.nodeid} (collection)", "failed", detail=tail(report.longreprtext)))
+        elif report.skipped:
+            self.ledger.finish(Row(f"{report.nodeid} (collection)", "missing", detail=reason(report)))
 
     @pytest.hookimpl(wrapper=True)
     def pytest_collection_modifyitems(self, config: pytest.Config, items: list[pytest.Item]) -> Iterator[None]:
@@ -81,7 +83,7 @@ def tail(text: str) -> str:
     return text[-LONGEST_DETAIL:]
 
 
-def reason(report: pytest.TestReport) -> str:
+def reason(report: pytest.TestReport | pytest.CollectReport) -> str:
     return str(report.longrepr[2]) if isinstance(report.longrepr, tuple) else tail(report.longreprtext)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import time
 from collections import Counter
@@ -16,7 +17,7 @@ from .state import Record, State, hash_of
 from .worker import LEDGER, SECONDS, START_AGAIN, TIME_IS_UP
 
 # Nothing need be installed: the packages are imported from the checkout.
-PATH = ":".join(str(ROOT / room) for room in (".", "python", "tools/ptxsim"))
+FOLDERS = [str(ROOT / room) for room in (".", "python", "tools/ptxsim")]
 CUT = "the call is over, the next one goes on"
 INTERRUPTED = "interrupted; what has ended is kept"
 PAUSE = 0.1
@@ -48,12 +49,17 @@ class Call:
         return max(stage.patience, stage.rehearsal) if self.context.rehearse else stage.patience
 
 
+def import_path() -> dict[str, str]:
+    """The environment in which the checkout's packages are found, before those that the interpreter is told of."""
+    return {"PYTHONPATH": os.pathsep.join([*FOLDERS, *filter(None, [os.environ.get("PYTHONPATH")])])}
+
+
 def run_stages(call: Call, stages: Sequence[Stage]) -> bool:
     """Whether all of them have ended; False where the call was over first, or was interrupted."""
     for number, stage in enumerate(stages, 1):
         head = f"[{number}/{len(stages)}] {stage.name}"
-        kept = call.state.records.get(stage.name)
-        if kept and kept.finished and kept.sources == hash_of(stage.sources) and stage.name not in call.again:
+        kept = kept_of(call, stage)
+        if kept and not unfinished(call, stage, kept):
             call.screen.say(f"{head}: {kept.ending} before, in {clock(kept.seconds)}. {kept.detail}")
             continue
         call.screen.say(f"{head}: at most {clock(call.budget(stage))}")
@@ -140,7 +146,7 @@ class Lane:
         self.rows_before = len(self.ledger.rows())
         self.starts += 1
         environment = {
-            "PYTHONPATH": PATH,
+            **import_path(),
             "PYTHONUNBUFFERED": "1",
             LEDGER: str(self.ledger.path),
             # It stops by itself a little before it would be killed.
@@ -190,11 +196,23 @@ class Lane:
         self.ending, self.detail = ending, detail
 
 
+def kept_of(call: Call, stage: Stage) -> Record | None:
+    """What earlier calls know of a stage; None where it is to be repeated, or its sources have changed."""
+    kept = call.state.records.get(stage.name)
+    right = kept is not None and kept.sources == hash_of(stage.sources) and stage.name not in call.again
+    return kept if right else None
+
+
+def unfinished(call: Call, stage: Stage, kept: Record) -> bool:
+    """Is there more to do? One whose time was up goes on where it is given more."""
+    return not kept.finished or (kept.ending == "over" and call.budget(stage) > kept.budget)
+
+
 def begin(call: Call, stage: Stage) -> Record:
     """The record of a stage that was cut short, or a new one, whose old rows are dropped."""
     sources, budget = hash_of(stage.sources), call.budget(stage)
-    kept = call.state.records.get(stage.name)
-    if kept and not kept.finished and kept.sources == sources and stage.name not in call.again:
+    kept = kept_of(call, stage)
+    if kept and unfinished(call, stage, kept):
         return replace(kept, budget=budget)
     if call.context.of(stage.name).exists():
         shutil.rmtree(call.context.of(stage.name))

@@ -20,6 +20,9 @@ VERSION = 1
 # "over": its budget was used up before it was through. "cut": the call ended first, the next one goes on.
 ENDINGS = ("passed", "failed", "missing", "over", "cut")
 
+# Stages whose results are files beside their rows: programs, and the table of what is fastest.
+LEAVE_FILES = ("build", "tune")
+
 
 class Unusable(Exception):
     """The state cannot be read or written; the message says why and what helps."""
@@ -85,7 +88,8 @@ class State:
 
 
 def restore(folder: Path, proof: Path) -> None:
-    """Lays the state that a proof.json holds back into `folder`, so that another machine goes on with it.
+    """Lays the state that a proof.json holds back into `folder`, so that another machine goes on with it. What a stage left in
+    files of its own is not there: it runs again.
 
     Raises Unusable where the file is no proof."""
     try:
@@ -94,6 +98,8 @@ def restore(folder: Path, proof: Path) -> None:
         state.facts = found["facts"]
         for stage in found["stages"]:
             rows = stage.pop("rows")
+            if stage["name"] in LEAVE_FILES:
+                continue
             state.records[stage["name"]] = Record(**stage)
             shutil.rmtree(folder / stage["name"], ignore_errors=True)
             ledger = Ledger(folder / stage["name"] / "rows.jsonl")

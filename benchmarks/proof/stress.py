@@ -1,6 +1,6 @@
 """Kernels beside others on a busy device: results must have the same bits as on a quiet one, and no call may hang.
 
-    python -m benchmarks.proof.stress [--device cuda] [--seconds-each 6]
+    python -m benchmarks.proof.stress [--device cuda] [--seconds-each 4]
 
 One-launch kernels wait for each other within a launch: that they run beside other streams and another process is what is to
 be shown. A second process multiplies matrices all the while; in this one, side streams do. A call that does not come back
@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import functools
+import signal
 import subprocess
 import sys
 import time
@@ -40,7 +41,7 @@ def case_for(device: str) -> Case:
 def step(case: Case, device: str, backend: str) -> Callable[[], dict[str, torch.Tensor]]:
     """A forward and a backward pass, whose results stay on the device."""
     tensors: dict[str, Any] = {
-        n: t.to(device).requires_grad_(n in GRADIENTS) for n, t in case.tensors.items() if t is not None
+        n: t.detach().to(device).requires_grad_(n in GRADIENTS) for n, t in case.tensors.items() if t is not None
     }
     wanted, dy = {n: tensors[n] for n in GRADIENTS}, case.dy.to(device)
     call = functools.partial(dash_linear, **tensors, scaling=case.scaling, dropout_p=case.dropout_p, backend=backend)
@@ -53,21 +54,34 @@ def step(case: Case, device: str, backend: str) -> Callable[[], dict[str, torch.
     return run
 
 
-@contextlib.contextmanager
-def neighbour(device: str) -> Iterator[None]:
-    """Another process that multiplies matrices on the device until this is left."""
-    argv = [sys.executable, "-m", "benchmarks.proof.stress", "--device", device, "--neighbour"]
-    process = subprocess.Popen(argv, cwd=ROOT, stdout=subprocess.PIPE, text=True)
-    try:
-        assert process.stdout is not None
-        if process.stdout.readline().strip() != "busy":
-            raise RuntimeError(f"the second process did not begin, exit code {process.wait()}")
-        yield
-        if process.poll() is not None:
-            raise RuntimeError(f"the second process ended early, exit code {process.returncode}")
-    finally:
-        process.kill()
-        process.wait()
+class Neighbour:
+    """Another process that multiplies matrices on the device while `busy`, and is stopped otherwise: it starts once."""
+
+    def __init__(self, device: str) -> None:
+        argv = [sys.executable, "-m", "benchmarks.proof.stress", "--device", device, "--neighbour"]
+        self.process = subprocess.Popen(argv, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+
+    def begin(self) -> None:
+        """Waits until it is busy, and stops it. Raises RuntimeError where it never is."""
+        assert self.process.stdout is not None
+        if self.process.stdout.readline().strip() != "busy":
+            raise RuntimeError(f"the second process did not begin, exit code {self.process.wait()}")
+        self.process.send_signal(signal.SIGSTOP)
+
+    @contextlib.contextmanager
+    def busy(self) -> Iterator[None]:
+        """Raises RuntimeError where it ended meanwhile."""
+        self.process.send_signal(signal.SIGCONT)
+        try:
+            yield
+        finally:
+            self.process.send_signal(signal.SIGSTOP)
+        if self.process.poll() is not None:
+            raise RuntimeError(f"the second process ended early, exit code {self.process.returncode}")
+
+    def end(self) -> None:
+        self.process.kill()
+        self.process.wait()
 
 
 def be_busy(device: str) -> None:
@@ -97,7 +111,9 @@ class Load:
                     matrix @ matrix
 
 
-def same_bits(case: Case, device: str, backend: str, seconds: float, forced: dict[str, Any]) -> Row:
+def same_bits(
+    case: Case, device: str, backend: str, seconds: float, forced: dict[str, Any], neighbour: Neighbour
+) -> Row:
     """Repeats a step for some seconds under load, and compares each result with that of a quiet device.
 
     Where a library takes part, its sums, y and dx, may be taken in another order beside other streams: those of the last
@@ -108,7 +124,7 @@ def same_bits(case: Case, device: str, backend: str, seconds: float, forced: dic
         quiet = {name: t.clone() for name, t in run().items()}
         ours = [name for name in quiet if forced or backend == "cpu" or name not in ("y", "x")]
         load, repeats, end = Load(device), 0, time.monotonic() + seconds
-        with neighbour(device):
+        with neighbour.busy():
             while time.monotonic() < end or repeats < 3:
                 load.add()
                 found = run()
@@ -135,7 +151,7 @@ def ways(backend: str, case: Case) -> list[tuple[str, dict[str, Any]]]:
     return [*found, *((str(c), {"forward": c, "backward": own}) for c in one_launch)]
 
 
-def units(device: str, seconds: float) -> Iterator[Unit]:
+def units(device: str, seconds: float, neighbour: Neighbour) -> Iterator[Unit]:
     case = case_for(device)
     # The error rule assumes sums in float32.
     matmul = torch.backends.cuda.matmul
@@ -146,18 +162,23 @@ def units(device: str, seconds: float) -> Iterator[Unit]:
             yield backend, functools.partial(missing, reason)
             continue
         for name, forced in ways(backend, case):
-            yield f"{backend}, {name}", functools.partial(same_bits, case, device, backend, seconds, forced)
+            yield f"{backend}, {name}", functools.partial(same_bits, case, device, backend, seconds, forced, neighbour)
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
-    parser.add_argument("--seconds-each", type=float, default=5)
+    parser.add_argument("--seconds-each", type=float, default=4)
     parser.add_argument("--neighbour", action="store_true", help="be the second process")
     options = parser.parse_args()
     if options.neighbour:
         be_busy(options.device)
-    return work(units(options.device, options.seconds_each))
+    neighbour = Neighbour(options.device)
+    try:
+        neighbour.begin()
+        return work(units(options.device, options.seconds_each, neighbour))
+    finally:
+        neighbour.end()
 
 
 if __name__ == "__main__":

@@ -43,11 +43,11 @@ def ship(path: Path, device: torch.device, driver: str) -> Row:
 def tune_shape(m: int, k: int, n: int, path: Path, driver: str) -> Row:
     """A step of a layer on the card, whose calls are measured as they are made."""
     device, before = torch.device("cuda", 0), len(tuning.MEASURED.known())
-    case = make_case(m, k, n, RANK, DIRECTIONS, torch.bfloat16, bias=False, dropout_p=DROPOUT)
-    tensors: dict[str, Any] = {name: t.to(device) for name, t in case.tensors.items() if t is not None}
+    case = make_case(m, k, n, RANK, DIRECTIONS, torch.bfloat16, bias=False, dropout_p=DROPOUT, device=device)
+    tensors: dict[str, Any] = dict(case.tensors)
     wanted = [tensors[name].requires_grad_() for name in ("x", "lora_a", "lora_b", "dash_sigma")]
     y = dash_linear(**tensors, scaling=case.scaling, dropout_p=DROPOUT)
-    torch.autograd.grad(y, wanted, case.dy.to(device))
+    torch.autograd.grad(y, wanted, case.dy)
     if len(tuning.MEASURED.known()) == before:
         return failed("no call was measured: there is one way to run it, or every way failed, see the log")
     return ship(path, device, driver)

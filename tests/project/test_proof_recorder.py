@@ -50,6 +50,13 @@ def run(folder, *arguments: str, seconds: float = 300) -> tuple[int, dict[str, s
     return done.returncode, {row.name.partition("::test_")[2]: row.outcome for row in ledger.rows()}, ledger
 
 
+def test_a_file_that_is_skipped_is_missing(folder):
+    (folder / "test_other.py").write_text("import pytest\npytest.importorskip('no_such_package')\ndef test_it(): pass")
+    _, _, ledger = run(folder, "test_other.py")
+    row = next(row for row in ledger.rows() if "test_other" in row.name)
+    assert row.outcome == "missing" and "no_such_package" in row.detail
+
+
 def test_every_outcome_is_written_down(folder):
     code, found, ledger = run(folder)
     assert code == 1

@@ -27,7 +27,14 @@ WORKLOAD = {
     "left out": None,
 }
 ABOUT = {"card": "A Card", "capability": "8.0", "driver": "580", "driver's CUDA": "13.0", "torch": "2.11"}
-ABOUT |= {"cpu": "a CPU", "commit": "abc", "rehearsed": False}
+ABOUT |= {
+    "throttled": "none",
+    "power limit": "700 W",
+    "late calls": 0,
+    "cpu": "a CPU",
+    "commit": "abc",
+    "rehearsed": False,
+}
 
 
 def layer(arm: str, step: float, **values: float) -> dict:
@@ -157,6 +164,17 @@ def test_a_verdict_without_numbers_is_no_pass(folder):
     proof = change(folder, "bench", Row("layer/ours", "failed", values=lost))
     assert proof["result"] == "failed"
     assert "passed" not in (outcomes(proof)["beside peers"], outcomes(proof)["beside frozen"])
+
+
+def test_a_verdict_that_lacks_a_peer_is_not_measured(folder):
+    """What is there holds, and decides nothing."""
+    peer = layer("PEFT LoRA", 1.3)
+    none = {**peer, "left out": "not installed", **{f"{n} ratio": None for n in ("step", "forward", "backward")}}
+    proof = change(folder, "bench", Row(peer["key"], "missing", values=none))
+    assert outcomes(proof) == {"beside peers": "not measured", "beside our best": "passed", "beside frozen": "passed"}
+    assert proof["result"] == "failed" and "missing: PEFT LoRA" in documents.summary(proof)
+    suite = ElementTree.fromstring(documents.junit(proof)).find("testsuite[@name='verdicts']")
+    assert (suite.get("failures"), suite.get("skipped")) == ("0", "1")
 
 
 def test_a_rehearsal_judges_no_number(folder):

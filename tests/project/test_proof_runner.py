@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import io
 import os
 import signal
 import sys
+import tarfile
 import time
 from pathlib import Path
 
 import pytest
 
+from benchmarks.proof import __main__ as program
 from benchmarks.proof.runner import Ended, Process
+from benchmarks.proof.screen import Screen
+from benchmarks.proof.stage import ROOT
+from benchmarks.proof.state import Unusable
 
 
 def ended(code: str, log: Path, **options) -> Ended:
@@ -107,3 +113,30 @@ def test_it_sees_its_environment_and_folder(tmp_path):
     code = "import os; print(os.environ['GREETING'], os.getcwd())"
     assert ended(code, tmp_path / "log", environment={"GREETING": "hello"}, folder=tmp_path).code == 0
     assert (tmp_path / "log").read_text() == f"hello {os.path.realpath(tmp_path)}\n"
+
+
+def test_a_report_that_fails_leaves_what_it_is_made_of(tmp_path, monkeypatch):
+    """And it is told where the checkout's packages are, which need not be installed."""
+    given = {}
+
+    class Failing:
+        def __init__(self, argv, log, **options):
+            given.update(options)
+            log.parent.mkdir(parents=True)
+            log.write_text("the sky fell\n")
+
+        def poll(self):
+            return Ended("exit", 1, 0.1)
+
+    monkeypatch.setenv("PYTHONPATH", "/of/the/user")
+    monkeypatch.setattr(program, "Process", Failing)
+    folder, out = tmp_path / "card", tmp_path / "out"
+    (folder / "bench").mkdir(parents=True)
+    (folder / "bench" / "rows-0.jsonl").write_text("rows")
+    (folder / "bench" / "object.o").write_text("")
+    with pytest.raises(Unusable, match=r"(?s)could not be written.*state\.tar\.gz.*the sky fell"):
+        program.report(folder, out, False, Screen(io.StringIO()))
+    with tarfile.open(out / "state.tar.gz") as archive:
+        assert archive.getnames() == ["bench/rows-0.jsonl", "report/log-0.txt"]
+    path = given["environment"]["PYTHONPATH"].split(os.pathsep)
+    assert {str(ROOT), str(ROOT / "python")} <= {*path} and path[-1] == "/of/the/user"

@@ -10,10 +10,11 @@ import pytest
 from benchmarks.proof import emulated, sanitize
 from benchmarks.proof.build import architectures
 
-CLEAN = "========= COMPUTE-SANITIZER\n========= ERROR SUMMARY: 0 errors\n"
-WRITE = "========= Invalid __global__ write of size 2 bytes\n========= ERROR SUMMARY: 1 error\n"
-RACE = "========= Error: Race reported\n========= RACECHECK SUMMARY: 1 hazard displayed (1 error, 0 warnings)\n"
-NO_RACE = "========= RACECHECK SUMMARY: 0 hazards displayed (0 errors, 0 warnings)\n"
+RAN = "ok one\nok two, at most 0.50 of what is allowed\n2 cases, 0 bad\n"
+CLEAN = f"========= COMPUTE-SANITIZER\n{RAN}========= ERROR SUMMARY: 0 errors\n"
+WRITE = f"========= Invalid __global__ write of size 2 bytes\n{RAN}========= ERROR SUMMARY: 1 error\n"
+RACE = f"========= Error: Race reported\n{RAN}========= RACECHECK SUMMARY: 1 hazard displayed (1 error, 0 warnings)\n"
+NO_RACE = f"{RAN}========= RACECHECK SUMMARY: 0 hazards displayed (0 errors, 0 warnings)\n"
 REFUSED = '========= Error: Device not supported. Please refer to the "Supported Devices" section\n'
 
 
@@ -30,17 +31,43 @@ REFUSED = '========= Error: Device not supported. Please refer to the "Supported
         (0, "largest relative error 1e-3\n", "failed"),
         (1, REFUSED, "failed"),
         (-11, CLEAN, "failed"),
+        # The program was never started, saw no card, ran nothing, or stopped midway.
+        (0, CLEAN.replace(RAN, ""), "failed"),
+        (0, CLEAN.replace(RAN, "no card: the launches that an A100 would take\none\ntwo\n2 cases, 0 bad\n"), "failed"),
+        (0, CLEAN.replace(RAN, "0 cases, 0 bad\n"), "failed"),
+        (0, CLEAN.replace("2 cases, 0 bad\n", ""), "failed"),
+        (0, CLEAN.replace("ok two", "WRONG two"), "failed"),
     ],
 )
 def test_clean(code, text, outcome):
     assert sanitize.clean(sanitize.read(code, text)).outcome == outcome
 
 
-def test_races_of_libraries_are_told_apart():
-    found = sanitize.read(sanitize.FOUND, f"{RACE}in void cutlass_80_tensorop_s1688gemm")
+def test_every_case_that_was_chosen_must_have_run():
+    found = sanitize.read(0, CLEAN)
+    assert sanitize.clean(found, cases=2).outcome == "passed"
+    assert sanitize.clean(found, cases=3).outcome == "failed"
+    assert sanitize.ran("ok a\n1 cases, 5 kernels, 0 bad\n") == 1
+
+
+def test_cases_share_processes():
+    """Each name contains one of the texts, and the counts are what --only will choose."""
+    names = ["64x64-rows-bf16-whole", "64x64-rows-f16-whole", "one_launch_64x64-rows-f16-whole", "a-row-bf16-dropout"]
+    assert sanitize.groups_of(names) == {"64x64-rows": 3, "a-row": 1}
+    assert sanitize.groups_of(["a", "b"]) == {"a": 1, "b": 1}
+
+
+def test_findings_in_libraries_are_told_apart():
+    found = sanitize.read(sanitize.FOUND, f"{RACE}=========     at void cutlass_80_tensorop_s1688gemm")
     assert sanitize.clean(found).outcome == "failed"
     row = sanitize.clean(found, sanitize.triton_kernels())
-    assert row.outcome == "passed" and "1 hazards, all in kernels of libraries" in row.detail
+    assert (
+        row.outcome == "passed"
+        and "1 findings, all in kernels of libraries" in row.detail
+        and "s1688gemm" in row.detail
+    )
+    copied = sanitize.read(sanitize.FOUND, f"========= {sanitize.COPIED}\n{CLEAN.replace('0 errors', '1 error')}")
+    assert sanitize.clean(copied, sanitize.triton_kernels()).outcome == "failed"
     ours = sanitize.read(sanitize.FOUND, f"{RACE}in extended_gemm")
     assert sanitize.clean(ours, sanitize.triton_kernels()).outcome == "failed"
     assert sanitize.clean(sanitize.read(1, CLEAN), sanitize.triton_kernels()).outcome == "failed"
@@ -65,9 +92,13 @@ PRETENDED = """#!{python}
 import subprocess, sys
 tool, program = sys.argv[2], sys.argv[5:]
 assert sys.argv[1] == "--tool" and sys.argv[3:5] == ["--error-exitcode", "86"], sys.argv
-if "triton_check" in " ".join(program):
-    code = 0
+extra = ["--report-api-errors", "no"] if tool == "memcheck" else ["--print-limit", "100000"]
+code, triton = 0, "triton_check" in " ".join(program)
+if triton:
+    assert program[:len(extra)] == extra, program
+    print("ok x", "1 cases, 2 kernels, 0 bad", sep="\\n")
 else:
+    assert program[0][0] != "-", program
     code = subprocess.run(program).returncode
 found = {finds} and ("--plant" in program or (tool, program[-1]) == ("racecheck", "b"))
 words = {words!r}[tool][1]
@@ -80,6 +111,8 @@ CHECK = """#!{python}
 import sys
 if "--list" in sys.argv:
     print("a", "  kernel 1 1 1 threads 128", "b", "2 cases, 0 bad", sep="\\n")
+if "--only" in sys.argv:
+    print("ok x", "1 cases, 0 bad", sep="\\n", flush=True)
 """
 
 

@@ -164,6 +164,17 @@ def test_a_cut_call_goes_on_and_repeats_nothing(call, trace):
     assert all(ledger.count(f'"row": {{"name": "{name}"') == 1 for name in names)
 
 
+def test_more_time_for_a_stage_whose_time_was_up_lets_it_go_on(call, trace):
+    names = [f"slow-{i}" for i in range(60)]
+    assert run_stage(call, toy(trace, *names, budget=6)).ending == "over"
+    before = {*outcomes(call)}
+    assert before < {*names}
+    assert run_stages(call, [toy(trace, *names, budget=6)]) and {*outcomes(call)} == before
+    call.budgets["toy"] = 600
+    assert run_stages(call, [toy(trace, *names, budget=6)]) and call.state.records["toy"].ending == "passed"
+    assert {*outcomes(call)} == {*names} and all(trace.read_text().split().count(name) == 1 for name in before)
+
+
 def test_a_call_without_time_begins_nothing(call, trace):
     call.end = time.monotonic()
     assert run_stage(call, toy(trace, "a")).ending == "cut" and not trace.exists()

@@ -11,6 +11,7 @@ import pytest
 
 from benchmarks.proof import __main__ as program
 from benchmarks.proof.bench import copy, give_back
+from benchmarks.proof.doctor import NEEDED
 from benchmarks.proof.ledger import Ledger, Row, rows_in
 from benchmarks.proof.state import Record, State, Unusable, hash_of, restore
 
@@ -64,10 +65,19 @@ def test_another_machine_goes_on_with_the_results(state, tmp_path):
         "sources": "x",
     }
     proof = tmp_path / "proof.json"
-    proof.write_text(json.dumps({"facts": state.facts, "stages": [{**stage, "rows": [row]}]}))
+    proof.write_text(
+        json.dumps(
+            {
+                "facts": state.facts,
+                "stages": [{**stage, "name": name, "rows": [row]} for name in ("build", "bench", "tune")],
+            }
+        )
+    )
     folder = tmp_path / "other"
     restore(folder, proof)
     found = State(folder).load()
+    # Programs that were built, and the table of what is fastest, lie in files that another machine lacks.
+    assert {*found.records} == {"bench"} and not (folder / "build").exists()
     assert found.records["bench"] == Record(**stage)
     assert rows_in(folder / "bench") == [Row(**row)]
     proof.write_text("{}")
@@ -119,6 +129,39 @@ def test_without_a_card_it_says_so_and_ends_with_2(tmp_path):
     done = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == program.UNABLE, done.stdout + done.stderr
     assert "cannot run here: " in done.stdout and "REHEARSE=1" in done.stdout
+
+
+def facts_of(monkeypatch, **facts) -> None:
+    """What the doctor finds."""
+
+    def examine(options, call):
+        call.context.of("doctor").mkdir(parents=True)
+        call.state.put(Record("doctor", "passed"))
+        return {"card": {"name": "A Card"}, "packages": dict.fromkeys(NEEDED, "1"), **facts}
+
+    monkeypatch.setattr(program, "examine", examine)
+
+
+def test_packages_that_are_not_there_are_told_at_once(tmp_path, monkeypatch, capsys):
+    facts_of(monkeypatch, packages={**dict.fromkeys(NEEDED, "1"), "rich": None})
+    assert program.main(["--state", str(tmp_path)]) == program.UNABLE
+    assert "cannot run here: rich not installed" in capsys.readouterr().out
+
+
+def test_the_same_command_goes_on_where_another_machine_ended(tmp_path, monkeypatch, capsys):
+    """And not again and again from there."""
+    restored = []
+
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    facts_of(monkeypatch)
+    monkeypatch.setattr(program, "restore", lambda *paths: restored.append(paths))
+    monkeypatch.setattr(program, "run_stages", stop)
+    for _ in range(2):
+        assert program.main(["--state", str(tmp_path), "--resume", "proof.json"]) == program.CUT
+    assert restored == [(tmp_path / "a-card", Path("proof.json"))]
+    assert "--resume: not needed" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
