@@ -172,7 +172,7 @@ def test_a_verdict_that_lacks_a_peer_is_not_measured(folder):
     none = {**peer, "left out": "not installed", **{f"{n} ratio": None for n in ("step", "forward", "backward")}}
     proof = change(folder, "bench", Row(peer["key"], "missing", values=none))
     assert outcomes(proof) == {"beside peers": "not measured", "beside our best": "passed", "beside frozen": "passed"}
-    assert proof["result"] == "failed" and "missing: PEFT LoRA" in documents.summary(proof)
+    assert proof["result"] == "failed" and "of PEFT LoRA, bf16" in documents.summary(proof)
     suite = ElementTree.fromstring(documents.junit(proof)).find("testsuite[@name='verdicts']")
     assert (suite.get("failures"), suite.get("skipped")) == ("0", "1")
 
