@@ -315,9 +315,23 @@ def test_a_launch_that_fails_is_tried_by_triton_again(launched, monkeypatch):
     monkeypatch.setattr(KernelLaunch, "run", fail)
     with pytest.raises(RuntimeError, match="out of resource"):
         backend.forward(call)
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+        on_card = call._replace(x=SimpleNamespace(is_cuda=True, shape=(40, 64), new_empty=call.x.new_empty))
+        with pytest.raises(RuntimeError, match=r"\(40, 64\) within the capture .* loradash.warm_up .*out of resource"):
+            prepare(call).run(on_card, [])
     monkeypatch.setattr(KernelLaunch, "run", run)
     backend.forward(call)
     assert len(launched.by_triton) == 3 and not launched.repeated
+
+
+def test_compiled_kernels_live_as_long_as_their_plan(launched):
+    """Triton unloads the code of those that nobody holds, and may drop its own."""
+    backend.forward(both_calls(40, 64, 96, 8, 4)[0])
+    for count in (2, 0):
+        gc.collect()
+        assert sum(type(found) is Compiled for found in gc.get_objects()) == count
+        backend.PLANS.clear()
 
 
 def test_every_run_takes_the_stream_that_is_current(launched, monkeypatch):
