@@ -293,7 +293,7 @@ def _plain(value: Any) -> Any:
     if not isinstance(value, Tensor):
         return value
     if value.is_neg() or value._is_zerotensor():
-        return value.resolve_neg().clone()
+        return value.clone()
     return value.contiguous() if value.dim() == 1 else value
 
 
