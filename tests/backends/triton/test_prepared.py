@@ -84,6 +84,21 @@ def in_order(launch):
     return [{**launch.args, **launch.constants}[name] for name in launch.kernel.arg_names]
 
 
+@pytest.mark.parametrize("n", [1, 64, 65, 128, 129, 191, 192, 193, 319, 320, 321, 448, 449, 641])
+def test_rounds_over_dy_take_every_column_once(monkeypatch, n):
+    call = both_calls(20, 16, n, 4, 2, dtype=FP32)[1]
+    count = -(-n // 64)
+    for most in range(9):
+        monkeypatch.setattr(backward_plan, "_G_BYTES", 4 * 20 * 6 * most)
+        launches = plan_of(call, "sm_80", Strategy(), "meta")[1]
+        rounds = [launch for launch in launches if launch.kernel.__name__ == "dy_pass"]
+        ends = [(launch.args["first_tile"], launch.args["first_tile"] + launch.grid[0]) for launch in rounds]
+        assert list(itertools.chain(*(range(*end) for end in ends))) == list(range(count))
+        parts = rounds[0].args["g_part"].shape[0]
+        # The last round fills every part, that for the sum of the rounds before apart.
+        assert parts <= max(2, most) and rounds[-1].grid[0] == parts - (len(rounds) > 1)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_repeats_by_address_what_triton_was_given(launched, monkeypatch, kind):
     zeros, within = [], prepared.Piece.within
