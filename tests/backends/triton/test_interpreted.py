@@ -102,7 +102,7 @@ def test_strategies_in_rounds_over_dy(monkeypatch, dtype):
 
 @pytest.mark.skipif(not triton_backend.interpreted(), reason="runs within test_operator_in_the_interpreter")
 @pytest.mark.parametrize("n", [256, 257, 320, 321])
-def test_rounds_over_dy_that_are_uneven(monkeypatch, n):
+def test_strategies_in_uneven_rounds_over_dy(monkeypatch, n):
     """Four to six tiles, two or three at a time: a first round that is shorter, a last column that is ragged."""
     case = make_case(20, 16, n, 4, 2, torch.float32, dropout_p=0.1)
     for parts in (3, 4):
