@@ -99,10 +99,22 @@ class PreparedPlan:
         if plain and self._repeats is not None:
             self._repeat(call, addresses, self._repeats)
             return
-        # Triton finds or compiles the kernels and launches them.
-        compiled = [step.run() for step in self.bind(call)]
+        compiled = self._through_triton(call)
         if plain:
             self._repeats = [_repeat(step, kernel) for step, kernel in zip(self.steps, compiled, strict=True)]
+
+    def _through_triton(self, call: Call) -> list[Any]:
+        """Triton finds or compiles the kernels, and launches them; gives them, None where PyTorch computes."""
+        capturing = call[0].is_cuda and torch.cuda.is_current_stream_capturing()
+        try:
+            return [step.run() for step in self.bind(call)]
+        except Exception as error:
+            if not capturing:
+                raise
+            raise RuntimeError(
+                f"Triton could not launch kernels for x {tuple(call.x.shape)} within the capture of a CUDA graph, where nothing "
+                f"can be compiled or loaded: call once with these sizes before, as loradash.warm_up does ({error})"
+            ) from error
 
     def _repeat(self, call: Call, given: list[int], repeats: list[Repeat]) -> None:
         x, addresses, kept = call[0], given, []
@@ -116,7 +128,7 @@ class PreparedPlan:
                 addresses[place] = zeros.data_ptr()
         # Without kernels there need be no driver: the interpreter has none.
         stream = launcher.current_stream(x.get_device()) if self._hooks else None
-        for launch, template, slots, descriptors in repeats:
+        for launch, template, slots, descriptors, _ in repeats:
             if template is None:
                 launch(call)
                 continue
@@ -182,6 +194,8 @@ class Repeat(NamedTuple):
     # Where which address goes, and which descriptor.
     addresses: Sequence[tuple[int, int]] = ()
     descriptors: Sequence[tuple[int, Described]] = ()
+    # Held: from Triton 3.8 on a compiled kernel that nobody holds unloads its code.
+    kernel: Any = None
 
 
 def _repeat(step: Any, compiled: Any) -> Repeat:
@@ -191,7 +205,7 @@ def _repeat(step: Any, compiled: Any) -> Repeat:
     first = launcher.ARGUMENTS
     addresses = [(first + place, value.place) for place, value in enumerate(every) if isinstance(value, Slot)]
     descriptors = [(first + place, value) for place, value in enumerate(every) if isinstance(value, Described)]
-    return Repeat(*launcher.repeated(compiled, step.grid, every), addresses, descriptors)
+    return Repeat(*launcher.repeated(compiled, step.grid, every), addresses, descriptors, compiled)
 
 
 def _product(step: Any) -> Callable[[Any], None]:
@@ -279,7 +293,7 @@ def _plain(value: Any) -> Any:
     if not isinstance(value, Tensor):
         return value
     if value.is_neg() or value._is_zerotensor():
-        return value.resolve_neg().clone()
+        return value.clone()
     return value.contiguous() if value.dim() == 1 else value
 
 

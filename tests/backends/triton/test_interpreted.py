@@ -101,6 +101,18 @@ def test_strategies_in_rounds_over_dy(monkeypatch, dtype):
 
 
 @pytest.mark.skipif(not triton_backend.interpreted(), reason="runs within test_operator_in_the_interpreter")
+@pytest.mark.parametrize("n", [256, 257, 320, 321])
+def test_strategies_in_uneven_rounds_over_dy(monkeypatch, n):
+    """Four to six tiles, two or three at a time: a first round that is shorter, a last column that is ragged."""
+    case = make_case(20, 16, n, 4, 2, torch.float32, dropout_p=0.1)
+    for parts in (3, 4):
+        monkeypatch.setattr(backward_plan, "_G_BYTES", 4 * 20 * 6 * parts)
+        triton_backend.PLANS.clear()
+        check_error_rule(case, run(case, "triton"))
+    triton_backend.PLANS.clear()
+
+
+@pytest.mark.skipif(not triton_backend.interpreted(), reason="runs within test_operator_in_the_interpreter")
 def test_too_wide_for_the_kernels():
     case = make_case(8, 16, 16, 300, 8)
     assert "at most 256" in lk.explain_backend(case.x, width=308).reasons["triton"]

@@ -27,11 +27,11 @@ pytestmark = [
 ]
 
 if importlib.util.find_spec("triton"):
-    from support.plans import both_calls, check_same_plan, plan_of, prepare, workspace_of
+    from support.plans import Compiled, both_calls, check_same_plan, plan_of, prepare, workspace_of
 
     from loradash_kernels.backends.triton import launcher, prepared
     from loradash_kernels.backends.triton.plan import backward as backward_plan
-    from loradash_kernels.backends.triton.problem import KernelLaunch, LibraryProduct
+    from loradash_kernels.backends.triton.problem import KernelLaunch
     from loradash_kernels.backends.triton.strategies import Strategy
 
 ROOT = Path(__file__).parents[3]
@@ -80,44 +80,37 @@ def test_rounds_and_every_choice_of_gradients(monkeypatch):
         check_same_plan(plan_of(some, "sm_80", None)[1], prepare(some).bind(some), some)
 
 
-class Compiled:
-    """Stands for a compiled kernel: keeps what its launcher is given."""
-
-    function, packed_metadata = "function", "metadata"
-
-    def __init__(self, name, seen):
-        self.run = lambda *arguments: seen.append((name, *arguments))
-
-
-@pytest.fixture
-def launched(monkeypatch):
-    """Launches by Triton, and launches past it, of plans that are run; nothing is executed."""
-    seen = SimpleNamespace(by_triton=[], repeated=[], products=[])
-
-    def run(launch):
-        seen.by_triton.append(launch)
-        return Compiled(launch.kernel.__name__, seen.repeated)
-
-    monkeypatch.setattr(KernelLaunch, "run", run)
-    monkeypatch.setattr(LibraryProduct, "run", lambda product: seen.by_triton.append(product))
-    monkeypatch.setattr(prepared, "multiply", lambda *operands: seen.products.append(operands))
-    monkeypatch.setattr(launcher, "current_stream", lambda device: "stream")
-    monkeypatch.setattr(backend, "architecture_of", lambda device: "sm_90")
-    monkeypatch.setattr(backend, "PLANS", prepared.PlanCache(64))
-    return seen
-
-
 def in_order(launch):
     return [{**launch.args, **launch.constants}[name] for name in launch.kernel.arg_names]
 
 
+@pytest.mark.parametrize("n", [1, 64, 65, 128, 129, 191, 192, 193, 319, 320, 321, 448, 449, 641])
+def test_rounds_over_dy_take_every_column_once(monkeypatch, n):
+    call = both_calls(20, 16, n, 4, 2, dtype=FP32)[1]
+    count = -(-n // 64)
+    for most in range(9):
+        monkeypatch.setattr(backward_plan, "_G_BYTES", 4 * 20 * 6 * most)
+        launches = plan_of(call, "sm_80", Strategy(), "meta")[1]
+        rounds = [launch for launch in launches if launch.kernel.__name__ == "dy_pass"]
+        ends = [(launch.args["first_tile"], launch.args["first_tile"] + launch.grid[0]) for launch in rounds]
+        assert list(itertools.chain(*(range(*end) for end in ends))) == list(range(count))
+        parts = rounds[0].args["g_part"].shape[0]
+        # The last round fills every part, that for the sum of the rounds before apart.
+        assert parts <= max(2, most) and rounds[-1].grid[0] == parts - (len(rounds) > 1)
+
+
 @pytest.mark.parametrize("kind", KINDS)
-def test_repeats_by_address_what_triton_was_given(launched, kind):
+def test_repeats_by_address_what_triton_was_given(launched, monkeypatch, kind):
+    zeros, within = [], prepared.Piece.within
+    monkeypatch.setattr(prepared.Piece, "within", lambda *args: zeros.append(within(*args)) or zeros[-1])
     for call in both_calls(40, 64, 96, 8, 4):
         plan, addresses = prepare(call, "sm_90", Strategy(kind)), prepared.look(call)[2]
         plan.run(call, addresses)
         kernels = [launch for launch in launched.by_triton if isinstance(launch, KernelLaunch)]
+        zeros.clear()
         plan.run(call, addresses)
+        assert len(zeros) == (kind == "one_launch" and call.pass_ == "forward")
+        assert all(t.data_ptr() in launched.repeated[0] and not t.any() for t in zeros)
         assert len(launched.repeated) == len(kernels) and len(launched.by_triton) == len(plan.steps)
         for launch, (name, *arguments) in zip(kernels, launched.repeated, strict=True):
             assert name == launch.kernel.__name__
@@ -125,9 +118,10 @@ def test_repeats_by_address_what_triton_was_given(launched, kind):
             assert arguments[: launcher.ARGUMENTS] == [*grid, "stream", "function", "metadata", None, None, None]
             for ours, theirs in zip(arguments[launcher.ARGUMENTS :], in_order(launch), strict=True):
                 if isinstance(theirs, torch.Tensor):
-                    assert isinstance(ours, int) and ours % 16 == theirs.data_ptr() % 16
+                    assert isinstance(ours, int)
                     own = {t.data_ptr() for t in call if isinstance(t, torch.Tensor)}
                     assert ours == theirs.data_ptr() or theirs.data_ptr() not in own
+                    assert (ours - theirs.data_ptr()) % (16 if kind == "one_launch" else 256) == 0
                 elif hasattr(theirs, "block_shape"):
                     assert (ours.shape, ours.strides, ours.block_shape) == (
                         theirs.shape,
@@ -142,6 +136,10 @@ def test_repeats_by_address_what_triton_was_given(launched, kind):
         (x, w, _, y, *forward), (dy, same_w, _, dx, *backward) = launched.products
         assert (forward, backward) == ([True, True], [False, True]) and w is same_w is call.weight
         assert x is call.x and dy is call.dy and dx is call.dx and y.shape == dy.shape
+        bare = both_calls(40, 64, 96, 0, 0)[0]
+        for _ in range(2):
+            backend.forward(bare)
+        assert launched.products[-1][:4] == (bare.x, bare.weight, bare.bias, bare.y)
 
 
 def test_a_cached_plan_takes_the_tensors_of_its_call(launched):
@@ -170,7 +168,7 @@ def test_gradients_without_terms_are_zero_in_every_call(launched, monkeypatch):
     assert len(backend.PLANS) == 1
 
 
-def test_what_makes_another_plan(launched):
+def test_what_makes_another_plan(launched, monkeypatch):
     call, gradients = both_calls(40, 64, 96, 8, 4)
     twice = torch.empty(96, 128, dtype=BF16)
     others = (
@@ -184,10 +182,12 @@ def test_what_makes_another_plan(launched):
         call._replace(seed=None),
         call._replace(bias=None),
         call._replace(weight=None, bias=None, base=call.y.clone()),
+        both_calls(40, 64, 97, 8, 4, bias=False)[0],
         both_calls(41, 64, 96, 8, 4)[0],
         both_calls(40, 64, 96, 8, 0)[0],
         gradients,
         gradients._replace(da=None),
+        gradients._replace(da=gradients.da.to(BF16)),
         gradients._replace(dy=gradients.dy.t().contiguous().t()),
     )
     for count, other in enumerate((call, *others), 1):
@@ -197,10 +197,16 @@ def test_what_makes_another_plan(launched):
     with tuning.forced("triton", forward=Strategy("fused")):
         backend.forward(call)
     assert len(backend.PLANS) == count + 1
-    # And all of it anew on another card.
-    backend.architecture_of = lambda device: "sm_80"
-    backend.forward(call)
-    assert len(backend.PLANS) == count + 2
+    # And all of it anew on another card, on a second one, and where TF32 is allowed.
+    others = (
+        (backend, "architecture_of", lambda device: "sm_80"),
+        (torch.Tensor, "get_device", lambda t: 1),
+        (backend, "_tf32_wanted", lambda x: True),
+    )
+    for more, other in enumerate(others, count + 2):
+        monkeypatch.setattr(*other)
+        backend.forward(call)
+        assert len(backend.PLANS) == more
 
 
 def test_tensors_given_twice_are_told_apart(launched):
@@ -215,14 +221,23 @@ def test_tensors_given_twice_are_told_apart(launched):
     assert apart.dash_vt.data_ptr() in down and apart.lora_a.data_ptr() in down
 
 
-def test_vectors_with_gaps_and_negated_values_are_copied():
+def test_what_no_kernel_can_read_is_copied(launched):
+    """Vectors with gaps, and tensors whose memory holds other values or that have none."""
     call = both_calls(40, 64, 96, 8, 4)[0]
-    wide = torch.randn(4, 2)
-    odd = call._replace(dash_sigma=wide[:, 0], lora_a=torch._neg_view(call.lora_a))
-    given, traits, addresses = prepared.look(odd)
-    assert given.dash_sigma.is_contiguous() and torch.equal(given.dash_sigma, wide[:, 0])
-    assert not given.lora_a.is_neg() and torch.equal(given.lora_a, -call.lora_a)
-    assert traits == prepared.look(call)[1] and given.lora_a.data_ptr() == addresses[3]
+    strange = {
+        "dash_sigma": torch.randn(4, 2)[:, 0],
+        "lora_a": torch._neg_view(call.lora_a),
+        "lora_b": torch._efficientzerotensor(96, 8),
+    }
+    for name, value in strange.items():
+        given, traits, addresses = prepared.look(call._replace(**{name: value}))
+        copied = getattr(given, name)
+        assert copied.is_contiguous() and not copied.is_neg() and not copied._is_zerotensor()
+        assert torch.equal(copied, value) and copied.data_ptr() in addresses
+        assert traits == prepared.look(call)[1]
+        backend.PLANS.clear()
+        backend.forward(call._replace(**{name: value}))
+        assert not launched.by_triton[-3].args[name].is_neg() and launched.by_triton[-3].args[name].data_ptr()
     # A vector of one element has no gap, whatever its stride.
     one = both_calls(8, 16, 16, 4, 1)[0]
     one = one._replace(dash_sigma=torch.ones(1, 3)[:, 0])
@@ -264,47 +279,6 @@ def test_the_cache_from_several_threads():
     assert len(cache) == 2
 
 
-def test_watched_launches_go_through_triton(launched, monkeypatch):
-    knobs = pytest.importorskip("triton.knobs", reason="Triton 3.3 has its hooks elsewhere")
-
-    call = both_calls(40, 64, 96, 8, 4)[0]
-    for _ in range(2):
-        backend.forward(call)
-    repeated = len(launched.repeated)
-    assert repeated and len(launched.by_triton) == 3
-
-    def through_triton():
-        launched.by_triton.clear()
-        backend.forward(call)
-        assert (len(launched.repeated) == repeated) == (len(launched.by_triton) == 3)
-        return bool(launched.by_triton)
-
-    for name, value in (("debug", True), ("launch_enter_hook", print), ("launch_exit_hook", print)):
-        with monkeypatch.context() as patch:
-            patch.setattr(knobs.runtime, name, value)
-            assert through_triton(), name
-    hooks = next(iter(backend.PLANS._plans.values())).steps[0].kernel.pre_run_hooks
-    hooks.append(print)
-    assert through_triton()
-    hooks.clear()
-    assert not through_triton()
-
-
-def test_an_unknown_triton_launches_as_ever(launched, monkeypatch):
-    from triton.runtime.jit import JITFunction
-
-    monkeypatch.setattr(JITFunction, "run", lambda self, *args, **kwargs: None)
-    launcher._obstacle.cache_clear()
-    try:
-        call = both_calls(40, 64, 96, 8, 4)[0]
-        for _ in range(3):
-            backend.forward(call)
-        assert "another way" in launcher._obstacle()
-        assert len(launched.by_triton) == 9 and not launched.repeated
-    finally:
-        launcher._obstacle.cache_clear()
-
-
 def test_a_launch_that_fails_is_tried_by_triton_again(launched, monkeypatch):
     """Nothing is repeated before every launch of a plan went through once."""
     call, run = both_calls(40, 64, 96, 8, 4)[0], KernelLaunch.run
@@ -315,9 +289,23 @@ def test_a_launch_that_fails_is_tried_by_triton_again(launched, monkeypatch):
     monkeypatch.setattr(KernelLaunch, "run", fail)
     with pytest.raises(RuntimeError, match="out of resource"):
         backend.forward(call)
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+        on_card = call._replace(x=SimpleNamespace(is_cuda=True, shape=(40, 64), new_empty=call.x.new_empty))
+        with pytest.raises(RuntimeError, match=r"\(40, 64\) within the capture .* loradash.warm_up .*out of resource"):
+            prepare(call).run(on_card, [])
     monkeypatch.setattr(KernelLaunch, "run", run)
     backend.forward(call)
     assert len(launched.by_triton) == 3 and not launched.repeated
+
+
+def test_compiled_kernels_live_as_long_as_their_plan(launched):
+    """Triton unloads the code of those that nobody holds, and may drop its own."""
+    backend.forward(both_calls(40, 64, 96, 8, 4)[0])
+    for count in (2, 0):
+        gc.collect()
+        assert sum(type(found) is Compiled for found in gc.get_objects()) == count
+        backend.PLANS.clear()
 
 
 def test_every_run_takes_the_stream_that_is_current(launched, monkeypatch):
@@ -328,6 +316,9 @@ def test_every_run_takes_the_stream_that_is_current(launched, monkeypatch):
         backend.forward(call)
     place = 1 + launcher.STREAM
     assert [launch[place] for launch in launched.repeated] == ["first", "first", "second", "second"]
+    # Another thread may run the same plan: what is filled in is filled into a copy.
+    repeats = next(iter(backend.PLANS._plans.values()))._repeats
+    assert all(repeat.template[launcher.STREAM] is None for repeat in repeats if repeat.template)
 
 
 @pytest.mark.parametrize(("device", "entered"), [(0, []), (1, [torch.device("cuda", 1)])])
@@ -345,26 +336,6 @@ def test_the_device_of_x_is_the_current_one(monkeypatch, device, entered):
     x = SimpleNamespace(is_cuda=True, get_device=lambda: device, device=torch.device("cuda", device))
     backend.forward(SimpleNamespace(x=x))
     assert seen == entered
-
-
-def test_nothing_is_repeated_on_amd(monkeypatch):
-    monkeypatch.setattr(torch.version, "hip", "6.4")
-    launcher._obstacle.cache_clear()
-    try:
-        assert "on AMD" in launcher.obstacle([])
-    finally:
-        launcher._obstacle.cache_clear()
-    assert "list launches kernels" in launcher.obstacle([[]])
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("architecture", [80, 90])
-def test_real_kernels_get_the_arguments_that_triton_gives_them(architecture):
-    """Compiled for a card, up to the launcher: the installed Triton's own launches beside the repeated ones."""
-    command = [sys.executable, "-m", "tests.support.repeated_launches", str(architecture)]
-    done = subprocess.run(command, env=dict(os.environ), capture_output=True, text=True, cwd=ROOT)
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    assert "launches are repeated" in done.stdout and "one_launch_forward" in done.stdout
 
 
 @pytest.mark.slow

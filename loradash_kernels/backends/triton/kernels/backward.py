@@ -28,8 +28,8 @@ def dy_pass(
     """From BLOCK_N columns and rows_per_split rows of dy: G partial over N, dB and db partial over M.
 
     g_part (tiles of this launch, M, R), db_part (splits, r, N), dbias_part (splits, N), fp32; null where not wanted. The
-    launch begins with tile first_tile of N. Of a launch over all of them, FLOPs: 2 M N (R_BLOCK + RANK_BLOCK). Bytes: dy once, Q once per split; partial sums of 4 R M N / BLOCK_N and
-    4 r M N / rows_per_split bytes. Grid: (tiles, splits).
+    launch begins with tile first_tile of N. Of a launch over all of them, FLOPs: 2 M N (R_BLOCK + RANK_BLOCK). Bytes: dy
+    once, Q once per split; partial sums of 4 R M N / BLOCK_N and 4 r M N / rows_per_split bytes. Grid: (tiles, splits).
     """
     WIDTH: tl.constexpr = RANK + DIRECTIONS
     part, split = tl.program_id(0), tl.program_id(1)
