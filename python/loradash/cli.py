@@ -195,9 +195,11 @@ def info(device: Annotated[str | None, typer.Option(help="This device alone; by 
     for place in places:
         console.print(f"{place}: {machine.about(place)}", soft_wrap=True)
         found = machine.choices(place)
-        table = Table("dtype", "backend", "how")
+        # Only GPUs have several ways to compute the base product.
+        ways = ["how"] * any(choice.how for choice in found.values())
+        table = Table("dtype", "backend", *ways)
         for dtype, choice in found.items():
-            table.add_row(str(dtype).removeprefix("torch."), choice.backend, choice.how)
+            table.add_row(str(dtype).removeprefix("torch."), choice.backend, *[choice.how] * len(ways))
         console.print(table)
         advice += machine.advice(place, found)
     for text in filter(None, advice):
