@@ -106,6 +106,19 @@ def test_a_planted_race_is_found():
     assert fault.value.kind == "shared-race"
 
 
+def test_planted_barriers():
+    """Each warp is at one of its own: that is the fault. The kernel ends nevertheless."""
+    import ptxsim
+
+    ptx = ptxsim.compile_cuda(str(ROOT / "examples" / "cuda_check" / "planted.cu"), arch="sm_80")
+    module = ptxsim.load(ptx)
+    (name,) = [name for name in module if "sync" in name]
+    assert len(re.findall(r"\bbar(rier)?\.sync", ptx[ptx.index(f".entry {name}") :])) == 2
+    out = torch.zeros(64, dtype=torch.int32)
+    module[name].launch(1, 64, [out])
+    assert out.tolist() == [1] * 32 + [2] * 32
+
+
 @pytest.mark.parametrize("arguments", [["--plant", "nothing"], ["--only"], ["--what"], ["--only", "no such case"]])
 def test_bad_arguments(arguments):
     assert PretendedCard().run(*arguments) == 2
