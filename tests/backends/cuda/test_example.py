@@ -63,6 +63,13 @@ def test_plans_what_the_operators_plan(capfd):
     assert found == planned
 
 
+def test_a_whole_name_is_that_case_alone(capfd):
+    """Names of tiles are parts of one another's."""
+    found = listed(capfd)
+    assert {*listed(capfd, "--only", "128x128-rows-f16-whole")} == {"128x128-rows-f16-whole", "1 cases, 0 bad"}
+    assert len(listed(capfd, "--only", "128x128-rows")) > 4 and "one_launch_128x128-rows-f16-whole" in found
+
+
 @pytest.mark.parametrize(
     "case",
     [
