@@ -7,7 +7,7 @@
 //   cuda_check [--list] [--only TEXT] [--plant write|uninit|race|sync]
 //
 // --list         names every case and the launches that it takes, and runs nothing
-// --only TEXT    takes the cases whose names contain TEXT
+// --only TEXT    takes the case of this name, or those whose names contain TEXT
 // --plant FAULT  runs one case, or one small kernel, with a fault that a tool of compute-sanitizer must find: memcheck
 //                the write, initcheck the uninitialised read, racecheck the race, synccheck the barrier. Without a tool
 //                nothing notices it, and the exit code is 0.
@@ -128,6 +128,16 @@ bool right(const Case& c, const Card& card) {
   return all;
 }
 
+// The case of this name, or all whose names contain it: that of one tile may be a part of another's.
+std::vector<Case> choose(const std::vector<Case>& all, const std::string& only) {
+  std::vector<Case> found;
+  for (const Case& c : all) {
+    if (c.name == only) return {c};
+    if (c.name.find(only) != std::string::npos) found.push_back(c);
+  }
+  return found;
+}
+
 int planted(const Options& options, const Case& c, const Card& card) {
   std::printf("planted; compute-sanitizer must find it\n");
   if (options.plant == Plant::kRace) plant_race();
@@ -139,23 +149,24 @@ int planted(const Options& options, const Case& c, const Card& card) {
 
 int check_all(const Options& options) {
   int cards = 0;
-  const bool has_card = cudaGetDeviceCount(&cards) == cudaSuccess && cards > 0;
+  const cudaError_t error = cudaGetDeviceCount(&cards);
+  const bool has_card = error == cudaSuccess && cards > 0;
+  // These say that there is no card, or no driver that knows one; any other is an error of the card that there is.
+  if (error != cudaErrorNoDevice && error != cudaErrorInsufficientDriver) expect(error, "looking for a card");
   Card card{108, 163 * 1024};
   if (has_card) {
     expect(cudaDeviceGetAttribute(&card.processors, cudaDevAttrMultiProcessorCount, 0), "processors");
     expect(cudaDeviceGetAttribute(&card.shared_limit, cudaDevAttrMaxSharedMemoryPerBlockOptin, 0), "shared memory");
   }
   const std::vector<Case> all = Cases(card).all;
-  std::vector<Case> chosen;
-  for (const Case& c : all)
-    if (c.name.find(options.only) != std::string::npos) chosen.push_back(c);
+  const std::vector<Case> chosen = choose(all, options.only);
   if (chosen.empty()) {
     std::printf("no case is named like '%s'\n", options.only.c_str());
     return 2;
   }
   if (has_card && options.plant != Plant::kNone) return planted(options, chosen.front(), card);
   int bad = options.only.empty() ? without_case(all, card) : 0;
-  if (!has_card) std::printf("no card: the launches that an A100 would take\n");
+  if (!has_card) std::printf("no card (%s): the launches that an A100 would take\n", cudaGetErrorString(error));
   for (const Case& c : chosen) {
     if (options.list || !has_card)
       list(c, card);

@@ -196,11 +196,15 @@ void define_cuda(pybind11::module_& m) {
       [](int device) {
         const c10::cuda::CUDAGuard guard(static_cast<c10::DeviceIndex>(device));
         cudaFuncAttributes attributes;
-        const bool runs = cudaFuncGetAttributes(&attributes, find_kernel("pack_bf16")) == cudaSuccess;
-        if (!runs) (void)cudaGetLastError();
-        return runs;
+        const cudaError_t error = cudaFuncGetAttributes(&attributes, find_kernel("pack_bf16"));
+        if (!says_no_code(error)) {
+          check(error);
+          return true;
+        }
+        (void)cudaGetLastError();
+        return false;
       },
-      "Whether this build has code for a card.");
+      "Whether this build has code for a card; raises where the card cannot be asked.");
   m.def("cuda_card", [](int device) {
     const Card card = card_of(device);
     return CardNumbers{card.processors, card.shared_limit};

@@ -5,7 +5,7 @@ namespace check {
 
 // Threads read what others write to shared memory, with no barrier between: racecheck.
 void plant_race();
-// Half a warp is at a barrier that the other half never reaches: synccheck.
+// One warp is at a barrier that the other never reaches, for it is at another: synccheck.
 void plant_sync();
 
 }  // namespace check

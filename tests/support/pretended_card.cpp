@@ -43,7 +43,7 @@ extern "C" {
 
 cudaError_t cudaGetDeviceCount(int* count) {
   *count = processors > 0;
-  return cudaSuccess;
+  return processors > 0 ? cudaSuccess : cudaErrorNoDevice;
 }
 cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
   *value = attribute == cudaDevAttrMultiProcessorCount ? processors : shared_limit;

@@ -3,10 +3,10 @@
 // One thread speaks for its program on either side, between two barriers of all its threads. In the words of PTX's
 // memory model: the first barrier puts what every thread wrote before the fence of the one that speaks, in causality
 // order. That fence and the atomic operation after it are a release pattern, the atomic operation that reads its value
-// and the fence after that an acquire pattern, at the scope of the card: the two synchronise. The second barrier puts
-// the reader's fence before what all its threads read. Causality order runs through all of these (it is cumulative), so
-// that those see what these wrote. A fence before the writer's barrier or after the reader's would speak for its own
-// thread alone: nothing ties it to the atomic operation of another.
+// (of a counter: it or what others made of it) and the fence after that an acquire pattern, at the scope of the card:
+// the two synchronise. The second barrier puts the reader's fence before what all its threads read. Causality order
+// runs through all of these (it is cumulative), so that those see what these wrote. A fence before the writer's barrier
+// or after the reader's would speak for its own thread alone: nothing ties it to the atomic operation of another.
 //
 // What is read so may be copied asynchronously too: cp.async reads in the generic proxy, and is issued after the
 // barrier. Loads through the read-only cache (ld.global.nc) would not do; no kernel has any, since no pointer is

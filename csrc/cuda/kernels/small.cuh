@@ -34,39 +34,42 @@ __device__ __forceinline__ float q_value(const PackParams& p, int rank, int64_t 
   return 0.0f;
 }
 
+// Calls f(row, column) for every step-th element of a matrix, from the first on: all threads together for each. Rows
+// and columns go along, for 64-bit divisions, one an element, would cost more than all else, and spill.
+template <typename F>
+__device__ __forceinline__ void each_element(int64_t rows, int64_t columns, const F& f) {
+  if (columns == 0) return;
+  const uint32_t width = static_cast<uint32_t>(columns);
+  const uint32_t first = blockIdx.x * blockDim.x + threadIdx.x, step = gridDim.x * blockDim.x;
+  const uint32_t down = step / width, right = step % width;
+  int64_t row = first / width;
+  uint32_t column = first % width;
+  while (row < rows) {
+    f(row, column);
+    row += down, column += right;
+    if (column >= width) column -= width, ++row;
+  }
+}
+
 // All threads write one form after the other, and read the adapters once for each. A form of D takes 2 width K bytes,
 // one of Q 2 width N; the only one that grows with M is p_low, 2 M p_width.
 template <typename T>
 __device__ __forceinline__ void pack(const PackParams& p) {
-  const int64_t first = blockIdx.x * static_cast<int64_t>(blockDim.x) + threadIdx.x,
-                step = gridDim.x * static_cast<int64_t>(blockDim.x);
-  const auto put = [](void* out, int64_t index, float value) {
-    static_cast<T*>(out)[index] = Element<T>::from_float(value);
+  const auto put = [](void* out, int64_t rows, int64_t columns, const auto& value) {
+    if (!out) return;
+    each_element(rows, columns, [&](int64_t row, uint32_t column) {
+      static_cast<T*>(out)[row * columns + column] = Element<T>::from_float(value(row, column));
+    });
   };
-  if (p.d_rows) {
-    for (int64_t i = first; i < p.width * p.ldd; i += step)
-      put(p.d_rows, i, d_value(p, static_cast<int>(i / p.ldd), i % p.ldd));
-  }
-  if (p.d_columns) {
-    for (int64_t i = first; i < p.k * p.width; i += step)
-      put(p.d_columns, i, d_value(p, static_cast<int>(i % p.width), i / p.width));
-  }
-  if (p.q_rows) {
-    for (int64_t i = first; i < p.width * p.ldq; i += step)
-      put(p.q_rows, i, q_value(p, static_cast<int>(i / p.ldq), i % p.ldq));
-  }
-  if (p.q_columns) {
-    for (int64_t i = first; i < p.n * p.width; i += step)
-      put(p.q_columns, i, q_value(p, static_cast<int>(i % p.width), i / p.width));
-  }
-  if (p.p_low) {
-    const int all = p.rank + p.directions;
-    for (int64_t i = first; i < p.m * p.p_width; i += step) {
-      const int column = static_cast<int>(i % p.p_width);
-      put(p.p_low, i, column < p.rank ? p.p[i / p.p_width * all + column] : column == p.rank ? 1.0f : 0.0f);
-    }
-  }
-  for (int64_t i = first; i < p.counter_count; i += step) p.counters[i] = 0;
+  put(p.d_rows, p.width, p.ldd, [&](int64_t rank, uint32_t i) { return d_value(p, static_cast<int>(rank), i); });
+  put(p.d_columns, p.k, p.width, [&](int64_t i, uint32_t rank) { return d_value(p, static_cast<int>(rank), i); });
+  put(p.q_rows, p.width, p.ldq, [&](int64_t rank, uint32_t i) { return q_value(p, static_cast<int>(rank), i); });
+  put(p.q_columns, p.n, p.width, [&](int64_t i, uint32_t rank) { return q_value(p, static_cast<int>(rank), i); });
+  put(p.p_low, p.m, p.p_width, [&](int64_t row, uint32_t column) {
+    const int low = static_cast<int>(column), all = p.rank + p.directions;
+    return low < p.rank ? p.p[row * all + low] : low == p.rank ? 1.0f : 0.0f;
+  });
+  each_element(1, p.counter_count, [&](int64_t, uint32_t i) { p.counters[i] = 0; });
 }
 
 // Reads every partial sum once, in the order of the splits. dy_parts holds the rows of dB, then db.

@@ -44,6 +44,12 @@ def test_build():
     assert torch.cuda.is_available() or found == shipped()
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_no_card_is_not_a_card_without_code():
+    with pytest.raises(RuntimeError):
+        extension.compiled().cuda_runs_on(0)
+
+
 def test_operators_take_tiles():
     for name in ("forward", "backward"):
         assert getattr(torch.ops.loradash_cuda, name).default._schema.arguments[-1].name == "tile"

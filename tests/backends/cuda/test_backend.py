@@ -39,6 +39,24 @@ def test_refuses(card, monkeypatch):
     assert "the card is sm_75" in cuda.refuses(OnCard())
 
 
+def test_a_card_that_cannot_be_asked_is_asked_again(monkeypatch):
+    """An error of CUDA's is no answer: it is raised, and not remembered as a card without code."""
+    answers = iter([RuntimeError("loradash: out of memory"), True])
+
+    def runs_on(index):
+        answer = next(answers)
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    monkeypatch.setattr(extension.compiled(), "cuda_runs_on", runs_on, raising=False)
+    cuda._has_code.cache_clear()
+    with pytest.raises(RuntimeError, match="out of memory"):
+        cuda._has_code(OnCard.device)
+    assert cuda._has_code(OnCard.device)
+    cuda._has_code.cache_clear()
+
+
 def test_tiles_to_choose_from():
     assert {"128x256", "128x128", "one_launch_128x128"} <= set(extension.compiled().cuda_tiles((108, 163 * 1024)))
 

@@ -77,10 +77,29 @@ def test_ranks(r, s):
     check(make_case(150, 96, 136, r, s, BF16, adapter_dtype=FP32, dropout_p=0.1))
 
 
-@pytest.mark.parametrize("m", [600, 1300])
-def test_splits_of_rows(m):
-    """Several programs over M for dB, db and dA, several chunks of columns for G."""
-    check(make_case(m, 136, 1040, 16, 8, BF16, adapter_dtype=FP32, dropout_p=0.1))
+def grids(case, pass_, prefix, processors=108):
+    """The grids of the kernels whose names begin so."""
+    launches, _ = emulation.plan(case, emulation.outputs(case), pass_, None, None, (processors, 163 * 1024), "")
+    return [grid for name, grid, *_ in launches if name.startswith(prefix)]
+
+
+@pytest.mark.parametrize(("m", "n", "r", "s"), [(600, 1040, 16, 8), (1300, 1040, 16, 8), (600, 200, 100, 60)])
+def test_splits_of_rows(m, n, r, s):
+    """Several programs over M for dB, db and dA, several chunks of columns for G; several groups of ranks too."""
+    case = make_case(m, 136, n, r, s, BF16, adapter_dtype=FP32, dropout_p=0.1)
+    for prefix, groups in (("dy_", -(-(r + s) // 64)), ("x_", -(-r // 64))):
+        ((_, splits, ranks),) = grids(case, "backward", prefix)
+        assert splits > 1 and ranks == groups
+    check(case)
+
+
+@pytest.mark.parametrize(("k", "r", "s"), [(1000, 4, 4), (1003, 4, 4), (1003, 100, 60)])
+def test_chunks_of_columns(k, r, s):
+    """Several programs along K for P, whoever is last adds their parts: aligned and not, in one group of ranks and in more."""
+    case = make_case(150, k, 24, r, s, BF16, adapter_dtype=FP32, dropout_p=0.3)
+    ((chunks, _, ranks),) = grids(case, "forward", "down_")
+    assert chunks > 1 and ranks == -(-(r + s) // 64)
+    check(case)
 
 
 @pytest.mark.parametrize(("r", "s", "n"), [(31, 1, 1100), (56, 8, 1000), (16, 8, 2600), (100, 60, 700)])
@@ -88,8 +107,7 @@ def test_splits_of_rows(m):
 def test_programs_walk_columns(r, s, n, seed):
     """On a small card partial sums of G may take little: programs walk several chunks of columns and add to their own."""
     case = make_case(1300, 64, n, r, s, BF16, adapter_dtype=FP32)
-    launches, _ = emulation.plan(case, emulation.outputs(case), "backward", None, None, (1, 99 * 1024), "")
-    (dy,) = [grid for name, grid, *_ in launches if name.startswith("dy_")]
+    (dy,) = grids(case, "backward", "dy_", processors=1)
     width = {32: 256, 64: 128, 24: 512, 160: 128}[r + s]
     assert 1 <= dy[0] < -(-n // width)
     check(case, processors=1, seed=seed, sms=2, ctas_per_sm=1 + seed)

@@ -63,6 +63,13 @@ def test_plans_what_the_operators_plan(capfd):
     assert found == planned
 
 
+def test_a_whole_name_is_that_case_alone(capfd):
+    """Names of tiles are parts of one another's."""
+    found = listed(capfd)
+    assert {*listed(capfd, "--only", "128x128-rows-f16-whole")} == {"128x128-rows-f16-whole", "1 cases, 0 bad"}
+    assert len(listed(capfd, "--only", "128x128-rows")) > 4 and "one_launch_128x128-rows-f16-whole" in found
+
+
 @pytest.mark.parametrize(
     "case",
     [
@@ -104,6 +111,19 @@ def test_a_planted_race_is_found():
     with pytest.raises(ptxsim.SimError) as fault:
         ptxsim.load(ptx)["race"].launch(1, 64, [torch.zeros(64, dtype=torch.int32)])
     assert fault.value.kind == "shared-race"
+
+
+def test_planted_barriers():
+    """Each warp is at one of its own: that is the fault. The kernel ends nevertheless."""
+    import ptxsim
+
+    ptx = ptxsim.compile_cuda(str(ROOT / "examples" / "cuda_check" / "planted.cu"), arch="sm_80")
+    module = ptxsim.load(ptx)
+    (name,) = [name for name in module if "sync" in name]
+    assert len(re.findall(r"\bbar(rier)?\.sync", ptx[ptx.index(f".entry {name}") :])) == 2
+    out = torch.zeros(64, dtype=torch.int32)
+    module[name].launch(1, 64, [out])
+    assert out.tolist() == [1] * 32 + [2] * 32
 
 
 @pytest.mark.parametrize("arguments", [["--plant", "nothing"], ["--only"], ["--what"], ["--only", "no such case"]])

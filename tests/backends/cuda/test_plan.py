@@ -123,3 +123,18 @@ def test_one_launch_of_many_columns():
     for n, name in ((4096, "dx_one_launch_128x128_columns_bf16"), (128256, "dy_32_24_bf16")):
         _, (launches, _) = planned(16384, 4096, n, 16, 8, (108, 163 * KB), ONE_LAUNCH[0])
         assert launches[1][0] == name
+
+
+@pytest.mark.parametrize("processors", [46, 132])
+@pytest.mark.parametrize("tile", ONE_LAUNCH)
+def test_workspace_of_one_launch_is_bounded(processors, tile):
+    """As of two, but for the sums over rows: eight times as much."""
+    r, s, taken = 16, 8, 0
+    for m, k, n in SIZES:
+        _, (launches, backward) = planned(m, k, n, r, s, (processors, 99 * KB), tile)
+        taken += launches[1][0].startswith("dx_")
+        over_dy = most_partial_bytes(processors, r + 1, 2 * m * n)
+        da = max(4 * k * r, most_partial_bytes(processors, r, 2 * m * k))
+        packed, once = 64 * (k + n), 2 * m * (32 + r + 8) + 4 * m * (r + s) + m * s // 8 + (1 << 16)
+        assert backward <= packed + once + max(4 * n * (r + 1), 8 * over_dy) + da, (m, k, n)
+    assert 0 < taken < len(SIZES)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
@@ -42,32 +43,24 @@ CARDS = {
 }
 
 
-@pytest.fixture(scope="module")
-def assembled():
-    """Resources by architecture and kernel, of those that this toolkit knows; two assemblies at a time."""
+@functools.cache
+def assembled(architecture):
+    """Resources by kernel; both sources at a time."""
     import ptxsim
 
-    known = [architecture for architecture in CARDS if architecture in emulation.known_architectures()]
-    sources = [(source, ptx) for ptx in dict.fromkeys(CARDS[a].ptx for a in known) for source in emulation.SOURCES]
-    jobs = [(source, architecture) for architecture in known for source in emulation.SOURCES]
-    by_card: dict[str, dict] = {architecture: {} for architecture in known}
-    with ThreadPoolExecutor(2) as pool:
-        ptx = dict(zip(sources, pool.map(lambda job: emulation.ptx(*job), sources), strict=True))
-        found = pool.map(lambda job: ptxsim.resources(ptx[job[0], CARDS[job[1]].ptx], job[1]), jobs)
-        for (_, architecture), kernels in zip(jobs, found, strict=True):
-            by_card[architecture] |= kernels
-    return by_card
-
-
-def on(assembled, architecture):
-    if architecture not in assembled:
+    if architecture not in emulation.known_architectures():
         pytest.skip(f"this toolkit knows no {architecture}")
-    return assembled[architecture]
+
+    def resources(source):
+        return ptxsim.resources(emulation.ptx(source, CARDS[architecture].ptx), architecture)
+
+    with ThreadPoolExecutor(len(emulation.SOURCES)) as pool:
+        return {name: used for found in pool.map(resources, emulation.SOURCES) for name, used in found.items()}
 
 
 @pytest.mark.parametrize("architecture", CARDS)
-def test_no_spills(assembled, architecture):
-    kernels = on(assembled, architecture)
+def test_no_spills(architecture):
+    kernels = assembled(architecture)
     assert len(kernels) > 60
     bad = {name: r for name, r in kernels.items() if r["spill_stores"] or r["spill_loads"] or r["stack"]}
     assert not bad
@@ -103,10 +96,10 @@ RESIDENT = {
 
 
 @pytest.mark.parametrize("architecture", CARDS)
-def test_occupancy(assembled, architecture):
+def test_occupancy(architecture):
     """Programs that one processor holds, by registers and by shared memory (1 KB of each is the system's): with 164 KB or
     more, and with 100 KB."""
-    card, kernels = CARDS[architecture], on(assembled, architecture)
+    card, kernels = CARDS[architecture], assembled(architecture)
     planned = shared_bytes((100, card.block))
     for name, wanted in RESIDENT.items():
         registers = -(-kernels[name]["registers"] // 8) * 8
