@@ -91,10 +91,11 @@ class Request {
   const Tensor& keep_rows(const Tensor& t) { return keep(t.size(1) <= 1 || t.stride(1) == 1 ? t : t.contiguous()); }
 
   static void check(const Shape& shape, const Tensor& x) {
-    // The kernels count rows and columns in 32 bits.
-    constexpr int64_t kMost = (int64_t{1} << 31) - 256;
-    TORCH_CHECK(std::max({shape.m, shape.k, shape.n}) < kMost, "loradash CUDA kernels take sizes below 2^31, got x ",
-                x.sizes(), " and ", shape.n, " out_features");
+    // The kernels count rows and columns in 32 bits, up to the end of the last block of rows that one program takes.
+    constexpr int64_t kMost = (int64_t{1} << 31) - (int64_t{1} << 20);
+    TORCH_CHECK(std::max({shape.m, shape.k, shape.n}) < kMost,
+                "loradash CUDA kernels take sizes below 2^31 - 2^20, got x ", x.sizes(), " and ", shape.n,
+                " out_features");
     TORCH_CHECK(x.element_size() == 2, "loradash CUDA kernels take bfloat16 and float16, got ", x.scalar_type());
   }
 

@@ -19,9 +19,11 @@ KernelTable backward_kernels();
 // Null where this build has no such kernel.
 const void* find_kernel(const std::string& name);
 
-// Does this error say that the build has no code for a card? Any other says that the card could not be asked.
+// Does this error say that the build has no code for a card, or only PTX that is newer than its driver? Any other says
+// that the card could not be asked.
 constexpr bool says_no_code(cudaError_t error) {
-  return error == cudaErrorNoKernelImageForDevice || error == cudaErrorInvalidDeviceFunction;
+  return error == cudaErrorNoKernelImageForDevice || error == cudaErrorInvalidDeviceFunction ||
+         error == cudaErrorUnsupportedPtxVersion;
 }
 
 // What the kernels are compiled for: 800, 860, ...
