@@ -48,7 +48,10 @@ def refuses(x: Tensor, width: int = 0) -> str | None:
         return f"the card is {cards.architecture_of(x.device)}; the CUDA kernels need sm_{OLDEST[0]}{OLDEST[1]}"
     if not _has_code(x.device):
         built = extension.compiled().cuda_architectures
-        return f"the compiled part has code for {built}, not for {cards.architecture_of(x.device)} (TORCH_CUDA_ARCH_LIST), or PTX of a toolkit newer than its driver"
+        return (
+            f"the compiled part has code for {built}, not for {cards.architecture_of(x.device)} (TORCH_CUDA_ARCH_LIST), "
+            "or PTX of a toolkit newer than its driver"
+        )
     return None
 
 
