@@ -149,7 +149,9 @@ def _run_here(call: C) -> None:
     problem: Hashable = (architecture_of(x.device), x.get_device(), tf32, *traits)
 
     def run(strategy: Strategy | None) -> None:
-        PLANS.get((strategy, problem), lambda: _prepare(given, strategy)).run(given, addresses)
+        key = (strategy, problem)
+        plan = PLANS.find(key) or PLANS.keep(key, _prepare(given, strategy))
+        plan.run(given, addresses)
 
     precision = "tf32" if tf32 and _target_in_use(x.device).tf32 else "ieee"
     run(tuning.choose(name, given, lambda: candidates(_problem(given)), run, precision))

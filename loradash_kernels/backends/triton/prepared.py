@@ -237,18 +237,19 @@ class PlanCache:
         with self._lock:
             self._plans.clear()
 
-    def get(self, key: Hashable, make: Callable[[], PreparedPlan]) -> PreparedPlan:
+    def find(self, key: Hashable) -> PreparedPlan | None:
         with self._lock:
             found = self._plans.get(key)
             if found is not None:
                 self._plans.move_to_end(key)
-                return found
-        found = make()
+            return found
+
+    def keep(self, key: Hashable, plan: PreparedPlan) -> PreparedPlan:
         with self._lock:
-            self._plans[key] = found
+            self._plans[key] = plan
             if len(self._plans) > self.capacity:
                 self._plans.popitem(last=False)
-        return found
+            return plan
 
 
 PLANS = PlanCache(1024)
