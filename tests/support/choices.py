@@ -44,7 +44,7 @@ TRITONS = ("3.8.0", "3.3.1", "3.2.0", None)
 def forget_devices():
     """What was learnt of a pretended device."""
     devices = (cards.architecture_of, cards.name_of, cards.capability_of)
-    for cached in (*devices, triton.architecture_of, triton._shared_limit):
+    for cached in (*devices, triton._shared_limit):
         getattr(cached, "cache_clear", lambda: None)()
 
 

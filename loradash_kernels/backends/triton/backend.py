@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ...calls import KERNEL_DTYPES, BackwardCall, ForwardCall
 from ...notices import warn_once
-from .. import tuning
+from .. import cards, tuning
 from .prepared import PLANS, PreparedPlan, look, without_memory
 from .problem import C, Problem
 from .strategies import Strategy, candidates
@@ -67,15 +67,9 @@ def _dotted(version: Version) -> str:
     return ".".join(map(str, version))
 
 
-@functools.cache
 def architecture_of(device: torch.device) -> str:
-    """ "sm_80", "gfx942", ...; the interpreter takes the tiles of sm_80."""
-    if device.type == "cpu":
-        return "sm_80"
-    if torch.version.hip:
-        return torch.cuda.get_device_properties(device).gcnArchName.split(":")[0]
-    major, minor = torch.cuda.get_device_capability(device)
-    return f"sm_{major}{minor}"
+    """As `cards` names it; the interpreter takes the tiles of sm_80."""
+    return "sm_80" if device.type == "cpu" else cards.architecture_of(device)
 
 
 def target_of(device: torch.device) -> Target | None:
