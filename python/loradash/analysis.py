@@ -18,7 +18,7 @@ from loradash_kernels import change_rates, direction_accuracy, direction_recall
 
 from .checkpoint import FILE_NAME, AdapterError, read_safetensors
 from .config import DashConfig
-from .integrations.peft_layout import PREFIX
+from .peft_layout import PREFIX
 
 Factors = dict[str, tuple[Tensor, Tensor, float]]
 """By layer: A (r, K), B (N, r), scaling."""

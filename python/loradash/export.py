@@ -15,7 +15,9 @@ from torch import Tensor, nn
 from loradash_kernels.files import replace_bytes, replace_file
 
 from .distributed import gathered, reshard
-from .integrations.peft_layout import (
+from .linear import DashLinear
+from .model import disable
+from .peft_layout import (
     PREFIX,
     Layout,
     Unfaithful,
@@ -26,8 +28,6 @@ from .integrations.peft_layout import (
     view_of,
     warn_of_tied_targets,
 )
-from .linear import DashLinear
-from .model import disable
 from .state import dash_layers, dash_state, plain_name, unwrap
 from .targets import module_tensors
 

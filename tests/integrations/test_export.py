@@ -8,7 +8,7 @@ import loradash
 import pytest
 import torch
 from loradash import apply_dash, dash_layers, export_lora
-from loradash.integrations.peft_layout import PREFIX
+from loradash.peft_layout import PREFIX
 from safetensors.torch import load_file
 from support.exported import X, config, served_like, settings_of, trained
 from torch import nn

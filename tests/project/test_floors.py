@@ -32,10 +32,11 @@ FLOORS = {
     ),
     "python/loradash": (
         "config", "meeting", "distributed", "base_layers", "quantised", "linear", "data_parallel", "state", "targets", "attention",
-        "bypass", "model", "warming", "checkpoint", "integrations", "export", "streams", "background", "fingerprint", "cache",
-        "background_process", "batches", "prelaunch", "schedule", "plots", "analysis", "devices", "machine", "cli", "__init__",
+        "bypass", "model", "warming", "checkpoint", "peft_layout", "export", "streams", "background", "fingerprint", "cache",
+        "background_process", "batches", "prelaunch", "schedule", "plots", "analysis", "integrations", "devices", "machine", "cli", "__init__",
     ),
-    "python/loradash/integrations": ("__init__", "peft_layout"),
+    "python/loradash/integrations": ("__init__", "peft"),
+    "python/loradash/integrations/peft": ("__init__",),
 }  # fmt: skip
 
 

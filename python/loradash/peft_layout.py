@@ -11,10 +11,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..bypass import child_at, mended_children
-from ..linear import DashLinear
-from ..state import dash_layers, dash_state, plain_name
-from ..targets import trainable_modules
+from .bypass import child_at, mended_children
+from .linear import DashLinear
+from .state import dash_layers, dash_state, plain_name
+from .targets import trainable_modules
 
 PREFIX = "base_model.model."
 """PeftModel puts it before every name."""

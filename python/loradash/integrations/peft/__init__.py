@@ -1,0 +1,1 @@
+"""LoRA-Dash inside PEFT, and an accelerator for its plain LoRA layers."""
