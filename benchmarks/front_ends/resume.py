@@ -16,11 +16,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from loradash import DashConfig, DashSchedule, apply_dash, dash_layers, dash_state
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
-
-from loradash import DashConfig, DashSchedule, apply_dash, dash_layers, dash_state
 
 STEPS, LAUNCH, ACCUMULATION, BATCH = 10, 4, 2, 2
 CHECKPOINTS = {"before launch": 2, "at launch": 4, "after launch": 6}
@@ -29,7 +28,7 @@ RATE = 1e-2
 
 
 class Run(NamedTuple):
-    """Of one training: the loss of every step, by the number of the step; what the model held at the end; the count."""
+    """What a training left: the loss of every step, by its number; what the model held at the end; the count."""
 
     losses: dict[int, float]
     tensors: dict[str, Tensor]
@@ -68,9 +67,8 @@ def own_door(**settings: Any) -> nn.Module:
 
 
 def peft_door(**settings: Any) -> nn.Module:
-    from peft import get_peft_model
-
     from loradash.integrations.peft import DashLoraConfig
+    from peft import get_peft_model
 
     common = {"lora_alpha": 8, "directions": 4, "lora_dropout": 0.1, "task_type": "CAUSAL_LM"}
     return get_peft_model(llama(), DashLoraConfig(**{**common, **SETTINGS, **settings}))
@@ -86,9 +84,8 @@ def finished(model: nn.Module, losses: dict[int, float]) -> Run:
 
 
 def with_trainer(model: nn.Module, folder: Path, resume_at: int | None) -> Run:
-    from transformers import PrinterCallback, Trainer, TrainingArguments
-
     from loradash.integrations.transformers import DashCallback
+    from transformers import PrinterCallback, Trainer, TrainingArguments
 
     arguments = TrainingArguments(
         str(folder),

@@ -81,16 +81,17 @@ class DashCallback(TrainerCallback, ExportableState):
         schedule = self.schedule.state_dict() if self.schedule is not None and self._training else self.at_rest
         return {"args": {"progress": self.progress}, "attributes": {"at_rest": schedule}}
 
-    def on_init_end(self, args: Any, state: Any, control: Any, model: nn.Module, **_: Any) -> None:
+    def on_init_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if args.restore_callback_states_from_checkpoint and self.cache is not None:
             raise ValueError(
                 "restore_callback_states_from_checkpoint=True makes every callback anew from JSON, which would lose "
                 "DashCallback's cache; leave it at False: DashCallback restores its own state"
             )
-        _check_model(model)
-        _save_adapters_alone(model)
+        _check_model(kwargs["model"])
+        _save_adapters_alone(kwargs["model"])
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, model: nn.Module, **_: Any) -> None:
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        model = kwargs["model"]
         _check_model(model)
         # Trainer's model_init makes another model than the one at the end of its __init__.
         _save_adapters_alone(model)
@@ -116,28 +117,28 @@ class DashCallback(TrainerCallback, ExportableState):
                 "steps its adapters have taken; set dash_state(model).step to that number before train()"
             )
 
-    def on_optimizer_step(self, args: Any, state: Any, control: Any, optimizer: Any = None, **_: Any) -> None:
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         # Optimizers that no hook sees (DeepSpeed's) tell accelerate of an overflow.
-        if not getattr(optimizer, "step_was_skipped", False):
+        if not getattr(kwargs["optimizer"], "step_was_skipped", False):
             self._running().step()
 
-    def on_save(self, args: Any, state: Any, control: Any, model: nn.Module, **_: Any) -> None:
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """The adapter's own file, where saving the model did not write it: for models that are not transformers', and for
         sharded ones, which all processes gather together."""
+        model = kwargs["model"]
         if host_of(model) is not None:
             return
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
         if _is_sharded(model) or (args.should_save and _pretrained(model) is None and folder.is_dir()):
             save_adapter(model, folder)
 
-    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any) -> None:
-        if not self._training or not logs or "loss" not in logs:
-            return
-        figures = self._figures()
-        logs.update(figures)
-        state.log_history[-1].update(figures)
+    def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self._training and "loss" in kwargs["logs"]:
+            figures = self._figures()
+            kwargs["logs"].update(figures)
+            state.log_history[-1].update(figures)
 
-    def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         schedule = self._running()
         best = state.best_model_checkpoint
         if args.load_best_model_at_end and best is not None:
@@ -212,7 +213,7 @@ class _AdaptersAlone:
     def _attach(self) -> None:
         # What is left out of a file is no news to Trainer when it loads the file.
         self.model._keys_to_ignore_on_save = sorted(_frozen(self.model))
-        self.model.save_pretrained = self
+        self.model.__dict__["save_pretrained"] = self
 
     def _detach(self) -> None:
         del self.model.__dict__["save_pretrained"], self.model.__dict__["_keys_to_ignore_on_save"]
