@@ -21,6 +21,7 @@ from .optimizer import dash_parameter_groups
 from .prelaunch import LayerReport, prelaunch
 from .schedule import DashSchedule
 from .state import dash_layers, dash_state
+from .unload import merge_and_unload
 from .warming import WarmedUp, warm_up
 
 __all__ = [

@@ -50,6 +50,7 @@ class DashLinear(nn.Module):
     Attributes:
         name: the layer's name in the model, for error messages; empty outside `apply_dash`.
         enabled: False leaves the base layer alone.
+        adopted: the class of the layer that gave its weight and bias; None for one that is kept whole.
     """
 
     weight: Tensor
@@ -103,6 +104,7 @@ class DashLinear(nn.Module):
         self.transposed = is_transposed(linear) and not kept
         self.in_features, self.out_features = features(linear)
         self.config, self.name, self.enabled = config, "", True
+        self.adopted = None if kept else type(linear)
         # This is the weight before `merge`.
         self._unmerged: Tensor | None = None
         if not kept:
