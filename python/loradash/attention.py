@@ -98,7 +98,7 @@ def _set(parent: nn.Module, **flags: Any) -> None:
 def compute_as_before(parent: nn.Module) -> None:
     """Undoes `call_adapted_layers`."""
     if type(parent) is AdaptedMultiheadAttention:
-        parent.__class__ = nn.MultiheadAttention
+        parent.__class__ = nn.MultiheadAttention  # type: ignore[assignment]
     for name, value in parent.__dict__.pop(_BEFORE, {}).items():
         setattr(parent, name, value)
 
