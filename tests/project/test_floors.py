@@ -35,7 +35,7 @@ FLOORS = {
         "bypass", "model", "unload", "warming", "checkpoint", "peft_layout", "export", "streams", "background", "fingerprint", "cache",
         "background_process", "batches", "prelaunch", "schedule", "optimizer", "plots", "analysis", "integrations", "devices", "machine", "cli", "__init__",
     ),
-    "python/loradash/integrations": ("__init__", "peft", "transformers"),
+    "python/loradash/integrations": ("__init__", "lightning", "peft", "transformers"),
     "python/loradash/integrations/peft": ("__init__",),
 }  # fmt: skip
 
