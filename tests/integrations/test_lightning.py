@@ -240,7 +240,7 @@ class Recorded(lightning.loggers.logger.DummyLogger):
 
 def test_figures():
     logger = Recorded()
-    module, *_ = fit(Module, logger=logger, log_every_n_steps=3)
+    fit(Module, logger=logger, log_every_n_steps=3)
     told = [row for row in logger.figures if "dash_step" in row]
     assert [row["dash_step"] for row in told] == [3, 6, 9]
     assert [row["dash_directions"] for row in told] == [0, 4, 4]

@@ -36,7 +36,9 @@ FLOORS = {
         "background_process", "batches", "prelaunch", "schedule", "optimizer", "plots", "analysis", "integrations", "devices", "machine", "cli", "__init__",
     ),
     "python/loradash/integrations": ("__init__", "lightning", "peft", "transformers"),
-    "python/loradash/integrations/peft": ("__init__",),
+    "python/loradash/integrations/peft": (
+        "fused", "versions", "registration", "config", "files", "views", "layer", "model", "__init__",
+    ),
 }  # fmt: skip
 
 

@@ -233,5 +233,7 @@ def _check_keys(model: nn.Module, found: Iterable[str]) -> None:
     kept, wanted = {plain_name(key) for key in found}, {plain_name(key) for key in model.state_dict()}
     missing, foreign = sorted(wanted - kept - _frozen(model)), sorted(kept - wanted)
     if missing or foreign:
-        problems = [f"it lacks {_some(missing)}"] * bool(missing) + [f"{_some(foreign)} is not the model's"] * bool(foreign)
+        problems = [f"it lacks {_some(missing)}"] * bool(missing) + [f"{_some(foreign)} is not the model's"] * bool(
+            foreign
+        )
         raise ValueError(f"the checkpoint does not fit the model: {'; '.join(problems)}")

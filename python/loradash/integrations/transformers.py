@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from loradash_kernels.files import replace_file
+from loradash_kernels.files import replace_bytes, replace_file
 
 from ..cache import SpectralCache
 from ..checkpoint import save_adapter
@@ -38,9 +38,9 @@ class DashCallback(TrainerCallback, ExportableState):
     checkpoint's, like the model.
 
     Models of `apply_dash` are saved without their frozen weights. A checkpoint, and a folder of `trainer.save_model`, holds
-    `loradash_adapter.safetensors` for `load_adapter(base_model, folder)`, and what Trainer resumes from; there is no
-    config.json, because from_pretrained would silently read a base model out of the folder. For a whole model
-    `merge_and_unload` comes first. PEFT models are saved by PEFT.
+    `loradash_adapter.safetensors` for `load_adapter(base_model, folder)`, and what Trainer resumes from. from_pretrained, which
+    would silently make a base model of the folder, raises there. For a whole model `merge_and_unload` comes first. PEFT models
+    are saved by PEFT.
 
     Logged with the loss: dash_step, dash_directions (how many are in place) and, after launch, dash_sigma_norm (over all
     layers); once, dash_rate_mean and dash_rate_max of the chosen directions. They stand in `log_history` and on the console;
@@ -199,6 +199,10 @@ def _save_adapters_alone(model: nn.Module) -> None:
         _AdaptersAlone(found)
 
 
+NO_MODEL = "none, these are LoRA-Dash adapters; load them by loradash.load_adapter(base_model, folder)"
+"""Where config.json names the file of the weights: from_pretrained raises, and shows it."""
+
+
 class _AdaptersAlone:
     """Takes the place of `save_pretrained` of a transformers model with adapters.
 
@@ -247,6 +251,8 @@ class _AdaptersAlone:
         }
         folder = Path(save_directory)
         replace_file(folder / "model.safetensors", lambda file: save_file(kept, file, metadata={"format": "pt"}))
+        config = {**json.loads(self.model.config.to_json_string()), "transformers_weights": NO_MODEL}
+        replace_bytes(folder / "config.json", json.dumps(config, indent=2).encode())
         # One process cannot gather what is sharded: `on_save` does, in all of them.
         if not _is_sharded(self.model):
             save_adapter(self.model, folder)
