@@ -88,6 +88,14 @@ class Late(Module):
             self.backbone = apply_dash(body(), self.config)
 
 
+class OfPeft(Module):
+    def adapted(self):
+        peft, door = pytest.importorskip("peft"), importlib.import_module("loradash.integrations.peft")
+        return peft.get_peft_model(
+            body(), door.DashLoraConfig(r=2, directions=2, prelaunch_steps=LAUNCH, target_modules=["0", "2"])
+        )
+
+
 def trainer_of(*callbacks, steps=STEPS, package=lightning, **settings):
     settings = {"accumulate_grad_batches": ACCUMULATION, "logger": False, "enable_checkpointing": False, **settings}
     return package.Trainer(
@@ -163,7 +171,7 @@ def test_bf16_mixed(tmp_path):
     assert same(resumed, module)
 
 
-@pytest.mark.parametrize("make", [InItself, Late])
+@pytest.mark.parametrize("make", [InItself, Late, OfPeft])
 def test_where_the_adapters_are(make, tmp_path):
     module, *_ = fit(make, tmp_path)
     resumed, *_ = fit(make, resume=tmp_path / "step=2.ckpt")

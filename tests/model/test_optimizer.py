@@ -82,6 +82,22 @@ def test_after_dash_only():
     assert names(dash_parameter_groups(model, 1e-3)) == {"sigma": ["first.dash_sigma"]}
 
 
+def test_a_peft_model():
+    peft = pytest.importorskip("peft")
+    from loradash.integrations.peft import DashLoraConfig
+
+    config = DashLoraConfig(r=2, directions=2, target_modules=["first"], modules_to_save=["head"])
+    model = peft.get_peft_model(Blocks(), config)
+    model.add_adapter("other", config)
+    where = "base_model.model.first"
+    assert names(dash_parameter_groups(model, 1e-3)) == {
+        "adapters": [f"{where}.lora_A.default.weight", f"{where}.lora_B.default.weight"],
+        "sigma": [f"{where}.lora_dash_sigma.default"],
+        "others": ["base_model.model.head.modules_to_save.default.weight"],
+        "others, no decay": ["base_model.model.head.modules_to_save.default.bias"],
+    }
+
+
 @pytest.mark.parametrize("value", [0, -1, float("nan"), float("inf"), None, "1e-3", True, torch.tensor(1.0)])
 def test_rates_are_positive_numbers(value):
     with pytest.raises(ValueError, match="lr must be a positive finite number, got"):

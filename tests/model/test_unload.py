@@ -292,3 +292,11 @@ dist.destroy_process_group()
 
 def test_sharded_models(tmp_path):
     run_processes(SHARDED, tmp_path, str(tmp_path / "adapter"), processes=1)
+
+
+def test_peft_models_have_their_own():
+    peft = pytest.importorskip("peft")
+    from loradash.integrations.peft import DashLoraConfig
+
+    model = peft.get_peft_model(network(), DashLoraConfig(r=2, directions=2, target_modules=["0"]))
+    refused(model, r"the adapters of this model are PEFT's; call model.merge_and_unload\(\)", TypeError)

@@ -20,7 +20,7 @@ try:
     from lightning.pytorch.callbacks import Callback
 except ImportError:
     try:
-        from pytorch_lightning.callbacks import Callback
+        from pytorch_lightning.callbacks import Callback  # type: ignore[assignment]
     except ImportError as error:
         raise ImportError(
             'loradash.integrations.lightning needs Lightning: pip install "loradash-kernels[lightning]"'
