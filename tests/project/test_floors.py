@@ -31,7 +31,7 @@ FLOORS = {
         "decompose", "rates", "kept",
     ),
     "python/loradash": (
-        "config", "meeting", "distributed", "base_layers", "quantised", "linear", "data_parallel", "state", "targets", "attention",
+        "config", "meeting", "distributed", "formats", "base_layers", "quantised", "merging", "linear", "data_parallel", "state", "targets", "attention",
         "bypass", "model", "warming", "checkpoint", "peft_layout", "export", "streams", "background", "fingerprint", "cache",
         "background_process", "batches", "prelaunch", "schedule", "plots", "analysis", "integrations", "devices", "machine", "cli", "__init__",
     ),
