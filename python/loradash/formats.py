@@ -232,10 +232,11 @@ def _unpacked(weight: Any) -> tuple[Tensor, Any]:
 
 
 def _codes(layer: Any) -> tuple[Tensor, Tensor]:
-    """int8 codes (N, K) and the scale of each row: the first call moves them from the weight to the layer's state."""
-    state, weight = layer.state, layer.weight
-    codes = state.CB if state.CB is not None else weight.data
-    return codes, state.SCB if state.SCB is not None else weight.SCB
+    """int8 codes (N, K) and the scale of each row, which the first call of the layer moves from the weight to its state."""
+    weight, state = layer.weight, layer.state
+    # In this order, since another thread may call the layer meanwhile.
+    scale = weight.SCB
+    return weight.data, state.SCB if scale is None else scale
 
 
 def _granularity(old: Any) -> Any:

@@ -13,7 +13,7 @@ from .base_layers import PLAIN, computes_plainly, features, is_transposed
 from .formats import Format, format_of
 
 ROWS = 1024
-"""A layer is asked for its products with this many rows of the identity at a time."""
+"""A layer is asked for its products with this many rows of the identity at a time, and W is compared by so many of its rows."""
 
 PROBES = 4
 """So many rows of the identity, and as many of random signs, tell whether a format's weight is that of its products."""
@@ -76,7 +76,7 @@ def _agrees(module: nn.Module, kept: Format, weight: Tensor) -> bool:
     """Rows of the identity show single columns of W to within rounding, rows of signs a fault anywhere; layers that
     quantise their input take both as they are."""
     k = weight.shape[1]
-    if not weight.numel():
+    if not k:
         return True
     generator = torch.Generator().manual_seed(k)
     chosen = torch.randint(k, (PROBES,), generator=generator)
@@ -86,9 +86,13 @@ def _agrees(module: nn.Module, kept: Format, weight: Tensor) -> bool:
         y = kept.product(module, x)
         if y is None:
             return True
-        wanted, size = x @ weight.float().t(), x.abs() @ weight.float().abs().t()
-    unit = max(torch.finfo(t).eps for t in (y.dtype, weight.dtype, torch.float32))
-    return bool(((y.float() - wanted).abs() <= (4 * unit + k * 2.0**-23) * size).all())
+        unit = max(torch.finfo(t).eps for t in (y.dtype, weight.dtype, torch.float32))
+        share = 4 * unit + k * torch.finfo(torch.float32).eps
+        for products, rows in zip(y.split(ROWS, dim=1), weight.split(ROWS), strict=True):
+            w = rows.float()
+            if not bool(((products - x @ w.t()).abs() <= share * (x.abs() @ w.abs().t())).all()):
+                return False
+    return True
 
 
 def _products(module: nn.Module) -> Tensor:
