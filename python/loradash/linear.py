@@ -16,7 +16,7 @@ from .config import DashConfig
 from .distributed import gathered
 from .formats import keep_differentiable
 from .merging import TakesUpdate
-from .quantised import compute_device, is_quantised
+from .quantised import check_differentiable, compute_device, is_quantised
 
 
 def adapter_shapes(n: int, k: int, config: DashConfig) -> dict[str, tuple[int, ...]]:
@@ -30,6 +30,24 @@ def adapter_shapes(n: int, k: int, config: DashConfig) -> dict[str, tuple[int, .
         "dash_vt": (s, k),
         "launched": (),
     }
+
+
+@torch.no_grad()
+def take_directions(layer: Any, directions: Directions) -> None:
+    """What launching an adapted layer is, whoever made it (`loradash.state.AdaptedLayer`); ValueError, and no change, where
+    that cannot be."""
+    label = layer.name or type(layer).__name__
+    for name, ours, theirs in (("u", layer.dash_u, directions.u), ("vt", layer.dash_vt, directions.vt)):
+        if ours.shape != theirs.shape:
+            raise ValueError(f"directions.{name} has shape {tuple(theirs.shape)}; wanted {tuple(ours.shape)}")
+    if layer.merged:
+        raise ValueError(f"{label} is merged; unmerge it before launch")
+    if bool(layer.launched) and bool(gathered(layer.dash_sigma).any()):
+        raise ValueError(f"{label} is launched, and its trained dash_sigma would be lost; zero it to launch anew")
+    layer.dash_u.copy_(directions.u)
+    layer.dash_vt.copy_(directions.vt)
+    layer.dash_sigma.zero_()
+    layer.launched.fill_(True)
 
 
 class DashLinear(TakesUpdate):
@@ -205,11 +223,7 @@ class DashLinear(TakesUpdate):
                 f"{self._label()}: {type(base).__name__} returned {found} for x {tuple(x.shape)}; only a tensor "
                 f"(..., {self.out_features}) can take the low-rank terms; leave the layer out (exclude_modules)"
             )
-        if x.requires_grad and not y.requires_grad and torch.is_grad_enabled():
-            raise RuntimeError(
-                f"{self._label()}: {type(base).__name__} gives no gradient for its input, and what is below it would train on "
-                "a wrong one; take a format that can be trained through, or leave the layer out (exclude_modules)"
-            )
+        check_differentiable(self._label(), base, x, y)
         return y
 
     def _add_low_rank(self, y: Tensor, x: Tensor) -> Tensor:
@@ -250,19 +264,7 @@ class DashLinear(TakesUpdate):
         Raises ValueError where shapes do not fit, for a merged layer, and where trained Δσ would be lost; the layer is
         then unchanged.
         """
-        for name, ours, theirs in (("u", self.dash_u, directions.u), ("vt", self.dash_vt, directions.vt)):
-            if ours.shape != theirs.shape:
-                raise ValueError(f"directions.{name} has shape {tuple(theirs.shape)}; wanted {tuple(ours.shape)}")
-        if self.merged:
-            raise ValueError(f"{self._label()} is merged; unmerge it before launch")
-        if bool(self.launched) and bool(gathered(self.dash_sigma).any()):
-            raise ValueError(
-                f"{self._label()} is launched, and its trained dash_sigma would be lost; zero it to launch anew"
-            )
-        self.dash_u.copy_(directions.u)
-        self.dash_vt.copy_(directions.vt)
-        self.dash_sigma.zero_()
-        self.launched.fill_(True)
+        take_directions(self, directions)
 
     def extra_repr(self) -> str:
         phase = "on meta" if self.launched.is_meta else "dash" if bool(self.launched) else "pre-launch"

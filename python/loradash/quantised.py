@@ -115,6 +115,15 @@ def _products(module: nn.Module) -> Tensor:
     return torch.cat(columns).t()
 
 
+def check_differentiable(name: str, module: nn.Module, x: Tensor, y: Tensor) -> None:
+    """Raises RuntimeError where a layer's output y for x has no gradient that should have one."""
+    if x.requires_grad and not y.requires_grad and torch.is_grad_enabled():
+        raise RuntimeError(
+            f"{name}: {type(module).__name__} gives no gradient for its input, and what is below it would train on a wrong one; "
+            "take a format that can be trained through, or leave the layer out (exclude_modules)"
+        )
+
+
 def can_take_update(module: nn.Module) -> bool:
     """Is adding to a layer's weight adding to its products? A layer with a forward of its own is asked for these."""
     weight = module._parameters.get("weight")
