@@ -193,10 +193,15 @@ def dash_only(model: nn.Module) -> None:
     waiting = [name for name, layer in layers.items() if not bool(layer.launched)]
     if waiting:
         raise ValueError(f"dash_only comes after launch; still in pre-launch: {', '.join(waiting[:4])}")
-    for layer in layers.values():
-        layer.lora_a.requires_grad_(False)
-        layer.lora_b.requires_grad_(False)
-    dash_state(model).dash_only = True
+    train_sigma_alone(model, True)
+
+
+def train_sigma_alone(model: nn.Module, alone: bool) -> None:
+    """Freezes A and B, or has them train again, whatever the phase: a resumed run learns of that by its own ways."""
+    for layer in dash_layers(model).values():
+        layer.lora_a.requires_grad_(not alone)
+        layer.lora_b.requires_grad_(not alone)
+    dash_state(model).dash_only = alone
 
 
 @dataclass(frozen=True)
