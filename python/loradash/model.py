@@ -16,6 +16,7 @@ from .bypass import bypassed_children, child_at
 from .config import DashConfig
 from .distributed import reshard
 from .linear import DashLinear
+from .quantised import RequantisationError
 from .state import STATE, DashState, dash_layers, dash_state, own_layers, plain_name, unwrap
 from .targets import check_patterns, target_layers, trainable_modules
 
@@ -138,22 +139,30 @@ def _check_ties(adapted: Iterable[DashLinear], trained: list[nn.Parameter]) -> N
         )
 
 
-def merge(model: nn.Module) -> None:
+def merge(model: nn.Module, requantise: bool = False) -> dict[str, RequantisationError]:
     """Adds every layer's ΔW to its weight, for inference without adapters. All layers or, where one cannot, none.
 
     Every process must call this for a model sharded by FSDP2. Raises ValueError, naming the layer (`DashLinear.merge`).
+
+    Args:
+        requantise: quantised layers are quantised anew with their update, instead of refused.
+
+    Returns the error that this made, for every layer that was quantised anew.
     """
     reshard(model)
     done: list[DashLinear] = []
+    errors: dict[str, RequantisationError] = {}
     try:
-        for layer in own_layers(model, "model.merge_adapter()").values():
+        for name, layer in own_layers(model, "model.merge_adapter()").items():
             if not layer.merged:
-                layer.merge()
+                error = layer.merge(requantise)
                 done.append(layer)
+                errors |= {} if error is None else {name: error}
     except BaseException:
         for layer in done:
             layer.unmerge()
         raise
+    return errors
 
 
 def unmerge(model: nn.Module) -> None:
@@ -177,7 +186,7 @@ def disable(model: nn.Module) -> Iterator[nn.Module]:
         for layer, (enabled, merged) in zip(layers, before, strict=True):
             layer.enabled = enabled
             if merged:
-                layer.merge()
+                layer.merge(requantise=True)
 
 
 def dash_only(model: nn.Module) -> None:

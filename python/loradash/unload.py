@@ -23,7 +23,8 @@ def merge_and_unload(model: nn.Module) -> nn.Module:
 
     Its outputs are those of `merge(model)`, its state dict has the keys of the model before `apply_dash`, and parameters
     train that trained then. Layers that gave up their weight come back as layers of their class, with the hooks that were
-    put on them since; layers kept whole come back themselves. There is no way back: the adapter is gone unless it was saved.
+    put on them since; layers kept whole come back themselves. Quantised layers are merged before, which tells the error that it
+    makes: `errors = merge(model, requantise=True)`. There is no way back: the adapter is gone unless it was saved.
 
     Returns the model; for a model that is itself one `DashLinear`, the plain layer.
 
@@ -41,7 +42,7 @@ def merge_and_unload(model: nn.Module) -> nn.Module:
     plain: dict[nn.Module, nn.Module] = {}
     for layer in layers.values():
         # Without an update the weight itself stays, and what is tied to it.
-        if bool(layer.delta().any()):
+        if _has_update(layer):
             layer.merge()
         plain[layer] = _plain(layer)
     root = unwrap(model)
@@ -76,8 +77,9 @@ def _check(model: nn.Module, layers: Mapping[str, DashLinear]) -> None:
     for name, layer in layers.items():
         holder = _holder(layer)
         original = layer._unmerged if layer.merged else holder.weight
+        original = original.get("weight") if isinstance(original, dict) else original
         tied = [other for other, module in owners.get(id(original), {}).items() if module is not holder]
-        if tied and bool(layer.delta().any()):
+        if tied and _has_update(layer):
             raise ValueError(
                 f"{name}: its weight is tied to that of {', '.join(tied)}, where the update has no place; before merging "
                 "untie it (layer.weight = nn.Parameter(layer.weight.detach().clone()), and in a transformers model "
@@ -86,6 +88,10 @@ def _check(model: nn.Module, layers: Mapping[str, DashLinear]) -> None:
         if not layer.merged:
             # For its errors.
             layer.merged_weight()
+
+
+def _has_update(layer: DashLinear) -> bool:
+    return bool(layer.lora_b.any()) or bool(layer.dash_sigma.any())
 
 
 def _holder(layer: DashLinear) -> nn.Module:

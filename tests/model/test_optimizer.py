@@ -6,8 +6,9 @@ import pytest
 import torch
 from loradash import DashConfig, DashSchedule, apply_dash, dash_layers, dash_only, dash_parameter_groups, dash_state
 from support.networks import CONFIG, X, network
-from support.processes import run_processes
 from torch import nn
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 
 
 class Blocks(nn.Module):
@@ -149,42 +150,24 @@ def test_the_optimizer_state_goes_through_a_file(tmp_path):
     assert [g["name"] for g in other.param_groups] == ["adapters", "sigma", "others", "others, no decay"]
 
 
-SHARDED = """
-import sys
-import torch, torch.distributed as dist
-from torch import nn
-from torch.distributed.fsdp import fully_shard
-from loradash import DashConfig, apply_dash, dash_parameter_groups
-
-rank, store = int(sys.argv[1]), sys.argv[2]
-dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=1)
-
-def network():
-    torch.manual_seed(0)
-    return apply_dash(nn.Sequential(nn.Linear(7, 9), nn.LayerNorm(9), nn.Linear(9, 3)), config)
-
-config = DashConfig(r=2, directions=2, target_modules=["0"], trainable_modules=["1", "2"])
-expected = [(g["name"], g["names"]) for g in dash_parameter_groups(network(), 1e-3)]
-sharded = network()
-fully_shard(sharded[0])
-fully_shard(sharded)
-compiled = torch.compile(network(), backend="eager")
-for model in (sharded, nn.parallel.DistributedDataParallel(network()), compiled):
-    groups = dash_parameter_groups(model, 1e-3)
-    found = [(g["name"], [n.removeprefix("module.") for n in g["names"]]) for g in groups]
-    assert found == expected, found
-    optimizer = torch.optim.AdamW(groups)
-    model(torch.randn(4, 7)).sum().backward()
-    optimizer.step()
-    assert all(p.grad is not None for g in groups if g["name"] != "sigma" for p in g["params"])
-assert type(dash_parameter_groups(sharded, 1e-3)[0]["params"][0]).__name__ == "DTensor"
-dist.destroy_process_group()
-"""
-
-
-def test_wrapped_models(tmp_path):
+def test_wrapped_models(process_group):
     """FSDP2, DistributedDataParallel, torch.compile: the same groups, and an optimizer that steps."""
-    run_processes(SHARDED, tmp_path, processes=1)
+
+    def made():
+        return apply_dash(network(), CONFIG)
+
+    sharded = made()
+    fully_shard(sharded[0], mesh=process_group)
+    fully_shard(sharded, mesh=process_group)
+    expected = names(dash_parameter_groups(made(), 1e-3))
+    for model in (sharded, nn.parallel.DistributedDataParallel(made()), torch.compile(made(), backend="eager")):
+        groups = dash_parameter_groups(model, 1e-3)
+        assert {k: [n.removeprefix("module.") for n in each] for k, each in names(groups).items()} == expected
+        optimizer = torch.optim.AdamW(groups)
+        model(X).sum().backward()
+        optimizer.step()
+        assert all(p.grad is not None for g in groups for p in g["params"])
+    assert isinstance(dash_parameter_groups(sharded, 1e-3)[0]["params"][0], DTensor)
 
 
 def test_transformers_trainer_takes_the_optimizer(tmp_path):
