@@ -56,6 +56,9 @@ class Module(lightning.LightningModule):
         self.losses.append(loss.detach().item())
         return loss
 
+    def test_step(self, batch, index):
+        return self.loss(batch)
+
     def configure_optimizers(self):
         return torch.optim.AdamW(dash_parameter_groups(self, lr=1e-2))
 
@@ -316,6 +319,29 @@ def test_finetuning_callbacks(first, tmp_path):
         resumed = run(tmp_path / "step=8.ckpt")
     assert same(resumed, module)
     assert dash_state(resumed).step == 10
+
+
+def test_frozen_after_the_checkpoint_was_read(whole):
+    class Freeze(Callback):
+        def on_fit_start(self, trainer, module):
+            module.backbone.requires_grad_(False)
+
+    module, folder = whole
+    with pytest.warns(
+        UserWarning, match=r"backbone.0.lora_a, backbone.0.lora_b, .* and 2 more trained or not otherwise"
+    ):
+        resumed, *_ = fit(Module, resume=folder / "step=6.ckpt", extra=[Freeze()])
+    assert same(resumed, module)
+
+
+def test_a_checkpoint_read_for_a_test_brings_its_step(whole, tmp_path):
+    module, callback = Module(), DashCallback(progress=False)
+    trainer = trainer_of(callback)
+    trainer.test(module, batches(1), ckpt_path=whole[1] / "step=6.ckpt", verbose=False)
+    assert dash_state(module).step == 6 and all(launched(module))
+    trainer.save_checkpoint(tmp_path / "again.ckpt")
+    saved = torch.load(tmp_path / "again.ckpt", weights_only=True)["callbacks"]["DashCallback"]
+    assert saved["schedule"]["step"] == 6 and "backbone.0.lora_a" in saved["trained"]
 
 
 def test_pytorch_lightning():

@@ -78,7 +78,7 @@ class DashCallback(Callback):
             pl_module.strict_loading = False
 
     def state_dict(self) -> dict[str, Any]:
-        if self.schedule is None:
+        if self.schedule is None or self._saved is not None:
             return self._saved or {}
         model = self.schedule.model
         return {
@@ -93,6 +93,7 @@ class DashCallback(Callback):
         """Before configure_optimizers, which may ask what trains."""
         saved = checkpoint["callbacks"].get(self.state_key)
         if saved:
+            dash_state(pl_module).step = saved["schedule"]["step"]
             _train_again(pl_module, saved["trained"])
         if self.adapters_only:
             _check_keys(pl_module, checkpoint["state_dict"])
@@ -107,7 +108,7 @@ class DashCallback(Callback):
         state = dash_state(pl_module)
         self._stop()
         self.schedule = DashSchedule(pl_module, self.progress, self.cache)
-        if self._saved:
+        if self._saved is not None:
             self.schedule.load_state_dict(self._saved["schedule"])
             # Callbacks may have frozen anew since the checkpoint was read.
             _train_again(pl_module, self._saved["trained"])
