@@ -36,7 +36,7 @@ FLOORS = {
         "background_process", "batches", "prelaunch", "schedule", "plots", "analysis", "integrations", "devices", "machine", "cli", "__init__",
     ),
     "python/loradash/integrations": ("__init__", "peft"),
-    "python/loradash/integrations/peft": ("__init__",),
+    "python/loradash/integrations/peft": ("fused", "accelerated_layer", "accelerator", "__init__"),
 }  # fmt: skip
 
 
