@@ -15,11 +15,10 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
-from rich.markdown import Markdown
 from rich.progress import MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
 from tools.peft_tests import compare, hub, report, runs, sdist
-from tools.peft_tests.suite import SUITES, Suite
+from tools.peft_tests.suite import ABOUT, SUITES, Suite
 
 console = Console()
 
@@ -34,7 +33,7 @@ def main(
     jobs: Annotated[int, typer.Option(help="processes at a time", min=1)] = 1,
     offline: Annotated[bool, typer.Option(help="keep the Hugging Face hub out of reach")] = False,
 ) -> None:
-    switches = chosen(switch, list(report.SWITCHES), "--switch")
+    switches = chosen(switch, list(ABOUT), "--switch")
     files = chosen(file, [suite.file for suite in SUITES], "--file")
     suites = [suite for suite in SUITES if suite.file in files]
     try:
@@ -46,7 +45,7 @@ def main(
         console.print(str(error), style="red", markup=False)
         raise SystemExit(1) from None
     found = compare.differences(outcomes)
-    console.print(Markdown(report.as_markdown(outcomes, found, report.facts())))
+    print(report.as_markdown(outcomes, found, report.facts()))
     if out:
         report.write(out, outcomes, found)
     complaints = faults(outcomes, found, suites)
@@ -79,8 +78,12 @@ def gathered(folder: Path, suites: list[Suite], switches: list[str], hub_is: str
         for run in runs.run(folder, wanted, hub_is, jobs, tell):
             tests = outcomes[run.suite.file, run.switch] = run.finished()
             progress.remove_task(tasks[run])
-            console.print(f"{run.suite.file} ({run.switch}): {report.cell(tests)}, {compare.fused(tests)} fused")
+            console.print(f"{run.suite.file} ({run.switch}): {report.cell(tests)}, {fused(tests)} fused")
     return {(suite.file, switch): outcomes[suite.file, switch] for suite in suites for switch in switches}
+
+
+def fused(tests: list[runs.Test]) -> int:
+    return compare.calls(tests)["fused"]
 
 
 def faults(outcomes: compare.Outcomes, found: list[compare.Difference], suites: list[Suite]) -> list[str]:
@@ -94,8 +97,8 @@ def faults(outcomes: compare.Outcomes, found: list[compare.Difference], suites: 
     return said + [
         f"{suite.file} ({switch}): no call ran fused, so that this proves nothing"
         for suite in suites
-        for switch in report.SWITCHES
-        if suite.fuses and (suite.file, switch) in outcomes and not compare.fused(outcomes[suite.file, switch])
+        for switch in ABOUT
+        if suite.fuses and (suite.file, switch) in outcomes and not fused(outcomes[suite.file, switch])
     ]
 
 

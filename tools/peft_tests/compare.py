@@ -9,7 +9,7 @@ from typing import NamedTuple
 from tools.peft_tests.explained import REASONS, Reason
 from tools.peft_tests.runs import Test
 
-ABSENT = Test("", "absent", "", 0.0)
+ABSENT = Test("", "absent", "", 0.0, {})
 Outcomes = Mapping[tuple[str, str], list[Test]]
 """(file, switch) -> its tests."""
 
@@ -46,10 +46,9 @@ def differences(outcomes: Outcomes) -> list[Difference]:
 
 
 def pairs(off: Iterable[Test], on: Iterable[Test]) -> list[tuple[str, Test, Test]]:
-    """(name, without, with) of every test of either; one that a switch left out, since it does not concern it, is of neither."""
+    """(name, without, with) of every test of either."""
     before, after = {test.test: test for test in off}, {test.test: test for test in on}
-    names = [name for name in {**before, **after} if after.get(name, ABSENT).outcome != "left out"]
-    return [(name, before.get(name, ABSENT), after.get(name, ABSENT)) for name in names]
+    return [(name, before.get(name, ABSENT), after.get(name, ABSENT)) for name in {**before, **after}]
 
 
 def said(off: Test, on: Test) -> str:
@@ -66,12 +65,9 @@ def stale(outcomes: Outcomes, found: Iterable[Difference]) -> list[Reason]:
     return [one for one in REASONS if (one.file, one.switch) in outcomes and one not in used]
 
 
-def fused(tests: Iterable[Test]) -> int:
-    return sum(test.fused for test in tests)
-
-
-def gave_way(tests: Iterable[Test]) -> Counter[str]:
+def calls(tests: Iterable[Test]) -> Counter[str]:
+    """How many calls of layers ran in which way, over all tests."""
     total = Counter[str]()
     for test in tests:
-        total.update(test.gave_way)
+        total.update(test.calls)
     return total

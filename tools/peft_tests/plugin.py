@@ -39,13 +39,10 @@ class Recorder:
 
     @pytest.hookimpl(trylast=True)
     def pytest_collection_modifyitems(self, config: pytest.Config, items: list[pytest.Item]) -> None:
-        """After -k has selected: the switch may leave out what concerns other tuners alone."""
+        """After -k has selected: what concerns other tuners alone is left out."""
+        config.hook.pytest_deselected(items=[item for item in items if not switches.concerns(item)])
+        items[:] = [item for item in items if switches.concerns(item)]
         self.write(collected=len(items))
-        left = [item for item in items if not self.switch.concerns(item)]
-        config.hook.pytest_deselected(items=left)
-        items[:] = [item for item in items if self.switch.concerns(item)]
-        for item in left:
-            self.tell(item, "left out", 0.0)
 
     @pytest.hookimpl(wrapper=True, tryfirst=True)
     def pytest_runtest_protocol(self, item: pytest.Item) -> Any:
@@ -54,13 +51,14 @@ class Recorder:
         if self.closed:
             self.closed.asked = False
         result = yield
-        self.tell(item, self.outcome, time.perf_counter() - self.start, self.message, **self.switch.end())
+        self.write(
+            test=self.switch.name(item.nodeid),
+            outcome=self.outcome,
+            message=self.message,
+            seconds=round(time.perf_counter() - self.start, 3),
+            calls=self.switch.end(),
+        )
         return result
-
-    def tell(self, item: pytest.Item, outcome: str, seconds: float, message: str = "", **calls: Any) -> None:
-        """A line of runs.Test."""
-        name = self.switch.name(item.nodeid)
-        self.write(test=name, outcome=outcome, message=message, seconds=round(seconds, 3), **calls)
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         outcome = "xfailed" if report.skipped and hasattr(report, "wasxfail") else str(report.outcome)

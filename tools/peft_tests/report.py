@@ -13,12 +13,8 @@ from benchmarks.support.measure import environment
 from tools.peft_tests import compare
 from tools.peft_tests.compare import Difference, Outcomes
 from tools.peft_tests.runs import Test, counts
+from tools.peft_tests.suite import ABOUT
 
-SWITCHES = {
-    "accelerated": "PEFT's plain LoRA layers on the fused operator (`accelerated()`)",
-    "loradash": "`DashLoraConfig` in the place of `LoraConfig`, before launch",
-    "launched": "the same, every adapter that does not start as the identity launched at once, with Δσ ≠ 0",
-}
 PACKAGES = ("peft", "transformers", "accelerate", "torch", "torchao", "bitsandbytes")
 COLUMNS = ("passed", "failed", "skipped", "unreachable")
 
@@ -46,8 +42,7 @@ def as_json(outcomes: Outcomes, found: list[Difference], about: dict[str, str]) 
             "file": file,
             "switch": switch,
             **figures(tests),
-            "fused": compare.fused(tests),
-            "gave_way": dict(compare.gave_way(tests).most_common()),
+            "calls": dict(compare.calls(tests).most_common()),
         }
         for (file, switch), tests in outcomes.items()
     ]
@@ -60,37 +55,33 @@ def as_markdown(outcomes: Outcomes, found: list[Difference], about: dict[str, st
         "# PEFT's own tests, with this library beneath them and without",
         "Made by `make peft-tests`. " + ", ".join(f"{name} {value}" for name, value in about.items()) + ".",
         "Outcomes are passed / failed / skipped / unreachable: the last failed after they had asked the Hugging Face hub, which "
-        "this machine does not reach, and what PEFT expects to fail counts as skipped. A test that concerns other tuners alone "
-        "is left out where LoRA-Dash takes LoRA's place.",
+        "this machine does not reach, and what PEFT expects to fail counts as skipped. Tests for the "
+        "configuration classes of other tuners alone are left out.",
     ]
-    for switch in SWITCHES:
+    for switch in ABOUT:
         if any(on == switch for _, on in outcomes):
             parts += section(switch, outcomes, [one for one in found if one.switch == switch])
     return "\n\n".join(parts) + "\n"
 
 
 def section(switch: str, outcomes: Outcomes, found: list[Difference]) -> list[str]:
-    files = [file for file, on in outcomes if on == switch]
-    differing = Counter(one.file for one in found)
-    lines = [
-        "| file | without | with | fused calls | calls on PEFT's path | differences |",
-        "|---|---|---|---|---|---|",
-    ]
-    total = Counter[str]()
-    for file in files:
-        off, on = outcomes[file, "off"], outcomes[file, switch]
-        others = compare.gave_way(on)
-        total.update(others)
-        # Beside each other stand the same tests.
-        both = [one for _, one, other in compare.pairs(off, on) if other.outcome != "absent"]
+    differing, total = Counter(one.file for one in found), Counter[str]()
+    lines = ["| file | without | with | fused calls | beside the base | PEFT's path | differences |", "|---" * 7 + "|"]
+    for file in (file for file, on in outcomes if on == switch):
+        tests = outcomes[file, switch]
+        calls = compare.calls(tests)
+        total.update(calls)
+        how = Counter[str]()
+        for way, count in calls.items():
+            how[way.split(":")[0]] += count
         lines.append(
-            f"| {file} | {cell(both)} | {cell(on)} | {compare.fused(on)} | {others.total()} | {differing[file]} |"
+            f"| {file} | {cell(outcomes[file, 'off'])} | {cell(tests)} | {how['fused']} | {how['beside the base']} "
+            f"| {how['PEFT']} | {differing[file]} |"
         )
-    parts = [f"## {switch}: {SWITCHES[switch]}", "\n".join(lines)]
-    if total:
-        parts.append(
-            "Calls on PEFT's path, by reason:\n\n" + "\n".join(f"- {n}: {why}" for why, n in total.most_common())
-        )
+    parts = [f"## {switch}: {ABOUT[switch]}", "\n".join(lines)]
+    reasons = [f"- {count}: {way}" for way, count in total.most_common() if way != "fused"]
+    if reasons:
+        parts.append("Calls that did not run fused, by reason:\n\n" + "\n".join(reasons))
     return [*parts, explained(found)]
 
 

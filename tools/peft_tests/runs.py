@@ -10,7 +10,6 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from types import MappingProxyType
 from typing import NamedTuple
 
 from tools.peft_tests.plugin import PREFIX
@@ -30,8 +29,8 @@ class Test(NamedTuple):
     outcome: str
     message: str
     seconds: float
-    fused: int = 0
-    gave_way: Mapping[str, int] = MappingProxyType({})
+    calls: Mapping[str, int]
+    """How many calls of layers ran in which way."""
 
 
 class Broken(Exception):
@@ -51,7 +50,6 @@ class Run:
         settings.write_text(SETTINGS)
         command = [sys.executable, "-m", "pytest", "-q", "-p", "tools.peft_tests.plugin", "-p", "no:cacheprovider"]
         command += ["-c", str(settings), "--rootdir", str(folder), f"tests/{suite.file}.py"]
-        command += ["-k", suite.keyword] if suite.keyword else []
         with self.log.open("w") as log:
             self.process = subprocess.Popen(
                 command, cwd=folder, env=self.environment(hub), stdout=log, stderr=subprocess.STDOUT

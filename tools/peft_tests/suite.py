@@ -1,21 +1,27 @@
-"""Which of PEFT's files run, and what of them."""
+"""Which of PEFT's files run, and what stands beneath them."""
 
 from __future__ import annotations
 
 from typing import NamedTuple
 
+ABOUT = {
+    "accelerated": "inside `with accelerated():`",
+    "accelerate": "`accelerate(model)` after every adapter that is put into a model",
+}
+"""What each switch of tools/peft_tests/switches.py turns on; "off" is PEFT alone."""
+
 
 class Suite(NamedTuple):
     file: str
     """Without its folder and ending."""
-    keyword: str = ""
-    """What pytest's -k selects; all where it is empty."""
     fuses: bool = True
-    """Whether calls of plain LoRA layers are among its tests, so that the accelerator must have taken some."""
+    """Whether its tests call plain LoRA layers, so that some calls must have run fused."""
+    hub: bool = False
+    """Whether next to nothing of it runs without models from the Hugging Face hub."""
 
 
 SUITES = (
-    Suite("test_custom_models", "lora"),
+    Suite("test_custom_models"),
     Suite("test_initialization"),
     Suite("test_tuners_utils"),
     Suite("test_lora_variants", fuses=False),
@@ -27,11 +33,11 @@ SUITES = (
     Suite("test_lora_conversion"),
     Suite("test_loraplus"),
     Suite("test_lorafa"),
-    Suite("test_config"),
-    Suite("test_auto"),
-    Suite("test_decoder_models", "lora"),
-    Suite("test_encoder_decoder_models", "lora"),
-    Suite("test_feature_extraction_models", "lora"),
-    Suite("test_seq_classifier", "lora"),
-    Suite("test_torch_compile", "lora"),
+    Suite("test_config", fuses=False),
+    Suite("test_auto", hub=True),
+    Suite("test_torch_compile", hub=True),
+    Suite("test_decoder_models", hub=True),
+    Suite("test_encoder_decoder_models", hub=True),
+    Suite("test_feature_extraction_models", hub=True),
+    Suite("test_seq_classifier", hub=True),
 )
