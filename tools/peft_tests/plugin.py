@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 
 from tools.peft_tests import hub, switches
+from tools.peft_tests.suite import PREFIX
 
-PREFIX = "PEFT_TESTS_"
 MARKERS = ("single_gpu_tests", "multi_gpu_tests", "regression", "bitsandbytes")
 # The worst of a test's three parts is its outcome.
 ORDER = ("passed", "xfailed", "skipped", "unreachable", "failed")

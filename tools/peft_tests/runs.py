@@ -12,8 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
-from tools.peft_tests.plugin import PREFIX
-from tools.peft_tests.suite import Suite
+from tools.peft_tests.suite import PREFIX, Suite
 
 ROOT = Path(__file__).parents[2]
 # pytest's exit codes of a run that came to its end: all passed, some failed, nothing was selected.

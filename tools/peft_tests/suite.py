@@ -4,9 +4,14 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+PREFIX = "PEFT_TESTS_"
+"""Before the names of the plugin's options in the environment."""
+
 ABOUT = {
     "accelerated": "inside `with accelerated():`",
     "accelerate": "`accelerate(model)` after every adapter that is put into a model",
+    "loradash": "`DashLoraConfig` in the place of `LoraConfig`, before launch",
+    "launched": "the same, with every adapter that does not start as the identity launched at once, Δσ ≠ 0",
 }
 """What each switch of tools/peft_tests/switches.py turns on; "off" is PEFT alone."""
 

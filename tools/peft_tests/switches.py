@@ -6,11 +6,12 @@ import contextlib
 import functools
 import warnings
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import peft
 import pytest
+import torch
 from peft.tuners.tuners_utils import BaseTuner
 from torch import nn
 
@@ -91,4 +92,76 @@ def replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
         setattr(owner, name, before)
 
 
-SWITCHES: dict[str, type[Switch]] = {"off": Switch, "accelerated": Accelerated, "accelerate": Accelerate}
+class Loradash(Switch):
+    """PEFT's tests find `DashLoraConfig` under the name of LoraConfig: what they ask of that class, they ask of ours."""
+
+    def __init__(self) -> None:
+        from loradash.integrations.peft import DashLoraConfig, fused, layer
+
+        self.ways = Counter[str]()
+        peft.LoraConfig = DashLoraConfig
+        for owner, name, way in (
+            (fused, "with_base", "fused"),
+            (fused, "beside_base", "beside the base"),
+            (layer, "beside_base", "beside the base: an output that was there"),
+            (layer.DashLoraLayer, "_added", "PyTorch's operators"),
+        ):
+            setattr(owner, name, self.counted(getattr(owner, name), way))
+
+    def counted(self, function: Callable[..., Any], way: str) -> Callable[..., Any]:
+        @functools.wraps(function)
+        def counting(*arguments: Any, **named: Any) -> Any:
+            self.ways[way] += 1
+            return function(*arguments, **named)
+
+        return counting
+
+    def name(self, test: str) -> str:
+        return test.replace("DashLoraConfig", "LoraConfig")
+
+    def begin(self) -> None:
+        self.ways.clear()
+
+    def end(self) -> Counter[str]:
+        return self.ways.copy()
+
+
+class Launched(Loradash):
+    """Every adapter that is not to start as the identity starts launched, with directions and Δσ ≠ 0."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        from loradash.integrations.peft.layer import DashLoraLayer
+
+        add = DashLoraLayer.add_dash_term
+
+        @functools.wraps(add)
+        def add_launched(layer: Any, adapter_name: str, config: Any) -> None:
+            add(layer, adapter_name, config)
+            if config.init_lora_weights is False and not layer.lora_A[adapter_name].weight.is_meta:
+                launch(layer, adapter_name)
+
+        DashLoraLayer.add_dash_term = add_launched  # type: ignore[method-assign]
+
+
+@torch.no_grad()
+def launch(layer: Any, adapter: str) -> None:
+    """Directions and Δσ that follow from A: equal where a test seeds A equally, others in a layer that a file is loaded into,
+    so that a file which lacks them is found out."""
+    a = layer.lora_A[adapter].weight
+    generator = torch.Generator().manual_seed(int(a.detach().double().abs().sum().mul(2**20).item()) % 2**62)
+    for name, axis in (("lora_dash_u", 0), ("lora_dash_vt", 1)):
+        vectors = getattr(layer, name)[adapter]
+        vectors.copy_(torch.nn.functional.normalize(torch.randn(vectors.shape, generator=generator), dim=axis))
+    sigma = layer.lora_dash_sigma[adapter]
+    sigma.copy_(torch.randn(sigma.shape, generator=generator))
+    layer.lora_dash_launched[adapter].fill_(True)
+
+
+SWITCHES: dict[str, type[Switch]] = {
+    "off": Switch,
+    "accelerated": Accelerated,
+    "accelerate": Accelerate,
+    "loradash": Loradash,
+    "launched": Launched,
+}
