@@ -1,6 +1,6 @@
 """The oldest frameworks that pyproject.toml allows, as arguments for pip; standard library only.
 
-    python tools/oldest.py       # prints e.g. peft==0.19.1 transformers==4.48 ...
+python tools/oldest.py       # prints e.g. peft==0.19.1 transformers==4.48 ...
 """
 
 from __future__ import annotations

@@ -28,7 +28,7 @@ from .peft_layout import (
     view_of,
     warn_of_tied_targets,
 )
-from .state import dash_layers, dash_state, plain_name, unwrap
+from .state import dash_state, host_of, own_layers, plain_name, unwrap
 from .targets import module_tensors
 
 
@@ -48,11 +48,15 @@ def export_lora(model: nn.Module, path: str | os.PathLike) -> Path:
     under two names, a module trained as a whole whose weight is tied to another's, layers whose parent reads their weight,
     names that PEFT cannot tell apart.
     """
+    host = host_of(model)
+    if host is not None:
+        host.export_lora(Path(path))
+        return Path(path)
     root, config = unwrap(model), dash_state(model).config
     if config.train_bias:
         raise ValueError("export_lora cannot carry trained biases (train_bias=True); merge(model) and save the weights")
     reshard(model)
-    merged = any(layer.merged for layer in dash_layers(model).values())
+    merged = any(layer.merged for layer in own_layers(model).values())
     # A merged weight is a tensor of its own: which modules share it shows only after unmerging.
     with disable(model) if merged else contextlib.nullcontext():
         layout, tensors = _contents(model, root)

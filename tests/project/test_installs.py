@@ -9,9 +9,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-
 import loradash.integrations
+import pytest
 
 ROOT = Path(__file__).parents[2]
 FRAMEWORKS = (

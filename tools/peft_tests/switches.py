@@ -99,7 +99,7 @@ class Loradash(Switch):
         from loradash.integrations.peft import DashLoraConfig, fused, layer
 
         self.ways = Counter[str]()
-        peft.LoraConfig = DashLoraConfig
+        vars(peft).update(LoraConfig=DashLoraConfig)
         for owner, name, way in (
             (fused, "with_base", "fused"),
             (fused, "beside_base", "beside the base"),
@@ -141,7 +141,7 @@ class Launched(Loradash):
             if config.init_lora_weights is False and not layer.lora_A[adapter_name].weight.is_meta:
                 launch(layer, adapter_name)
 
-        DashLoraLayer.add_dash_term = add_launched  # type: ignore[method-assign]
+        DashLoraLayer.add_dash_term = add_launched  # type: ignore[method-assign, assignment]
 
 
 @torch.no_grad()
