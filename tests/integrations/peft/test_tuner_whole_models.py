@@ -10,6 +10,7 @@ from torch import nn
 pytest.importorskip("peft", reason="needs PEFT")
 pytest.importorskip("transformers", reason="needs transformers")
 
+from loradash.integrations.peft import DashLoraConfig
 from peft import get_peft_model, inject_adapter_in_model
 from support.peft_models import (
     check_layers,
@@ -102,3 +103,15 @@ def test_ddp_sends_no_frozen_buffers(both):
 
     names = frozen_buffers(both)
     assert names == {n for n, _ in both.named_buffers() if ".lora_dash_" in n} and len(names) == 3 * 2 * 4
+
+
+def test_presets():
+    settings = DashLoraConfig.preset("commonsense-llama-7b", r=8, task_type="CAUSAL_LM", lora_dropout=0.1)
+    plain = loradash.DashConfig.preset("commonsense-llama-7b", r=8)
+    assert (settings.r, settings.lora_alpha, settings.lora_dropout) == (8, 16, 0.1) == (plain.r, plain.alpha, 0.1)
+    assert settings.target_modules == set(plain.target_modules) and settings.task_type == "CAUSAL_LM"
+    assert len(loradash.dash_layers(get_peft_model(llama(), settings))) == 2 * 5
+    glue = DashLoraConfig.preset("glue-deberta-v3-base")
+    assert set(glue.modules_to_save) == {"pooler", "classifier"}
+    with pytest.raises(ValueError, match="no preset 'other'"):
+        DashLoraConfig.preset("other")
