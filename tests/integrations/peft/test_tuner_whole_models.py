@@ -11,8 +11,10 @@ pytest.importorskip("peft", reason="needs PEFT")
 pytest.importorskip("transformers", reason="needs transformers")
 
 from loradash.integrations.peft import DashLoraConfig
-from peft import get_peft_model, inject_adapter_in_model
+from peft import PeftModel, get_peft_model, inject_adapter_in_model
 from support.peft_models import (
+    Net,
+    adapted,
     check_layers,
     config,
     gap,
@@ -42,8 +44,6 @@ def test_targets():
 
 
 def test_what_trains_beside(tmp_path):
-    from peft import PeftModel
-
     settings = {"modules_to_save": ["lm_head"], "trainable_token_indices": [3, 5]}
     model = train(get_peft_model(llama(), llama_config(**settings)))
     assert gap(model.lm_head.weight, llama().lm_head.weight) > 0.01
@@ -115,3 +115,34 @@ def test_presets():
     assert set(glue.modules_to_save) == {"pooler", "classifier"}
     with pytest.raises(ValueError, match="no preset 'other'"):
         DashLoraConfig.preset("other")
+
+
+@pytest.fixture
+def one_process():
+    dist = torch.distributed
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield dist.device_mesh.init_device_mesh("cpu", (1,))
+    dist.destroy_process_group()
+
+
+def test_sharded_by_fsdp2(one_process, tmp_path):
+    """Weights and adapters are DTensors: the same losses, the same directions, the same plain LoRA."""
+    whole, model = train(adapted()), adapted()
+    for layer in (*layers_of(model).values(), model):
+        torch.distributed.fsdp.fully_shard(layer, mesh=one_process)
+    train(model)
+    assert type(loradash.dash_layers(model)["first"].lora_b).__name__ == "DTensor"
+    for name, view in loradash.dash_layers(model).items():
+        assert gap(view.dash_u, loradash.dash_layers(whole)[name].dash_u) < 1e-5
+    loradash.export_lora(model, tmp_path)
+    assert gap(output(PeftModel.from_pretrained(Net(), tmp_path)), output(whole)) < 1e-5
+    with pytest.raises(ValueError, match="sharded"):
+        model.add_adapter("late", config())
+
+
+def test_tied_weights(tmp_path):
+    model = train(get_peft_model(llama(tie_word_embeddings=True), llama_config(target_modules=["q_proj", "lm_head"])))
+    check_layers(model, ["default"])
+    assert model.lm_head.base_layer.weight is model.get_input_embeddings().weight
+    model.save_pretrained(tmp_path)
+    assert torch.equal(output(PeftModel.from_pretrained(llama(tie_word_embeddings=True), tmp_path)), output(model))
