@@ -57,7 +57,7 @@ class Run:
     def environment(self, hub: str) -> dict[str, str]:
         """The library is that of this checkout, and the hub that of `hub`, whatever stands in the environment."""
         paths = [str(ROOT), str(ROOT / "python"), *filter(None, [os.environ.get("PYTHONPATH")])]
-        options = {"SWITCH": self.switch, "RECORD": str(self.record.resolve()), "HUB": hub}
+        options = {"SWITCH": self.switch, "RECORD": str(self.record.resolve()), "HUB": hub, "ONLY": self.suite.only}
         own = {PREFIX + name: value for name, value in options.items()} | {"PYTHONPATH": os.pathsep.join(paths)}
         return {name: value for name, value in os.environ.items() if name != "HF_HUB_OFFLINE"} | own
 
