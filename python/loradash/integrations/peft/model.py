@@ -23,6 +23,7 @@ from loradash.linear import DashLinear
 
 from .config import DashLoraConfig
 from .layer import DashLoraLayer, dash_class
+from .versions import warn_of_shards
 from .views import dash_layers_of, layers_with
 
 _NO_LINEAR = (
@@ -123,6 +124,15 @@ class DashLoraModel(LoraModel):
                 for key in set(module._forward_pre_hooks) - known:
                     del module._forward_pre_hooks[key]
                     module._forward_pre_hooks_with_kwargs.pop(key, None)
+
+    @classmethod
+    def _get_adapter_state_dict(
+        cls, model: Any, config: Any, adapter_name: str, *args: Any, **kwargs: Any
+    ) -> dict[str, Any]:
+        """PEFT's, from 0.21 on; tensors that were not gathered for saving are told as PEFT tells those of its own LoRA."""
+        found = super()._get_adapter_state_dict(model, config, adapter_name, *args, **kwargs)
+        warn_of_shards(found, adapter_name)
+        return found
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         """PEFT's, which makes new parameters that train, whether the old ones did or not."""
