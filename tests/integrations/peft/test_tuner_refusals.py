@@ -116,3 +116,14 @@ def test_functions_of_apply_dash_name_pefts(both, tmp_path):
             call(both)
     with pytest.raises(ValueError, match="PEFT"):
         loradash.apply_dash(both)
+
+
+def test_what_would_lose_a_part(both):
+    settings = config()
+    settings._register_custom_module({nn.Linear: nn.Linear})
+    with pytest.raises(ValueError, match="_register_custom_module"):
+        both.add_adapter("custom", settings)
+    both.add_adapter("biased", config(lora_bias=True, target_modules=["first"]))
+    with pytest.raises(ValueError, match="lora_bias: PEFT would leave the biases of biased out"):
+        both.add_weighted_adapter(["default", "biased"], [1.0, 1.0], "sum", "cat")
+    assert list(both.peft_config) == ["default", "other", "biased"]

@@ -54,6 +54,10 @@ class DashLoraModel(LoraModel):
         config: Any = self.peft_config[adapter_name]
         state_dict = kwargs.get("state_dict")
         check_model(model)
+        if getattr(config, "_custom_modules", None):
+            raise ValueError(
+                "modules registered for LoRA (_register_custom_module) have no dash term; adapt the model without"
+            )
         self._check_targets(model, config, state_dict)
         super().inject_adapter(model, adapter_name, *args, **kwargs)
         for parent in list(model.modules()):
@@ -147,6 +151,9 @@ class DashLoraModel(LoraModel):
     ) -> None:
         """PEFT's, on the adapters as plain LoRA of rank r + s: the new adapter holds what theirs do, launched or not, and is
         itself before launch. Its rank grows accordingly: with "cat" the sum of theirs, else the largest."""
+        biased = [name for name in adapters if getattr(self.peft_config.get(name), "lora_bias", False)]
+        if biased:
+            raise ValueError(f"lora_bias: PEFT would leave the biases of {', '.join(biased)} out of the new adapter")
         with self._folded(adapters):
             super().add_weighted_adapter(adapters, weights, adapter_name, *args, **kwargs)
 
