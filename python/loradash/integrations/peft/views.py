@@ -16,7 +16,7 @@ from loradash.config import DashConfig
 from loradash.distributed import is_sharded
 from loradash.linear import take_directions
 from loradash.quantised import weight_of
-from loradash.state import AdaptedLayer, DashState, plain_name
+from loradash.state import AdaptedLayer, DashState, modules_outside, plain_name
 from loradash_kernels import Directions
 
 from .config import DashLoraConfig
@@ -115,6 +115,7 @@ class AdapterState(DashState):
     def __init__(self, root: nn.Module, adapter: str, settings: DashLoraConfig) -> None:
         self._root, self.adapter, self.settings = root, adapter, settings
         self.dash_only, self.schedules = False, 0
+        self._layers: list[Any] = []
         self._seen: list[tuple[Tensor, int]] = []
         self._step = 0
 
@@ -152,7 +153,9 @@ class AdapterState(DashState):
         self._seen = [(b, b._version) for b in buffers]
 
     def _buffers(self) -> list[Tensor]:
-        return [layer.lora_dash_step[self.adapter] for _, layer in layers_with(self._root, self.adapter)]
+        if not self._layers or any(self.adapter not in layer.lora_dash_step for layer in self._layers):
+            self._layers = [layer for _, layer in layers_with(self._root, self.adapter)]
+        return [layer.lora_dash_step[self.adapter] for layer in self._layers]
 
 
 class PeftHost:
@@ -191,7 +194,7 @@ def host_of(model: nn.Module) -> PeftHost:
     """
     roots = [
         m
-        for m in model.modules()
+        for _, m in modules_outside(model)
         if "peft_config" in m.__dict__ and not isinstance(m, BaseTuner) and next(dash_layers_of(m), None)
     ]
     if len(roots) != 1:
@@ -210,7 +213,7 @@ def host_of(model: nn.Module) -> PeftHost:
 
 def dash_layers_of(model: nn.Module) -> Iterator[tuple[str, Any]]:
     """All layers of this package by plain name, whatever their adapters."""
-    for name, module in model.named_modules():
+    for name, module in modules_outside(model):
         if "lora_dash_sigma" in module._modules:
             yield plain_name(name), module
 
