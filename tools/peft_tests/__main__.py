@@ -48,7 +48,9 @@ def main(
     print(report.as_markdown(outcomes, found, report.facts()))
     if out:
         report.write(out, outcomes, found)
-    complaints = faults(outcomes, found, suites)
+    complaints = faults(outcomes, found)
+    if not switch and not file:
+        complaints += [f"nothing needs this reason any more: {one.why}" for one in compare.stale(found)]
     for complaint in complaints:
         console.print(complaint, style="red", markup=False)
     sys.exit(bool(complaints))
@@ -86,19 +88,18 @@ def fused(tests: list[runs.Test]) -> int:
     return compare.calls(tests)["fused"]
 
 
-def faults(outcomes: compare.Outcomes, found: list[compare.Difference], suites: list[Suite]) -> list[str]:
+def faults(outcomes: compare.Outcomes, found: list[compare.Difference]) -> list[str]:
     """What makes the run fail, in sentences."""
     said = [
         f"{one.file} ({one.switch}): {one.test}: {one.off} without, {one.on} with: {one.message}"
         for one in found
         if one.reason is None
     ]
-    said += [f"nothing needs the reason {one.why!r} for {one.file} any more" for one in compare.stale(outcomes, found)]
+    fusing = [suite.file for suite in SUITES if suite.fuses]
     return said + [
-        f"{suite.file} ({switch}): no call ran fused, so that this proves nothing"
-        for suite in suites
-        for switch in ABOUT
-        if suite.fuses and (suite.file, switch) in outcomes and not fused(outcomes[suite.file, switch])
+        f"{file} ({switch}): no call ran fused, so that this proves nothing"
+        for (file, switch), tests in outcomes.items()
+        if switch != "off" and file in fusing and not fused(tests)
     ]
 
 

@@ -117,7 +117,7 @@ class Loradash(Switch):
         return counting
 
     def name(self, test: str) -> str:
-        return test.replace("DashLoraConfig", "LoraConfig")
+        return test.replace("DashLora", "Lora")
 
     def begin(self) -> None:
         self.ways.clear()
