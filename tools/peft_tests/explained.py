@@ -46,9 +46,9 @@ REASONS = (
         "`PeftMixedModel` makes layers of PEFT's own methods alone; it would put plain LoRA in our place",
     ),
     Reason(
-        ("loradash",),
-        r"Parameter containing:\\ntensor\(\[0\., 0\.",
-        "Δσ of an adapter without directions has no gradient: it moves after launch, and does under `launched`",
+        TUNER,
+        r"Parameter containing:\\ntensor\(\[0\.",
+        "an adapter that starts as the identity is before launch, when its Δσ has no gradient and stays where it is",
         "test_only_params_are_updated",
     ),
 )
