@@ -13,7 +13,7 @@ from tools.peft_tests.suite import SLICE
 for name in ("peft", "diffusers", "datasets", "parameterized"):
     pytest.importorskip(name)
 
-FEWEST = 100
+FEWEST = 50
 
 
 @pytest.fixture(scope="module")
