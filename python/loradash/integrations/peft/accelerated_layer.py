@@ -29,7 +29,8 @@ class Way(NamedTuple):
 FUSED = Way("fused")
 
 CALLS = "_loradash_calls"
-"""The attribute in which an accelerated layer counts its calls by `Way`."""
+"""The attribute in which an accelerated layer counts its calls by `Way`: a Counter, since torch.export puts copies in the
+place of plain dicts."""
 
 listeners: list[Callable[[nn.Module, Way], None]] = []
 """Called with every layer and the way its call ran, but under torch.compile, which counts nothing."""
@@ -82,7 +83,7 @@ def _count(layer: LoraLinear, way: Way) -> None:
         return
     calls = layer.__dict__.get(CALLS)
     if calls is not None:
-        calls[way] = calls.get(way, 0) + 1
+        calls[way] += 1
     for listener in listeners:
         listener(layer, way)
 
