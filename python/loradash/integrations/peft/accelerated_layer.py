@@ -39,6 +39,11 @@ pefts_forward = LoraLinear.forward
 # MiCA is plain LoRA that starts elsewhere and keeps B frozen.
 _PLAIN_VARIANTS = tuple(filter(None, [getattr(variants, "MiCALinearVariant", None)]))
 
+# The classes of an adapter's parts whose calls compute their formula and nothing else.
+_PRODUCT, _DROPOUT = (nn.Linear,), (nn.Dropout, nn.Identity)
+
+_TRACED = "tracing or exporting: the graph is to have PyTorch's operators"
+
 # PEFT takes these itself, the base layer gets the others.
 _TAKEN = frozenset({"adapter_names", *VARIANT_KWARG_KEYS})
 
@@ -102,33 +107,32 @@ def terms_of(layer: LoraLinear) -> list[Term] | str:
         if variant is not None and type(variant) not in _PLAIN_VARIANTS:
             return f"a variant of LoRA: {type(variant).__name__}"
         b, dropout = all_b[name], dropouts[name]
-        why = _changed("lora_A", a, nn.Linear) or _changed("lora_B", b, nn.Linear)
-        why = why or _changed("lora_dropout", dropout, nn.Dropout, nn.Identity)
-        if why is not None:
-            return why
+        for module, kinds in ((a, _PRODUCT), (b, _PRODUCT), (dropout, _DROPOUT)):
+            if type(module) not in kinds or is_hooked(module) or "forward" in module.__dict__:
+                return _why_called(module, kinds)
         p = dropout.p if type(dropout) is nn.Dropout and dropout.training else 0.0
         b_own = b._parameters
         terms.append(Term(a._parameters["weight"], b_own["weight"], layer.scaling[name], p, b_own["bias"]))
     return terms or "no active adapter"
 
 
-def _changed(name: str, module: nn.Module, *kinds: type[nn.Module]) -> str | None:
-    """Why a part of an adapter must be called as a module, or None where its class says all that it does."""
+def _why_called(module: nn.Module, kinds: tuple[type[nn.Module], ...]) -> str:
+    """Why a part of an adapter must be called as a module: its class does not say all that it does."""
+    part = "the dropout" if kinds is _DROPOUT else "lora_A or lora_B"
     if type(module) not in kinds:
-        return f"{name} is a {type(module).__name__}"
-    if is_hooked(module):
-        return f"{name} has hooks"
-    if "forward" in module.__dict__:
-        return f"the forward of {name} was replaced"
-    return None
+        return f"{part} is a {type(module).__name__}"
+    return f"{part} has hooks" if is_hooked(module) else f"the forward of {part} was replaced"
 
 
 def _refusal(layer: LoraLinear, x: Tensor, terms: list[Term], kwargs: dict[str, Any]) -> str | None:
     if kwargs and kwargs.get("adapter_names") is not None:
         return "a mixed batch (adapter_names)"
-    if torch.compiler.is_exporting() or (not torch.compiler.is_compiling() and torch._C._is_tracing()):
-        return "tracing or exporting: the graph is to have PyTorch's operators"
-    if not torch.compiler.is_compiling() and composite.is_wanted():
+    if torch.compiler.is_compiling():
+        if torch.compiler.is_exporting():
+            return _TRACED
+    elif torch._C._is_tracing():
+        return _TRACED
+    elif composite.is_wanted():
         return "a transform of torch.func, or forward-mode differentiation"
     if _has_any_global_hook():
         return "hooks on all modules"

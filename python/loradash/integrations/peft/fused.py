@@ -67,8 +67,10 @@ def refusal(x: Tensor, terms: Sequence[Term], casts_input: bool = True) -> str |
     for term in terms:
         if term.dropout_p >= 1.0:
             return "a dropout of 1"
-        tensors = [t for t in (*term[:2], *term[4:]) if t is not None]
-        for tensor in tensors:
+        few = term.bias is None and term.dash_u is None
+        for tensor in term[:2] if few else (*term[:2], *term[4:]):
+            if tensor is None:
+                continue
             if type(tensor) not in PLAIN_TENSORS:
                 return f"a weight of an adapter is a {type(tensor).__name__}"
             if tensor.device != device:
