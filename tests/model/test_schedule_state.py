@@ -92,9 +92,10 @@ def test_going_back_in_the_same_process(whole):
     assert dash_state(run.model).step == 6
 
 
+@pytest.mark.parametrize("stepping", [True, False])
 @pytest.mark.parametrize(("of_model", "of_schedule"), [(2, 7), (7, 2)])
-def test_a_phase_that_is_not_the_model_s(of_model, of_schedule, whole):
-    """The model is left alone: not even the optimizer steps."""
+def test_a_phase_that_is_not_the_model_s(of_model, of_schedule, stepping, whole):
+    """The model is left alone: an optimizer of torch does not even step; of others the schedule cannot know."""
     _, checkpoints = whole
     run = Training()
     run.load({**checkpoints[of_model], "schedule": checkpoints[of_schedule]["schedule"]})
@@ -103,7 +104,7 @@ def test_a_phase_that_is_not_the_model_s(of_model, of_schedule, whole):
         with pytest.raises(
             RuntimeError, match=f"is of step {of_schedule}, .* launch, and the model's .* from one checkpoint"
         ):
-            run.batch(0, stepping=True)
+            run.batch(0, stepping)
     assert all(map(torch.equal, before, run.model.state_dict().values()))
 
 
