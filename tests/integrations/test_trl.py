@@ -13,22 +13,11 @@ transformers = pytest.importorskip("transformers")
 
 from loradash.integrations.peft import DashLoraConfig  # noqa: E402
 from loradash.integrations.transformers import DashCallback  # noqa: E402
+from support.tokens import tokenizer  # noqa: E402
 
 from benchmarks.front_ends.resume import SETTINGS, llama, own_door  # noqa: E402
 
-WORDS = ["<pad>", "<eos>", "<unk>", *(f"w{i}" for i in range(61))]
 X = torch.arange(3, 15)[None]
-
-
-@pytest.fixture(scope="module")
-def tokenizer():
-    tokenizers = pytest.importorskip("tokenizers")
-    model = tokenizers.Tokenizer(
-        tokenizers.models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<unk>")
-    )
-    model.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
-    special = {"pad_token": "<pad>", "eos_token": "<eos>", "unk_token": "<unk>"}
-    return transformers.PreTrainedTokenizerFast(tokenizer_object=model, **special)
 
 
 def text(start):
@@ -40,14 +29,14 @@ def arguments(kind, folder, **more):
     return kind(str(folder), learning_rate=1e-2, use_cpu=True, bf16=False, disable_tqdm=True, **{**common, **more})
 
 
-def fine_tuner(door, folder, tokenizer):
+def fine_tuner(door, folder):
     data = datasets.Dataset.from_list([{"text": text(start)} for start in range(24)])
     config = DashLoraConfig(lora_alpha=8, directions=4, lora_dropout=0.1, task_type="CAUSAL_LM", **SETTINGS)
     return trl.SFTTrainer(
         llama() if door == "peft" else own_door(),
         arguments(trl.SFTConfig, folder, gradient_accumulation_steps=2),
         train_dataset=data,
-        processing_class=tokenizer,
+        processing_class=tokenizer(),
         callbacks=[DashCallback(progress=False)],
         peft_config=config if door == "peft" else None,
     )
@@ -58,9 +47,9 @@ def losses(trainer, after=0):
 
 
 @pytest.mark.parametrize("door", ["apply_dash", "peft"])
-def test_fine_tuning(door, tokenizer, tmp_path):
+def test_fine_tuning(door, tmp_path):
     """It launches, logs, saves what loads into a base model, and resumes before launch and after it."""
-    trainer = fine_tuner(door, tmp_path, tokenizer)
+    trainer = fine_tuner(door, tmp_path)
     trainer.train()
     directions = [entry["dash_directions"] for entry in trainer.state.log_history if "dash_directions" in entry]
     assert directions == [0, 0, 0, 24, 24, 24]
@@ -68,7 +57,7 @@ def test_fine_tuning(door, tokenizer, tmp_path):
     read = peft.PeftModel.from_pretrained if door == "peft" else load_adapter
     assert torch.equal(read(llama(), str(tmp_path / "final")).eval()(X).logits, trainer.model.eval()(X).logits)
     for step in (2, 4):
-        resumed = fine_tuner(door, tmp_path, tokenizer)
+        resumed = fine_tuner(door, tmp_path)
         resumed.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{step}"))
         assert losses(resumed, step) == losses(trainer, step)
         assert dash_state(resumed.model).step == 6
@@ -77,7 +66,7 @@ def test_fine_tuning(door, tokenizer, tmp_path):
 
 
 @pytest.mark.parametrize("door", ["apply_dash", "peft"])
-def test_preferences(door, tokenizer, tmp_path):
+def test_preferences(door, tmp_path):
     """DPO: its reference is the base model, or a copy made before training."""
     rows = [{"prompt": text(i), "chosen": " " + text(i + 6), "rejected": " " + text(30 - i)} for i in range(12)]
     config = DashLoraConfig(lora_alpha=8, directions=4, task_type="CAUSAL_LM", **SETTINGS)
@@ -86,7 +75,7 @@ def test_preferences(door, tokenizer, tmp_path):
         llama() if door == "apply_dash" else None,
         args=arguments(trl.DPOConfig, tmp_path, save_steps=6),
         train_dataset=datasets.Dataset.from_list(rows),
-        processing_class=tokenizer,
+        processing_class=tokenizer(),
         callbacks=[DashCallback(progress=False)],
         peft_config=config if door == "peft" else None,
     )
