@@ -155,6 +155,11 @@ class DashSchedule:
             layer.dash_sigma.grad = None
 
     def _look_after_layers(self) -> None:
+        if dash_state(self.model) is not self.state:
+            raise RuntimeError(
+                "another adapter is active than the one that this DashSchedule was made for; each has a schedule of its own, and "
+                "is stepped while it is the active one"
+            )
         present = set(dash_layers(self.model).values())
         lost = [name for name, layer in self._layers.items() if layer not in present]
         if lost:

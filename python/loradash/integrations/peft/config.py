@@ -11,6 +11,7 @@ from peft import LoraConfig
 from loradash.config import DashConfig
 
 from .registration import PEFT_TYPE
+from .versions import SAVES_BIASES
 
 FORMAT = 1
 """Of an adapter's files: the settings' names and meanings, and the tensors beside lora_A and lora_B."""
@@ -104,6 +105,8 @@ def _check_absent(config: DashLoraConfig) -> None:
     for name in dict.fromkeys((*_ABSENT, *variants)):
         if getattr(config, name, None):
             raise ValueError(f"{name} is a setting of LoRA that LoRA-Dash does not have; leave it out")
+    if config.bias != "none" and not SAVES_BIASES:
+        raise ValueError(f"bias={config.bias!r}: this version of PEFT would not save the biases; it takes peft 0.21")
     initial = config.init_lora_weights
     if initial not in INITIALISATIONS:
         raise ValueError(

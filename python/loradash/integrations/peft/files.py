@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model, set_peft_model_state_dict
 from peft.utils import load_peft_weights
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -22,6 +22,7 @@ from loradash.peft_layout import PREFIX, Unfaithful
 from loradash_kernels.files import replace_bytes, replace_file
 
 from .config import DashLoraConfig
+from .versions import adapter_state_dict
 
 _WEIGHTS, _SETTINGS = "adapter_model.safetensors", "adapter_config.json"
 _DASH = ".lora_dash_"
@@ -54,7 +55,7 @@ def export_lora(root: nn.Module, adapter: str, layers: Mapping[str, Any], folder
 
 def _tensors(root: nn.Module, adapter: str, layers: Mapping[str, Any]) -> dict[str, Tensor]:
     """Everything under PEFT's names, on the CPU; A and B of all layers of one rank, short ones with zeros, in float32."""
-    saved = get_peft_model_state_dict(root, adapter_name=adapter)
+    saved = adapter_state_dict(root, adapter)
     tensors = {key: gathered(t) for key, t in saved.items() if _DASH not in key}
     folded = {name: layer.folded(adapter) for name, layer in layers.items()}
     rank = max(a.shape[0] for a, _ in folded.values())
@@ -129,7 +130,7 @@ def from_lora(
 
 def _load_start(model: PeftModel, adapter: str, weights: dict[str, Tensor]) -> None:
     """Writes the tensors of a plain LoRA. Raises ValueError where they are not all that the adapter has."""
-    own = get_peft_model_state_dict(model, adapter_name=adapter)
+    own = adapter_state_dict(model, adapter)
     dash = {key: tensor for key, tensor in own.items() if _DASH in key}
     different = own.keys() - dash.keys() ^ weights.keys()
     if different:
