@@ -24,8 +24,9 @@ class DashSchedule:
 
     The count lives on the model (`dash_state`), so `save_adapter` and `load_adapter` carry it: a resumed run goes on
     where it stopped. A checkpoint of the model's state dict lacks the count: `state_dict` has it, in the form that
-    accelerate's `register_for_checkpointing(schedule)` wants. All parameters, Δσ included, exist from the start; the optimizer needs no new group. Until launch
-    the optimizer is kept from Δσ, so that Adam's first steps on it are those of a fresh Adam, as in the authors' code.
+    accelerate's `register_for_checkpointing(schedule)` wants. All parameters, Δσ included, exist from the start; the
+    optimizer needs no new group. Until launch the optimizer is kept from Δσ, so that Adam's first steps on it are those of
+    a fresh Adam, as in the authors' code.
 
     Optimizers of torch.optim are watched: a step that GradScaler skipped, or a call in the middle of gradient
     accumulation, does not count. Steps of any other kind of optimizer are counted by the calls alone. After the first
