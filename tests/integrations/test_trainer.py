@@ -12,6 +12,7 @@ import loradash
 import pytest
 import torch
 from loradash import DashSchedule, SpectralCache, dash_layers, dash_state, load_adapter
+from torch import nn
 
 transformers = pytest.importorskip("transformers")
 
@@ -23,15 +24,21 @@ from benchmarks.front_ends.resume import DOORS, llama, own_door, rows  # noqa: E
 X = torch.arange(3, 15)[None]
 
 
-def trainer_of(model, folder, *callbacks, kind=transformers.Trainer, eval_dataset=None, **arguments):
+def trainer_of(model, folder, *callbacks, kind=transformers.Trainer, **given):
+    """`given` goes to the trainer where it is one of its arguments, and to TrainingArguments."""
     defaults = {"max_steps": 6, "per_device_train_batch_size": 2, "logging_steps": 1, "save_steps": 3, "report_to": []}
+    own = {key: given.pop(key) for key in ("eval_dataset", "optimizers", "data_collator") if key in given}
     args = transformers.TrainingArguments(
-        str(folder), learning_rate=1e-2, disable_tqdm=True, use_cpu=True, **{**defaults, **arguments}
+        str(folder), learning_rate=1e-2, disable_tqdm=True, use_cpu=True, **{**defaults, **given}
     )
     callbacks = list(callbacks) or [DashCallback(progress=False)]
-    trainer = kind(model, args, train_dataset=rows(), eval_dataset=eval_dataset, callbacks=callbacks)
+    trainer = kind(model, args, train_dataset=rows(), callbacks=callbacks, **own)
     trainer.remove_callback(transformers.PrinterCallback)
     return trainer
+
+
+def collated(batch):
+    return {key: torch.tensor([row[key] for row in batch]) for key in ("input_ids", "labels")}
 
 
 @pytest.fixture(scope="module")
@@ -145,6 +152,59 @@ def test_steps_that_were_skipped_do_not_count(tmp_path):
     assert 1 <= skipped <= 4 and trainer.state.global_step == 8
     launch = [entry["step"] for entry in trainer.state.log_history if entry.get("dash_directions") == 24]
     assert launch[0] == 4 + skipped
+
+
+class Copies(torch.optim.SGD):
+    """Trains copies of the parameters, as DeepSpeed does: no hook tells whose they are."""
+
+    def __init__(self, parameters):
+        self.ours = list(parameters)
+        super().__init__([p.detach().clone() for p in self.ours], lr=0.1)
+
+    def step(self, closure=None):
+        for group in self.param_groups:
+            for copied, p in zip(group["params"], self.ours, strict=True):
+                copied.grad = p.grad
+        super().step()
+        for copied, p in zip(self.param_groups[0]["params"], self.ours, strict=True):
+            p.data.copy_(copied)
+
+
+def test_skipped_steps_of_an_optimizer_that_no_hook_sees(tmp_path):
+    class Overflowing(transformers.Trainer):
+        def training_step(self, *args, **kwargs):
+            self.optimizer._is_overflow = self.state.global_step < 2
+            return super().training_step(*args, **kwargs)
+
+    model = own_door()
+    optimizer = Copies(p for p in model.parameters() if p.requires_grad)
+    trainer = trainer_of(model, tmp_path, kind=Overflowing, optimizers=(optimizer, None))
+    trainer.train()
+    assert dash_state(model).step == 4 and trainer.callback_handler.callbacks[-1].schedule.launched
+
+
+class Head(nn.Module):
+    """No model of transformers, with one inside it."""
+
+    def __init__(self):
+        super().__init__()
+        self.body, self.head = nn.Embedding(64, 16), nn.Linear(16, 64)
+
+    def forward(self, input_ids, labels):
+        logits = self.head(self.body(input_ids))
+        return {"loss": nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten()), "logits": logits}
+
+
+def test_models_that_are_not_transformers(tmp_path):
+    config = loradash.DashConfig(r=2, directions=2, prelaunch_steps=4)
+    torch.manual_seed(0)
+    base = Head()
+    models = [loradash.apply_dash(copy.deepcopy(base), config) for _ in range(2)]
+    for model, start in zip(models, (None, str(tmp_path / "checkpoint-3")), strict=True):
+        trainer_of(model, tmp_path, remove_unused_columns=False, data_collator=collated).train(start)
+        assert dash_state(model).step == 6
+    assert all(map(torch.equal, *(model.state_dict().values() for model in models)))
+    assert dash_state(load_adapter(base, tmp_path / "checkpoint-3")).step == 3
 
 
 def test_compiled_models(tmp_path):
