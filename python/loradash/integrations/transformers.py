@@ -262,7 +262,7 @@ class _AdaptersAlone:
             key: t.detach().cpu().contiguous().clone() for key, t in tensors.items() if plain_name(key) not in frozen
         }
         folder = Path(save_directory)
-        replace_file(folder / "model.safetensors", lambda file: save_file(kept, file, metadata={"format": "pt"}))
+        replace_file(folder / "model.safetensors", lambda file: save_file(kept, file, metadata={"format": NO_MODEL}))
         config = {**json.loads(self.model.config.to_json_string()), "transformers_weights": NO_MODEL}
         replace_bytes(folder / "config.json", json.dumps(config, indent=2).encode())
         # One process cannot gather what is sharded: `on_save` does, in all of them.
