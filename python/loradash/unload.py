@@ -110,7 +110,6 @@ def _owners(model: nn.Module) -> dict[int, dict[str, nn.Module]]:
 def _plain(layer: DashLinear) -> nn.Module:
     """The layer that a merged one stands for."""
     if layer.base is not None:
-        layer._keep(None)
         _move_hooks(layer, layer.base)
         return layer.base
     kind = cast("type[nn.Module]", layer.adopted)

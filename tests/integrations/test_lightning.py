@@ -321,16 +321,16 @@ def test_finetuning_callbacks(first, tmp_path):
     assert dash_state(resumed).step == 10
 
 
-def test_frozen_after_the_checkpoint_was_read(whole):
-    class Freeze(Callback):
-        def on_fit_start(self, trainer, module):
-            module.backbone.requires_grad_(False)
-
+@pytest.mark.parametrize("hook", ["setup", "on_fit_start"])
+def test_callbacks_that_freeze(whole, hook):
+    """Before the optimizer is made of what trains, and after."""
+    freeze = Callback()
+    setattr(freeze, hook, lambda trainer, module, stage=None: module.backbone.requires_grad_(False))
     module, folder = whole
     with pytest.warns(
         UserWarning, match=r"backbone.0.lora_a, backbone.0.lora_b, .* and 2 more trained or not otherwise"
     ):
-        resumed, *_ = fit(Module, resume=folder / "step=6.ckpt", extra=[Freeze()])
+        resumed, *_ = fit(Module, resume=folder / "step=6.ckpt", extra=[freeze])
     assert same(resumed, module)
 
 
