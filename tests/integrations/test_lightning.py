@@ -318,3 +318,10 @@ def test_without_lightning(monkeypatch):
     monkeypatch.delitem(sys.modules, "loradash.integrations.lightning")
     with pytest.raises(ImportError, match=r'needs Lightning: pip install "loradash-kernels\[lightning\]"'):
         importlib.import_module("loradash.integrations.lightning")
+
+
+def test_an_older_lightning(monkeypatch):
+    monkeypatch.setattr(lightning, "__version__", "2.4.0")
+    monkeypatch.delitem(sys.modules, "loradash.integrations.lightning")
+    with pytest.raises(ImportError, match=r"needs Lightning 2\.5 or newer, found 2\.4\.0, which itself resumes"):
+        importlib.import_module("loradash.integrations.lightning")

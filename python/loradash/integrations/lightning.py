@@ -17,14 +17,22 @@ from ..schedule import DashSchedule
 from ..state import dash_layers, dash_state, plain_name
 
 try:
+    from lightning.pytorch import __version__ as _version
     from lightning.pytorch.callbacks import Callback
 except ImportError:
     try:
+        from pytorch_lightning import __version__ as _version
         from pytorch_lightning.callbacks import Callback  # type: ignore[assignment]
     except ImportError as error:
         raise ImportError(
             'loradash.integrations.lightning needs Lightning: pip install "loradash-kernels[lightning]"'
         ) from error
+
+if tuple(map(int, _version.split(".")[:2])) < (2, 5):
+    raise ImportError(
+        f"loradash.integrations.lightning needs Lightning 2.5 or newer, found {_version}, which itself resumes gradient "
+        'accumulation one batch off: pip install "loradash-kernels[lightning]"'
+    )
 
 
 class DashCallback(Callback):
