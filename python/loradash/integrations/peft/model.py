@@ -18,6 +18,7 @@ from torch import nn
 from loradash.attention import call_adapted_layers
 from loradash.bypass import bypassed_children, child_at
 from loradash.distributed import is_sharded
+from loradash.formats import keep_differentiable, unready
 from loradash.linear import DashLinear
 
 from .config import DashLoraConfig
@@ -103,6 +104,7 @@ class DashLoraModel(LoraModel):
         kind: Any = type(layer)
         layer.__class__ = dash_class(kind)
         layer.add_dash_term(adapter_name, lora_config)
+        keep_differentiable(layer.get_base_layer())
         return layer
 
     @contextlib.contextmanager
@@ -190,7 +192,7 @@ def _refusal(base: nn.Module) -> str | None:
         return "it is sharded; adapt the model first, then shard it (tensor parallel models are not supported)"
     if any(hasattr(p, "ds_id") for p in base.parameters()):
         return "DeepSpeed ZeRO-3 keeps its weight in parts, of which no directions can be found; train with ZeRO-2 or FSDP2"
-    return None
+    return unready(base)
 
 
 def _under_several_names(model: nn.Module) -> dict[nn.Module, list[str]]:
