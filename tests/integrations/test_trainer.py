@@ -98,6 +98,17 @@ def test_copies_save_themselves(run, tmp_path):
         assert saved["model.layers.0.self_attn.q_proj.lora_b"].eq(number + 1).all()
 
 
+def test_adapters_that_were_frozen_are_saved(run, tmp_path):
+    """Of a model in which Δσ alone trains: Trainer resumes from this file."""
+    model = copy.deepcopy(run.model)
+    loradash.dash_only(model)
+    model.save_pretrained(tmp_path)
+    assert (
+        load_file(tmp_path / "model.safetensors").keys()
+        == load_file(f"{run.args.output_dir}/final/model.safetensors").keys()
+    )
+
+
 def test_modules_trained_as_a_whole_are_saved(tmp_path):
     model = own_door(trainable_modules=["lm_head"])
     trainer = trainer_of(model, tmp_path, max_steps=1, save_steps=1)

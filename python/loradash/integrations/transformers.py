@@ -64,8 +64,6 @@ class DashCallback(TrainerCallback, ExportableState):
     ) -> None:
         self.progress, self.cache = progress, cache
         self.schedule: DashSchedule | None = None
-        # The schedule's state when it last stood still: before training, and after.
-        self.at_rest: dict[str, Any] | None = None
         self._training = False
         self._told = False
         if model is not None:
@@ -78,8 +76,8 @@ class DashCallback(TrainerCallback, ExportableState):
 
     def state(self) -> dict[str, Any]:
         """What `trainer_state.json` keeps of this callback."""
-        schedule = self.schedule.state_dict() if self.schedule is not None and self._training else self.at_rest
-        return {"args": {"progress": self.progress}, "attributes": {"at_rest": schedule}}
+        counted = self._running().state_dict() if self._training else None
+        return {"args": {"progress": self.progress}, "attributes": {"counted": counted}}
 
     def on_init_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if args.restore_callback_states_from_checkpoint and self.cache is not None:
@@ -98,7 +96,7 @@ class DashCallback(TrainerCallback, ExportableState):
         if isinstance(entry, list):
             raise ValueError(f"{len(entry)} of the trainer's callbacks are a {name}; keep one")
         self.schedule = DashSchedule(model, self.progress, self.cache)
-        self._told = self.schedule.launched
+        self._told = False
         if state.global_step > 0:
             self._resume(state.global_step, entry)
         self._training = True
@@ -108,7 +106,7 @@ class DashCallback(TrainerCallback, ExportableState):
     def _resume(self, global_step: int, entry: dict[str, Any] | None) -> None:
         assert self.schedule is not None
         if entry is not None:
-            self.schedule.load_state_dict(entry["attributes"]["at_rest"])
+            self.schedule.load_state_dict(entry["attributes"]["counted"])
         elif self.schedule.state.step == 0:
             raise ValueError(
                 f"the checkpoint of global step {global_step} was saved without {type(self).__name__}, so nothing says how many "
@@ -137,12 +135,11 @@ class DashCallback(TrainerCallback, ExportableState):
             state.log_history[-1].update(figures)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        schedule = self._running()
         best = state.best_model_checkpoint
         if args.load_best_model_at_end and best is not None:
             saved = json.loads((Path(best) / "trainer_state.json").read_text())
-            schedule.load_state_dict(saved["stateful_callbacks"][type(self).__name__]["attributes"]["at_rest"])
-        self.at_rest, self._training = schedule.state_dict(), False
+            self._running().load_state_dict(saved["stateful_callbacks"][type(self).__name__]["attributes"]["counted"])
+        self._training = False
 
     def _running(self) -> DashSchedule:
         if self.schedule is None:
@@ -265,7 +262,7 @@ class _AdaptersAlone:
             key: t.detach().cpu().contiguous().clone() for key, t in tensors.items() if plain_name(key) not in frozen
         }
         folder = Path(save_directory)
-        replace_file(folder / "model.safetensors", lambda file: save_file(kept, file, metadata={"format": "pt"}))
+        replace_file(folder / "model.safetensors", lambda file: save_file(kept, file, metadata={"format": NO_MODEL}))
         config = {**json.loads(self.model.config.to_json_string()), "transformers_weights": NO_MODEL}
         replace_bytes(folder / "config.json", json.dumps(config, indent=2).encode())
         # One process cannot gather what is sharded: `on_save` does, in all of them.
