@@ -9,27 +9,34 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 
-class Format(Protocol):
+class Format:
     """How the layers of one format keep their weight."""
 
     def weight(self, layer: Any) -> Tensor:
         """W (N, K), a new tensor, as the format itself defines it."""
+        raise NotImplementedError
 
     def product(self, layer: Any, x: Tensor) -> Tensor | None:
         """x Wᵀ by the kernels that the layer's forward uses, without its bias; None where only the forward has them."""
+        return None
+
+    def refusal(self, layer: Any) -> str | None:
+        """Why no other weight can be quantised for this layer, or None."""
+        return None
 
     def requantised(self, layer: Any, weight: Tensor) -> dict[str, Any]:
-        """The layer's attributes, by name, with another weight (N, K). Raises ValueError where the format cannot say."""
+        """The layer's attributes, by name, with another weight (N, K). `refusal` was asked before."""
+        raise NotImplementedError(self.refusal(layer))
 
 
-class FourBit:
+class FourBit(Format):
     """bitsandbytes' Linear4bit."""
 
     def weight(self, layer: Any) -> Tensor:
@@ -54,7 +61,7 @@ class FourBit:
         return {"weight": new, "quant_state": state}
 
 
-class EightBit:
+class EightBit(Format):
     """bitsandbytes' Linear8bitLt whose codes are kept (has_fp16_weights=False)."""
 
     def weight(self, layer: Any) -> Tensor:
@@ -75,7 +82,7 @@ class EightBit:
         return {"weight": new, "state": state}
 
 
-class TorchAO:
+class TorchAO(Format):
     """nn.Linear whose weight is one of torchao's tensors."""
 
     def weight(self, layer: Any) -> Tensor:
@@ -84,19 +91,23 @@ class TorchAO:
     def product(self, layer: Any, x: Tensor) -> Tensor:
         return F.linear(x.to(layer.weight.dtype), layer.weight)
 
-    def requantised(self, layer: Any, weight: Tensor) -> dict[str, Any]:
+    def refusal(self, layer: Any) -> str | None:
         old = layer.weight
-        make = {
-            "Int8Tensor": _int8,
-            "Float8Tensor": _float8,
-            "IntxUnpackedToInt8Tensor": _intx,
-        }.get(type(old).__name__)
-        if make is None or getattr(old, "act_pre_scale", None) is not None:
-            raise ValueError(f"a new {type(old).__name__} of torchao's cannot be made from an old one")
-        return {"weight": nn.Parameter(make(old, weight.to(old.dtype).contiguous()), requires_grad=False)}
+        kind = type(old).__name__
+        if kind not in _MAKERS or getattr(old, "act_pre_scale", None) is not None:
+            return f"a new {kind} of torchao's cannot be made from an old one"
+        blocks = tuple(old.block_size)
+        if len(blocks) != 2 or (blocks[0] != 1 and blocks != tuple(old.shape)):
+            return f"a {kind} in blocks of {blocks} cannot be made anew"
+        return None
+
+    def requantised(self, layer: Any, weight: Tensor) -> dict[str, Any]:
+        make = _MAKERS[type(layer.weight).__name__]
+        made = make(layer.weight, weight.to(layer.weight.dtype).contiguous())
+        return {"weight": nn.Parameter(made, requires_grad=False)}
 
 
-class FineGrainedFP8:
+class FineGrainedFP8(Format):
     """transformers' FP8Linear."""
 
     def weight(self, layer: Any) -> Tensor:
@@ -107,14 +118,11 @@ class FineGrainedFP8:
             layer.weight.detach(), layer.weight_scale_inv.detach(), layer.block_size, torch.float32
         )
 
-    def product(self, layer: Any, x: Tensor) -> None:
-        return None
-
-    def requantised(self, layer: Any, weight: Tensor) -> dict[str, Any]:
-        raise ValueError("transformers quantises weights to FP8 at load time alone")
+    def refusal(self, layer: Any) -> str:
+        return "transformers quantises weights to FP8 at load time alone"
 
 
-class BitNet:
+class BitNet(Format):
     """transformers' AutoBitLinear whose weight is ternary already (quantization_mode "offline")."""
 
     def weight(self, layer: Any) -> Tensor:
@@ -123,8 +131,8 @@ class BitNet:
     def product(self, layer: Any, x: Tensor) -> Tensor:
         return F.linear(x, layer.weight.float()) * layer.weight_scale.float()
 
-    def requantised(self, layer: Any, weight: Tensor) -> dict[str, Any]:
-        raise ValueError("ternary weights have no room for an update")
+    def refusal(self, layer: Any) -> str:
+        return "ternary weights have no room for an update"
 
 
 def format_of(layer: nn.Module) -> Format | None:
@@ -245,9 +253,7 @@ def _granularity(old: Any) -> Any:
     (n, k), (rows, columns) = old.shape, old.block_size
     if (rows, columns) == (n, k):
         return PerTensor()
-    if rows == 1:
-        return PerRow() if columns == k else PerGroup(columns)
-    raise ValueError(f"a {type(old).__name__} in blocks of {rows} x {columns} cannot be made anew")
+    return PerRow() if columns == k else PerGroup(columns)
 
 
 def _mapping(old: Any) -> Any:
@@ -288,3 +294,7 @@ def _intx(old: Any, weight: Tensor) -> Tensor:
         mapping_type=_mapping(old),
         activation_quantization=old.activation_quantization,
     )
+
+
+_MAKERS = {"Int8Tensor": _int8, "Float8Tensor": _float8, "IntxUnpackedToInt8Tensor": _intx}
+"""How a new tensor of one of torchao's classes is made after the pattern of an old one."""

@@ -136,6 +136,14 @@ def can_take_update(module: nn.Module) -> bool:
     return torch.allclose(weight_of(module).double(), own.double(), rtol=rounding, atol=rounding)
 
 
+def requantise_refusal(module: nn.Module) -> str | None:
+    """Why W + ΔW of a quantised layer cannot be quantised anew, or None."""
+    kept = format_of(module)
+    if kept is None:
+        return f"{type(module).__name__} is of no format that can be quantised anew"
+    return kept.refusal(module)
+
+
 @torch.no_grad()
 def requantise(module: nn.Module, delta: Tensor) -> tuple[dict[str, Any], RequantisationError]:
     """Quantises W + ΔW anew, in the layer's own format, in its place.
@@ -143,11 +151,12 @@ def requantise(module: nn.Module, delta: Tensor) -> tuple[dict[str, Any], Requan
     Returns the attributes that were replaced, for `restore`, and the error. Raises ValueError, with the layer unchanged,
     where the format offers no way and where W + ΔW leaves its range.
     """
+    refusal = requantise_refusal(module)
+    if refusal is not None:
+        raise ValueError(refusal)
     if not bool(delta.any()):
         return {}, RequantisationError(0.0, 0.0)
-    kept = format_of(module)
-    if kept is None:
-        raise ValueError(f"{type(module).__name__} is of no format that can be quantised anew")
+    kept = cast(Format, format_of(module))
     wanted = weight_of(module).float() + delta
     parts = kept.requantised(module, wanted)
     before = {name: getattr(module, name) for name in parts}

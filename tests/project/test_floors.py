@@ -37,7 +37,7 @@ FLOORS = {
     ),
     "python/loradash/integrations": ("__init__", "peft", "transformers"),
     "python/loradash/integrations/peft": (
-        "fused", "versions", "registration", "config", "files", "views", "layer", "model", "__init__",
+        "fused", "versions", "registration", "config", "files", "views", "merging", "layer", "model", "__init__",
     ),
 }  # fmt: skip
 

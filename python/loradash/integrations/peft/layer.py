@@ -18,6 +18,7 @@ from loradash.distributed import gathered
 
 from .config import DashLoraConfig
 from .fused import Term, beside_base, fused_forward, is_hooked, refusal
+from .merging import MergesRightly
 from .views import host_of
 
 FROZEN = ("lora_dash_u", "lora_dash_vt", "lora_dash_launched", "lora_dash_step")
@@ -26,7 +27,7 @@ FROZEN = ("lora_dash_u", "lora_dash_vt", "lora_dash_launched", "lora_dash_step")
 _PREFIX = "Dash"
 
 
-class DashLoraLayer(nn.Module, LoraLayer):
+class DashLoraLayer(MergesRightly, LoraLayer):
     """What makes one of PEFT's LoRA layers over a linear base a LORADASH layer.
 
     y = base(x) + Σ over active adapters of [scaling · x̃ Aᵀ Bᵀ + Σ_i Δσ_i (x̃ · v_i) u_iᵀ], x̃ = dropout(x). A scale that is set on
