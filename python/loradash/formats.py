@@ -190,6 +190,27 @@ def keep_differentiable(layer: nn.Module) -> None:
         layer.quant_state = weight.quant_state
 
 
+def moved(parts: dict[str, Any], fn: Callable[[Tensor], Tensor]) -> dict[str, Any]:
+    """Attributes of a layer, which it does not hold now, as `module.to` would leave them; `fn` is its conversion of a tensor."""
+    return {name: _moved(value, fn) for name, value in parts.items()}
+
+
+def _moved(value: Any, fn: Callable[[Tensor], Tensor]) -> Any:
+    if isinstance(value, Tensor):
+        applied = fn(value)
+        # As torch does it, so that what hangs on a parameter stays there.
+        if torch._has_compatible_shallow_copy_type(value, applied):
+            value.data = applied.data
+        else:
+            value = nn.Parameter(applied, requires_grad=False)
+    # Codes and scales of eight bits hang on the weight or on the layer's state; those of four bits move with the weight.
+    for name in ("CB", "SCB"):
+        tensor = getattr(value, name, None)
+        if tensor is not None:
+            setattr(value, name, tensor.to(fn(tensor).device))
+    return value
+
+
 def _class(layer: nn.Module, owner: str, name: str) -> Any:
     """The class of that name, from that package, which a layer is an instance of; None where it is of none."""
     kinds = type(layer).__mro__

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -182,20 +180,3 @@ def restore(module: nn.Module, parts: dict[str, Any]) -> None:
     """Puts attributes that `requantise` replaced back."""
     for name, value in parts.items():
         setattr(module, name, value)
-
-
-def moved(parts: dict[str, Any], fn: Callable[[Tensor], Tensor]) -> dict[str, Any]:
-    """Attributes that `requantise` replaced after `module.to`, whose conversion of a tensor is `fn`; their codes unchanged."""
-    return {name: _moved(value, fn) for name, value in parts.items()}
-
-
-def _moved(value: Any, fn: Callable[[Tensor], Tensor]) -> Any:
-    if isinstance(value, Tensor):
-        tensor = fn(value)
-        return tensor if isinstance(tensor, nn.Parameter) else nn.Parameter(tensor, requires_grad=False)
-    # bitsandbytes' state of eight bits; that of four moves with its weight.
-    if getattr(value, "CB", None) is not None:
-        value = copy.copy(value)
-        value.CB = fn(value.CB)
-        value.SCB = value.SCB.to(value.CB.device)
-    return value

@@ -121,14 +121,20 @@ def test_another_adapter_into_a_merged_model(tmp_path):
     assert bits(layer)[:1] + bits(layer)[-2:] == before[:1] + before[-2:]
 
 
-@pytest.mark.parametrize("name", ["bitsandbytes-nf4-double", "torchao-int8"])
-def test_a_merged_model_that_moves(name):
-    layer = layer_of(name)
-    model, before = adapted(layer), bits(layer)
+@pytest.mark.parametrize("called", [False, True])
+@pytest.mark.parametrize("name", ["bitsandbytes-nf4-double", "bitsandbytes-int8", "torchao-int8"])
+def test_a_merged_model_that_moves(name, called):
+    """What is kept for `unmerge` goes along, wherever the first call of a layer put its scales."""
+    layer, x = layer_of(name), torch.randn(3, K)
+    expected = copy.deepcopy(layer)(x)
+    if called:
+        layer(x)
+    model, before = adapted(layer), truth(layer)
     loradash.merge(model, requantise=True)
-    model.to("cpu")
+    model.to("cpu", torch.float32)
     loradash.unmerge(model)
-    assert bits(layer) == before
+    assert torch.equal(truth(layer), before)
+    assert torch.equal(layer(x), expected)
 
 
 def test_formats_without_a_way():

@@ -15,9 +15,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from loradash.distributed import gathered
+from loradash.quantised import check_differentiable
 
 from .config import DashLoraConfig
-from .fused import Term, beside_base, fused_forward, is_hooked, refusal
+from .fused import Term, base_refusal, beside_base, fused_forward, is_hooked, refusal
 from .merging import MergesRightly
 from .views import host_of
 
@@ -72,7 +73,7 @@ class DashLoraLayer(MergesRightly, LoraLayer):
         like = self.lora_A[adapter_name].weight
         device = self._get_base_layer_device_and_dtype(self.get_base_layer())[0]
         # 16 bits are too few for unit vectors that are kept as they are.
-        wide = torch.promote_types(like.dtype, torch.float32)
+        wide = torch.float64 if like.dtype == torch.float64 else torch.float32
         self.lora_dash_sigma[adapter_name] = nn.Parameter(torch.zeros(s, dtype=like.dtype, device=like.device))
         self.lora_dash_u[adapter_name] = torch.zeros(n, s, dtype=wide, device=device)
         self.lora_dash_vt[adapter_name] = torch.zeros(s, k, dtype=wide, device=device)
@@ -108,12 +109,19 @@ class DashLoraLayer(MergesRightly, LoraLayer):
             return self._mixed_batch_forward(x, *args, adapter_names=adapter_names, **kwargs)
         adapters = [name for name in self.active_adapters if name in self.lora_A]
         terms = [self._term(name) for name in adapters]
-        if self._is_plain(adapters) and refusal(x, terms, self.cast_input_dtype_enabled) is None:
+        fused = self._is_plain(adapters) and refusal(x, terms, self.cast_input_dtype_enabled) is None
+        if fused and base_refusal(x, self.base_layer) is None:
             return fused_forward(x, self.base_layer, terms, True, args, kwargs)
-        return self._added(self.base_layer(x, *args, **kwargs), x, adapters)
+        y = self._base_output(x, *args, **kwargs)
+        return beside_base(y, x, terms, True) if fused else self._added(y, x, adapters)
+
+    def _base_output(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        y = self.base_layer(x, *args, **kwargs)
+        check_differentiable(type(self).__name__, self.get_base_layer(), x, y)
+        return y
 
     def _mixed_batch_forward(self, x: Tensor, *args: Any, adapter_names: Sequence[str], **kwargs: Any) -> Tensor:
-        y = self.base_layer(x, *args, **kwargs)
+        y = self._base_output(x, *args, **kwargs)
         for adapter in dict.fromkeys(adapter_names):
             # The name "__base__" stands for none, and a layer need not have every adapter.
             if adapter not in self.lora_A:

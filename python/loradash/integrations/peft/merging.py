@@ -16,13 +16,12 @@ import torch
 from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import Tensor, nn
 
-from loradash.base_layers import is_transposed
 from loradash.distributed import is_sharded
+from loradash.formats import moved
 from loradash.quantised import (
     RequantisationError,
     can_take_update,
     is_quantised,
-    moved,
     requantise,
     requantise_refusal,
     restore,
@@ -91,17 +90,19 @@ def merge_refusal(base: nn.Module) -> str | None:
     if is_quantised(weight):
         reason = requantise_refusal(base)
         return None if reason is None else f"{type(base).__name__}: {reason}{way}"
-    own = nn.Linear.forward if not is_transposed(base) else None
-    if type(base).forward is own or is_sharded(weight) or can_take_update(base):
+    # Accelerate's hook brings weights to where they are used; what it calls is the class's forward.
+    patched = "forward" in vars(base) and "_hf_hook" not in vars(base)
+    plain = type(base).forward is nn.Linear.forward and not patched and "weight" in base._parameters
+    if plain or is_sharded(weight) or can_take_update(base):
         return None
     return f"{type(base).__name__} computes in a way of its own and cannot take an update{way}"
 
 
 @contextlib.contextmanager
 def merged_as_a_whole(layers: dict[str, Any]) -> Iterator[None]:
-    """Within the block PEFT merges layers, given by name: all can, or none does; what quantising anew made of them is told.
+    """Within the block PEFT merges layers, given by name. What quantising some anew made of them is told after it.
 
-    Raises ValueError, naming a layer that cannot.
+    Raises ValueError, naming a layer that cannot be merged, before any is.
     """
     for name, layer in layers.items():
         reason = merge_refusal(layer.get_base_layer())
