@@ -158,3 +158,17 @@ def test_training_after_an_evaluation():
     model.train()(x).sum().backward()
     update = ours.get_delta_weight("default").double()
     torch.testing.assert_close(x.grad[0].double(), (original + update).sum(0), rtol=1e-3, atol=1e-3)
+
+
+def test_launch_from_the_cache(tmp_path, monkeypatch):
+    """Decomposed in the background without a call of the layer, and found again at launch."""
+    layer = layer_of("bitsandbytes-int8")
+    model, ours = adapted(layer)
+    cache = loradash.SpectralCache(tmp_path)
+    called = []
+    layer.register_forward_hook(lambda *_: called.append(1))
+    assert cache.start(model).wait(600)
+    assert not called and layer.weight.CB is not None
+    monkeypatch.setattr("loradash.cache.decompose_to_keep", None)
+    loradash.prelaunch(model, progress=False, cache=cache)
+    assert bool(ours.lora_dash_launched["default"])

@@ -9,7 +9,9 @@ import loradash
 import pytest
 import torch
 from loradash import formats, quantised
+from loradash.analysis import Weights
 from loradash.quantised import is_quantised, weight_of
+from safetensors.torch import save_file
 from support.quantised import FORMATS, K, N, adapted, case_of, check, config, results, truth
 from support.quantised import quantised as layer_of
 from torch import nn
@@ -236,3 +238,32 @@ def test_quantised_since_it_was_adapted():
     assert bool(model[0].launched)
     with pytest.raises(ValueError, match="is quantised and cannot take the update"):
         model[0].merge(requantise=True)
+
+
+def test_files_of_codes(tmp_path):
+    """What `loradash decompose` finds in them is no weight."""
+    file = tmp_path / "model.safetensors"
+    stored = nn.Sequential(
+        layer_of("bitsandbytes-fp4-stored-as-bfloat16"), layer_of("bitsandbytes-int8"), nn.Linear(4, 4)
+    )
+    state = {name: t.contiguous() for name, t in stored.state_dict().items()}
+    save_file(state | {"3.weight": torch.randn(4, 4).to(torch.float8_e4m3fn)}, file)
+    weights = Weights(file)
+    assert torch.equal(weights.load("2.weight"), stored[2].weight)
+    for name in ("0.weight", "1.weight", "3.weight"):
+        with pytest.raises(
+            ValueError, match=rf"{name} holds the codes of a quantised weight.*SpectralCache\(\)\.start"
+        ):
+            weights.load(name)
+
+
+def test_a_layer_with_a_hook_of_accelerate(kind, monkeypatch):
+    """The hook brings the input to where the codes are; these are read without it."""
+    accelerate = pytest.importorskip("accelerate")
+    layer = layer_of(kind)
+    wanted = truth(layer)
+    accelerate.hooks.add_hook_to_module(layer, accelerate.hooks.AlignDevicesHook(execution_device="cpu"))
+    dash = loradash.DashLinear.from_linear(layer, config())
+    monkeypatch.setattr("loradash.quantised._products", not_to_be_called)
+    torch.testing.assert_close(dash.weight_nk().double(), wanted, rtol=1e-6, atol=1e-7)
+    assert dash(torch.randn(3, K)).shape == (3, N)
