@@ -32,7 +32,12 @@ class Model(nn.Module):
 def adapted(layer, size=0.02, **settings):
     torch.manual_seed(3)
     config = DashLoraConfig(**{"r": 4, "lora_alpha": 8, "directions": 3, "target_modules": ["lin"], **settings})
-    model = peft.get_peft_model(Model(layer), config)
+    try:
+        model = peft.get_peft_model(Model(layer), config)
+    except TypeError as error:
+        if "get_apply_tensor_subclass" not in str(error):
+            raise
+        pytest.skip("this PEFT takes torchao's weights only in models that transformers quantised")
     found = model.base_model.model.lin
     nn.init.normal_(found.lora_B["default"].weight, std=size)
     return model, found
