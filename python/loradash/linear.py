@@ -69,6 +69,7 @@ class DashLinear(TakesUpdate):
     Attributes:
         name: the layer's name in the model, for error messages; empty outside `apply_dash`.
         enabled: False leaves the base layer alone.
+        adopted: the class of the layer that gave its weight and bias; None for one that is kept whole.
     """
 
     bias: Tensor | None
@@ -115,6 +116,7 @@ class DashLinear(TakesUpdate):
         self.transposed = is_transposed(linear) and not kept
         self.in_features, self.out_features = features(linear)
         self.config, self.name, self.enabled = config, "", True
+        self.adopted = None if kept else type(linear)
         self._keep(None)
         if not kept:
             self.register_parameter("weight", cast(nn.Parameter, linear.weight))

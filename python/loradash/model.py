@@ -17,7 +17,7 @@ from .config import DashConfig
 from .distributed import reshard
 from .linear import DashLinear
 from .quantised import RequantisationError
-from .state import STATE, DashState, dash_layers, dash_state, own_layers, unwrap
+from .state import STATE, DashState, dash_layers, dash_state, own_layers, plain_name, unwrap
 from .targets import check_patterns, target_layers, trainable_modules
 
 
@@ -42,6 +42,8 @@ def apply_dash(model: nn.Module, config: DashConfig | None = None) -> nn.Module:
     adapted = {module: _around(name, module, config) for name, module in chosen.items()}
     trained = _trained_parameters(model, config)
     _check_ties(adapted.values(), trained)
+    parameters = model.named_parameters(remove_duplicate=False)
+    trained_before = frozenset(plain_name(name) for name, p in parameters if p.requires_grad)
 
     for parameter in model.parameters():
         parameter.requires_grad_(False)
@@ -57,7 +59,7 @@ def apply_dash(model: nn.Module, config: DashConfig | None = None) -> nn.Module:
             call_adapted_layers(parent)
     for parameter in trained:
         parameter.requires_grad_(True)
-    setattr(model, STATE, DashState(config))
+    setattr(model, STATE, DashState(config, trained_before=trained_before))
     return given
 
 
@@ -71,11 +73,11 @@ def _check_model(model: nn.Module) -> None:
             raise ValueError(f"the model has LoRA-Dash adapters already{f', in {name}' if name else ''}")
         if hasattr(module, "base_layer") and any(cls.__module__.startswith("peft.") for cls in type(module).__mro__):
             raise ValueError(f"{name} has an adapter of PEFT; merge_and_unload it first")
-        if isinstance(module, _wrappers()):
+        if isinstance(module, wrappers()):
             raise ValueError(f"{name or 'the model'} is wrapped in {type(module).__name__}; apply_dash comes before it")
 
 
-def _wrappers() -> tuple[type[nn.Module], ...]:
+def wrappers() -> tuple[type[nn.Module], ...]:
     """Wrappers that have taken note of the parameters: the adapters' gradients would never be reduced over processes."""
     found: list[type[nn.Module]] = [nn.parallel.DistributedDataParallel, nn.DataParallel]
     if torch.distributed.is_available():

@@ -31,13 +31,15 @@ FLOORS = {
         "decompose", "rates", "kept",
     ),
     "python/loradash": (
-        "config", "meeting", "distributed", "formats", "base_layers", "quantised", "merging", "linear", "data_parallel", "state", "targets", "attention",
-        "bypass", "model", "warming", "checkpoint", "peft_layout", "export", "streams", "background", "fingerprint", "cache",
-        "background_process", "batches", "prelaunch", "schedule", "plots", "analysis", "integrations", "devices", "machine", "cli", "__init__",
+        "presets", "config", "meeting", "distributed", "formats", "base_layers", "quantised", "merging", "linear", "data_parallel", "state",
+        "targets", "attention", "bypass", "model", "unload", "warming", "checkpoint", "peft_layout", "export", "streams", "background",
+        "fingerprint", "cache", "background_process", "batches", "prelaunch", "schedule", "optimizer", "plots", "analysis", "integrations",
+        "devices", "machine", "cli", "__init__",
     ),
-    "python/loradash/integrations": ("__init__", "peft", "transformers"),
+    "python/loradash/integrations": ("__init__", "lightning", "peft", "transformers"),
     "python/loradash/integrations/peft": (
-        "fused", "versions", "registration", "config", "files", "views", "merging", "layer", "model", "__init__",
+        "fused", "accelerated_layer", "accelerator", "versions", "registration", "config", "files", "views", "merging", "layer",
+        "model", "__init__",
     ),
 }  # fmt: skip
 
