@@ -140,7 +140,8 @@ def format_of(layer: nn.Module) -> Format | None:
     weight = getattr(layer, "weight", None)
     if not isinstance(weight, Tensor) or weight.is_meta:
         return None
-    if "forward" in vars(layer) and "_hf_hook" not in vars(layer):
+    patched = "forward" in vars(layer) and "_hf_hook" not in vars(layer)
+    if patched or type(layer).__call__ is not nn.Module.__call__:
         return None
     for owner, name, make, is_kept in _KNOWN:
         kind = _class(layer, owner, name)

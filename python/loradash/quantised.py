@@ -85,6 +85,9 @@ def _agrees(module: nn.Module, kept: Format, weight: Tensor) -> bool:
         if y is None:
             return True
         unit = max(torch.finfo(t).eps for t in (y.dtype, weight.dtype, torch.float32))
+        if weight.device.type != "cpu":
+            # Float32 may be multiplied as TF32.
+            unit = max(unit, 2.0**-10)
         share = 4 * unit + k * torch.finfo(torch.float32).eps
         for products, rows in zip(y.split(ROWS, dim=1), weight.split(ROWS), strict=True):
             w = rows.float()

@@ -81,6 +81,15 @@ def test_a_weight_that_disagrees_with_the_kernels(kind, wrong, monkeypatch):
     torch.testing.assert_close(weight_of(layer).double(), right, rtol=2e-3, atol=1e-6)
 
 
+@pytest.mark.parametrize("method", ["forward", "__call__"])
+def test_subclasses_of_a_format(kind, method):
+    """What they compute is asked of them."""
+    layer = layer_of(kind)
+    single = getattr(type(layer), method)
+    layer.__class__ = type("Doubled", (type(layer),), {method: lambda self, x: 2 * single(self, x)})
+    torch.testing.assert_close(weight_of(layer).double(), 2 * truth(layer), rtol=2e-3, atol=1e-6)
+
+
 def test_a_framework_without_the_function(kind, monkeypatch):
     def missing(*_):
         raise AttributeError("no such function")

@@ -30,18 +30,23 @@ def bits(layer):
     return found
 
 
+def layout(layer):
+    return {name: (type(t), t.dtype, t.shape) for name, t in layer.state_dict().items()}
+
+
 @pytest.mark.parametrize("name", FORMATS)
 def test_requantised_and_back(name):
     layer = layer_of(name)
     model, x = adapted(layer), torch.randn(5, K)
     dash, before, base, adapters = model[0], bits(layer), layer(x), model(x)
-    original = truth(layer)
+    original, kept = truth(layer), layout(layer)
     wanted = original + dash.delta().double()
     with pytest.raises(ValueError, match=r"0: .* is quantised and cannot take the update; merge with requantise=True"):
         loradash.merge(model)
     assert not dash.merged and bits(layer) == before
     errors = loradash.merge(model, requantise=True)
     assert list(errors) == ["0"] and dash.merged
+    assert layout(layer) == kept
     off = truth(layer) - wanted
     assert errors["0"].of_weight == pytest.approx(float(off.norm() / wanted.norm()), rel=1e-3)
     assert errors["0"].of_update == pytest.approx(float(off.norm() / dash.delta().double().norm()), rel=1e-3)

@@ -19,7 +19,7 @@ from loradash.quantised import check_differentiable
 
 from .config import DashLoraConfig
 from .fused import Term, base_refusal, beside_base, fused_forward, is_hooked, refusal
-from .merging import MergesRightly
+from .merging import Mergeable
 from .views import host_of
 
 FROZEN = ("lora_dash_u", "lora_dash_vt", "lora_dash_launched", "lora_dash_step")
@@ -28,7 +28,7 @@ FROZEN = ("lora_dash_u", "lora_dash_vt", "lora_dash_launched", "lora_dash_step")
 _PREFIX = "Dash"
 
 
-class DashLoraLayer(MergesRightly, LoraLayer):
+class DashLoraLayer(Mergeable, LoraLayer):
     """What makes one of PEFT's LoRA layers over a linear base a LORADASH layer.
 
     y = base(x) + Σ over active adapters of [scaling · x̃ Aᵀ Bᵀ + Σ_i Δσ_i (x̃ · v_i) u_iᵀ], x̃ = dropout(x). A scale that is set on

@@ -28,7 +28,7 @@ from loradash.quantised import (
 )
 
 
-class MergesRightly(nn.Module):
+class Mergeable(nn.Module):
     """The part of a LORADASH layer that looks after `merge` and `unmerge`; all that a plain base layer needs is PEFT's."""
 
     requantisation: RequantisationError | None = None
@@ -99,7 +99,7 @@ def merge_refusal(base: nn.Module) -> str | None:
 
 
 @contextlib.contextmanager
-def merged_as_a_whole(layers: dict[str, Any]) -> Iterator[None]:
+def checked_merge(layers: dict[str, Any]) -> Iterator[None]:
     """Within the block PEFT merges layers, given by name. What quantising some anew made of them is told after it.
 
     Raises ValueError, naming a layer that cannot be merged, before any is.

@@ -23,7 +23,7 @@ from loradash.linear import DashLinear
 
 from .config import DashLoraConfig
 from .layer import DashLoraLayer, dash_class
-from .merging import merged_as_a_whole
+from .merging import checked_merge
 from .views import dash_layers_of, layers_with
 
 _NO_LINEAR = (
@@ -135,11 +135,11 @@ class DashLoraModel(LoraModel):
 
     def merge_adapter(self, *args: Any, **kwargs: Any) -> None:
         """PEFT's, for all layers or, where one cannot, none."""
-        with merged_as_a_whole(dict(dash_layers_of(self.model))):
+        with checked_merge(dict(dash_layers_of(self.model))):
             super().merge_adapter(*args, **kwargs)
 
     def _unload_and_optionally_merge(self, merge: bool = True, *args: Any, **kwargs: Any) -> Any:
-        with merged_as_a_whole(dict(dash_layers_of(self.model)) if merge else {}):
+        with checked_merge(dict(dash_layers_of(self.model)) if merge else {}):
             return super()._unload_and_optionally_merge(merge, *args, **kwargs)
 
     def add_weighted_adapter(
