@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 
 class Format:
@@ -200,10 +201,10 @@ def _moved(value: Any, fn: Callable[[Tensor], Tensor]) -> Any:
     if isinstance(value, Tensor):
         applied = fn(value)
         # As torch does it, so that what hangs on a parameter stays there.
-        if torch._has_compatible_shallow_copy_type(value, applied):
+        if torch._has_compatible_shallow_copy_type(value, applied) and not is_traceable_wrapper_subclass(applied):
             value.data = applied.data
         else:
-            value = nn.Parameter(applied, requires_grad=False)
+            value = applied if isinstance(applied, nn.Parameter) else nn.Parameter(applied, requires_grad=False)
     # Codes and scales of eight bits hang on the weight or on the layer's state; those of four bits move with the weight.
     for name in ("CB", "SCB"):
         tensor = getattr(value, name, None)

@@ -91,6 +91,24 @@ def test_several_adapters_are_quantised_once():
     assert float(once) == pytest.approx(ours.requantisation.of_weight, rel=1e-3)
     model.unmerge_adapter()
     assert torch.equal(truth(layer), original) and not ours.merged
+    # One after the other, on what the first has left.
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model.merge_adapter(adapter_names=["default"])
+        model.merge_adapter(adapter_names=["other"])
+    assert ours.merged_adapters == ["default", "other"]
+    model.unmerge_adapter()
+    assert torch.equal(truth(layer), original) and not ours.merged
+
+
+def test_a_merged_model_that_moves():
+    """What is kept for `unmerge` goes along."""
+    model, ours = adapted(layer_of("torchao-int8"))
+    with pytest.warns(UserWarning, match="quantised anew"):
+        model.merge_adapter()
+    model.to("meta")
+    model.unmerge_adapter()
+    assert ours.base_layer.weight.qdata.is_meta and ours.base_layer.weight.is_meta
 
 
 @pytest.mark.parametrize("name", ["bitsandbytes-nf4-double", "bitsandbytes-int8"])

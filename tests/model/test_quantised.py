@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import weakref
 
 import loradash
 import pytest
@@ -15,6 +14,7 @@ from safetensors.torch import save_file
 from support.quantised import FORMATS, K, N, adapted, case_of, check, config, results, truth
 from support.quantised import quantised as layer_of
 from torch import nn
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from loradash_kernels import task_specific_directions
 
@@ -73,12 +73,18 @@ def test_its_products_are_the_same(layer, monkeypatch):
     ],
     ids=["scaled", "rows", "columns", "transposed", "one column"],
 )
-def test_a_weight_that_disagrees_with_the_kernels(kind, wrong, monkeypatch):
-    """Whatever a format says, the W is that of the products."""
-    layer, make = layer_of(kind), type(formats.format_of(layer_of(kind)))
-    right, weight = truth(layer), make.weight
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_weight_that_disagrees_with_the_kernels(kind, wrong, dtype, monkeypatch, request):
+    """Whatever a format says, the W is that of the products, as far as these are exact enough to tell."""
+    if dtype == torch.bfloat16 and "one column" in request.node.callspec.id and kind != "bitsandbytes-int8":
+        pytest.skip("sums of 128 numbers in bfloat16 do not show one of them")
+    # The products are those less a bias, which in 16 bits would leave little.
+    layer = layer_of(kind, dtype, bias=False)
+    right, make = truth(layer), type(formats.format_of(layer))
+    weight = make.weight
     monkeypatch.setattr(make, "weight", lambda self, layer: wrong(weight(self, layer)))
-    torch.testing.assert_close(weight_of(layer).double(), right, rtol=2e-3, atol=1e-6)
+    rounding = max(2e-3, torch.finfo(dtype).eps)
+    torch.testing.assert_close(weight_of(layer).double(), right, rtol=rounding, atol=1e-6)
 
 
 @pytest.mark.parametrize("method", ["forward", "__call__"])
@@ -205,10 +211,10 @@ def watched(monkeypatch):
     seen, make = [], quantised._dequantised
 
     def dequantise(*arguments):
-        alive = sum(reference() is not None for reference in seen)
+        alive = sum(not reference.expired() for reference in seen)
         weight = make(*arguments)
         assert weight is not None
-        seen.append(weakref.ref(weight))
+        seen.append(StorageWeakRef(weight.untyped_storage()))
         counts.append(alive)
         return weight
 
