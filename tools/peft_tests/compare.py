@@ -37,7 +37,7 @@ def differences(outcomes: Outcomes) -> list[Difference]:
                     off.outcome,
                     on.outcome,
                     said(off, on),
-                    reason(switch, file, name, said(off, on)),
+                    reason(switch, name, said(off, on)),
                 )
                 for name, off, on in pairs(outcomes[file, "off"], tests)
                 if off.outcome != on.outcome
@@ -55,14 +55,14 @@ def said(off: Test, on: Test) -> str:
     return on.message or off.message
 
 
-def reason(switch: str, file: str, test: str, message: str) -> Reason | None:
-    return next((one for one in REASONS if one.explains(switch, file, test, message)), None)
+def reason(switch: str, test: str, message: str) -> Reason | None:
+    return next((one for one in REASONS if one.explains(switch, test, message)), None)
 
 
-def stale(outcomes: Outcomes, found: Iterable[Difference]) -> list[Reason]:
-    """Reasons for the files that ran which explain nothing."""
+def stale(found: Iterable[Difference]) -> list[Reason]:
+    """Reasons that explain nothing of a whole run."""
     used = {difference.reason for difference in found}
-    return [one for one in REASONS if (one.file, one.switch) in outcomes and one not in used]
+    return [one for one in REASONS if one not in used]
 
 
 def calls(tests: Iterable[Test]) -> Counter[str]:

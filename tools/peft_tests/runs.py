@@ -41,13 +41,23 @@ class Run:
 
     def __init__(self, folder: Path, suite: Suite, switch: str, hub: str) -> None:
         self.suite, self.switch = suite, switch
-        self.stem = folder / "outcomes" / f"{suite.file}-{switch}"
+        self.stem = folder / "outcomes" / f"{suite.file}-{switch}{'-part' if suite.only else ''}"
         self.stem.parent.mkdir(exist_ok=True)
         self.record, self.log = self.stem.with_suffix(".jsonl"), self.stem.with_suffix(".log")
         self.record.unlink(missing_ok=True)
         settings = folder / "pytest.ini"
         settings.write_text(SETTINGS)
-        command = [sys.executable, "-m", "pytest", "-q", "-p", "tools.peft_tests.plugin", "-p", "no:cacheprovider"]
+        command = [
+            sys.executable,
+            "-m",
+            "pytest",
+            "-q",
+            "--tb=native",
+            "-p",
+            "tools.peft_tests.plugin",
+            "-p",
+            "no:cacheprovider",
+        ]
         command += ["-c", str(settings), "--rootdir", str(folder), f"tests/{suite.file}.py"]
         with self.log.open("w") as log:
             self.process = subprocess.Popen(
@@ -57,7 +67,7 @@ class Run:
     def environment(self, hub: str) -> dict[str, str]:
         """The library is that of this checkout, and the hub that of `hub`, whatever stands in the environment."""
         paths = [str(ROOT), str(ROOT / "python"), *filter(None, [os.environ.get("PYTHONPATH")])]
-        options = {"SWITCH": self.switch, "RECORD": str(self.record.resolve()), "HUB": hub}
+        options = {"SWITCH": self.switch, "RECORD": str(self.record.resolve()), "HUB": hub, "ONLY": self.suite.only}
         own = {PREFIX + name: value for name, value in options.items()} | {"PYTHONPATH": os.pathsep.join(paths)}
         return {name: value for name, value in os.environ.items() if name != "HF_HUB_OFFLINE"} | own
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import shutil
 import subprocess
 import sys
 import tarfile
+import tempfile
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -37,17 +37,27 @@ def unpacked(folder: Path | None = None, cache: Path = CACHE) -> Path:
             raise NoSdist(f"{archive} is missing: the sdist must be that of the installed peft")
         download(cache, name.removeprefix("peft-"))
     target = cache.resolve() / name
-    # A folder that an interrupted run left half done has no such file, which is written last.
-    done = target / "tests" / "__init__.py"
-    if not done.is_file():
-        shutil.rmtree(target, ignore_errors=True)
-        with tarfile.open(archive) as tar:
-            wanted = [member for member in tar if member.name.startswith(f"{name}/tests/")]
-            if not wanted:
-                raise NoSdist(f"{archive} carries no tests/")
-            tar.extractall(cache, wanted, filter="data")
-        done.touch()
+    if not target.is_dir():
+        unpack(archive, target)
     return target
+
+
+def unpack(archive: Path, target: Path) -> None:
+    """tests/ of an sdist into a folder, which is there whole or not at all: others may be doing the same."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=target.parent) as folder, tarfile.open(archive) as tar:
+        wanted = [member for member in tar if member.name.startswith(f"{target.name}/tests/")]
+        if not wanted:
+            raise NoSdist(f"{archive} carries no tests/")
+        tar.extractall(folder, wanted, filter="data")
+        made = Path(folder, target.name)
+        # They import each other relatively.
+        (made / "tests" / "__init__.py").touch()
+        try:
+            made.rename(target)
+        except OSError:
+            if not target.is_dir():
+                raise
 
 
 def download(cache: Path, wanted: str) -> None:

@@ -23,6 +23,8 @@ class Suite(NamedTuple):
     """Whether its tests call plain LoRA layers, so that some calls must have run fused."""
     hub: bool = False
     """Whether next to nothing of it runs without models from the Hugging Face hub."""
+    only: str = ""
+    """A regular expression that is found in the names of the tests that run; all run where it is empty."""
 
 
 SUITES = (
@@ -46,3 +48,10 @@ SUITES = (
     Suite("test_feature_extraction_models", hub=True),
     Suite("test_seq_classifier", hub=True),
 )
+
+SLICE = Suite(
+    "test_custom_models",
+    only=r"\[(Vanilla MLP 1 LoRA with lora_b bias|LoRA (Same|Different))-"
+    r"|_(merge|forward|save|load|disable)\w*\[Embedding \+ transformers Conv1D 1 LoRA-",
+)
+"""A part that runs in seconds."""

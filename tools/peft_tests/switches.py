@@ -117,7 +117,7 @@ class Loradash(Switch):
         return counting
 
     def name(self, test: str) -> str:
-        return test.replace("DashLoraConfig", "LoraConfig")
+        return test.replace("DashLora", "Lora")
 
     def begin(self) -> None:
         self.ways.clear()
@@ -131,9 +131,10 @@ class Launched(Loradash):
 
     def __init__(self) -> None:
         super().__init__()
+        from loradash.integrations.peft import DashLoraModel
         from loradash.integrations.peft.layer import DashLoraLayer
 
-        add = DashLoraLayer.add_dash_term
+        add, combine = DashLoraLayer.add_dash_term, DashLoraModel.add_weighted_adapter
 
         @functools.wraps(add)
         def add_launched(layer: Any, adapter_name: str, config: Any) -> None:
@@ -141,7 +142,17 @@ class Launched(Loradash):
             if config.init_lora_weights is False and not layer.lora_A[adapter_name].weight.is_meta:
                 launch(layer, adapter_name)
 
-        DashLoraLayer.add_dash_term = add_launched  # type: ignore[method-assign, assignment]
+        @functools.wraps(combine)
+        def combine_before_launch(*arguments: Any, **named: Any) -> None:
+            # An adapter that PEFT computes from others is before launch, as they are folded into it.
+            with replaced(DashLoraLayer, "add_dash_term", add):
+                combine(*arguments, **named)
+
+        for owner, name, value in (
+            (DashLoraLayer, "add_dash_term", add_launched),
+            (DashLoraModel, "add_weighted_adapter", combine_before_launch),
+        ):
+            setattr(owner, name, value)
 
 
 @torch.no_grad()

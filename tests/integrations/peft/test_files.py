@@ -15,6 +15,7 @@ pytest.importorskip("peft", reason="needs PEFT")
 pytest.importorskip("transformers", reason="needs transformers")
 
 from loradash.integrations.peft import DashLoraConfig, from_lora
+from loradash.integrations.peft.versions import SAVES_BIASES
 from peft import (
     AutoPeftModelForCausalLM,
     LoraConfig,
@@ -24,6 +25,7 @@ from peft import (
     get_peft_model_state_dict,
     set_peft_model_state_dict,
 )
+from peft.utils.warning import PeftWarning
 from safetensors.torch import load_file, save_file
 from support.peft_models import (
     Net,
@@ -195,6 +197,14 @@ def test_a_part_of_an_adapter_is_refused(saved, tmp_path, part):
     )
     with pytest.raises(ValueError, match=f"not a whole LORADASH adapter: .*{part}"):
         PeftModel.from_pretrained(llama(), folder)
+
+
+@pytest.mark.skipif(not SAVES_BIASES, reason="PEFT has this warning from 0.21 on")
+def test_parts_of_tensors_are_told(tmp_path):
+    model = adapted()
+    layers_of(model)["base_model.model.last"].lora_A["default"].weight.data = torch.zeros(32)
+    with pytest.warns(PeftWarning, match="were not gathered"):
+        model.save_pretrained(tmp_path)
 
 
 def test_layers_that_disagree_about_the_step_are_told():

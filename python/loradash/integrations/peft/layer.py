@@ -153,18 +153,23 @@ class DashLoraLayer(Mergeable, LoraLayer):
     def _is_plain(self, adapters: Sequence[str]) -> bool:
         """Are the parts of these adapters what PEFT made them, so that their tensors say what calling them gives?"""
         for name in adapters:
-            lora_a, lora_b, dropout = self.lora_A[name], self.lora_B[name], self.lora_dropout[name]
+            lora_a, lora_b, dropout = self._parts(name)
             if type(lora_a) is not nn.Linear or type(lora_b) is not nn.Linear or is_hooked(lora_a) or is_hooked(lora_b):
                 return False
             if type(dropout) not in (nn.Dropout, nn.Identity) or is_hooked(dropout):
                 return False
         return True
 
+    def _parts(self, name: str) -> tuple[Any, Any, Any]:
+        """The modules A, B and dropout of an adapter, at a tenth of the price of attributes."""
+        a, b, dropout = (self._modules[kind]._modules[name] for kind in ("lora_A", "lora_B", "lora_dropout"))  # type: ignore[union-attr]
+        return a, b, dropout
+
     def _term(self, name: str) -> Term:
-        dropout, lora_b = self.lora_dropout[name], self.lora_B[name]
+        lora_a, lora_b, dropout = self._parts(name)
         drops = isinstance(dropout, nn.Dropout) and dropout.training
         return Term(
-            lora_a=self.lora_A[name].weight,
+            lora_a=lora_a.weight,
             lora_b=lora_b.weight,
             scaling=self.scaling[name],
             dropout_p=dropout.p if drops else 0.0,
