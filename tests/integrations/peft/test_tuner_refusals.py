@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
+import sys
 
 import loradash
 import pytest
@@ -12,7 +14,11 @@ from torch import nn
 pytest.importorskip("peft", reason="needs PEFT")
 pytest.importorskip("transformers", reason="needs transformers")
 
+from loradash.integrations.peft import DashLoraConfig, DashLoraModel
+from loradash.integrations.peft.registration import PEFT_TYPE, register
+from loradash.integrations.peft.versions import check_version
 from peft import LoraConfig, get_peft_model
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from support.peft_models import Net, adapted, config, output, two_adapters
 
 
@@ -116,3 +122,42 @@ def test_functions_of_apply_dash_name_pefts(both, tmp_path):
             call(both)
     with pytest.raises(ValueError, match="PEFT"):
         loradash.apply_dash(both)
+
+
+def test_what_would_lose_a_part(both):
+    settings = config()
+    settings._register_custom_module({nn.Linear: nn.Linear})
+    with pytest.raises(ValueError, match="_register_custom_module"):
+        both.add_adapter("custom", settings)
+    both.add_adapter("biased", config(lora_bias=True, target_modules=["first"]))
+    with pytest.raises(ValueError, match="lora_bias: PEFT would leave the biases of biased out"):
+        both.add_weighted_adapter(["default", "biased"], [1.0, 1.0], "sum", "cat")
+    assert list(both.peft_config) == ["default", "other", "biased"]
+
+
+@pytest.mark.parametrize("version", ["0.18.1", "0.19.0", "0.22.0", "0.22.0.dev0", "1.0"])
+def test_versions_outside_the_range(version):
+    with pytest.raises(
+        ImportError, match=rf"from 0\.19\.1 on and below 0\.22, and {version} is installed: pip install"
+    ):
+        check_version(version)
+
+
+@pytest.mark.parametrize("version", ["0.19.1", "0.20.0", "0.21.2", "0.21.3.dev0+local"])
+def test_versions_within(version):
+    check_version(version)
+
+
+def test_without_peft(monkeypatch):
+    for name in [name for name in sys.modules if name.startswith("loradash.integrations.peft")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "peft", None)
+    with pytest.raises(ImportError, match=r"needs PEFT: pip install 'loradash-kernels\[peft\]'"):
+        importlib.import_module("loradash.integrations.peft")
+
+
+def test_the_name_is_registered_once():
+    register(DashLoraConfig, DashLoraModel)
+    with pytest.raises(ImportError, match="peft has a method LORADASH already"):
+        register(LoraConfig, DashLoraModel)
+    assert PEFT_TYPE_TO_CONFIG_MAPPING[PEFT_TYPE] is DashLoraConfig

@@ -67,8 +67,10 @@ def refusal(x: Tensor, terms: Sequence[Term], casts_input: bool = True) -> str |
     for term in terms:
         if term.dropout_p >= 1.0:
             return "a dropout of 1"
-        tensors = [t for t in (*term[:2], *term[4:]) if t is not None]
-        for tensor in tensors:
+        few = term.bias is None and term.dash_u is None
+        for tensor in term[:2] if few else (*term[:2], *term[4:]):
+            if tensor is None:
+                continue
             if type(tensor) not in PLAIN_TENSORS:
                 return f"a weight of an adapter is a {type(tensor).__name__}"
             if tensor.device != device:
@@ -125,7 +127,7 @@ def _casts_to(adapter: torch.dtype, dtype: torch.dtype) -> bool:
     return not (adapter in _HALVES and dtype in _HALVES)
 
 
-def with_base(x: Tensor, base: nn.Module, terms: Sequence[Term], training: bool) -> Tensor:
+def with_base(x: Tensor, base: nn.Module, terms: Sequence[Term], training: bool = True) -> Tensor:
     """The base product and the terms of the first dropout in one call, those of further ones after it."""
     weight: Tensor = base._parameters["weight"]  # type: ignore[assignment]
     if weight.requires_grad:
@@ -149,7 +151,7 @@ def with_base(x: Tensor, base: nn.Module, terms: Sequence[Term], training: bool)
     return _updated(y, x, others)
 
 
-def beside_base(y: Tensor, x: Tensor, terms: Sequence[Term], training: bool) -> Tensor:
+def beside_base(y: Tensor, x: Tensor, terms: Sequence[Term], training: bool = True) -> Tensor:
     """The output y (..., N) of a base layer plus the terms, in the dtype of y, which may be another than that of x."""
     dtype = y.dtype
     if dtype != x.dtype and autocast_dtype(x) is None:

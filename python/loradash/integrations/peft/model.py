@@ -23,6 +23,8 @@ from loradash.linear import DashLinear
 
 from .config import DashLoraConfig
 from .layer import DashLoraLayer, dash_class
+from .merging import checked_merge
+from .versions import warn_of_shards
 from .views import dash_layers_of, layers_with
 
 _NO_LINEAR = (
@@ -53,6 +55,10 @@ class DashLoraModel(LoraModel):
         config: Any = self.peft_config[adapter_name]
         state_dict = kwargs.get("state_dict")
         check_model(model)
+        if getattr(config, "_custom_modules", None):
+            raise ValueError(
+                "modules registered for LoRA (_register_custom_module) have no dash term; adapt the model without"
+            )
         self._check_targets(model, config, state_dict)
         super().inject_adapter(model, adapter_name, *args, **kwargs)
         for parent in list(model.modules()):
@@ -124,6 +130,15 @@ class DashLoraModel(LoraModel):
                     del module._forward_pre_hooks[key]
                     module._forward_pre_hooks_with_kwargs.pop(key, None)
 
+    @classmethod
+    def _get_adapter_state_dict(
+        cls, model: Any, config: Any, adapter_name: str, *args: Any, **kwargs: Any
+    ) -> dict[str, Any]:
+        """PEFT's, from 0.21 on; tensors that were not gathered for saving are told as PEFT tells those of its own LoRA."""
+        found = super()._get_adapter_state_dict(model, config, adapter_name, *args, **kwargs)
+        warn_of_shards(found, adapter_name)
+        return found
+
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         """PEFT's, which makes new parameters that train, whether the old ones did or not."""
         layers = [layer for _, layer in layers_with(self.model, adapter_name)]
@@ -132,11 +147,23 @@ class DashLoraModel(LoraModel):
         for layer, train in zip(layers, trains, strict=True):
             layer.lora_dash_sigma[adapter_name].requires_grad_(train)
 
+    def merge_adapter(self, *args: Any, **kwargs: Any) -> None:
+        """PEFT's, for all layers or, where one cannot, none."""
+        with checked_merge(dict(dash_layers_of(self.model))):
+            super().merge_adapter(*args, **kwargs)
+
+    def _unload_and_optionally_merge(self, merge: bool = True, *args: Any, **kwargs: Any) -> Any:
+        with checked_merge(dict(dash_layers_of(self.model)) if merge else {}):
+            return super()._unload_and_optionally_merge(merge, *args, **kwargs)
+
     def add_weighted_adapter(
         self, adapters: list[str], weights: list[float], adapter_name: str, *args: Any, **kwargs: Any
     ) -> None:
         """PEFT's, on the adapters as plain LoRA of rank r + s: the new adapter holds what theirs do, launched or not, and is
         itself before launch. Its rank grows accordingly: with "cat" the sum of theirs, else the largest."""
+        biased = [name for name in adapters if getattr(self.peft_config.get(name), "lora_bias", False)]
+        if biased:
+            raise ValueError(f"lora_bias: PEFT would leave the biases of {', '.join(biased)} out of the new adapter")
         with self._folded(adapters):
             super().add_weighted_adapter(adapters, weights, adapter_name, *args, **kwargs)
 
