@@ -113,7 +113,8 @@ def test_attention(relu):
     check(make, torch.randn(2, 5, WIDTH))
 
 
-def test_transformers_model():
+def test_transformers_model(tmp_path):
+    """With a head tied to the embedding, which is left out; from_pretrained reads what save_pretrained writes."""
     transformers = pytest.importorskip("transformers")
     config = transformers.GPT2Config(vocab_size=32, n_positions=16, n_embd=WIDTH, n_layer=2, n_head=4)
 
@@ -127,6 +128,9 @@ def test_transformers_model():
 
     model = check(Logits, torch.arange(8)[None], target_modules=["c_attn", "c_proj", "c_fc"])
     assert model.lm.lm_head.weight is model.lm.transformer.wte.weight
+    model.lm.save_pretrained(tmp_path)
+    read, tokens = transformers.GPT2LMHeadModel.from_pretrained(tmp_path).eval(), torch.arange(8)[None]
+    assert torch.equal(read(tokens).logits, model(tokens))
 
 
 def test_what_trained_before_trains_again():
