@@ -23,6 +23,9 @@ STATE = "_loradash_state"
 HOST = "_loradash_host"
 """The attribute, of a class, that gives the `Host` of a module which another framework adapted."""
 
+VIEW = "_loradash_view"
+"""The attribute of a layer, of another framework's class, that holds the `DashLinear` which computes it."""
+
 _WRAPPERS = re.compile(r"(^|\.)(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)(?=\.|$)")
 
 
@@ -183,4 +186,5 @@ def own_layers(model: nn.Module, instead: str = "its own functions") -> dict[str
 
 
 def _own(root: nn.Module) -> dict[str, DashLinear]:
-    return {plain_name(name): m for name, m in root.named_modules() if isinstance(m, DashLinear)}
+    found = {plain_name(name): m.__dict__.get(VIEW, m) for name, m in root.named_modules()}
+    return {name: m for name, m in found.items() if isinstance(m, DashLinear)}

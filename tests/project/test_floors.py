@@ -35,8 +35,12 @@ FLOORS = {
         "bypass", "model", "warming", "checkpoint", "peft_layout", "export", "streams", "background", "fingerprint", "cache",
         "background_process", "batches", "prelaunch", "schedule", "plots", "analysis", "integrations", "devices", "machine", "cli", "__init__",
     ),
-    "python/loradash/integrations": ("__init__", "peft"),
+    "python/loradash/integrations": ("__init__", "peft", "subspace_tuning"),
     "python/loradash/integrations/peft": ("fused", "__init__"),
+    "python/loradash/integrations/subspace_tuning": (
+        "dialects", "recovery", "layers", "kinds", "run", "patch", "drop_in", "settings", "state_dicts",
+        "convert", "__init__",
+    ),
 }  # fmt: skip
 
 
