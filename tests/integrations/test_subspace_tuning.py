@@ -279,7 +279,7 @@ def test_our_lora_state_dict_keeps_the_directions():
         set(lora_state_dict(model, "lora_only")) == set(lora_state_dict(model, "all")) == {*state, "0.bias", "2.bias"}
     )
     other = drop_in("authors")
-    other.load_state_dict(model.state_dict() | {key: t for key, t in state.items()})
+    other.load_state_dict(model.state_dict() | state)
     assert bool(other[0].launched) and other[0].FLAG == 11
     for call in (lora_state_dict, mark_only_lora_as_trainable):
         with pytest.raises(ValueError, match="bias must be one of"):

@@ -142,6 +142,8 @@ class SdgLinear(nn.Module):
         nn.init.zeros_(self.lora_index[adapter_name].weight)
 
     def forward(self, x):
+        if self.merged or self.disable_adapters:
+            return self.base_layer(x)
         (name,) = self.active_adapters
 
         def keep(u, vt, sigma, change):

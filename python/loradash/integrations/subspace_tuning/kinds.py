@@ -19,7 +19,7 @@ from .layers import AuthorsLayer, Semantics, patched_class, rebuilt
 _READERS = {part: attrgetter(path) for part, path in KEYS["cr_mr"].items()}
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 # What `AuthorsLayer.start` gives a layer besides its buffer.
-_ADDED = ("enabled", "name", "run", "semantics", "reminded", "_unmerged", "_seen", "transposed", "_config")
+_ADDED = ("enabled", "name", "run", "semantics", "reminded", "_unmerged", "_seen", "transposed", "_config", "_trained")
 
 
 class LoralibLayer(AuthorsLayer):
@@ -193,8 +193,7 @@ def adopt(module: nn.Module, kind: type[AuthorsLayer], semantics: Semantics, nam
 def release(module: nn.Module) -> None:
     """Gives a layer its own class back; parameters, phase and FLAG are as they are now."""
     layer = module.__dict__.get(VIEW, module)
-    layer.unmerge()
-    layer.note_phase(layer.is_launched(), layer.calls())
+    layer.end()
     module.__class__ = type(module).origin[1]  # type: ignore[attr-defined]
     del module._buffers["launched"]
     module._non_persistent_buffers_set.discard("launched")

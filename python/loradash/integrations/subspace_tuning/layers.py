@@ -53,12 +53,20 @@ class AuthorsLayer(DashLinear):
         self._unmerged, self._seen = None, (0, -1, False)
         self.transposed = bool(getattr(self, "fan_in_fan_out", False))
         self.config = self.settings()
-        for part in ("dash_u", "dash_vt"):
-            self.stored(part).requires_grad_(False)
-        self.stored("dash_sigma").requires_grad_(True)
+        self._trained = {part: self.stored(part).requires_grad for part in ("dash_sigma", "dash_u", "dash_vt")}
+        for part in self._trained:
+            self.stored(part).requires_grad_(part == "dash_sigma")
         launched = self.warmup < self.FLAG or bool(self.stored("dash_u").any())
         self.register_buffer("launched", torch.tensor(launched, device=self.lora_a.device), persistent=False)
         self.note_phase(launched, self.FLAG)
+
+    def end(self) -> None:
+        """Leaves everything as the layer's own class would have it by now; the other end of `start`."""
+        self.unmerge()
+        self.note_phase(self.is_launched(), self.calls())
+        # Until launch their code does not always freeze the same of these; at launch it does.
+        for part, trained in self._trained.items():
+            self.stored(part).requires_grad_(part == "dash_sigma" if self.is_launched() else trained)
 
     def settings(self) -> DashConfig:
         """Those of this layer as it is."""
@@ -121,11 +129,12 @@ class AuthorsLayer(DashLinear):
 
     @property
     def dash_u(self) -> Tensor:  # type: ignore[override]
-        return self._of_s("dash_u", 1)
+        # Theirs are parameters, which their code freezes in its own time.
+        return self._of_s("dash_u", 1).detach()
 
     @property
     def dash_vt(self) -> Tensor:  # type: ignore[override]
-        return self._of_s("dash_vt", 0)
+        return self._of_s("dash_vt", 0).detach()
 
     @property
     def scaling(self) -> float:
