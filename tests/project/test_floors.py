@@ -31,12 +31,15 @@ FLOORS = {
         "decompose", "rates", "kept",
     ),
     "python/loradash": (
-        "config", "meeting", "distributed", "base_layers", "quantised", "linear", "data_parallel", "state", "targets", "attention",
-        "bypass", "model", "warming", "checkpoint", "peft_layout", "export", "streams", "background", "fingerprint", "cache",
-        "background_process", "batches", "prelaunch", "schedule", "plots", "analysis", "integrations", "devices", "machine", "cli", "__init__",
+        "presets", "config", "meeting", "distributed", "formats", "base_layers", "quantised", "merging", "linear", "data_parallel", "state",
+        "targets", "attention", "bypass", "model", "unload", "warming", "checkpoint", "peft_layout", "export", "streams", "background",
+        "fingerprint", "cache", "background_process", "batches", "prelaunch", "schedule", "optimizer", "plots", "analysis", "integrations",
+        "devices", "machine", "cli", "__init__",
     ),
-    "python/loradash/integrations": ("__init__", "peft", "subspace_tuning"),
-    "python/loradash/integrations/peft": ("fused", "__init__"),
+    "python/loradash/integrations": ("__init__", "lightning", "peft", "subspace_tuning", "transformers"),
+    "python/loradash/integrations/peft": (
+        "fused", "versions", "registration", "config", "files", "views", "layer", "model", "__init__",
+    ),
     "python/loradash/integrations/subspace_tuning": (
         "dialects", "recovery", "layers", "kinds", "run", "patch", "drop_in", "settings", "state_dicts",
         "convert", "__init__",
