@@ -71,7 +71,7 @@ def _check_model(model: nn.Module) -> None:
     for name, module in model.named_modules():
         if isinstance(module, DashLinear) or STATE in module.__dict__:
             raise ValueError(f"the model has LoRA-Dash adapters already{f', in {name}' if name else ''}")
-        if hasattr(module, "base_layer") and type(module).__module__.startswith("peft."):
+        if hasattr(module, "base_layer") and any(cls.__module__.startswith("peft.") for cls in type(module).__mro__):
             raise ValueError(f"{name} has an adapter of PEFT; merge_and_unload it first")
         if isinstance(module, wrappers()):
             raise ValueError(f"{name or 'the model'} is wrapped in {type(module).__name__}; apply_dash comes before it")

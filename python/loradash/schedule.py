@@ -266,8 +266,9 @@ class _GradientWatch:
         # A finetuning callback may have thawed them since.
         if not any(layer.lora_b.requires_grad for layer in self._all.values()):
             warnings.warn("loradash: no adapter trains, every lora_b is frozen (requires_grad=False)", stacklevel=4)
-        # FSDP2 sets the gradients of sharded parameters without calling hooks.
-        missing = [n for n, layer in self._layers.items() if n not in self._arrived and not is_sharded(layer.lora_b)]
+        # Loading may have frozen B since. FSDP2 sets the gradients of sharded parameters without calling hooks.
+        looked_at = {n: layer for n, layer in self._layers.items() if layer.lora_b.requires_grad}
+        missing = [n for n, layer in looked_at.items() if n not in self._arrived and not is_sharded(layer.lora_b)]
         if missing and (trained or self._arrived):
             warnings.warn(
                 f"loradash: no gradient for {len(missing)} of {len(self._layers)} adapted layers in the first step: "

@@ -40,7 +40,7 @@ class DashCallback(TrainerCallback, ExportableState):
     Models of `apply_dash` are saved without their frozen weights. A checkpoint, and a folder of `trainer.save_model`, holds
     `loradash_adapter.safetensors` for `load_adapter(base_model, folder)`, and what Trainer resumes from. from_pretrained, which
     would silently make a base model of the folder, raises there. For a whole model `merge_and_unload` comes first. PEFT models
-    are saved by PEFT.
+    are saved by PEFT. Δσ stays in float32 where TRL casts all that trains to bfloat16 (QLoRA).
 
     Logged with the loss: dash_step, dash_directions (how many are in place) and, after launch, dash_sigma_norm (over all
     layers); once, dash_rate_mean and dash_rate_max of the chosen directions. They stand in `log_history` and on the console;
@@ -87,14 +87,12 @@ class DashCallback(TrainerCallback, ExportableState):
                 "restore_callback_states_from_checkpoint=True makes every callback anew from JSON, which would lose "
                 "DashCallback's cache; leave it at False: DashCallback restores its own state"
             )
-        _check_model(kwargs["model"])
-        _save_adapters_alone(kwargs["model"])
+        _prepare(kwargs["model"])
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         model = kwargs["model"]
-        _check_model(model)
         # Trainer's model_init makes another model than the one at the end of its __init__.
-        _save_adapters_alone(model)
+        _prepare(model)
         name = type(self).__name__
         entry = state.stateful_callbacks.get(name)
         if isinstance(entry, list):
@@ -167,6 +165,23 @@ class DashCallback(TrainerCallback, ExportableState):
             figures |= {"dash_rate_mean": float(rates.mean()), "dash_rate_max": float(rates.max())}
             self._told = True
         return figures
+
+
+def _prepare(model: nn.Module) -> None:
+    _check_model(model)
+    _save_adapters_alone(model)
+    _keep_sigma_exact(model)
+
+
+def _keep_sigma_exact(model: nn.Module) -> None:
+    """Δσ in float32: TRL casts what trains over a quantised model to bfloat16, which would lose Δσ's small steps.
+
+    FSDP wants one dtype of all that trains, and is left with it.
+    """
+    if os.environ.get("ACCELERATE_USE_FSDP", "false") == "true":
+        return
+    for layer in dash_layers(model).values():
+        layer.dash_sigma.data = layer.dash_sigma.data.float()
 
 
 def _check_model(model: nn.Module) -> None:

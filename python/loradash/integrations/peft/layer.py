@@ -52,6 +52,8 @@ class DashLoraLayer(nn.Module, LoraLayer):
     other_param_names = (*LoraLayer.other_param_names, *FROZEN)
 
     _loradash_host = staticmethod(host_of)
+    # DistributedDataParallel need not send them: every process counts and launches for itself, and finds the same.
+    _loradash_frozen = FROZEN
 
     def update_layer(  # type: ignore[override]
         self, adapter_name: str, r: int, lora_alpha: int, config: DashLoraConfig, **kwargs: Any
