@@ -178,6 +178,11 @@ def dash_layers(model: nn.Module) -> dict[str, AdaptedLayer]:
     return host.layers() if host is not None else {**_own(model if found is None else found)}
 
 
+def parameter_of(tensor: Tensor) -> Tensor:
+    """The parameter that a part of an adapted layer is, or is a view of: what an optimizer has."""
+    return tensor if tensor._base is None else tensor._base
+
+
 def own_layers(model: nn.Module, instead: str = "its own functions") -> dict[str, DashLinear]:
     """The layers that `apply_dash` made. Raises TypeError for a PEFT model, which has a call of its own: `instead`."""
     if host_of(model) is not None:

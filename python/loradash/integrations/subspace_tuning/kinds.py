@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from operator import attrgetter
 from typing import Any, ClassVar, cast
 
 from torch import Tensor, nn
@@ -16,10 +15,21 @@ from ...state import VIEW
 from .dialects import FLAG, KEYS
 from .layers import AuthorsLayer, Semantics, patched_class, rebuilt
 
-_READERS = {part: attrgetter(path) for part, path in KEYS["cr_mr"].items()}
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 # What `AuthorsLayer.start` gives a layer besides its buffer.
-_ADDED = ("enabled", "name", "run", "semantics", "reminded", "_unmerged", "_seen", "transposed", "_config", "_trained")
+_ADDED = (
+    "enabled",
+    "name",
+    "run",
+    "semantics",
+    "reminded",
+    "_unmerged",
+    "_seen",
+    "transposed",
+    "_config",
+    "_trained",
+    "_width",
+)
 
 
 class LoralibLayer(AuthorsLayer):
@@ -28,7 +38,10 @@ class LoralibLayer(AuthorsLayer):
     dialect = "loralib"
 
     def stored(self, part: str) -> Tensor:
-        return self._parameters[KEYS["loralib"][part]]  # type: ignore[return-value]
+        name = KEYS["loralib"][part]
+        own = self._parameters.get(name)
+        # Replicas of DataParallel keep them as plain attributes.
+        return getattr(self, name) if own is None else own
 
 
 class DropInLayer(LoralibLayer):
@@ -47,7 +60,9 @@ class CrMrLayer(AuthorsLayer):
     merges_in_eval = True
 
     def stored(self, part: str) -> Tensor:
-        return _READERS[part](self)
+        owner, _, own = KEYS["cr_mr"][part].partition(".")
+        found = getattr(self, owner)
+        return getattr(found, own) if own else found
 
 
 class SdgLayer(AuthorsLayer):
@@ -156,9 +171,8 @@ class SdgHost(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
         super()._apply(fn, recurse)
-        before = self.__dict__[VIEW]._unmerged
-        if before is not None:
-            before.data = fn(before.data)
+        # The view has no tensors of its own but the weight before a merge.
+        self.__dict__[VIEW]._apply(fn)
         return self
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import warnings
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -38,6 +38,7 @@ class AuthorsLayer(DashLinear):
     """Does a layer whose `merge_weights` is set merge in eval and unmerge in train?"""
 
     base = None
+    adopted = None
     semantics: Semantics
     warmup: int
     FLAG: int
@@ -52,6 +53,8 @@ class AuthorsLayer(DashLinear):
         self.semantics, self.reminded = semantics, False
         self._unmerged, self._seen = None, (0, -1, False)
         self.transposed = bool(getattr(self, "fan_in_fan_out", False))
+        smaller = min(self.in_features, self.out_features)
+        self._width = smaller if smaller < self.index else None
         self.config = self.settings()
         self._trained = {part: self.stored(part).requires_grad for part in ("dash_sigma", "dash_u", "dash_vt")}
         for part in self._trained:
@@ -110,10 +113,7 @@ class AuthorsLayer(DashLinear):
         tensor = self.stored(part)
         if part == "dash_sigma":
             tensor = tensor if tensor.dim() == 1 else tensor.view(-1)
-        return tensor if tensor.shape[dim] <= self._s() else tensor.narrow(dim, 0, self._s())
-
-    def _s(self) -> int:
-        return min(self.config.directions, self.in_features, self.out_features)
+        return tensor if self._width is None else tensor.narrow(dim, 0, self._width)
 
     @property
     def lora_a(self) -> Tensor:  # type: ignore[override]
@@ -129,12 +129,11 @@ class AuthorsLayer(DashLinear):
 
     @property
     def dash_u(self) -> Tensor:  # type: ignore[override]
-        # Theirs are parameters, which their code freezes in its own time.
-        return self._of_s("dash_u", 1).detach()
+        return self._of_s("dash_u", 1)
 
     @property
     def dash_vt(self) -> Tensor:  # type: ignore[override]
-        return self._of_s("dash_vt", 0).detach()
+        return self._of_s("dash_vt", 0)
 
     @property
     def scaling(self) -> float:
@@ -173,8 +172,8 @@ class AuthorsLayer(DashLinear):
             return F.linear(input, self.weight_nk(), self.bias)
         if self.semantics == "loradash":
             self._remind()
-            # Where Δσ is a view, a zero gradient before launch could not be kept from the optimizer: it gets none.
-            return self._product(input, dash=self.stored("dash_sigma").shape == (self._s(),) or self.is_launched())
+            # Before launch U and V are zero: nothing branches.
+            return self._product(input, dash=True)
         if not self.is_launched():
             if self._counts_on():
                 return self._product(input, dash=False)
@@ -208,7 +207,9 @@ class AuthorsLayer(DashLinear):
             "training": self.training,
         }
         if dash:
-            terms |= {"dash_u": self.dash_u, "dash_vt": self.dash_vt, "dash_sigma": self.dash_sigma}
+            # U and V are parameters of theirs, which their code freezes in its own time.
+            u, vt = self.dash_u.detach(), self.dash_vt.detach()
+            terms |= {"dash_u": u, "dash_vt": vt, "dash_sigma": self.dash_sigma}
         return terms
 
     def _dash_term(self, y: Tensor, x: Tensor) -> Tensor:
@@ -216,8 +217,8 @@ class AuthorsLayer(DashLinear):
         return low_rank_update(
             y,
             x,
-            lora_a=self.dash_vt,
-            lora_b=self.dash_u * self.dash_sigma,
+            lora_a=self.dash_vt.detach(),
+            lora_b=self.dash_u.detach() * self.dash_sigma,
             dropout_p=self.drop_probability(),
             training=True,
         )
@@ -278,7 +279,8 @@ class AuthorsLayer(DashLinear):
         super()._save_to_state_dict(destination, prefix, keep_vars)
         if self._merges() and self._unmerged is not None:
             # Merged or not is a matter of eval and train here, and no business of the file.
-            destination[f"{prefix}weight"] = self._unmerged if keep_vars else self._unmerged.detach()
+            weight = cast(Tensor, self._unmerged)
+            destination[f"{prefix}weight"] = weight if keep_vars else weight.detach()
             getattr(destination, "_metadata", {}).get(prefix[:-1], {}).pop("merged", None)
         if not self.launched.is_meta:
             destination[prefix + FLAG] = self.flag()
