@@ -230,7 +230,9 @@ class _OptimizerWatch:
             self.taken += overflow is None or not bool(overflow)
 
     def _is_ours(self, optimizer: torch.optim.Optimizer) -> bool:
-        parts = (p for layer in self._layers.values() for p in (layer.lora_a, layer.lora_b, layer.dash_sigma))
+        # A layer that another framework took back has none.
+        layers = [layer for layer in self._layers.values() if hasattr(layer, "lora_a")]
+        parts = (p for layer in layers for p in (layer.lora_a, layer.lora_b, layer.dash_sigma))
         ours = {id(parameter_of(p)) for p in parts}
         return any(id(p) in ours for group in optimizer.param_groups for p in group["params"])
 

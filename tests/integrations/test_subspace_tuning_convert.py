@@ -19,7 +19,7 @@ from loradash import (
 )
 from loradash.integrations.subspace_tuning import convert, convert_state_dict, patch
 from safetensors.torch import load_file, save_file
-from support.authors import DIALECTS, make_model
+from support.authors import DIALECTS, make_model, trained
 from torch import nn
 
 X = torch.randn(6, 24, generator=torch.Generator().manual_seed(0))
@@ -27,18 +27,6 @@ PREFIX = "base_model.model."
 NAMES = {"loralib": "lora.pt", "cr_mr": "adapter_model.bin", "sdg": "adapter_model.safetensors"}
 SETTINGS = {"r": 4, "lora_alpha": 8, "lora_dropout": 0.05, "fan_in_fan_out": False, "merge_weights": True}
 ALL = (*DIALECTS, "loradash")
-
-
-def trained(dialect, steps=9):
-    model = make_model(dialect, "restated", warmup=6)
-    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], 0.2)
-    generator = torch.Generator().manual_seed(1)
-    for _ in range(steps):
-        optimizer.zero_grad()
-        x = torch.randn(8, 24, generator=generator)
-        (model(x) - x[:, :16]).square().mean().backward()
-        optimizer.step()
-    return model
 
 
 def plain(model):
@@ -76,7 +64,11 @@ def loaded(model, folder):
 
 @pytest.fixture(scope="module")
 def runs():
-    return {(dialect, steps): trained(dialect, steps) for dialect in DIALECTS for steps in (4, 9)}
+    return {
+        (dialect, steps): trained(make_model(dialect, "restated", warmup=6), steps)
+        for dialect in DIALECTS
+        for steps in (4, 9)
+    }
 
 
 def options(dialect, model):
@@ -93,8 +85,7 @@ def test_their_checkpoints_become_ours_and_theirs_again(dialect, steps, runs, tm
     ours = loaded(theirs, tmp_path / "ours").eval()
     assert [bool(layer.launched) for layer in dash_layers(ours).values()] == [steps > 6] * 2
     assert dash_state(ours).step == (100 if steps > 6 else 0)
-    want = copy.deepcopy(theirs)
-    torch.testing.assert_close(ours(X), want(X), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(ours(X), copy.deepcopy(theirs)(X), rtol=1e-5, atol=1e-6)
     save_adapter(ours, tmp_path / "again")
     for into in DIALECTS:
         back = tmp_path / f"{into}.pt" if into == "loralib" else tmp_path / into
@@ -140,14 +131,14 @@ def test_the_way_there_and_back_loses_no_bit(dialect, runs, tmp_path):
 @pytest.mark.parametrize("into", ALL)
 @pytest.mark.parametrize("dialect", ALL)
 def test_state_dicts_of_models_change_hands(dialect, into, runs):
-    def ours(model):
-        found = apply_dash(plain(model), DashConfig(r=4, alpha=8, prelaunch_steps=6))
-        return found
-
     theirs = runs["loralib", 9]
     states = {"loralib": {k: t for k, t in theirs.state_dict().items() if "change" not in k}}
     state = states["loralib"] if dialect == "loralib" else convert_state_dict(states["loralib"], dialect)
-    target = ours(copy.deepcopy(theirs)) if into == "loradash" else make_model(into, "restated", warmup=6, seed=9)
+    target = (
+        apply_dash(plain(theirs), DashConfig(r=4, alpha=8))
+        if into == "loradash"
+        else make_model(into, "restated", warmup=6, seed=9)
+    )
     target.load_state_dict(convert_state_dict(state, into))
     if into != "loradash":
         patch(target, "authors")

@@ -9,24 +9,11 @@ import pytest
 import torch
 from loradash import DashSchedule, apply_dash, dash_layers, dash_state, load_adapter, save_adapter
 from loradash.integrations.subspace_tuning import Linear, patch, unpatch
-from support.authors import DIALECTS, SOURCES, make_layer, make_model
+from support.authors import DIALECTS, SOURCES, make_layer, make_model, trained
 from torch import nn
 
 X = torch.randn(6, 24, generator=torch.Generator().manual_seed(0))
 both_semantics = pytest.mark.parametrize("semantics", ["authors", "loradash"])
-
-
-def trained(model, steps, schedule=None, seed=1):
-    generator = torch.Generator().manual_seed(seed)
-    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], 0.2)
-    for _ in range(steps):
-        optimizer.zero_grad()
-        x = torch.randn(8, 24, generator=generator)
-        (model(x) - x[:, :16]).square().mean().backward()
-        optimizer.step()
-        if schedule is not None:
-            schedule.step()
-    return model
 
 
 def adapted_of(model, name):
@@ -77,21 +64,12 @@ def test_unpatched_after_launch_theirs_goes_on(dialect, semantics):
     patch(ours, semantics)
     schedule = DashSchedule(ours, progress=False) if semantics == "loradash" else None
     assert schedule is None or schedule.state.step == 3
-    generator = torch.Generator().manual_seed(1)
-    for _ in range(3):
-        torch.randn(8, 24, generator=generator)
-    optimizer = torch.optim.SGD([p for p in ours.parameters() if p.requires_grad], 0.2)
-    for i in range(9):
-        if i == 6:
-            unpatch(ours)
-            assert ours[0].FLAG == 7
-            schedule = None
-        optimizer.zero_grad()
-        x = torch.randn(8, 24, generator=generator)
-        (ours(x) - x[:, :16]).square().mean().backward()
-        optimizer.step()
-        if schedule is not None:
-            schedule.step()
+    trained(ours, 6, schedule, skip=3)
+    unpatch(ours)
+    assert ours[0].FLAG == 7
+    # The schedule is still there, and watches all optimizers.
+    trained(ours, 3, skip=9)
+    assert schedule is None or not schedule.step()
     torch.testing.assert_close(ours(X), theirs(X), rtol=1e-4, atol=1e-5)
 
 
@@ -136,10 +114,14 @@ def test_state_dicts_go_on_where_they_stopped(dialect, semantics):
         ]
         with torch.no_grad():
             assert torch.equal(other(X), model(X))
-    theirs = trained(make_model(dialect, "restated", warmup=6), 9)
-    other.load_state_dict(theirs.state_dict())
-    assert all(bool(layer.launched) for layer in dash_layers(other).values())
-    torch.testing.assert_close(other(X), theirs(X), rtol=1e-5, atol=1e-6)
+    for steps in (4, 9):
+        theirs = trained(make_model(dialect, "restated", warmup=6), steps)
+        other = make_model(dialect, "restated", warmup=6, seed=5)
+        patch(other, semantics)
+        other.load_state_dict(theirs.state_dict())
+        assert [bool(layer.launched) for layer in dash_layers(other).values()] == [steps > 6] * 2
+        with torch.no_grad():
+            torch.testing.assert_close(other(X), theirs(X), rtol=1e-5, atol=1e-6)
 
 
 def test_a_launched_checkpoint_in_their_model_is_launched():
@@ -228,9 +210,11 @@ def test_what_cannot_be_patched_is_left_as_it_was():
         model = make_model(dialect, "restated")
         model[2].warmup = 50
         unchanged(model, ValueError, r"warmup \(prelaunch_steps\) is 100 in 0 and 50 in 2")
-        model = nn.Sequential(make_model(dialect, "restated"), nn.Linear(16, 2))
-        model[1].bias.requires_grad_(False)
-        unchanged(model, ValueError, "1.weight trains and 1.bias does not")
+        model = make_model(dialect, "restated")
+        # This is found out while the last layer is taken.
+        drop = nn.Dropout(1.0)
+        model[2].lora_dropout = nn.ModuleDict({"default": drop}) if dialect == "sdg" else drop
+        unchanged(model, ValueError, r"dropout must be a number in \[0, 1\)")
     unchanged(nn.Sequential(Linear(4, 4, r=2)), ValueError, "runs on the operator as it is")
     model = make_model("loralib", "restated")
     patch(model)
@@ -277,6 +261,39 @@ def test_a_head_that_trains_is_in_the_adapter_file(tmp_path):
     plain = nn.Sequential(nn.Sequential(nn.Linear(24, 32), nn.Tanh(), nn.Linear(32, 16)), nn.Linear(16, 16))
     load_adapter(plain, tmp_path)
     assert torch.equal(plain[1].weight, model[1].weight)
+
+
+def test_what_trains_in_part_is_told():
+    model = nn.Sequential(make_model("loralib", "restated"), nn.Linear(16, 2))
+    model[1].weight.requires_grad_(False)
+    with pytest.warns(UserWarning, match="1.bias trains and 1.weight does not: save_adapter keeps modules"):
+        patch(model)
+    assert dash_state(model).config.trainable_modules is None
+
+
+@pytest.mark.parametrize("dialect", DIALECTS)
+def test_groups_of_parameters_and_unloading(dialect):
+    model = make_model(dialect, "restated", warmup=6)
+    patch(model)
+    groups = {group["name"]: group["params"] for group in loradash.dash_parameter_groups(model, lr=0.1, sigma_lr=1.0)}
+    own = {id(p) for p in model.parameters()}
+    assert {name: len(group) for name, group in groups.items()} == {"adapters": 4, "sigma": 2}
+    assert all(id(p) in own for group in groups.values() for p in group)
+    with pytest.raises(ValueError, match="0 is a layer of another framework's class"):
+        loradash.merge_and_unload(model)
+    assert not any(layer.merged for layer in dash_layers(model).values())
+
+
+@pytest.mark.parametrize("dialect", DIALECTS)
+def test_one_graph_before_and_after_launch(dialect):
+    torch._dynamo.reset()
+    model = make_model(dialect, "restated", warmup=6)
+    patch(model)
+    graphs = []
+    compiled = torch.compile(model, fullgraph=True, backend=lambda graph, _: graphs.append(1) or graph)
+    trained(compiled, 9, DashSchedule(model, progress=False))
+    assert len(graphs) == 1 and all(bool(layer.launched) for layer in dash_layers(model).values())
+    torch.testing.assert_close(compiled(X), model(X))
 
 
 def test_sdg_merges_as_its_fork_does(tmp_path):

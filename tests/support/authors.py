@@ -230,3 +230,39 @@ def make_model(dialect, source, widths=(24, 32, 16), seed=0, **settings):
     for name, parameter in model.named_parameters():
         parameter.requires_grad_("lora_" in name and "lora_w" not in name)
     return model
+
+
+WIDTH, CLASSES = 24, 16
+OPTIMIZERS = {
+    "sgd": lambda parameters: torch.optim.SGD(parameters, 0.3),
+    "adamw": lambda parameters: torch.optim.AdamW(parameters, 3e-3),
+}
+
+
+def batches(steps, seed=1):
+    """Inputs and targets that these models can learn, one stream for a seed."""
+    generator = torch.Generator().manual_seed(seed)
+    for _ in range(steps):
+        x = torch.randn(16, WIDTH, generator=generator)
+        yield x, x[:, :CLASSES] + 0.1 * torch.randn(16, CLASSES, generator=generator)
+
+
+def losses_of(model, steps, optimizer="sgd", schedule=None, skip=0, seed=1):
+    """Trains; the losses of some steps of one stream of batches, from step `skip` on."""
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        optimizer = OPTIMIZERS[optimizer]([p for p in model.parameters() if p.requires_grad])
+    losses = []
+    for x, target in itertools.islice(batches(skip + steps, seed), skip, None):
+        optimizer.zero_grad()
+        loss = (model(x) - target).square().mean()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+        if schedule is not None:
+            schedule.step()
+    return torch.tensor(losses, dtype=torch.float64)
+
+
+def trained(model, steps, schedule=None, **arguments):
+    losses_of(model, steps, schedule=schedule, **arguments)
+    return model

@@ -5,10 +5,11 @@ from __future__ import annotations
 import math
 from typing import Any, cast, get_args
 
+import torch
 from torch import Tensor, nn
 
 from ...state import STATE, plain_name
-from .dialects import INDEX, KEYS, WARMUP
+from .dialects import INDEX, KEYS, PARTS, WARMUP
 from .kinds import DropInLayer, adopt
 from .layers import Semantics
 from .patch import attach, settings_of_run
@@ -62,13 +63,27 @@ class Linear(nn.Linear):
             self.scaling, self.index, self.warmup, self.FLAG = lora_alpha / r, INDEX, WARMUP, 0
             self.weight.requires_grad_(False)
             shapes = ((r, in_features), (out_features, r), (INDEX,), (out_features, INDEX), (INDEX, in_features))
-            for name, shape in zip(list(KEYS["loralib"].values())[: len(shapes)], shapes, strict=True):
-                self.register_parameter(name, nn.Parameter(self.weight.new_zeros(shape)))
-            nn.init.kaiming_uniform_(cast(Tensor, self.lora_A), a=math.sqrt(5))
+            for part, shape in zip(PARTS, shapes, strict=True):
+                self.register_parameter(KEYS["loralib"][part], nn.Parameter(self.weight.new_zeros(shape)))
+            self._reset_adapter()
         if fan_in_fan_out:
             self.weight.data = self.weight.data.T
         if r > 0:
             adopt(self, DropInLayer, semantics)
+
+    def reset_parameters(self) -> None:
+        """Weight and bias as nn.Linear's, A as theirs (Kaiming), the rest zero, in the warm-up's first call."""
+        super().reset_parameters()
+        # nn.Linear asks for this before there is an adapter.
+        if "lora_A" in self._parameters:
+            self._reset_adapter()
+            cast(DropInLayer, self).note_phase(False, 0)
+
+    @torch.no_grad()
+    def _reset_adapter(self) -> None:
+        for part in PARTS:
+            self._parameters[KEYS["loralib"][part]].zero_()  # type: ignore[union-attr]
+        nn.init.kaiming_uniform_(cast(Tensor, self.lora_A), a=math.sqrt(5))
 
     def forward(self, input: Tensor) -> Tensor:
         """input (..., K) to (..., N), without an adapter."""
@@ -79,7 +94,7 @@ def mark_only_lora_as_trainable(model: nn.Module, bias: str = "none") -> None:
     """As theirs: only parameters with "lora_" in their name train, and with bias="all" all biases, with "lora_only" those of
     layers with adapters. Beyond theirs it leaves on the model what `DashSchedule` and `save_adapter` need.
 
-    Raises ValueError for another bias.
+    Warns where bias="all" trains what `save_adapter` does not keep. Raises ValueError for another bias.
     """
     if bias not in _BIASES:
         raise ValueError(f"bias must be one of {_BIASES}, got {bias!r}")

@@ -185,22 +185,28 @@ class SdgHost(nn.Module):
         found = {key: value for key, value in state_dict.items() if key.startswith(prefix)}
         flag = found.pop(f"{prefix}{FLAG}.{view.adapter}", None)
         super()._load_from_state_dict(found, prefix, *args)
-        if f"{prefix}{KEYS['sdg']['dash_u'].format(adapter=view.adapter)}" in found:
-            view.note_loaded(flag)
+        # Its own parameters come after those of the layer.
+        u = found.get(f"{prefix}{KEYS['sdg']['dash_u'].format(adapter=view.adapter)}")
+        if u is not None:
+            view.note_loaded(flag, u)
 
     def __reduce_ex__(self, protocol: Any) -> tuple:
         return rebuilt, type(self).origin, self.__dict__
 
 
 def adopt(module: nn.Module, kind: type[AuthorsLayer], semantics: Semantics, name: str = "") -> AuthorsLayer:
-    """Makes a layer of theirs compute by our operator; returns the adapted layer, for SdG a view."""
+    """Makes a layer of theirs compute by our operator; returns the adapted layer, for SdG a view. All of it or nothing."""
     if issubclass(kind, SdgLayer):
         module.__dict__[VIEW] = view = kind(module, semantics, name)
         module.__class__ = patched_class(SdgHost, type(module))
         return view
-    module.__class__ = patched_class(kind, type(module))
+    theirs, module.__class__ = type(module), patched_class(kind, type(module))
     layer = cast(AuthorsLayer, module)
-    layer.start(semantics, name)
+    try:
+        layer.start(semantics, name)
+    except BaseException:
+        _forget(module, theirs)
+        raise
     return layer
 
 
@@ -208,8 +214,15 @@ def release(module: nn.Module) -> None:
     """Gives a layer its own class back; parameters, phase and FLAG are as they are now."""
     layer = module.__dict__.get(VIEW, module)
     layer.end()
-    module.__class__ = type(module).origin[1]  # type: ignore[attr-defined]
-    del module._buffers["launched"]
+    if VIEW in module.__dict__:
+        # A schedule may have the view still, and is to find no layer in it, as in those that change their class.
+        layer.__dict__["host"] = None
+    _forget(module, type(module).origin[1])  # type: ignore[attr-defined]
+
+
+def _forget(module: nn.Module, theirs: type[nn.Module]) -> None:
+    module.__class__ = theirs
+    module._buffers.pop("launched", None)
     module._non_persistent_buffers_set.discard("launched")
     for key in (VIEW, *_ADDED):
         module.__dict__.pop(key, None)

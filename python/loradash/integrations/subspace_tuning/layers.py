@@ -59,8 +59,11 @@ class AuthorsLayer(DashLinear):
         self._trained = {part: self.stored(part).requires_grad for part in ("dash_sigma", "dash_u", "dash_vt")}
         for part in self._trained:
             self.stored(part).requires_grad_(part == "dash_sigma")
-        launched = self.warmup < self.FLAG or bool(self.stored("dash_u").any())
-        self.register_buffer("launched", torch.tensor(launched, device=self.lora_a.device), persistent=False)
+        u = self.stored("dash_u")
+        launched = self.warmup < self.FLAG or (not u.is_meta and bool(u.any()))
+        # Not on meta: nobody would fill it in.
+        device = "cpu" if u.is_meta else u.device
+        self.register_buffer("launched", torch.tensor(launched, device=device), persistent=False)
         self.note_phase(launched, self.FLAG)
 
     def end(self) -> None:
@@ -282,8 +285,7 @@ class AuthorsLayer(DashLinear):
             weight = cast(Tensor, self._unmerged)
             destination[f"{prefix}weight"] = weight if keep_vars else weight.detach()
             getattr(destination, "_metadata", {}).get(prefix[:-1], {}).pop("merged", None)
-        if not self.launched.is_meta:
-            destination[prefix + FLAG] = self.flag()
+        destination[prefix + FLAG] = self.flag()
 
     def _load_from_state_dict(self, state_dict: dict, prefix: str, *args: Any) -> None:
         merged = self._merges() and self.merged
@@ -304,7 +306,7 @@ class AuthorsLayer(DashLinear):
                 args[-1].append(f"{prefix[:-1]}: {error}")
         super()._load_from_state_dict(found, prefix, *args)
         if has_adapter:
-            self.note_loaded(flag)
+            self.note_loaded(flag, found.get(keys["dash_u"], self.dash_u))
         if merged:
             self.merge()
 
@@ -312,9 +314,9 @@ class AuthorsLayer(DashLinear):
         """What a state dict keeps under `dialects.FLAG`."""
         return torch.tensor([self.FLAG, int(self.is_launched())])
 
-    def note_loaded(self, flag: Tensor | None) -> None:
-        """Takes the phase from a state dict's flag; where the authors' code wrote it there is none, and U tells."""
-        launched = bool(flag[1]) if flag is not None else bool(self.dash_u.any())
+    def note_loaded(self, flag: Tensor | None, u: Tensor) -> None:
+        """Takes the phase from a state dict's flag; where the authors' code wrote it there is none, and its U tells."""
+        launched = bool(flag[1]) if flag is not None else bool(u.any())
         self.note_phase(launched, int(flag[0]) if flag is not None else 0)
 
     def _lost_directions(

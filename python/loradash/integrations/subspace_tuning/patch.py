@@ -65,18 +65,14 @@ def patch(model: nn.Module, semantics: Semantics = "loradash", step: int | None 
         raise ValueError(f"no LoRA-Dash layer of the authors' classes can be patched{': ' if reasons else ''}{reasons}")
     if semantics == "loradash":
         _check_phases({name: module for name, (module, _) in found.items()}, step)
-    done: list[nn.Module] = []
+    layers: dict[str, AuthorsLayer] = {}
     try:
-        layers = {}
         for name, (module, kind) in found.items():
-            # The class changes before the settings are read: a failure there gives this one back too.
-            done.append(module)
             layers[name] = adopt(module, kind, semantics, name)
         attach(model, layers, step)
     except BaseException:
-        for module in done:
-            if type(module).__dict__.get("origin"):
-                release(module)
+        for name in layers:
+            release(found[name][0])
         raise
     return PatchReport({name: kind.dialect for name, (_, kind) in found.items()}, left)
 

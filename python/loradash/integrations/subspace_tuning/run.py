@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import warnings
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -82,7 +83,7 @@ def run_config(settings: Mapping[str, DashConfig], trainable: Iterable[str] = ()
 def trained_modules(model: nn.Module, layers: Iterable[nn.Module]) -> list[str]:
     """Names of the modules outside of the adapted layers whose own parameters train.
 
-    Raises ValueError, naming the parameter, for a module that trains in part: an adapter's file keeps whole modules.
+    Warns, naming the parameter, of a module that trains in part: an adapter's file keeps whole modules.
     """
     inside = {id(m) for layer in layers for m in layer.modules()}
     found = []
@@ -92,9 +93,11 @@ def trained_modules(model: nn.Module, layers: Iterable[nn.Module]) -> list[str]:
         if id(module) in inside or not trains:
             continue
         if trains != set(own):
-            raise ValueError(
-                f"{min(trains)} trains and {min(set(own) - trains)} does not: an adapter's file keeps modules that train as a "
-                "whole; freeze the one or train the other"
+            warnings.warn(
+                f"loradash: {min(trains)} trains and {min(set(own) - trains)} does not: save_adapter keeps modules that train "
+                "as a whole, and nothing of this one; save the model's state dict",
+                stacklevel=4,
             )
+            continue
         found.append(name)
     return found
