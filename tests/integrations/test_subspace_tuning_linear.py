@@ -136,6 +136,8 @@ def test_our_lora_state_dict_keeps_the_directions():
     other = drop_in("authors")
     other.load_state_dict(model.state_dict() | state)
     assert bool(other[0].launched) and other[0].FLAG == 11
+    with pytest.raises(ValueError, match="no Linear of this package"):
+        mark_only_lora_as_trainable(nn.Sequential(nn.Linear(3, 3), Linear(3, 3)))
     for call in (lora_state_dict, mark_only_lora_as_trainable):
         with pytest.raises(ValueError, match="bias must be one of"):
             call(model, "some")

@@ -196,6 +196,8 @@ def unchanged(model, error, match, **arguments):
 
 def test_what_cannot_be_patched_is_left_as_it_was():
     unchanged(nn.Sequential(nn.Linear(3, 3)), ValueError, "no LoRA-Dash layer of the authors' classes can be patched")
+    parallel = nn.DataParallel(make_model("loralib", "restated"))
+    unchanged(parallel, ValueError, "the model is wrapped in DataParallel; patch comes before it")
     unchanged(make_model("loralib", "restated"), ValueError, "semantics must be one of", semantics="mine")
     model = make_model("loralib", "restated")
     model[0].FLAG = 3
@@ -325,8 +327,12 @@ def test_sdg_calls_a_base_layer_that_is_more_than_a_product():
     for m in (model, plain):
         m[0].base_layer.register_forward_hook(lambda *_: seen.append(1))
     patch(model)
-    torch.testing.assert_close(model(X), plain(X), rtol=1e-5, atol=1e-6)
+    y = model(X)
+    torch.testing.assert_close(y, plain(X), rtol=1e-5, atol=1e-6)
     assert len(seen) == 2
+    loradash.merge(model)
+    torch.testing.assert_close(model(X), y, rtol=1e-5, atol=1e-6)
+    assert len(seen) == 3, "merged, the base layer is called as well"
 
 
 def test_conversions_of_the_model_take_everything_along():

@@ -94,11 +94,14 @@ def mark_only_lora_as_trainable(model: nn.Module, bias: str = "none") -> None:
     """As theirs: only parameters with "lora_" in their name train, and with bias="all" all biases, with "lora_only" those of
     layers with adapters. Beyond theirs it leaves on the model what `DashSchedule` and `save_adapter` need.
 
-    Warns where bias="all" trains what `save_adapter` does not keep. Raises ValueError for another bias.
+    Warns where bias="all" trains what `save_adapter` does not keep. Raises ValueError for another bias, and for a model
+    without such layers.
     """
     if bias not in _BIASES:
         raise ValueError(f"bias must be one of {_BIASES}, got {bias!r}")
     layers = {plain_name(name): m for name, m in model.named_modules() if isinstance(m, DropInLayer)}
+    if not layers:
+        raise ValueError("the model has no Linear of this package with r > 0")
     for name, parameter in model.named_parameters():
         parameter.requires_grad_("lora_" in name or (bias == "all" and "bias" in name))
     for name, layer in layers.items():
@@ -109,7 +112,7 @@ def mark_only_lora_as_trainable(model: nn.Module, bias: str = "none") -> None:
     if STATE in model.__dict__:
         # Schedules hold this object.
         model.__dict__[STATE].config = settings_of_run(model, layers)
-    elif layers:
+    else:
         attach(model, layers)
 
 

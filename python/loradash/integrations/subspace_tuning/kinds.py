@@ -139,11 +139,14 @@ class SdgLayer(AuthorsLayer):
     def FLAG(self, calls: int) -> None:
         self.host.FLAG = calls
 
+    def _base_output(self, x: Tensor) -> Tensor:
+        return self._called(self.base, x, (), {})
+
     def _product(self, x: Tensor, dash: bool) -> Tensor:
         base = self.base
         if computes_plainly(base) and not any(getattr(base, name, None) for name in _HOOKS):
             return super()._product(x, dash)
-        return low_rank_update(self._called(base, x, (), {}), x, **self._terms(dash))
+        return low_rank_update(self._base_output(x), x, **self._terms(dash))
 
 
 class SdgHost(nn.Module):

@@ -172,7 +172,7 @@ class AuthorsLayer(DashLinear):
         if args or kwargs:
             raise TypeError(f"{self._label()} takes one tensor, got further arguments {[*args, *kwargs]}")
         if not self.enabled or self._unmerged is not None or self.__dict__.get("disable_adapters", False):
-            return F.linear(input, self.weight_nk(), self.bias)
+            return self._base_output(input)
         if self.semantics == "loradash":
             self._remind()
             # Before launch U and V are zero: nothing branches.
@@ -184,6 +184,9 @@ class AuthorsLayer(DashLinear):
         if not (self.training and self.drop_probability()):
             return self._product(input, dash=True)
         return self._dash_term(self._product(input, dash=False), input)
+
+    def _base_output(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight_nk(), self.bias)
 
     def _counts_on(self) -> bool:
         """Counts a call in the warm-up. False where it is over. A checkpoint's recomputation is no call of its own."""

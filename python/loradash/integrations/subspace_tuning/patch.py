@@ -11,6 +11,7 @@ from torch import nn
 
 from ...base_layers import is_linear, treatment
 from ...config import DashConfig
+from ...model import wrappers
 from ...quantised import is_quantised
 from ...state import STATE, DashState, plain_name
 from .kinds import CrMrLayer, DropInLayer, LoralibLayer, SdgHost, SdgLayer, adopt, release
@@ -49,12 +50,17 @@ def patch(model: nn.Module, semantics: Semantics = "loradash", step: int | None 
         semantics: whose rules hold from now on (the table of this package says how they differ).
         step: optimizer steps taken, where forward calls were not steps (accumulation, evaluation); by default their count.
 
-    Returns a report. Raises ValueError, with nothing changed: no layer of theirs that can be patched, a model patched or
-    adapted already, layers of which some are launched, counts, dropout or widths that differ and must not (loradash).
+    Returns a report. Raises ValueError, with nothing changed: no layer of theirs that can be patched; a model patched or
+    adapted already, or inside DistributedDataParallel or FSDP; dropout or warmup that differ between layers and, for
+    "loradash", their phase or count.
     """
     if semantics not in get_args(Semantics):
         raise ValueError(f"semantics must be one of {get_args(Semantics)}, got {semantics!r}")
+    # torch.compile traces the changed module anew.
+    model = model._modules.get("_orig_mod") or model
     for name, module in model.named_modules():
+        if isinstance(module, wrappers()):
+            raise ValueError(f"{name or 'the model'} is wrapped in {type(module).__name__}; patch comes before it")
         if isinstance(module, DropInLayer):
             raise ValueError(f"{name or 'the model'} is a Linear of this package, which runs on the operator as it is")
         if STATE in module.__dict__ or isinstance(module, AuthorsLayer | SdgHost):
@@ -101,6 +107,7 @@ def unpatch(model: nn.Module) -> None:
 
     Raises ValueError for a model that has none.
     """
+    model = model._modules.get("_orig_mod") or model
     hosts = _hosts(model)
     if not hosts or STATE not in model.__dict__ or any(isinstance(module, DropInLayer) for module in hosts):
         raise ValueError("the model was not patched: patch(model) comes before unpatch(model), on the same model")
