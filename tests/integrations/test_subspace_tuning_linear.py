@@ -264,6 +264,27 @@ def test_reset_parameters_begins_anew(semantics):
     assert empty.lora_A.is_meta and "on meta" not in repr(empty)
 
 
+@both_semantics
+def test_a_head_that_trains_is_kept_whenever_that_was_said(semantics, tmp_path):
+    torch.manual_seed(0)
+    model = nn.Sequential(Linear(WIDTH, 32, r=2, semantics=semantics), nn.Linear(32, CLASSES))
+    mark_only_lora_as_trainable(model)
+    model[1].requires_grad_(True)
+    losses_of(model, 2, schedule=schedule_for(model, semantics))
+    save_adapter(model, tmp_path)
+    plain = nn.Sequential(nn.Linear(WIDTH, 32), nn.Linear(32, CLASSES))
+    load_adapter(plain, tmp_path)
+    assert torch.equal(plain[1].weight, model[1].weight)
+    other = nn.Sequential(Linear(WIDTH, 32, r=2, semantics=semantics), nn.Linear(32, CLASSES))
+    other[0].warmup = 7
+    mark_only_lora_as_trainable(other)
+    other[1].requires_grad_(True)
+    schedule_for(other, semantics)
+    load_adapter(other, tmp_path)
+    assert torch.equal(other[1].weight, model[1].weight)
+    assert other[0].warmup == 100 and loradash.dash_state(other).config.prelaunch_steps == 100
+
+
 def test_all_biases_may_train_and_the_file_s_limit_is_told():
     torch.manual_seed(0)
     model = nn.Sequential(Linear(WIDTH, CLASSES, r=2), nn.LayerNorm(CLASSES))

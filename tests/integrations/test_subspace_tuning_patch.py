@@ -335,6 +335,24 @@ def test_sdg_calls_a_base_layer_that_is_more_than_a_product():
     assert len(seen) == 3, "merged, the base layer is called as well"
 
 
+@pytest.mark.parametrize("dialect", DIALECTS)
+@both_semantics
+def test_a_copy_of_a_patched_model_is_whole(dialect, semantics):
+    model = make_model(dialect, "restated", warmup=6)
+    patch(model, semantics)
+    trained(model, 9, DashSchedule(model, progress=False) if semantics == "loradash" else None)
+    other = copy.deepcopy(model)
+    y = model(X)
+    assert torch.equal(other(X), y)
+    inside = {id(m) for m in other.modules()}
+    layers = dash_layers(other)
+    assert all(id(getattr(layer, "host", layer)) in inside for layer in layers.values())
+    trained(other, 2)
+    assert torch.equal(model(X), y) and (other(X) - y).abs().max() > 0
+    unpatch(other)
+    assert [type(m) for m in other.modules()] == [type(m) for m in make_model(dialect, "restated").modules()]
+
+
 def test_conversions_of_the_model_take_everything_along():
     for dialect in DIALECTS:
         model = make_model(dialect, "restated", warmup=6)

@@ -12,7 +12,7 @@ from ...state import STATE, plain_name
 from .dialects import INDEX, KEYS, PARTS, WARMUP
 from .kinds import DropInLayer, adopt
 from .layers import Semantics
-from .patch import attach, settings_of_run
+from .run import attach, settings_of_run
 
 _BIASES = ("none", "all", "lora_only")
 

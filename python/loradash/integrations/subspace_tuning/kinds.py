@@ -13,7 +13,7 @@ from ...base_layers import computes_plainly, features
 from ...config import DashConfig
 from ...state import VIEW
 from .dialects import FLAG, KEYS
-from .layers import AuthorsLayer, Semantics, patched_class, rebuilt
+from .layers import AuthorsLayer, Semantics, patched_class
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 # What `AuthorsLayer.start` gives a layer besides its buffer.
@@ -89,6 +89,7 @@ class SdgLayer(AuthorsLayer):
 
     def take_settings(self, config: DashConfig) -> None:
         self.host.scaling[self.adapter] = config.scaling
+        self.host.warmup = config.prelaunch_steps
         if config.dropout != self.drop_probability():
             self.host.lora_dropout[self.adapter] = nn.Dropout(config.dropout)
 
@@ -192,9 +193,6 @@ class SdgHost(nn.Module):
         u = found.get(f"{prefix}{KEYS['sdg']['dash_u'].format(adapter=view.adapter)}")
         if u is not None:
             view.note_loaded(flag, u)
-
-    def __reduce_ex__(self, protocol: Any) -> tuple:
-        return rebuilt, type(self).origin, self.__dict__
 
 
 def adopt(module: nn.Module, kind: type[AuthorsLayer], semantics: Semantics, name: str = "") -> AuthorsLayer:

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from loradash_kernels import Directions, dash_linear, low_rank_update, task_specific_directions
 
 from ...config import DashConfig
+from ...distributed import shard_of
 from ...linear import DashLinear
 from ...state import DashState
 from .dialects import FLAG, KEYS, Dialect
@@ -102,8 +103,9 @@ class AuthorsLayer(DashLinear):
         self.take_settings(config)
 
     def take_settings(self, config: DashConfig) -> None:
-        """Their own scaling and dropout become those of the settings."""
+        """Their own scaling, warm-up and dropout become those of the settings."""
         self.__dict__["scaling"] = config.scaling
+        self.warmup = config.prelaunch_steps
         if config.dropout != self.drop_probability():
             self.lora_dropout = nn.Dropout(config.dropout)
 
@@ -117,6 +119,10 @@ class AuthorsLayer(DashLinear):
         if part == "dash_sigma":
             tensor = tensor if tensor.dim() == 1 else tensor.view(-1)
         return tensor if self._width is None else tensor.narrow(dim, 0, self._width)
+
+    def has_sigma_whole(self) -> bool:
+        """Is Δσ a parameter of theirs as it is, and no view of one?"""
+        return self._width is None and self.stored("dash_sigma").dim() == 1
 
     @property
     def lora_a(self) -> Tensor:  # type: ignore[override]
@@ -252,7 +258,9 @@ class AuthorsLayer(DashLinear):
                 f"{self._label()} counts forward calls and launches itself (semantics='authors'); for DashSchedule and "
                 "prelaunch give semantics='loradash'"
             )
-        super().launch(directions)
+        # U and V are parameters here, and FSDP2 shards those.
+        u, vt = shard_of(directions.u, self.dash_u), shard_of(directions.vt, self.dash_vt)
+        super().launch(directions._replace(u=u, vt=vt))
         self.note_phase(True, self.FLAG)
 
     def _remind(self) -> None:
@@ -338,9 +346,6 @@ class AuthorsLayer(DashLinear):
             )
         return u, vt
 
-    def __reduce_ex__(self, protocol: Any) -> tuple:
-        return rebuilt, type(self).origin, self.__dict__
-
 
 _CLASSES: dict[tuple[type[nn.Module], type[nn.Module]], type[nn.Module]] = {}
 
@@ -348,12 +353,17 @@ _CLASSES: dict[tuple[type[nn.Module], type[nn.Module]], type[nn.Module]] = {}
 def patched_class(kind: type[nn.Module], theirs: type[nn.Module]) -> type[nn.Module]:
     """The class of a layer of theirs that computes as `kind` does: of both, under the name of theirs."""
     if (kind, theirs) not in _CLASSES:
-        names = {"__module__": theirs.__module__, "__qualname__": theirs.__qualname__, "__doc__": theirs.__doc__}
-        _CLASSES[kind, theirs] = type(theirs.__name__, (kind, theirs), {**names, "origin": (kind, theirs)})
+        names = {name: getattr(theirs, name) for name in ("__module__", "__qualname__", "__doc__")}
+        own = {"origin": (kind, theirs), "__reduce_ex__": _reduced}
+        _CLASSES[kind, theirs] = type(theirs.__name__, (kind, theirs), {**names, **own})
     return _CLASSES[kind, theirs]
 
 
-def rebuilt(kind: type[nn.Module], theirs: type[nn.Module]) -> nn.Module:
+def _reduced(layer: nn.Module, protocol: Any) -> tuple:
+    return _rebuilt, type(layer).origin, layer.__dict__  # type: ignore[attr-defined]
+
+
+def _rebuilt(kind: type[nn.Module], theirs: type[nn.Module]) -> nn.Module:
     """An empty layer of a patched class, which pickle and copy fill: they cannot find a class that has no place in a module."""
     cls = patched_class(kind, theirs)
     return cls.__new__(cls)

@@ -10,13 +10,12 @@ import torch
 from torch import nn
 
 from ...base_layers import is_linear, treatment
-from ...config import DashConfig
 from ...model import wrappers
 from ...quantised import is_quantised
-from ...state import STATE, DashState, plain_name
+from ...state import STATE, plain_name
 from .kinds import CrMrLayer, DropInLayer, LoralibLayer, SdgHost, SdgLayer, adopt, release
 from .layers import AuthorsLayer, Semantics
-from .run import CountedState, one_of, run_config, trained_modules
+from .run import attach, hosts_of, one_of
 
 _ADAPTER_NAMES = ("lora_A", "lora_B", "lora_embedding_A", "lora_index")
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
@@ -83,41 +82,18 @@ def patch(model: nn.Module, semantics: Semantics = "loradash", step: int | None 
     return PatchReport({name: kind.dialect for name, (_, kind) in found.items()}, left)
 
 
-def attach(model: nn.Module, layers: Mapping[str, AuthorsLayer], step: int | None = None) -> None:
-    """Leaves on the model the state of a run with these layers, which are of one semantics."""
-    config = settings_of_run(model, layers)
-    semantics = one_of({name: layer.semantics for name, layer in layers.items()}, "semantics", "a model has one")
-    state = CountedState(config, layers) if semantics == "authors" else DashState(config)
-    if semantics == "loradash":
-        state.step = max(layer.FLAG for layer in layers.values()) if step is None else step
-    for i, layer in enumerate(layers.values()):
-        layer.run = state
-        # One layer speaks for all.
-        layer.reminded = i > 0
-    setattr(model, STATE, state)
-
-
-def settings_of_run(model: nn.Module, layers: Mapping[str, AuthorsLayer]) -> DashConfig:
-    """The settings of a model with these layers, as it trains now."""
-    return run_config({name: layer.config for name, layer in layers.items()}, trained_modules(model, _hosts(model)))
-
-
 def unpatch(model: nn.Module) -> None:
     """Gives the layers that `patch` took their own classes back, in the phase and with the FLAG that they have by now.
 
     Raises ValueError for a model that has none.
     """
     model = model._modules.get("_orig_mod") or model
-    hosts = _hosts(model)
+    hosts = hosts_of(model)
     if not hosts or STATE not in model.__dict__ or any(isinstance(module, DropInLayer) for module in hosts):
         raise ValueError("the model was not patched: patch(model) comes before unpatch(model), on the same model")
     for module in hosts:
         release(module)
     delattr(model, STATE)
-
-
-def _hosts(model: nn.Module) -> list[nn.Module]:
-    return [module for module in model.modules() if isinstance(module, AuthorsLayer | SdgHost)]
 
 
 def _sorted_layers(model: nn.Module) -> tuple[dict[str, tuple[nn.Module, type[AuthorsLayer]]], dict[str, str]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 import warnings
 from collections import Counter
@@ -11,29 +12,59 @@ from typing import Any
 from torch import nn
 
 from ...config import OVERRIDABLE, DashConfig
-from ...state import DashState
+from ...distributed import is_sharded
+from ...state import STATE, DashState
+from .kinds import SdgHost
 from .layers import AuthorsLayer
 
 _COMMON = {"warmup": "prelaunch_steps", "lora_dropout": "dropout"}
 """What a run has one of, by the name of theirs and ours."""
 
 
+class ScheduledState(DashState):
+    """The state of a model with `AuthorsLayer`s that a schedule steps. What else trains is often said after it was made: it is
+    read again when the schedule is."""
+
+    def __init__(self, model: nn.Module, layers: Mapping[str, AuthorsLayer], step: int) -> None:
+        super().__init__(settings_of_run(model, layers), step)
+        self._model, self._layers = model, dict(layers)
+
+    def claim(self) -> int:
+        for name, layer in self._layers.items():
+            if is_sharded(layer.stored("dash_sigma")) and not layer.has_sigma_whole():
+                raise ValueError(
+                    f"{name} is sharded (DTensor), and its delta sigma is not kept as one vector of its own size; convert its "
+                    "checkpoint for apply_dash, whose layers can be sharded"
+                )
+        found = settings_of_run(self._model, self._layers)
+        self.config = dataclasses.replace(found, svd=self.config.svd, bypassed=self.config.bypassed)
+        return super().claim()
+
+
 class CountedState(DashState):
-    """The state of a model whose layers count their own forward calls: its step is their count.
+    """The state of a model whose layers count their own forward calls: its step is their count, its settings are as they are.
 
     Raises ValueError where the layers disagree, and for a DashSchedule.
     """
 
-    def __init__(self, config: DashConfig, layers: Mapping[str, AuthorsLayer]) -> None:
-        # The base class sets a step of 0, which is not the layers'.
+    def __init__(self, model: nn.Module, layers: Mapping[str, AuthorsLayer]) -> None:
+        # The base class sets settings and a step of 0, which are not the layers'.
         self._layers: dict[str, AuthorsLayer] = {}
-        super().__init__(config)
-        self._layers = dict(layers)
+        super().__init__(settings_of_run(model, layers))
+        self._model, self._layers = model, dict(layers)
+
+    @property
+    def config(self) -> DashConfig:
+        return settings_of_run(self._model, self._layers)
+
+    @config.setter
+    def config(self, config: DashConfig) -> None:
+        """Those of an adapter's file are given to the layers themselves."""
 
     @property
     def step(self) -> int:
         counts = {name: layer.FLAG for name, layer in self._layers.items()}
-        return one_of(counts, "FLAG", "their state dict keeps every layer's own") if counts else 0
+        return one_of(counts, "FLAG", "their state dict keeps every layer's own")
 
     @step.setter
     def step(self, step: int) -> None:
@@ -45,6 +76,30 @@ class CountedState(DashState):
             "the layers count their own forward calls and launch themselves (semantics='authors'); DashSchedule is for "
             "semantics='loradash'"
         )
+
+
+def attach(model: nn.Module, layers: Mapping[str, AuthorsLayer], step: int | None = None) -> None:
+    """Leaves on the model the state of a run with these layers, which are of one semantics."""
+    semantics = one_of({name: layer.semantics for name, layer in layers.items()}, "semantics", "a model has one")
+    first = max(layer.FLAG for layer in layers.values()) if step is None else step
+    state = CountedState(model, layers) if semantics == "authors" else ScheduledState(model, layers, first)
+    for i, layer in enumerate(layers.values()):
+        layer.run = state
+        # One layer speaks for all.
+        layer.reminded = i > 0
+    setattr(model, STATE, state)
+
+
+def settings_of_run(model: nn.Module, layers: Mapping[str, AuthorsLayer]) -> DashConfig:
+    """The settings of a model with these layers, as it trains now."""
+    return run_config(
+        {name: layer.settings() for name, layer in layers.items()}, trained_modules(model, hosts_of(model))
+    )
+
+
+def hosts_of(model: nn.Module) -> list[nn.Module]:
+    """The modules of a model that compute by an `AuthorsLayer`."""
+    return [module for module in model.modules() if isinstance(module, AuthorsLayer | SdgHost)]
 
 
 def one_of(values: Mapping[str, Any], what: str, hint: str) -> Any:
