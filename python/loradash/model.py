@@ -17,7 +17,7 @@ from .config import DashConfig
 from .distributed import reshard
 from .linear import DashLinear
 from .quantised import RequantisationError
-from .state import STATE, DashState, dash_layers, dash_state, own_layers, plain_name, unwrap
+from .state import STATE, DashState, dash_layers, dash_state, own_layers, parameter_of, plain_name, unwrap
 from .targets import check_patterns, target_layers, trainable_modules
 
 
@@ -226,7 +226,7 @@ class Summary:
 def summary(model: nn.Module) -> Summary:
     """How many parameters train, and where."""
     layers = dash_layers(model)
-    ours = {id(p) for m in layers.values() for p in (m.lora_a, m.lora_b, m.dash_sigma)}
+    ours = {id(parameter_of(p)) for m in layers.values() for p in (m.lora_a, m.lora_b, m.dash_sigma)}
     parameters = list(unwrap(model).parameters())
     adapters = sum(p.numel() for p in parameters if id(p) in ours and p.requires_grad)
     other = sum(p.numel() for p in parameters if id(p) not in ours and p.requires_grad)

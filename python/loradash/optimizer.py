@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from .state import dash_layers, dash_state, plain_name
+from .state import dash_layers, dash_state, parameter_of, plain_name
 
 
 def dash_parameter_groups(
@@ -62,7 +62,11 @@ def dash_parameter_groups(
     }
     ours: dict[int, str] = {}
     for layer in dash_layers(model).values():
-        ours |= {id(layer.lora_a): "adapters", id(layer.lora_b): "adapters", id(layer.dash_sigma): "sigma"}
+        ours |= {
+            id(layer.lora_a): "adapters",
+            id(layer.lora_b): "adapters",
+            id(parameter_of(layer.dash_sigma)): "sigma",
+        }
     undecayed = _undecayed(model)
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:

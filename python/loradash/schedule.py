@@ -16,7 +16,7 @@ from .cache import SpectralCache
 from .distributed import gathered, is_sharded
 from .model import train_sigma_alone
 from .prelaunch import LayerReport, prelaunch
-from .state import AdaptedLayer, dash_layers, dash_state
+from .state import AdaptedLayer, dash_layers, dash_state, parameter_of
 
 
 class DashSchedule:
@@ -153,7 +153,7 @@ class DashSchedule:
         if self._is_settled():
             return
         for layer in self._layers.values():
-            layer.dash_sigma.grad = None
+            parameter_of(layer.dash_sigma).grad = None
 
     def _look_after_layers(self) -> None:
         if dash_state(self.model) is not self.state:
@@ -231,7 +231,10 @@ class _OptimizerWatch:
             self.taken += overflow is None or not bool(overflow)
 
     def _is_ours(self, optimizer: torch.optim.Optimizer) -> bool:
-        ours = {id(p) for layer in self._layers.values() for p in (layer.lora_a, layer.lora_b, layer.dash_sigma)}
+        # A layer that another framework took back has none.
+        layers = [layer for layer in self._layers.values() if hasattr(layer, "lora_a")]
+        parts = (p for layer in layers for p in (layer.lora_a, layer.lora_b, layer.dash_sigma))
+        ours = {id(parameter_of(p)) for p in parts}
         return any(id(p) in ours for group in optimizer.param_groups for p in group["params"])
 
 

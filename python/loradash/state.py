@@ -24,6 +24,9 @@ STATE = "_loradash_state"
 HOST = "_loradash_host"
 """An attribute of the class of layers that another framework made: a function of the model that gives its `Host`."""
 
+VIEW = "_loradash_view"
+"""The attribute of a layer, of another framework's class, that holds the `DashLinear` which computes it."""
+
 _WRAPPERS = re.compile(r"(^|\.)(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)(?=\.|$)")
 
 
@@ -191,6 +194,11 @@ def dash_layers(model: nn.Module) -> dict[str, AdaptedLayer]:
     return host.layers() if host is not None else {**_own(model if found is None else found)}
 
 
+def parameter_of(tensor: Tensor) -> Tensor:
+    """The parameter that a part of an adapted layer is, or is a view of: what an optimizer has."""
+    return tensor if tensor._base is None else tensor._base
+
+
 def own_layers(model: nn.Module, instead: str = "its own functions") -> dict[str, DashLinear]:
     """The layers that `apply_dash` made. Raises TypeError for a PEFT model, which has a call of its own: `instead`."""
     if host_of(model) is not None:
@@ -199,4 +207,5 @@ def own_layers(model: nn.Module, instead: str = "its own functions") -> dict[str
 
 
 def _own(root: nn.Module) -> dict[str, DashLinear]:
-    return {plain_name(name): m for name, m in root.named_modules() if isinstance(m, DashLinear)}
+    found = {plain_name(name): m.__dict__.get(VIEW, m) for name, m in root.named_modules()}
+    return {name: m for name, m in found.items() if isinstance(m, DashLinear)}

@@ -62,7 +62,13 @@ def _check(model: nn.Module, layers: Mapping[str, DashLinear]) -> None:
     for module_name, module in model.named_modules():
         if isinstance(module, wrappers()):
             raise ValueError(f"{module_name or 'the model'} is a {type(module).__name__}; pass the model inside it")
+    places = set(model.modules())
     for name, layer in layers.items():
+        if layer not in places or (layer.base is None and layer.adopted is None):
+            raise ValueError(
+                f"{name} is a layer of another framework's class, which has no plain one to come back to: "
+                "save_adapter(model, path), then merge_and_unload(load_adapter(plain_model, path))"
+            )
         if any(is_sharded(p) for p in layer.parameters()):
             raise ValueError(
                 f"{name} is sharded (DTensor), and its parts belong to the sharded model: save_adapter(model, path) in every "

@@ -36,10 +36,14 @@ FLOORS = {
         "fingerprint", "cache", "background_process", "batches", "prelaunch", "schedule", "optimizer", "plots", "analysis", "integrations",
         "devices", "machine", "cli", "__init__",
     ),
-    "python/loradash/integrations": ("__init__", "lightning", "peft", "transformers"),
+    "python/loradash/integrations": ("__init__", "lightning", "peft", "subspace_tuning", "transformers"),
     "python/loradash/integrations/peft": (
         "fused", "accelerated_layer", "accelerator", "versions", "registration", "config", "files", "views", "merging", "layer",
         "model", "__init__",
+    ),
+    "python/loradash/integrations/subspace_tuning": (
+        "dialects", "recovery", "layers", "kinds", "run", "patch", "drop_in", "settings", "state_dicts",
+        "convert", "__init__",
     ),
 }  # fmt: skip
 

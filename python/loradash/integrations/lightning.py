@@ -14,7 +14,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from ..cache import SpectralCache
 from ..distributed import gathered
 from ..schedule import DashSchedule
-from ..state import dash_layers, dash_state, plain_name
+from ..state import dash_layers, dash_state, parameter_of, plain_name
 
 try:
     from lightning.pytorch import __version__ as _version
@@ -196,7 +196,9 @@ class DashCallback(Callback):
 
 
 def _adapter_ids(model: nn.Module) -> set[int]:
-    return {id(p) for layer in dash_layers(model).values() for p in (layer.lora_a, layer.lora_b, layer.dash_sigma)}
+    layers = dash_layers(model).values()
+    parts = (p for m in layers for p in (m.lora_a, m.lora_b, m.dash_sigma, m.dash_u, m.dash_vt))
+    return {id(parameter_of(p)) for p in parts}
 
 
 def _train_again(model: nn.Module, trained: Iterable[str]) -> None:

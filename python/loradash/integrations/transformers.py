@@ -16,9 +16,8 @@ from loradash_kernels.files import replace_bytes, replace_file
 from ..cache import SpectralCache
 from ..checkpoint import save_adapter
 from ..distributed import gathered, is_sharded
-from ..linear import DashLinear
 from ..schedule import DashSchedule
-from ..state import dash_layers, dash_state, host_of, plain_name
+from ..state import dash_layers, dash_state, host_of, parameter_of, plain_name
 
 try:
     from transformers import PreTrainedModel, Trainer, TrainerCallback
@@ -273,10 +272,9 @@ class _AdaptersAlone:
 def _frozen(model: nn.Module) -> set[str]:
     """Names of the parameters that training leaves alone: all that are frozen, but for the adapters' own."""
     own = {
-        id(p)
-        for layer in model.modules()
-        if isinstance(layer, DashLinear)
-        for p in (layer.lora_a, layer.lora_b, layer.dash_sigma)
+        id(parameter_of(p))
+        for layer in dash_layers(model).values()
+        for p in (layer.lora_a, layer.lora_b, layer.dash_sigma, layer.dash_u, layer.dash_vt)
     }
     parameters = model.named_parameters(remove_duplicate=False)
     return {plain_name(name) for name, p in parameters if not p.requires_grad and id(p) not in own}
