@@ -118,7 +118,9 @@ class SpectralCache:
         if merged:
             raise ValueError(f"unmerge(model) before its weights are decomposed; merged: {', '.join(merged[:4])}")
         left_out = [
-            n for n, layer in layers.items() if layer.weight.is_meta or any(map(is_sharded, layer.parameters()))
+            n
+            for n, layer in layers.items()
+            if layer.weight.is_meta or any(map(is_sharded, (layer.weight, layer.lora_a)))
         ]
         if left_out:
             warnings.warn(

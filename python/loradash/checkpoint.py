@@ -19,7 +19,7 @@ from .config import DashConfig
 from .distributed import gathered, reshard, shard_of
 from .linear import DashLinear, adapter_shapes
 from .model import apply_dash
-from .state import STATE, dash_layers, dash_state, unwrap
+from .state import STATE, dash_state, own_layers, unwrap
 from .targets import is_target, module_tensors, target_layers, trainable_modules
 
 FORMAT = "loradash-1"
@@ -47,7 +47,7 @@ def _file(path: str | os.PathLike) -> Path:
 
 def _adapter_tensors(model: nn.Module, config: DashConfig) -> dict[str, Tensor]:
     tensors: dict[str, Tensor] = {}
-    for name, layer in dash_layers(model).items():
+    for name, layer in own_layers(model).items():
         for key in _TENSORS:
             tensors[f"{name}.{key}"] = getattr(layer, key)
         if config.train_bias and layer.bias is not None:
@@ -67,6 +67,7 @@ def save_adapter(model: nn.Module, path: str | os.PathLike) -> Path:
 
     Returns the file. The settings are JSON in its header, under "loradash".
     """
+    own_layers(model, "model.save_pretrained(path)")
     state = dash_state(model)
     reshard(model)
     tensors = {k: gathered(t).cpu().contiguous().clone() for k, t in _adapter_tensors(model, state.config).items()}
@@ -79,7 +80,7 @@ def save_adapter(model: nn.Module, path: str | os.PathLike) -> Path:
 
 
 def _check_whole(model: nn.Module, tensors: dict[str, Tensor]) -> None:
-    for name, layer in dash_layers(model).items():
+    for name, layer in own_layers(model).items():
         for key, shape in adapter_shapes(layer.out_features, layer.in_features, layer.config).items():
             found = tuple(tensors[f"{name}.{key}"].shape)
             if found != shape:
@@ -144,7 +145,7 @@ def _wanted(file: Path, model: nn.Module, config: DashConfig) -> dict[str, Tenso
 def _check_settings(file: Path, model: nn.Module, config: DashConfig, own: dict[str, Tensor]) -> None:
     """Do the settings of a file describe these adapters? Their tensors may have the right shapes all the same."""
     problems = [f"{key} is kept by one alone" for key in own.keys() ^ _adapter_tensors(model, config).keys()]
-    for name, layer in dash_layers(model).items():
+    for name, layer in own_layers(model).items():
         problems += [] if is_target(name, config) else [f"{name} is no target"]
         for key, shape in adapter_shapes(layer.out_features, layer.in_features, config.for_module(name)).items():
             found = tuple(own[f"{name}.{key}"].shape)
@@ -205,7 +206,7 @@ def _write(own: dict[str, Tensor], values: dict[str, Tensor]) -> None:
 
 def _exchange(file: Path, model: nn.Module, values: dict[str, Tensor], config: DashConfig) -> None:
     """Writes values and settings of all layers, merged ones too. If the new adapter cannot be merged, the old one stays."""
-    layers = dash_layers(model)
+    layers = own_layers(model)
     merged = [layer for layer in layers.values() if layer.merged]
     own = _adapter_tensors(model, dash_state(model).config)
     before = {key: tensor.detach().clone() for key, tensor in own.items()} if merged else {}
@@ -244,6 +245,7 @@ def load_adapter(model: nn.Module, path: str | os.PathLike) -> nn.Module:
     Raises AdapterError, with the file's name, for a file that is missing, truncated or foreign, for tensors that are
     missing, left over, of another shape, not finite or too large for the model's dtype, and for a model on the meta device.
     """
+    own_layers(model, "model.load_adapter(path, adapter_name)")
     file = _file(path)
     adapter = _read(file)
     reshard(model)
@@ -267,7 +269,7 @@ def _resume(model: nn.Module, adapter: Adapter) -> None:
     # Schedules hold this object: it is changed, not replaced.
     state = dash_state(model)
     if adapter.dash_only or state.dash_only:
-        for layer in dash_layers(model).values():
+        for layer in own_layers(model).values():
             layer.lora_a.requires_grad_(not adapter.dash_only)
             layer.lora_b.requires_grad_(not adapter.dash_only)
     state.config, state.step, state.dash_only = adapter.config, adapter.step, adapter.dash_only

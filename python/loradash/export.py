@@ -28,7 +28,7 @@ from .peft_layout import (
     view_of,
     warn_of_tied_targets,
 )
-from .state import dash_layers, dash_state, plain_name, unwrap
+from .state import AdaptedLayer, dash_state, host_of, own_layers, plain_name, unwrap
 from .targets import module_tensors
 
 
@@ -48,11 +48,15 @@ def export_lora(model: nn.Module, path: str | os.PathLike) -> Path:
     under two names, a module trained as a whole whose weight is tied to another's, layers whose parent reads their weight,
     names that PEFT cannot tell apart.
     """
+    host = host_of(model)
+    if host is not None:
+        host.export_lora(Path(path))
+        return Path(path)
     root, config = unwrap(model), dash_state(model).config
     if config.train_bias:
         raise ValueError("export_lora cannot carry trained biases (train_bias=True); merge(model) and save the weights")
     reshard(model)
-    merged = any(layer.merged for layer in dash_layers(model).values())
+    merged = any(layer.merged for layer in own_layers(model).values())
     # A merged weight is a tensor of its own: which modules share it shows only after unmerging.
     with disable(model) if merged else contextlib.nullcontext():
         layout, tensors = _contents(model, root)
@@ -80,7 +84,7 @@ def _contents(model: nn.Module, root: nn.Module) -> tuple[Layout, dict[str, Tens
 
 
 @torch.no_grad()
-def _folded(layer: DashLinear) -> tuple[Tensor, Tensor]:
+def folded(layer: AdaptedLayer) -> tuple[Tensor, Tensor]:
     """A (R, K) and B (N, R) of the whole update, float32, R = r + s."""
     lora_a, lora_b, sigma, u, vt = (
         gathered(t).float() for t in (layer.lora_a, layer.lora_b, layer.dash_sigma, layer.dash_u, layer.dash_vt)
@@ -92,7 +96,7 @@ def _tensors(layout: Layout) -> dict[str, Tensor]:
     """Everything under PEFT's names, on the CPU."""
     tensors: dict[str, Tensor] = {}
     for name, layer in layout.adapted.items():
-        a, b = (t.cpu() for t in _folded(layer))
+        a, b = (t.cpu() for t in folded(layer))
         more = layout.rank - a.shape[0]
         tensors[f"{PREFIX}{name}.lora_A.weight"] = nn.functional.pad(a, (0, 0, 0, more)).contiguous()
         tensors[f"{PREFIX}{name}.lora_B.weight"] = nn.functional.pad(b, (0, more)).contiguous()

@@ -16,7 +16,7 @@ from .bypass import bypassed_children, child_at
 from .config import DashConfig
 from .distributed import reshard
 from .linear import DashLinear
-from .state import STATE, DashState, dash_layers, dash_state, unwrap
+from .state import STATE, DashState, dash_layers, dash_state, own_layers, unwrap
 from .targets import check_patterns, target_layers, trainable_modules
 
 
@@ -144,7 +144,7 @@ def merge(model: nn.Module) -> None:
     reshard(model)
     done: list[DashLinear] = []
     try:
-        for layer in dash_layers(model).values():
+        for layer in own_layers(model, "model.merge_adapter()").values():
             if not layer.merged:
                 layer.merge()
                 done.append(layer)
@@ -157,14 +157,14 @@ def merge(model: nn.Module) -> None:
 def unmerge(model: nn.Module) -> None:
     """Undoes `merge`, bit for bit."""
     reshard(model)
-    for layer in dash_layers(model).values():
+    for layer in own_layers(model, "model.unmerge_adapter()").values():
         layer.unmerge()
 
 
 @contextlib.contextmanager
 def disable(model: nn.Module) -> Iterator[nn.Module]:
     """Within the block the model is the frozen base model. Merged layers are unmerged for its length."""
-    layers = list(dash_layers(model).values())
+    layers = list(own_layers(model, "model.disable_adapter()").values())
     before = [(layer.enabled, layer.merged) for layer in layers]
     for layer in layers:
         layer.unmerge()
@@ -180,7 +180,7 @@ def disable(model: nn.Module) -> Iterator[nn.Module]:
 
 def dash_only(model: nn.Module) -> None:
     """From now on only Δσ trains: A and B are frozen. Raises ValueError before launch."""
-    layers = dash_layers(model)
+    layers = own_layers(model, "requires_grad_(False) on its lora_A and lora_B")
     waiting = [name for name, layer in layers.items() if not bool(layer.launched)]
     if waiting:
         raise ValueError(f"dash_only comes after launch; still in pre-launch: {', '.join(waiting[:4])}")

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from .bypass import child_at, mended_children
 from .linear import DashLinear
-from .state import dash_layers, dash_state, plain_name
+from .state import dash_state, own_layers, plain_name
 from .targets import trainable_modules
 
 PREFIX = "base_model.model."
@@ -73,7 +73,7 @@ def view_of(model: nn.Module, root: nn.Module) -> View:
         modules[name] = module
         if isinstance(module, DashLinear):
             layer = name
-    adapted = dash_layers(model)
+    adapted = own_layers(model)
     whole = {n: modules[n] for n in trainable_modules(model, dash_state(model).config)}
     return View(modules, adapted, whole)
 

@@ -15,9 +15,8 @@ from loradash_kernels import Directions, task_specific_directions
 from .batches import batch_elements, is_out_of_memory, no_memory, release
 from .cache import SpectralCache
 from .distributed import cost, exchange_directions, gather_in_turns, gathered, is_sharded, place, reshard, share_out
-from .linear import DashLinear
 from .meeting import Meeting
-from .state import dash_layers, dash_state
+from .state import AdaptedLayer, dash_layers, dash_state
 
 
 @dataclass(frozen=True)
@@ -78,7 +77,7 @@ def prelaunch(
     return [LayerReport(n, found[n].routes[0], found[n].rate, found[n].sigma, found[n].index) for n in names]
 
 
-def _check_phase(layers: dict[str, DashLinear]) -> None:
+def _check_phase(layers: dict[str, AdaptedLayer]) -> None:
     for wrong, text in (
         (lambda layer: layer.merged, "unmerge(model) before prelaunch; merged"),
         (lambda layer: layer.lora_a.is_meta, "prelaunch needs the weights; on meta"),
@@ -97,7 +96,7 @@ class _Finder:
 
     def __init__(
         self,
-        layers: dict[str, DashLinear],
+        layers: dict[str, AdaptedLayer],
         adapters: dict[str, tuple[Tensor, Tensor]],
         method: str,
         cache: SpectralCache | None,

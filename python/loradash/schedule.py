@@ -14,9 +14,8 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 
 from .cache import SpectralCache
 from .distributed import gathered, is_sharded
-from .linear import DashLinear
 from .prelaunch import LayerReport, prelaunch
-from .state import dash_layers, dash_state
+from .state import AdaptedLayer, dash_layers, dash_state
 
 
 class DashSchedule:
@@ -125,7 +124,7 @@ class DashSchedule:
 class _OptimizerWatch:
     """Counts the steps that torch.optim's optimizers take on the adapters, by hooks on all of them."""
 
-    def __init__(self, layers: dict[str, DashLinear], before: Callable[[], None]) -> None:
+    def __init__(self, layers: dict[str, AdaptedLayer], before: Callable[[], None]) -> None:
         self._layers = layers
         self._before = weakref.WeakMethod(before)
         self._taken = 0
@@ -197,7 +196,7 @@ def _remove(handles: tuple) -> None:
 class _GradientWatch:
     """Notes which layers' B gets a gradient: one that gets none is unused, or its parent passes it by."""
 
-    def __init__(self, layers: dict[str, DashLinear]) -> None:
+    def __init__(self, layers: dict[str, AdaptedLayer]) -> None:
         self._layers = {name: layer for name, layer in layers.items() if layer.lora_b.requires_grad}
         self._arrived: set[str] = set()
         self._handles = [

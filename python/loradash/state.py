@@ -1,17 +1,27 @@
-"""What `apply_dash` leaves on a model, and how it is found again, whatever the model was wrapped in since."""
+"""What `apply_dash` leaves on a model, and how it is found again, whatever the model was wrapped in since.
+
+Models that another framework adapted (PEFT) are found too: they tell of their adapters by a `Host`.
+"""
 
 from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
 
-from torch import nn
+from torch import Tensor, nn
+
+from loradash_kernels import Directions
 
 from .config import DashConfig
 from .linear import DashLinear
 
 STATE = "_loradash_state"
 """The attribute of the adapted model that holds its `DashState`."""
+
+HOST = "_loradash_host"
+"""The attribute, of a class, that gives the `Host` of a module which another framework adapted."""
 
 _WRAPPERS = re.compile(r"(^|\.)(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)(?=\.|$)")
 
@@ -37,22 +47,119 @@ class DashState:
         return self.schedules
 
 
-def unwrap(model: nn.Module) -> nn.Module:
-    """The module that `apply_dash` was called on, wherever it sits in `model` (inside DistributedDataParallel, an engine,
-    torch.compile, a larger model); `model` itself where there is none. Raises ValueError where there are several."""
-    found = [module for module in model.modules() if STATE in module.__dict__]
+class AdaptedLayer(Protocol):
+    """A linear layer (N, K) with one LoRA-Dash adapter: a `DashLinear`, or a view of a layer that another framework made.
+
+    Equal and of one hash where layer and adapter are the same.
+
+    Attributes:
+        name: the layer's name in the model.
+        config: the settings of this layer.
+        lora_a (r, K), lora_b (N, r), dash_sigma (s): parameters. dash_u (N, s), dash_vt (s, K), launched (bool): buffers.
+        weight: as the layer stores it. base: the layer that multiplies with it in a way of its own; None where `oriented`
+            makes (N, K) of it.
+        merged: is the update in the weight?
+    """
+
+    name: str
+
+    @property
+    def config(self) -> DashConfig: ...
+    @property
+    def lora_a(self) -> Tensor: ...
+    @property
+    def lora_b(self) -> Tensor: ...
+    @property
+    def dash_sigma(self) -> Tensor: ...
+    @property
+    def dash_u(self) -> Tensor: ...
+    @property
+    def dash_vt(self) -> Tensor: ...
+    @property
+    def launched(self) -> Tensor: ...
+    @property
+    def scaling(self) -> float: ...
+    @property
+    def in_features(self) -> int: ...
+    @property
+    def out_features(self) -> int: ...
+    @property
+    def weight(self) -> Tensor: ...
+    @property
+    def base(self) -> nn.Module | None: ...
+    @property
+    def merged(self) -> bool: ...
+    def weight_nk(self) -> Tensor:
+        """W (N, K): a view, or a new tensor with every call."""
+        ...
+
+    def oriented(self, weight: Tensor) -> Tensor:
+        """A tensor of the stored weight's shape as (N, K)."""
+        ...
+
+    def launch(self, directions: Directions) -> None:
+        """Takes u (N, s) and vt (s, K), and starts Δσ at zero; ValueError, and no change, where that cannot be."""
+        ...
+
+
+class Host(Protocol):
+    """A model that another framework adapted, seen through its active adapter. ValueError where there is not exactly one."""
+
+    def root(self) -> nn.Module:
+        """The model in which the layers have their names."""
+        ...
+
+    def layers(self) -> dict[str, AdaptedLayer]:
+        """The layers that have the adapter, by plain name."""
+        ...
+
+    def state(self) -> DashState:
+        """The adapter's own, the same object with every call."""
+        ...
+
+    def export_lora(self, folder: Path) -> None:
+        """Writes the adapter as `loradash.export_lora` promises."""
+        ...
+
+
+def _host(module: nn.Module) -> Host | None:
+    return getattr(module, HOST) if hasattr(type(module), HOST) else None
+
+
+def host_of(model: nn.Module) -> Host | None:
+    """How another framework tells of its adapters; None for a model of `apply_dash`, and for one without adapters."""
+    found = _adapted(model)
+    return None if found is None else _host(found)
+
+
+def _adapted(model: nn.Module) -> nn.Module | None:
+    """The part of a model that has adapters. Raises ValueError where there are several."""
+    found = [module for module in model.modules() if STATE in module.__dict__ or hasattr(type(module), HOST)]
     if len(found) > 1:
         kinds = ", ".join(type(module).__name__ for module in found)
         raise ValueError(f"{len(found)} parts of the model were adapted apart ({kinds}); pass one of them")
-    return found[0] if found else model
+    return found[0] if found else None
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The module that `apply_dash` was called on, wherever it sits in `model` (inside DistributedDataParallel, an engine,
+    torch.compile, a larger model), or that PEFT took; `model` itself where there is none. Raises ValueError where there are
+    several."""
+    found = _adapted(model)
+    if found is None:
+        return model
+    host = _host(found)
+    return found if host is None else host.root()
 
 
 def dash_state(model: nn.Module) -> DashState:
-    """The state that `apply_dash` left on a model. Raises ValueError where there is none."""
-    state = unwrap(model).__dict__.get(STATE)
-    if state is None:
+    """The state that `apply_dash` left on a model, or that of a PEFT model's active adapter. Raises ValueError where there
+    is none."""
+    found = _adapted(model)
+    if found is None:
         raise ValueError("the model has no LoRA-Dash adapters; call apply_dash(model, config) first")
-    return state
+    host = _host(found)
+    return found.__dict__[STATE] if host is None else host.state()
 
 
 def plain_name(name: str) -> str:
@@ -60,6 +167,20 @@ def plain_name(name: str) -> str:
     return _WRAPPERS.sub("", name).lstrip(".")
 
 
-def dash_layers(model: nn.Module) -> dict[str, DashLinear]:
-    """All adapted layers by plain name; a layer that occurs twice, under its first name."""
-    return {plain_name(name): m for name, m in unwrap(model).named_modules() if isinstance(m, DashLinear)}
+def dash_layers(model: nn.Module) -> dict[str, AdaptedLayer]:
+    """All adapted layers by plain name; a layer that occurs twice, under its first name. Those of a PEFT model are views of
+    its active adapter."""
+    found = _adapted(model)
+    host = None if found is None else _host(found)
+    return host.layers() if host is not None else {**_own(found or model)}
+
+
+def own_layers(model: nn.Module, instead: str = "its own functions") -> dict[str, DashLinear]:
+    """The layers that `apply_dash` made. Raises TypeError for a PEFT model, which has a call of its own: `instead`."""
+    if host_of(model) is not None:
+        raise TypeError(f"the adapters of this model are PEFT's; call {instead}")
+    return _own(unwrap(model))
+
+
+def _own(root: nn.Module) -> dict[str, DashLinear]:
+    return {plain_name(name): m for name, m in root.named_modules() if isinstance(m, DashLinear)}

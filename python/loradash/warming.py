@@ -13,7 +13,7 @@ from tqdm.auto import tqdm
 
 from .distributed import is_sharded
 from .linear import DashLinear
-from .state import dash_layers
+from .state import own_layers
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ def warm_up(
     counts = list(dict.fromkeys(rows))
     if not counts or any(type(count) is not int or count < 1 for count in counts):
         raise ValueError(f"rows must be positive integers, at least one, got {counts}")
-    layers = dash_layers(model)
+    layers = own_layers(model, "it with a batch: layers of PEFT's are warmed up by a step")
     if not layers:
         raise ValueError("the model has no LoRA-Dash adapters; call apply_dash(model, config) first")
     _check(layers)
