@@ -155,11 +155,9 @@ def callbacks_of(arm: Arm, model: nn.Module) -> list[Any]:
     """What the arm's users would give to the Trainer."""
     if not arm.ours:
         return []
-    try:
-        from loradash.integrations.transformers import DashCallback
-    except ImportError: return []
+    from loradash.integrations.transformers import DashCallback
 
-    return [DashCallback()]
+    return [DashCallback(progress=False)]
 
 
 @torch.no_grad()

@@ -12,7 +12,9 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from .arms import FROZEN, Arm, build, callbacks_of
+from torch import nn
+
+from .arms import ACCELERATED, FROZEN, Arm, build, callbacks_of
 from .models import Sizes
 from .training import TrainerRun
 
@@ -35,7 +37,19 @@ def losses(arm: Arm, sizes: Sizes, folder: Path, fresh: bool = False, steps: int
     with TrainerRun(model, sizes, folder, callbacks_of(arm, model)) as run:
         for _ in range(steps):
             run.step()
+        _check_fused(arm, model, steps)
         return run.losses
+
+
+def _check_fused(arm: Arm, model: nn.Module, steps: int) -> None:
+    """An accelerator that gave way would be PEFT under another name."""
+    if arm.name != ACCELERATED:
+        return
+    from loradash.integrations.peft import accelerate
+
+    report = accelerate(model)
+    if report.fused != steps * len(report.layers) or report.calls.total() != report.fused:
+        raise RedCheck(f"{arm.name}: {steps} steps of {len(report.layers)} layers ran so:\n{report}")
 
 
 def check_arms(arms: Sequence[Arm], sizes: Sizes, folder: Path) -> dict[str, float]:

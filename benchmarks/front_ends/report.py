@@ -33,7 +33,11 @@ def grouped(rows: list[Row]) -> dict[str, dict[str, Row]]:
 
 def columns(rows: list[Row]) -> list[str]:
     groups = grouped(rows)
-    return ["arm", *(f"{name}: ratio (FLOPs, bytes)" for name in groups), *(f"{m}, MiB" for m in _measured(groups))]
+    return [
+        "arm",
+        *(f"{name}: wall / processor (FLOPs, bytes)" for name in groups),
+        *(f"{m}, MiB" for m in _measured(groups)),
+    ]
 
 
 def _measured(groups: dict[str, dict[str, Row]]) -> list[str]:
@@ -56,7 +60,11 @@ def lines(rows: list[Row]) -> list[list[str]]:
 
 
 def _ratio(row: Row | None) -> str:
-    return "" if row is None else f"{row['ratio']:.3f} ({row['modelled FLOPs']:.2f}, {row['modelled bytes']:.1f})"
+    if row is None:
+        return ""
+    return (
+        f"{row['ratio']:.3f} / {row['processor ratio']:.3f} ({row['modelled FLOPs']:.2f}, {row['modelled bytes']:.1f})"
+    )
 
 
 def show(rows: list[Row]) -> None:

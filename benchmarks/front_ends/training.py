@@ -92,9 +92,7 @@ def make_trainer(
 class TrainerRun:
     """A training that goes on by one optimizer step with every call of `step`. To be closed, or used as a context."""
 
-    def __init__(
-        self, model: nn.Module, sizes: Sizes, folder: Path, callbacks: Sequence[TrainerCallback] = ()
-    ) -> None:
+    def __init__(self, model: nn.Module, sizes: Sizes, folder: Path, callbacks: Sequence[TrainerCallback] = ()) -> None:
         self._gate = _Gate()
         # The gate comes last: what other callbacks do at the end of a step belongs to it.
         self._trainer = make_trainer(model, sizes, folder, [*callbacks, self._gate])
@@ -141,5 +139,3 @@ class TrainerRun:
 
     def __exit__(self, *error: object) -> None:
         self.close()
-
-
