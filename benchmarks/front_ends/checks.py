@@ -66,7 +66,7 @@ def check_arms(arms: Sequence[Arm], sizes: Sizes, folder: Path) -> dict[str, flo
         found = losses(arm, small, folder)
         wanted = first.setdefault(arm.launched, found)
         distances[arm.name] = _compare(arm.name, found, wanted, allowed)
-    _check_power([frozen, *first.values()], allowed)
+    check_power([frozen, *first.values()], allowed)
     return distances
 
 
@@ -82,8 +82,8 @@ def _compare(name: str, found: list[float], wanted: list[float], allowed: float)
     return distance
 
 
-def _check_power(groups: list[list[float]], allowed: float) -> None:
-    """The formulas must be told apart by their losses."""
+def check_power(groups: list[list[float]], allowed: float) -> None:
+    """Raises RedCheck where the losses of two formulas hardly differ."""
     for one, other in itertools.combinations(groups, 2):
         if not _distance(one, other) > TELLING * allowed:
             raise RedCheck(f"the check tells nothing: losses {one} and {other} of two formulas")

@@ -23,7 +23,6 @@ from dataclasses import astuple
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.profiler import ProfilerActivity, profile

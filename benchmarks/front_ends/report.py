@@ -1,4 +1,4 @@
-"""Rows of the comparison for people: a table on the screen, the same in Markdown, a picture."""
+"""Rows of the comparison for people: a table on the screen, two short ones in Markdown, a picture."""
 
 from __future__ import annotations
 
@@ -15,12 +15,13 @@ from .arms import ARMS, FROZEN, LORADASH
 from .memory import MEASURES
 
 Row = dict[str, Any]
+Lines = list[list[str]]
 TITLE = "A training step over the frozen model's: LLaMA under transformers' Trainer"
 _MIB = 1 << 20
 
 
 def group_of(row: Row) -> str:
-    return f"{row['dtype']}, {row['layers']} layers of {row['hidden']}, {row['rows']} rows"
+    return f"{row['dtype']}, {row['layers']} layers of {row['hidden']}"
 
 
 def grouped(rows: list[Row]) -> dict[str, dict[str, Row]]:
@@ -31,65 +32,57 @@ def grouped(rows: list[Row]) -> dict[str, dict[str, Row]]:
     return groups
 
 
-def columns(rows: list[Row]) -> list[str]:
-    groups = grouped(rows)
-    return [
-        "arm",
-        *(f"{name}: wall / processor (FLOPs, bytes)" for name in groups),
-        *(f"{m}, MiB" for m in _measured(groups)),
-    ]
-
-
-def _measured(groups: dict[str, dict[str, Row]]) -> list[str]:
-    """Titles of the columns of memory: the measure and the dtype."""
-    dtypes = dict.fromkeys(group[FROZEN]["dtype"] for group in groups.values() if group[FROZEN][MEASURES[0]] != "")
-    return [f"{dtype} {measure}" for dtype in dtypes for measure in MEASURES]
-
-
-def lines(rows: list[Row]) -> list[list[str]]:
-    """One for every arm: its time over the frozen model's beside what was modelled, and its memory."""
-    groups = grouped(rows)
-    table = []
-    for name in (name for name in ARMS if any(name in group for group in groups.values())):
-        line = [name, *(_ratio(group.get(name)) for group in groups.values())]
-        for group in groups.values():
-            if group[FROZEN][MEASURES[0]] != "":
-                line += [f"{group[name][m] / _MIB:.0f}" if name in group else "" for m in MEASURES]
-        table.append(line)
-    return table
-
-
-def _ratio(row: Row | None) -> str:
-    if row is None:
-        return ""
-    return (
-        f"{row['ratio']:.3f} / {row['processor ratio']:.3f} ({row['modelled FLOPs']:.2f}, {row['modelled bytes']:.1f})"
-    )
+def mebibytes(row: Row, measure: str) -> str:
+    return "" if row[measure] == "" else f"{row[measure] / _MIB:.0f}"
 
 
 def show(rows: list[Row]) -> None:
-    console = Console(width=200)
-    table = Table(*columns(rows), title=TITLE)
-    for line in lines(rows):
-        table.add_row(*line)
+    table = Table("model", "arm", "wall", "processor", "spread", "FLOPs", "bytes", *MEASURES, title=TITLE)
+    for name, group in grouped(rows).items():
+        for arm, row in group.items():
+            ratios = (f"{row[column]:.3f}" for column in ("ratio", "processor ratio", "spread"))
+            models = f"{row['modelled FLOPs']:.2f}", f"{row['modelled bytes']:.2f}"
+            table.add_row(name, arm, *ratios, *models, *(mebibytes(row, m) for m in MEASURES))
+        table.add_section()
+    console = Console(width=160)
     console.print(table)
-    steps, spread = min(row["steps"] for row in rows), max(row["spread"] for row in rows)
-    console.print(f"medians of at least {steps} steps; interquartile range at most {100 * spread:.1f}% of the median")
+    console.print(
+        "Time, FLOPs and bytes moved over the frozen model's, the latter two modelled; spread: interquartile range over the "
+        f"median of {min(row['steps'] for row in rows)} steps or more. Memory of one step in MiB."
+    )
     console.print(environment())
 
 
-def markdown(rows: list[Row]) -> str:
-    head = columns(rows)
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in (head, ["---"] * len(head), *lines(rows))) + "\n"
+def time_lines(rows: list[Row]) -> Lines:
+    """An arm a line, a model a column: wall time over the frozen model's, and in brackets what its FLOPs come to."""
+    groups = grouped(rows)
+    known = [name for name in ARMS if any(name in group for group in groups.values())]
+
+    def cell(row: Row | None) -> str:
+        return "" if row is None else f"{row['ratio']:.2f} ({row['modelled FLOPs']:.2f})"
+
+    return [["arm", *groups], *([name, *(cell(group.get(name)) for group in groups.values())] for name in known)]
+
+
+def memory_lines(rows: list[Row]) -> Lines:
+    measured = [row for row in rows if row[MEASURES[0]] != ""]
+    head = ["model", "arm", *(measure.replace("bytes", "MiB") for measure in MEASURES)]
+    return [head, *([group_of(row), row["arm"], *(mebibytes(row, m) for m in MEASURES)] for row in measured)]
+
+
+def markdown(lines: Lines) -> str:
+    head, *body = lines
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in (head, ["---"] * len(head), *body)) + "\n"
 
 
 def write(rows: list[Row], folder: Path) -> None:
     """front_ends.md and front_ends.png. Needs matplotlib."""
     about = ", ".join(f"{name} {value}" for name, value in environment().items())
-    (folder / "front_ends.md").write_text(f"{TITLE}\n\n{markdown(rows)}\n{about}\n")
+    tables = f"{markdown(time_lines(rows))}\nMemory of one step:\n\n{markdown(memory_lines(rows))}"
+    (folder / "front_ends.md").write_text(f"{TITLE} (in brackets, its FLOPs):\n\n{tables}\n{about}\n")
     ratios = {
         name: {arm: row["ratio"] for arm, row in group.items() if arm != FROZEN}
         for name, group in grouped(rows).items()
     }
     arms = [name for name in ARMS if any(name in group for group in ratios.values())]
-    plots.ratio_panels({TITLE: ratios}, arms, LORADASH, "", folder / "front_ends.png")
+    plots.ratio_panels({"wall time of a step": ratios}, arms, LORADASH, TITLE, folder / "front_ends.png")
