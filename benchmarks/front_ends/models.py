@@ -14,7 +14,7 @@ TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down
 VOCABULARY = 1024
 HEAD = 64
 EXAMPLES = 1 << 16
-_HEAD_SCALE = 8
+_LOGIT_STD = 4
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ def make_model(sizes: Sizes) -> nn.Module:
     torch.manual_seed(0)
     model = LlamaForCausalLM(config).to(DTYPES[sizes.dtype]).requires_grad_(False)
     # Logits of the size of a trained model's: near zero, hardly anything that a layer does would show in the loss.
-    model.lm_head.weight.data.mul_(_HEAD_SCALE)
+    nn.init.normal_(model.lm_head.weight, std=_LOGIT_STD * sizes.hidden**-0.5)
     model.model.embed_tokens = Shift(model.model.embed_tokens)
     return model
 
