@@ -28,7 +28,7 @@ BEFORE = ", before launch"
 # Launch is brought about, not waited for.
 NEVER = 1 << 30
 # As after some training: the terms are large enough that a loss would tell if one were left out.
-_ADAPTER_STD, _COORDINATE_STD = 0.05, 2.0
+_ADAPTER_STD, _COORDINATE_STD = 0.08, 3.0
 
 
 def _frozen(model: nn.Module, dropout: float) -> nn.Module:
