@@ -23,7 +23,7 @@ STEPS = {"fp32": 4, "bf16": 2}
 # The check's batch is small: which formula a layer computes does not depend on it.
 TOKENS = 32
 # How far losses may be apart. In bf16 the arms round at different places, once a product or oftener.
-ALLOWED = {"fp32": 1e-3, "bf16": 0.08}
+ALLOWED = {"fp32": 1e-3, "bf16": 0.12}
 # How many times that must two formulas be apart?
 TELLING = 3.0
 
