@@ -33,7 +33,7 @@ class RedCheck(AssertionError):
 
 
 def losses(arm: Arm, sizes: Sizes, folder: Path, fresh: bool = False, steps: int | None = None) -> list[float]:
-    """Of the first optimizer steps."""
+    """The losses of the first optimizer steps."""
     model, steps = build(arm, sizes, dropout=0.0, fresh=fresh), steps or STEPS[sizes.dtype]
     with TrainerRun(model, sizes, folder, callbacks_of(arm, model)) as run:
         for _ in range(steps):
