@@ -18,7 +18,7 @@ from .base_layers import features
 from .config import DashConfig
 from .distributed import gathered, reshard, shard_of
 from .linear import DashLinear, adapter_shapes
-from .model import apply_dash
+from .model import apply_dash, train_sigma_alone
 from .state import STATE, dash_state, own_layers, unwrap
 from .targets import is_target, module_tensors, target_layers, trainable_modules
 
@@ -269,7 +269,5 @@ def _resume(model: nn.Module, adapter: Adapter) -> None:
     # Schedules hold this object: it is changed, not replaced.
     state = dash_state(model)
     if adapter.dash_only or state.dash_only:
-        for layer in own_layers(model).values():
-            layer.lora_a.requires_grad_(not adapter.dash_only)
-            layer.lora_b.requires_grad_(not adapter.dash_only)
-    state.config, state.step, state.dash_only = adapter.config, adapter.step, adapter.dash_only
+        train_sigma_alone(model, adapter.dash_only)
+    state.config, state.step = adapter.config, adapter.step

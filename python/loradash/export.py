@@ -28,7 +28,7 @@ from .peft_layout import (
     view_of,
     warn_of_tied_targets,
 )
-from .state import AdaptedLayer, dash_state, host_of, own_layers, plain_name, unwrap
+from .state import dash_state, host_of, own_layers, plain_name, unwrap
 from .targets import module_tensors
 
 
@@ -84,7 +84,7 @@ def _contents(model: nn.Module, root: nn.Module) -> tuple[Layout, dict[str, Tens
 
 
 @torch.no_grad()
-def folded(layer: AdaptedLayer) -> tuple[Tensor, Tensor]:
+def _folded(layer: DashLinear) -> tuple[Tensor, Tensor]:
     """A (R, K) and B (N, R) of the whole update, float32, R = r + s."""
     lora_a, lora_b, sigma, u, vt = (
         gathered(t).float() for t in (layer.lora_a, layer.lora_b, layer.dash_sigma, layer.dash_u, layer.dash_vt)
@@ -96,7 +96,7 @@ def _tensors(layout: Layout) -> dict[str, Tensor]:
     """Everything under PEFT's names, on the CPU."""
     tensors: dict[str, Tensor] = {}
     for name, layer in layout.adapted.items():
-        a, b = (t.cpu() for t in folded(layer))
+        a, b = (t.cpu() for t in _folded(layer))
         more = layout.rank - a.shape[0]
         tensors[f"{PREFIX}{name}.lora_A.weight"] = nn.functional.pad(a, (0, 0, 0, more)).contiguous()
         tensors[f"{PREFIX}{name}.lora_B.weight"] = nn.functional.pad(b, (0, more)).contiguous()

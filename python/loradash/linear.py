@@ -31,6 +31,24 @@ def adapter_shapes(n: int, k: int, config: DashConfig) -> dict[str, tuple[int, .
     }
 
 
+@torch.no_grad()
+def take_directions(layer: Any, directions: Directions) -> None:
+    """What launching an adapted layer is, whoever made it (`loradash.state.AdaptedLayer`); ValueError, and no change, where
+    that cannot be."""
+    label = layer.name or type(layer).__name__
+    for name, ours, theirs in (("u", layer.dash_u, directions.u), ("vt", layer.dash_vt, directions.vt)):
+        if ours.shape != theirs.shape:
+            raise ValueError(f"directions.{name} has shape {tuple(theirs.shape)}; wanted {tuple(ours.shape)}")
+    if layer.merged:
+        raise ValueError(f"{label} is merged; unmerge it before launch")
+    if bool(layer.launched) and bool(gathered(layer.dash_sigma).any()):
+        raise ValueError(f"{label} is launched, and its trained dash_sigma would be lost; zero it to launch anew")
+    layer.dash_u.copy_(directions.u)
+    layer.dash_vt.copy_(directions.vt)
+    layer.dash_sigma.zero_()
+    layer.launched.fill_(True)
+
+
 class DashLinear(nn.Module):
     """A linear layer with frozen weight and LoRA-Dash adapters (Si et al., ICLR 2025); drop-in for nn.Linear.
 
@@ -267,19 +285,7 @@ class DashLinear(nn.Module):
         Raises ValueError where shapes do not fit, for a merged layer, and where trained Δσ would be lost; the layer is
         then unchanged.
         """
-        for name, ours, theirs in (("u", self.dash_u, directions.u), ("vt", self.dash_vt, directions.vt)):
-            if ours.shape != theirs.shape:
-                raise ValueError(f"directions.{name} has shape {tuple(theirs.shape)}; wanted {tuple(ours.shape)}")
-        if self.merged:
-            raise ValueError(f"{self._label()} is merged; unmerge it before launch")
-        if bool(self.launched) and bool(gathered(self.dash_sigma).any()):
-            raise ValueError(
-                f"{self._label()} is launched, and its trained dash_sigma would be lost; zero it to launch anew"
-            )
-        self.dash_u.copy_(directions.u)
-        self.dash_vt.copy_(directions.vt)
-        self.dash_sigma.zero_()
-        self.launched.fill_(True)
+        take_directions(self, directions)
 
     @torch.no_grad()
     def delta(self) -> Tensor:

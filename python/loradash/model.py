@@ -68,7 +68,7 @@ def _check_model(model: nn.Module) -> None:
     for name, module in model.named_modules():
         if isinstance(module, DashLinear) or STATE in module.__dict__:
             raise ValueError(f"the model has LoRA-Dash adapters already{f', in {name}' if name else ''}")
-        if hasattr(module, "base_layer") and type(module).__module__.startswith("peft."):
+        if hasattr(module, "base_layer") and any(cls.__module__.startswith("peft.") for cls in type(module).__mro__):
             raise ValueError(f"{name} has an adapter of PEFT; merge_and_unload it first")
         if isinstance(module, _wrappers()):
             raise ValueError(f"{name or 'the model'} is wrapped in {type(module).__name__}; apply_dash comes before it")
@@ -184,10 +184,15 @@ def dash_only(model: nn.Module) -> None:
     waiting = [name for name, layer in layers.items() if not bool(layer.launched)]
     if waiting:
         raise ValueError(f"dash_only comes after launch; still in pre-launch: {', '.join(waiting[:4])}")
-    for layer in layers.values():
-        layer.lora_a.requires_grad_(False)
-        layer.lora_b.requires_grad_(False)
-    dash_state(model).dash_only = True
+    train_sigma_alone(model, True)
+
+
+def train_sigma_alone(model: nn.Module, alone: bool) -> None:
+    """Freezes A and B, or has them train again, whatever the phase: a resumed run learns of that by its own ways."""
+    for layer in dash_layers(model).values():
+        layer.lora_a.requires_grad_(not alone)
+        layer.lora_b.requires_grad_(not alone)
+    dash_state(model).dash_only = alone
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import warnings
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 
 from .cache import SpectralCache
 from .distributed import gathered, is_sharded
+from .model import train_sigma_alone
 from .prelaunch import LayerReport, prelaunch
 from .state import AdaptedLayer, dash_layers, dash_state
 
@@ -22,8 +23,10 @@ class DashSchedule:
     """Call `step()` once after every `optimizer.step()`; at `config.prelaunch_steps` it launches the directions.
 
     The count lives on the model (`dash_state`), so `save_adapter` and `load_adapter` carry it: a resumed run goes on
-    where it stopped. All parameters, Δσ included, exist from the start; the optimizer needs no new group. Until launch
-    the optimizer is kept from Δσ, so that Adam's first steps on it are those of a fresh Adam, as in the authors' code.
+    where it stopped. A checkpoint of the model's state dict lacks the count: `state_dict` has it, in the form that
+    accelerate's `register_for_checkpointing(schedule)` wants. All parameters, Δσ included, exist from the start; the
+    optimizer needs no new group. Until launch the optimizer is kept from Δσ, so that Adam's first steps on it are those of
+    a fresh Adam, as in the authors' code.
 
     Optimizers of torch.optim are watched: a step that GradScaler skipped, or a call in the middle of gradient
     accumulation, does not count. Steps of any other kind of optimizer are counted by the calls alone. After the first
@@ -46,6 +49,8 @@ class DashSchedule:
         self._layers = dash_layers(model)
         self._settled = self.launched
         self._flags: list[tuple[int, int]] = []
+        # The phase that a loaded state speaks of, until the model was seen in it.
+        self._phase: bool | None = None
         self._watch_training(gradients=not self._settled)
 
     def _watch_training(self, gradients: bool) -> None:
@@ -73,6 +78,7 @@ class DashSchedule:
         """
         if self.state.schedules != self._number:
             raise RuntimeError("a later DashSchedule counts for this model; step that one")
+        self._check_phase()
         stepped, correction = self._watch.since_last()
         self.state.step += int(stepped) - correction
         if not stepped:
@@ -86,6 +92,46 @@ class DashSchedule:
         self.reports = prelaunch(self.model, self.progress, self.cache)
         self._settled = True
         return True
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run needs beside the model's and the optimizer's state: numbers and booleans, ready for JSON.
+
+        Raises RuntimeError between `optimizer.step()` and `step()`, where the model is a step ahead of the count.
+        """
+        if self._watch.taken:
+            raise RuntimeError("the optimizer took a step that was not counted yet; call schedule.step() before saving")
+        return {
+            "step": self.state.step,
+            "launched": self.launched,
+            "prelaunch_steps": self.state.config.prelaunch_steps,
+            "dash_only": self.state.dash_only,
+            "watched": self._watch.seen,
+            "assumed": self._watch.assumed,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Goes on from `state_dict()`, with the same kind of optimizer. The model's own state may be loaded before or after.
+
+        Raises ValueError, with nothing changed, for what is no such state, and for one of another `prelaunch_steps`. Where
+        the model is in another phase than the state says when training goes on, RuntimeError before the optimizer steps.
+        """
+        _check_state(state, self.state.config.prelaunch_steps)
+        if state["dash_only"] or self.state.dash_only:
+            train_sigma_alone(self.model, state["dash_only"])
+        self.state.step, self._phase = state["step"], state["launched"]
+        self._watch.seen, self._watch.assumed, self._watch.taken = state["watched"], state["assumed"], 0
+
+    def _check_phase(self) -> None:
+        if self._phase is None:
+            return
+        launched = self.launched
+        if launched != self._phase:
+            words = {True: "after launch", False: "before launch"}
+            raise RuntimeError(
+                f"the schedule's state is of step {self.state.step}, {words[self._phase]}, and the model's is from "
+                f"{words[launched]}: load both from one checkpoint"
+            )
+        self._phase = None
 
     def _has_update(self) -> bool:
         return any(bool(gathered(layer.lora_b).any()) for layer in self._layers.values())
@@ -103,12 +149,18 @@ class DashSchedule:
 
     def _before_optimizer(self) -> None:
         """Δσ gets zero gradients before launch: they would only spend the bias correction of its first steps."""
+        self._check_phase()
         if self._is_settled():
             return
         for layer in self._layers.values():
             layer.dash_sigma.grad = None
 
     def _look_after_layers(self) -> None:
+        if dash_state(self.model) is not self.state:
+            raise RuntimeError(
+                "another adapter is active than the one that this DashSchedule was made for; each has a schedule of its own, and "
+                "is stepped while it is the active one"
+            )
         present = set(dash_layers(self.model).values())
         lost = [name for name, layer in self._layers.items() if layer not in present]
         if lost:
@@ -127,8 +179,9 @@ class _OptimizerWatch:
     def __init__(self, layers: dict[str, AdaptedLayer], before: Callable[[], None]) -> None:
         self._layers = layers
         self._before = weakref.WeakMethod(before)
-        self._taken = 0
-        self._assumed = 0
+        # Steps since the last call, calls that were taken for steps, and whether any optimizer showed itself.
+        self.taken = 0
+        self.assumed = 0
         self.seen = False
         watch = weakref.ref(self)
         handles = (
@@ -144,10 +197,10 @@ class _OptimizerWatch:
         GradScaler skipped the ones before, as it does with the first of most runs.
         """
         if not self.seen:
-            self._assumed += 1
+            self.assumed += 1
             return True, 0
-        stepped, correction = self._taken > 0, self._assumed
-        self._taken = self._assumed = 0
+        stepped, correction = self.taken > 0, self.assumed
+        self.taken = self.assumed = 0
         return stepped, correction
 
     def _about_to_step(self, optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict[str, Any]) -> Any:
@@ -175,7 +228,7 @@ class _OptimizerWatch:
             self.seen = True
             # Fused optimizers skip steps themselves, by what GradScaler tells them.
             overflow = getattr(optimizer, "found_inf", None)
-            self._taken += overflow is None or not bool(overflow)
+            self.taken += overflow is None or not bool(overflow)
 
     def _is_ours(self, optimizer: torch.optim.Optimizer) -> bool:
         ours = {id(p) for layer in self._layers.values() for p in (layer.lora_a, layer.lora_b, layer.dash_sigma)}
@@ -212,8 +265,9 @@ class _GradientWatch:
             handle.remove()
         if not self._layers:
             warnings.warn("loradash: no adapter trains, every lora_b is frozen (requires_grad=False)", stacklevel=4)
-        # FSDP2 sets the gradients of sharded parameters without calling hooks.
-        missing = [n for n, layer in self._layers.items() if n not in self._arrived and not is_sharded(layer.lora_b)]
+        # Loading may have frozen B since. FSDP2 sets the gradients of sharded parameters without calling hooks.
+        looked_at = {n: layer for n, layer in self._layers.items() if layer.lora_b.requires_grad}
+        missing = [n for n, layer in looked_at.items() if n not in self._arrived and not is_sharded(layer.lora_b)]
         if missing and (trained or self._arrived):
             warnings.warn(
                 f"loradash: no gradient for {len(missing)} of {len(self._layers)} adapted layers in the first step: "
@@ -221,3 +275,22 @@ class _GradientWatch:
                 "multiplies by their weight without calling them and gives the base model's output",
                 stacklevel=4,
             )
+
+
+_STATE = {"step": int, "launched": bool, "prelaunch_steps": int, "dash_only": bool, "watched": bool, "assumed": int}
+"""What `DashSchedule.state_dict` holds; integers are at least 0."""
+
+
+def _check_state(state: Mapping[str, Any], prelaunch_steps: int) -> None:
+    if not isinstance(state, Mapping) or state.keys() != _STATE.keys():
+        found = sorted(map(str, state)) if isinstance(state, Mapping) else repr(state)
+        raise ValueError(f"the state of a DashSchedule has {sorted(_STATE)}, got {found}")
+    for name, kind in _STATE.items():
+        if type(state[name]) is not kind or state[name] < 0:
+            wanted = "an integer of at least 0" if kind is int else "True or False"
+            raise ValueError(f"{name} in the state of a DashSchedule must be {wanted}, got {state[name]!r}")
+    if state["prelaunch_steps"] != prelaunch_steps:
+        raise ValueError(
+            f"the state of the DashSchedule was saved with prelaunch_steps={state['prelaunch_steps']}, the model has "
+            f"{prelaunch_steps}; resume with the settings of the run that saved it"
+        )

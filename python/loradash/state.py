@@ -21,7 +21,7 @@ STATE = "_loradash_state"
 """The attribute of the adapted model that holds its `DashState`."""
 
 HOST = "_loradash_host"
-"""The attribute, of a class, that gives the `Host` of a module which another framework adapted."""
+"""An attribute of the class of layers that another framework made: a function of the model that gives its `Host`."""
 
 _WRAPPERS = re.compile(r"(^|\.)(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)(?=\.|$)")
 
@@ -122,44 +122,43 @@ class Host(Protocol):
         ...
 
 
-def _host(module: nn.Module) -> Host | None:
-    return getattr(module, HOST) if hasattr(type(module), HOST) else None
-
-
 def host_of(model: nn.Module) -> Host | None:
     """How another framework tells of its adapters; None for a model of `apply_dash`, and for one without adapters."""
-    found = _adapted(model)
-    return None if found is None else _host(found)
+    return _find(model)[1]
 
 
-def _adapted(model: nn.Module) -> nn.Module | None:
-    """The part of a model that has adapters. Raises ValueError where there are several."""
-    found = [module for module in model.modules() if STATE in module.__dict__ or hasattr(type(module), HOST)]
-    if len(found) > 1:
-        kinds = ", ".join(type(module).__name__ for module in found)
-        raise ValueError(f"{len(found)} parts of the model were adapted apart ({kinds}); pass one of them")
-    return found[0] if found else None
+def _find(model: nn.Module) -> tuple[nn.Module | None, Host | None]:
+    """The part of a model that `apply_dash` adapted, or the host of what another framework did. Raises ValueError where there
+    are several."""
+    found, foreign = [], None
+    for module in model.modules():
+        if STATE in module.__dict__:
+            found.append(module)
+        elif foreign is None:
+            foreign = getattr(type(module), HOST, None)
+    if len(found) + (foreign is not None) > 1:
+        kinds = ", ".join([type(module).__name__ for module in found] + ["PEFT's layers"] * (foreign is not None))
+        raise ValueError(f"several parts of the model were adapted apart ({kinds}); pass one of them")
+    return (found[0] if found else None), (foreign(model) if foreign is not None else None)
 
 
 def unwrap(model: nn.Module) -> nn.Module:
     """The module that `apply_dash` was called on, wherever it sits in `model` (inside DistributedDataParallel, an engine,
     torch.compile, a larger model), or that PEFT took; `model` itself where there is none. Raises ValueError where there are
     several."""
-    found = _adapted(model)
-    if found is None:
-        return model
-    host = _host(found)
-    return found if host is None else host.root()
+    found, host = _find(model)
+    return host.root() if host is not None else found if found is not None else model
 
 
 def dash_state(model: nn.Module) -> DashState:
     """The state that `apply_dash` left on a model, or that of a PEFT model's active adapter. Raises ValueError where there
     is none."""
-    found = _adapted(model)
+    found, host = _find(model)
+    if host is not None:
+        return host.state()
     if found is None:
         raise ValueError("the model has no LoRA-Dash adapters; call apply_dash(model, config) first")
-    host = _host(found)
-    return found.__dict__[STATE] if host is None else host.state()
+    return found.__dict__[STATE]
 
 
 def plain_name(name: str) -> str:
@@ -170,9 +169,8 @@ def plain_name(name: str) -> str:
 def dash_layers(model: nn.Module) -> dict[str, AdaptedLayer]:
     """All adapted layers by plain name; a layer that occurs twice, under its first name. Those of a PEFT model are views of
     its active adapter."""
-    found = _adapted(model)
-    host = None if found is None else _host(found)
-    return host.layers() if host is not None else {**_own(found or model)}
+    found, host = _find(model)
+    return host.layers() if host is not None else {**_own(model if found is None else found)}
 
 
 def own_layers(model: nn.Module, instead: str = "its own functions") -> dict[str, DashLinear]:

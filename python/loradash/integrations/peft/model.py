@@ -1,0 +1,245 @@
+"""`DashLoraModel`: PEFT's LoRA model with LORADASH layers."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import dataclasses
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from peft import PeftModel
+from peft.tuners.lora import LoraLayer, LoraModel
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _maybe_include_all_linear_layers
+from peft.utils import AuxiliaryTrainingWrapper
+from torch import nn
+
+from loradash.attention import call_adapted_layers
+from loradash.bypass import bypassed_children, child_at
+from loradash.distributed import is_sharded
+from loradash.linear import DashLinear
+
+from .config import DashLoraConfig
+from .layer import DashLoraLayer, dash_class
+from .views import dash_layers_of, layers_with
+
+_NO_LINEAR = (
+    nn.Embedding,
+    nn.EmbeddingBag,
+    nn.Conv1d,
+    nn.Conv2d,
+    nn.Conv3d,
+    nn.MultiheadAttention,
+)
+
+
+class DashLoraModel(LoraModel):
+    """LoRA-Dash as a method of PEFT's: what `get_peft_model` makes of a `DashLoraConfig`.
+
+    Everything that PEFT does with a LoRA model it does with this one. An adapter starts as plain LoRA; its directions are
+    launched by `loradash.DashSchedule(model)`, or `loradash.prelaunch(model)`, while it is the active one.
+    """
+
+    tuner_layer_cls = DashLoraLayer
+
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        """PEFT's, after everything that could be refused later was looked at: a refusal leaves the model as it was.
+
+        Raises ValueError for a model adapted by somebody else, and for targets that are no linear layers, that are sharded, or
+        that their parent passes by.
+        """
+        config: Any = self.peft_config[adapter_name]
+        state_dict = kwargs.get("state_dict")
+        check_model(model)
+        self._check_targets(model, config, state_dict)
+        super().inject_adapter(model, adapter_name, *args, **kwargs)
+        for parent in list(model.modules()):
+            if any(isinstance(child, DashLoraLayer) for child in parent.modules()):
+                call_adapted_layers(parent)
+
+    def _check_targets(self, model: nn.Module, config: DashLoraConfig, state_dict: dict[str, Any] | None) -> None:
+        targets = self._targets(model, config, state_dict)
+        places = {
+            child_at(parent, child): place
+            for parent in model.modules()
+            for child, place in bypassed_children(parent).items()
+        }
+        twice = _under_several_names(model)
+        for name, module in targets.items():
+            base = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+            reason = _refusal(base)
+            if module in places:
+                reason = f"{places[module]} multiplies by its weight without calling it, so that an adapter would be passed by"
+            if module in twice:
+                reason = f"it is one module under several names ({', '.join(twice[module])}), of which PEFT adapts one"
+            if reason is not None:
+                raise ValueError(
+                    f"{name} ({type(base).__name__}) cannot be adapted: {reason}; exclude_modules leaves it out"
+                )
+
+    def _targets(self, model: nn.Module, config: Any, state_dict: dict[str, Any] | None) -> dict[str, nn.Module]:
+        """The modules that PEFT is about to take, by name."""
+        # PEFT writes what it finds out into the settings.
+        config = copy.copy(config)
+        config = self._prepare_adapter_config(config, self.get_model_config(model))
+        config = _maybe_include_all_linear_layers(config, model)
+        named = None if state_dict is None else {key.rsplit(f".{self.prefix}", 1)[0] for key in state_dict}
+        inside = tuple(f"{name}." for name, _ in dash_layers_of(model))
+        return {
+            name: module
+            for name, module in model.named_modules()
+            if name
+            and not name.startswith(inside)
+            and (self._check_target_module_exists(config, name) if named is None else name in named)
+        }
+
+    @staticmethod
+    def _create_new_module(
+        lora_config: DashLoraConfig, adapter_name: str, target: nn.Module, **kwargs: Any
+    ) -> nn.Module:
+        """PEFT's layer for a target, whatever its format, made one of ours by its class."""
+        layer: Any = LoraModel._create_new_module(lora_config, adapter_name, target, **kwargs)
+        kind: Any = type(layer)
+        layer.__class__ = dash_class(kind)
+        layer.add_dash_term(adapter_name, lora_config)
+        return layer
+
+    @contextlib.contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        """PEFT's, which leaves the hooks of a mixed batch on all layers after an exception; every later call would be one."""
+        if kwargs.get("adapter_names") is None:
+            with super()._enable_peft_forward_hooks(*args, **kwargs):
+                yield
+            return
+        before = {module: set(module._forward_pre_hooks) for module in _hookable(self)}
+        try:
+            with super()._enable_peft_forward_hooks(*args, **kwargs):
+                yield
+        finally:
+            for module, known in before.items():
+                for key in set(module._forward_pre_hooks) - known:
+                    del module._forward_pre_hooks[key]
+                    module._forward_pre_hooks_with_kwargs.pop(key, None)
+
+    def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
+        """PEFT's, which makes new parameters that train, whether the old ones did or not."""
+        layers = [layer for _, layer in layers_with(self.model, adapter_name)]
+        trains = [layer.lora_dash_sigma[adapter_name].requires_grad for layer in layers]
+        super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
+        for layer, train in zip(layers, trains, strict=True):
+            layer.lora_dash_sigma[adapter_name].requires_grad_(train)
+
+    def add_weighted_adapter(
+        self, adapters: list[str], weights: list[float], adapter_name: str, *args: Any, **kwargs: Any
+    ) -> None:
+        """PEFT's, on the adapters as plain LoRA of rank r + s: the new adapter holds what theirs do, launched or not, and is
+        itself before launch. Its rank grows accordingly: with "cat" the sum of theirs, else the largest."""
+        with self._folded(adapters):
+            super().add_weighted_adapter(adapters, weights, adapter_name, *args, **kwargs)
+
+    @contextlib.contextmanager
+    def _folded(self, adapters: list[str]) -> Iterator[None]:
+        """Within the block these adapters are plain LoRA of one rank, the dash term folded in and Δσ zero."""
+        present = [name for name in dict.fromkeys(adapters) if name in self.peft_config]
+        undo: list[Any] = []
+        configs: dict[str, Any] = {name: self.peft_config[name] for name in present}
+        try:
+            for name in present:
+                layers = [layer for _, layer in layers_with(self.model, name)]
+                folded = [layer.folded(name) for layer in layers]
+                rank = max((a.shape[0] for a, _ in folded), default=configs[name].r)
+                for layer, (a, b) in zip(layers, folded, strict=True):
+                    undo.append((layer, name, _parts(layer, name)))
+                    more = rank - a.shape[0]
+                    a, b = nn.functional.pad(a, (0, 0, 0, more)), nn.functional.pad(b, (0, more))
+                    _replace_parts(layer, name, a, b)
+                self.peft_config[name] = dataclasses.replace(
+                    configs[name], r=rank, lora_alpha=rank, use_rslora=False, rank_pattern={}, alpha_pattern={}
+                )
+            yield
+        finally:
+            self.peft_config.update(configs)
+            for layer, name, parts in undo:
+                _restore_parts(layer, name, parts)
+
+
+def check_model(model: nn.Module) -> None:
+    """Raises ValueError for a model that somebody else adapted."""
+    inside: set[nn.Module] = set()
+    for name, module in model.named_modules():
+        if isinstance(module, PeftModel | BaseTuner):
+            raise ValueError(
+                "the model is one of PEFT's already; model.add_adapter(name, config) gives it another adapter"
+            )
+        if isinstance(module, DashLinear):
+            raise ValueError(f"{name or 'the model'} has an adapter of apply_dash; adapt the model by one of the two")
+        if isinstance(module, AuxiliaryTrainingWrapper):
+            inside.update(module.modules())
+        elif isinstance(module, BaseTunerLayer) and not isinstance(module, DashLoraLayer) and module not in inside:
+            raise ValueError(
+                f"{name} has an adapter of another method of PEFT's ({type(module).__name__}); merge_and_unload it first"
+            )
+
+
+def _refusal(base: nn.Module) -> str | None:
+    """Why a base layer cannot be adapted, or None."""
+    if isinstance(base, _NO_LINEAR):
+        return "LoRA-Dash is a method for linear layers"
+    if any(is_sharded(p) for p in base.parameters()) or getattr(base, "_hf_tp_plan", None) is not None:
+        return "it is sharded; adapt the model first, then shard it (tensor parallel models are not supported)"
+    if any(hasattr(p, "ds_id") for p in base.parameters()):
+        return "DeepSpeed ZeRO-3 keeps its weight in parts, of which no directions can be found; train with ZeRO-2 or FSDP2"
+    return None
+
+
+def _under_several_names(model: nn.Module) -> dict[nn.Module, list[str]]:
+    names: dict[nn.Module, dict[tuple[int, str], str]] = {}
+    parents = dict(model.named_modules())
+    for name, module in model.named_modules(remove_duplicate=False):
+        parent, _, child = name.rpartition(".")
+        if name and parent in parents:
+            names.setdefault(module, {})[id(parents[parent]), child] = name
+    return {module: list(places.values()) for module, places in names.items() if len(places) > 1}
+
+
+def _hookable(model: nn.Module) -> Iterator[nn.Module]:
+    return (m for m in model.modules() if isinstance(m, LoraLayer | AuxiliaryTrainingWrapper))
+
+
+def _parts(layer: DashLoraLayer, name: str) -> tuple[Any, ...]:
+    return (
+        layer.lora_A[name],
+        layer.lora_B[name],
+        layer.scaling[name],
+        layer.r[name],
+        layer.lora_alpha[name],
+        layer.use_rslora[name],
+        layer.lora_dash_sigma[name],
+    )
+
+
+def _restore_parts(layer: DashLoraLayer, name: str, parts: tuple[Any, ...]) -> None:
+    dicts = (
+        layer.lora_A,
+        layer.lora_B,
+        layer.scaling,
+        layer.r,
+        layer.lora_alpha,
+        layer.use_rslora,
+        layer.lora_dash_sigma,
+    )
+    for values, part in zip(dicts, parts, strict=True):
+        values[name] = part
+
+
+def _replace_parts(layer: DashLoraLayer, name: str, a: torch.Tensor, b: torch.Tensor) -> None:
+    """Makes an adapter of a layer plain LoRA with these A (R, K) and B (N, R) and a scaling of 1."""
+    dtype, rank = layer.lora_A[name].weight.dtype, a.shape[0]
+    linears = []
+    for weight in (a, b):
+        linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
+        linear.weight = nn.Parameter(weight.to(dtype))
+        linears.append(linear)
+    sigma = nn.Parameter(torch.zeros_like(layer.lora_dash_sigma[name]))
+    _restore_parts(layer, name, (*linears, 1.0, rank, rank, False, sigma))
