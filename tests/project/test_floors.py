@@ -35,9 +35,8 @@ FLOORS = {
         "bypass", "model", "warming", "checkpoint", "peft_layout", "export", "streams", "background", "fingerprint", "cache",
         "background_process", "batches", "prelaunch", "schedule", "plots", "analysis", "integrations", "devices", "machine", "cli", "__init__",
     ),
-    "python/loradash/integrations": ("__init__", "peft", "transformers"),
     "python/loradash/integrations/peft": (
-        "fused", "versions", "registration", "config", "files", "views", "layer", "model", "__init__",
+        "fused", "accelerated_layer", "accelerator", "versions", "registration", "config", "files", "views", "layer", "model", "__init__",
     ),
 }  # fmt: skip
 

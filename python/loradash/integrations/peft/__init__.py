@@ -14,6 +14,7 @@ except ModuleNotFoundError as error:
     raise ImportError("loradash.integrations.peft needs PEFT: pip install 'loradash-kernels[peft]'") from error
 
 from . import versions as _versions  # noqa: F401
+from .accelerator import accelerate, accelerated, decelerate
 from .config import DashLoraConfig
 from .files import from_lora
 from .model import DashLoraModel
@@ -21,4 +22,4 @@ from .registration import register as _register
 
 _register(DashLoraConfig, DashLoraModel)
 
-__all__ = ["DashLoraConfig", "DashLoraModel", "from_lora"]
+__all__ = ["DashLoraConfig", "DashLoraModel", "accelerate", "accelerated", "decelerate", "from_lora"]

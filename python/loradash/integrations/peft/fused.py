@@ -67,8 +67,10 @@ def refusal(x: Tensor, terms: Sequence[Term], casts_input: bool = True) -> str |
     for term in terms:
         if term.dropout_p >= 1.0:
             return "a dropout of 1"
-        tensors = [t for t in (*term[:2], *term[4:]) if t is not None]
-        for tensor in tensors:
+        few = term.bias is None and term.dash_u is None
+        for tensor in term[:2] if few else (*term[:2], *term[4:]):
+            if tensor is None:
+                continue
             if type(tensor) not in PLAIN_TENSORS:
                 return f"a weight of an adapter is a {type(tensor).__name__}"
             if tensor.device != device:
@@ -86,7 +88,7 @@ def base_refusal(x: Tensor, base: nn.Module) -> str | None:
     """Why a base layer must be called by itself for this x, or None: its product can be the operator's. x passed `refusal`."""
     kind = type(base)
     if kind not in (nn.Linear, Conv1D) and not computes_plainly(base):
-        return f"the base layer is a {kind.__name__} with a forward of its own"
+        return f"the base layer is a {kind.__module__}.{kind.__qualname__}, which computes in a way of its own"
     if "forward" in base.__dict__:
         return "the base layer's forward was replaced"
     if is_hooked(base):
@@ -102,6 +104,21 @@ def base_refusal(x: Tensor, base: nn.Module) -> str | None:
     for tensor in (weight,) if bias is None else (weight, bias):
         if _computed_in(tensor, autocast) != dtype or tensor.device != x.device:
             return f"the base layer is {tensor.dtype} on {tensor.device}, the input {x.dtype} on {x.device}"
+    return None
+
+
+# The classes of an adapter's parts whose calls compute their formula and nothing else.
+_PRODUCT, _DROPOUT = (nn.Linear,), (nn.Dropout, nn.Identity)
+
+
+def parts_refusal(lora_a: nn.Module, lora_b: nn.Module, dropout: nn.Module) -> str | None:
+    """Why an adapter's parts must be called as modules, or None where their tensors say all that calling them does."""
+    for module, kinds in ((lora_a, _PRODUCT), (lora_b, _PRODUCT), (dropout, _DROPOUT)):
+        if type(module) not in kinds or is_hooked(module) or "forward" in module.__dict__:
+            part = "the dropout" if kinds is _DROPOUT else "lora_A or lora_B"
+            if type(module) not in kinds:
+                return f"{part} is a {type(module).__name__}"
+            return f"{part} has hooks" if is_hooked(module) else f"the forward of {part} was replaced"
     return None
 
 
@@ -125,7 +142,7 @@ def _casts_to(adapter: torch.dtype, dtype: torch.dtype) -> bool:
     return not (adapter in _HALVES and dtype in _HALVES)
 
 
-def with_base(x: Tensor, base: nn.Module, terms: Sequence[Term], training: bool) -> Tensor:
+def with_base(x: Tensor, base: nn.Module, terms: Sequence[Term], training: bool = True) -> Tensor:
     """The base product and the terms of the first dropout in one call, those of further ones after it."""
     weight: Tensor = base._parameters["weight"]  # type: ignore[assignment]
     if weight.requires_grad:
@@ -149,7 +166,7 @@ def with_base(x: Tensor, base: nn.Module, terms: Sequence[Term], training: bool)
     return _updated(y, x, others)
 
 
-def beside_base(y: Tensor, x: Tensor, terms: Sequence[Term], training: bool) -> Tensor:
+def beside_base(y: Tensor, x: Tensor, terms: Sequence[Term], training: bool = True) -> Tensor:
     """The output y (..., N) of a base layer plus the terms, in the dtype of y, which may be another than that of x."""
     dtype = y.dtype
     if dtype != x.dtype and autocast_dtype(x) is None:
