@@ -27,8 +27,8 @@ BEFORE = ", before launch"
 
 # Launch is brought about, not waited for.
 NEVER = 1 << 30
-# As after some training: the terms are large enough that a loss would tell if one were left out.
-_ADAPTER_STD, _COORDINATE_STD = 0.08, 3.0
+# B, and Δσ over the root of the width: the terms weigh as much as the base product, so that a loss tells if one is left out.
+_ADAPTER_STD, _COORDINATE_STD = 0.08, 0.25
 
 
 def _frozen(model: nn.Module, dropout: float) -> nn.Module:
@@ -169,7 +169,7 @@ def _train_a_little(arm: Arm, model: nn.Module) -> None:
         a.copy_(torch.randn(a.shape, generator=draw) * a.shape[1] ** -0.5)
         b.copy_(torch.randn(b.shape, generator=draw) * _ADAPTER_STD)
         found = _directions(b.shape[0], a.shape[1], draw)
-        coordinates = torch.randn(DIRECTIONS, generator=draw) * _COORDINATE_STD
+        coordinates = torch.randn(DIRECTIONS, generator=draw) * _COORDINATE_STD * min(a.shape[1], b.shape[0]) ** 0.5
         if arm.launched:
             layer.launch(found)
             layer.dash_sigma.copy_(coordinates)
