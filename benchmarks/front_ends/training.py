@@ -24,6 +24,8 @@ from .models import Sizes, Tokens
 
 # Large enough that a wrong gradient shows in the loss after a step.
 LEARNING_RATE = 1e-3
+# Far above the roundings of gradients in float32, whose signs would else decide steps of full size.
+EPSILON = 1e-5
 # More than are ever asked for.
 MOST_STEPS = 1 << 15
 _M_ARENA_MAX = -8
@@ -75,6 +77,7 @@ def make_trainer(
         per_device_train_batch_size=sizes.batch,
         max_steps=MOST_STEPS,
         learning_rate=LEARNING_RATE,
+        adam_epsilon=EPSILON,
         use_cpu=True,
         disable_tqdm=True,
         report_to=[],
