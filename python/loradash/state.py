@@ -34,12 +34,14 @@ class DashState:
         step: optimizer steps taken.
         dash_only: are A and B frozen?
         schedules: how many were made for this model; the last one counts.
+        trained_before: names of the parameters that trained before the model was adapted.
     """
 
     config: DashConfig
     step: int = 0
     dash_only: bool = False
     schedules: int = 0
+    trained_before: frozenset[str] = frozenset()
 
     def claim(self) -> int:
         """The number of a new schedule."""

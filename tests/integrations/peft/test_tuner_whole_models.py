@@ -10,8 +10,11 @@ from torch import nn
 pytest.importorskip("peft", reason="needs PEFT")
 pytest.importorskip("transformers", reason="needs transformers")
 
-from peft import get_peft_model, inject_adapter_in_model
+from loradash.integrations.peft import DashLoraConfig
+from peft import PeftModel, get_peft_model, inject_adapter_in_model
 from support.peft_models import (
+    Net,
+    adapted,
     check_layers,
     config,
     gap,
@@ -41,8 +44,6 @@ def test_targets():
 
 
 def test_what_trains_beside(tmp_path):
-    from peft import PeftModel
-
     settings = {"modules_to_save": ["lm_head"], "trainable_token_indices": [3, 5]}
     model = train(get_peft_model(llama(), llama_config(**settings)))
     assert gap(model.lm_head.weight, llama().lm_head.weight) > 0.01
@@ -102,3 +103,46 @@ def test_ddp_sends_no_frozen_buffers(both):
 
     names = frozen_buffers(both)
     assert names == {n for n, _ in both.named_buffers() if ".lora_dash_" in n} and len(names) == 3 * 2 * 4
+
+
+def test_presets():
+    settings = DashLoraConfig.preset("commonsense-llama-7b", r=8, task_type="CAUSAL_LM", lora_dropout=0.1)
+    plain = loradash.DashConfig.preset("commonsense-llama-7b", r=8)
+    assert (settings.r, settings.lora_alpha, settings.lora_dropout) == (8, 16, 0.1) == (plain.r, plain.alpha, 0.1)
+    assert settings.target_modules == set(plain.target_modules) and settings.task_type == "CAUSAL_LM"
+    assert len(loradash.dash_layers(get_peft_model(llama(), settings))) == 2 * 5
+    glue = DashLoraConfig.preset("glue-deberta-v3-base")
+    assert set(glue.modules_to_save) == {"pooler", "classifier"}
+    with pytest.raises(ValueError, match="no preset 'other'"):
+        DashLoraConfig.preset("other")
+
+
+@pytest.fixture
+def one_process():
+    dist = torch.distributed
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield dist.device_mesh.init_device_mesh("cpu", (1,))
+    dist.destroy_process_group()
+
+
+def test_sharded_by_fsdp2(one_process, tmp_path):
+    """Weights and adapters are DTensors: the same losses, the same directions, the same plain LoRA."""
+    whole, model = train(adapted()), adapted()
+    for layer in (*layers_of(model).values(), model):
+        torch.distributed.fsdp.fully_shard(layer, mesh=one_process)
+    train(model)
+    assert type(loradash.dash_layers(model)["first"].lora_b).__name__ == "DTensor"
+    for name, view in loradash.dash_layers(model).items():
+        assert gap(view.dash_u, loradash.dash_layers(whole)[name].dash_u) < 1e-5
+    loradash.export_lora(model, tmp_path)
+    assert gap(output(PeftModel.from_pretrained(Net(), tmp_path)), output(whole)) < 1e-5
+    with pytest.raises(ValueError, match="sharded"):
+        model.add_adapter("late", config())
+
+
+def test_tied_weights(tmp_path):
+    model = train(get_peft_model(llama(tie_word_embeddings=True), llama_config(target_modules=["q_proj", "lm_head"])))
+    check_layers(model, ["default"])
+    assert model.lm_head.base_layer.weight is model.get_input_embeddings().weight
+    model.save_pretrained(tmp_path)
+    assert torch.equal(output(PeftModel.from_pretrained(llama(tie_word_embeddings=True), tmp_path)), output(model))

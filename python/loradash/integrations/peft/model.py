@@ -18,10 +18,12 @@ from torch import nn
 from loradash.attention import call_adapted_layers
 from loradash.bypass import bypassed_children, child_at
 from loradash.distributed import is_sharded
+from loradash.formats import keep_differentiable, unready
 from loradash.linear import DashLinear
 
 from .config import DashLoraConfig
 from .layer import DashLoraLayer, dash_class
+from .versions import warn_of_shards
 from .views import dash_layers_of, layers_with
 
 _NO_LINEAR = (
@@ -103,6 +105,7 @@ class DashLoraModel(LoraModel):
         kind: Any = type(layer)
         layer.__class__ = dash_class(kind)
         layer.add_dash_term(adapter_name, lora_config)
+        keep_differentiable(layer.get_base_layer())
         return layer
 
     @contextlib.contextmanager
@@ -121,6 +124,15 @@ class DashLoraModel(LoraModel):
                 for key in set(module._forward_pre_hooks) - known:
                     del module._forward_pre_hooks[key]
                     module._forward_pre_hooks_with_kwargs.pop(key, None)
+
+    @classmethod
+    def _get_adapter_state_dict(
+        cls, model: Any, config: Any, adapter_name: str, *args: Any, **kwargs: Any
+    ) -> dict[str, Any]:
+        """PEFT's, from 0.21 on; tensors that were not gathered for saving are told as PEFT tells those of its own LoRA."""
+        found = super()._get_adapter_state_dict(model, config, adapter_name, *args, **kwargs)
+        warn_of_shards(found, adapter_name)
+        return found
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         """PEFT's, which makes new parameters that train, whether the old ones did or not."""
@@ -190,7 +202,7 @@ def _refusal(base: nn.Module) -> str | None:
         return "it is sharded; adapt the model first, then shard it (tensor parallel models are not supported)"
     if any(hasattr(p, "ds_id") for p in base.parameters()):
         return "DeepSpeed ZeRO-3 keeps its weight in parts, of which no directions can be found; train with ZeRO-2 or FSDP2"
-    return None
+    return unready(base)
 
 
 def _under_several_names(model: nn.Module) -> dict[nn.Module, list[str]]:

@@ -9,9 +9,11 @@ from typing import Any
 import torch
 from peft.tuners.tuners_utils import BaseTuner
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from loradash.base_layers import computes_plainly, is_transposed
 from loradash.config import DashConfig
+from loradash.distributed import is_sharded
 from loradash.linear import take_directions
 from loradash.quantised import weight_of
 from loradash.state import AdaptedLayer, DashState, plain_name
@@ -22,6 +24,9 @@ from .files import export_lora
 
 STATES = "_loradash_adapters"
 """The attribute of the base model that holds the `AdapterState` of each adapter."""
+
+
+_PLAIN_FORWARDS = (nn.Linear.forward, Conv1D.forward)
 
 
 class LayerView:
@@ -86,7 +91,9 @@ class LayerView:
     @property
     def base(self) -> nn.Module | None:
         base = self.layer.get_base_layer()
-        return None if computes_plainly(base) else base
+        # Its weight is gathered before anybody multiplies with it.
+        sharded = type(base).forward in _PLAIN_FORWARDS and is_sharded(base.weight)
+        return None if sharded or computes_plainly(base) else base
 
     @property
     def merged(self) -> bool:
