@@ -16,6 +16,8 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
+from . import authors
+
 TOKENS, VOCABULARY, HIDDEN = 8, 64, 32
 # Launch comes at the method's step 100.
 BATCHES = 102
@@ -230,6 +232,7 @@ PROVIDED: dict[str, Maker] = {
     "model": lambda names: llama(),
     "base": lambda names: llama(),
     "peft_model": lambda names: peft_model(),
+    "authors_model": lambda names: authors.make_model("loralib", "restated"),
     "folder": lambda names: saved_llama(),
     "data": lambda names: batches(),
     "train_dataset": lambda names: rows(),
