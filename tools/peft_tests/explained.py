@@ -51,4 +51,16 @@ REASONS = (
         "an adapter that starts as the identity is before launch, when its Δσ has no gradient and stays where it is",
         "test_only_params_are_updated",
     ),
+    Reason(
+        TUNER,
+        r"(?s)to require gradients, got .*lora_dash_sigma",
+        "Δσ trains beside A and B, and these tests list what trains",
+        "TestRequiresGrad::",
+    ),
+    Reason(
+        TUNER,
+        "DID NOT WARN",
+        "LORADASH refuses a convolution before PEFT warns of its bias",
+        r"base_layer_has_no_bias_warns_and_raises\[conv2d",
+    ),
 )

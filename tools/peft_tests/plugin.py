@@ -77,7 +77,7 @@ def said(report: pytest.TestReport) -> str:
     if isinstance(report.longrepr, tuple):
         return report.longrepr[2]
     crash = getattr(report.longrepr, "reprcrash", None)
-    return str(crash.message if crash else report.longrepr or "")[:400]
+    return str(crash.message if crash else report.longrepr or "")[:2000]
 
 
 def pytest_configure(config: pytest.Config) -> None:

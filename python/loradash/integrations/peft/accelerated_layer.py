@@ -14,7 +14,7 @@ from torch.nn.modules.module import _has_any_global_hook
 
 from loradash_kernels import composite, explain_backend
 
-from .fused import Term, base_refusal, beside_base, is_hooked, refusal, with_base
+from .fused import Term, base_refusal, beside_base, parts_refusal, refusal, with_base
 
 How = Literal["fused", "beside the base", "PEFT"]
 
@@ -29,7 +29,8 @@ class Way(NamedTuple):
 FUSED = Way("fused")
 
 CALLS = "_loradash_calls"
-"""The attribute in which an accelerated layer counts its calls by `Way`."""
+"""The attribute in which an accelerated layer counts its calls by `Way`: a Counter, since torch.export puts copies in the
+place of plain dicts."""
 
 listeners: list[Callable[[nn.Module, Way], None]] = []
 """Called with every layer and the way its call ran, but under torch.compile, which counts nothing."""
@@ -38,9 +39,6 @@ pefts_forward = LoraLinear.forward
 
 # MiCA is plain LoRA that starts elsewhere and keeps B frozen.
 _PLAIN_VARIANTS = tuple(filter(None, [getattr(variants, "MiCALinearVariant", None)]))
-
-# The classes of an adapter's parts whose calls compute their formula and nothing else.
-_PRODUCT, _DROPOUT = (nn.Linear,), (nn.Dropout, nn.Identity)
 
 _TRACED = "tracing or exporting: the graph is to have PyTorch's operators"
 
@@ -85,7 +83,7 @@ def _count(layer: LoraLinear, way: Way) -> None:
         return
     calls = layer.__dict__.get(CALLS)
     if calls is not None:
-        calls[way] = calls.get(way, 0) + 1
+        calls[way] += 1
     for listener in listeners:
         listener(layer, way)
 
@@ -107,21 +105,13 @@ def terms_of(layer: LoraLinear) -> list[Term] | str:
         if variant is not None and type(variant) not in _PLAIN_VARIANTS:
             return f"a variant of LoRA: {type(variant).__name__}"
         b, dropout = all_b[name], dropouts[name]
-        for module, kinds in ((a, _PRODUCT), (b, _PRODUCT), (dropout, _DROPOUT)):
-            if type(module) not in kinds or is_hooked(module) or "forward" in module.__dict__:
-                return _why_called(module, kinds)
+        why = parts_refusal(a, b, dropout)
+        if why is not None:
+            return why
         p = dropout.p if type(dropout) is nn.Dropout and dropout.training else 0.0
         b_own = b._parameters
         terms.append(Term(a._parameters["weight"], b_own["weight"], layer.scaling[name], p, b_own["bias"]))
     return terms or "no active adapter"
-
-
-def _why_called(module: nn.Module, kinds: tuple[type[nn.Module], ...]) -> str:
-    """Why a part of an adapter must be called as a module: its class does not say all that it does."""
-    part = "the dropout" if kinds is _DROPOUT else "lora_A or lora_B"
-    if type(module) not in kinds:
-        return f"{part} is a {type(module).__name__}"
-    return f"{part} has hooks" if is_hooked(module) else f"the forward of {part} was replaced"
 
 
 def _refusal(layer: LoraLinear, x: Tensor, terms: list[Term], kwargs: dict[str, Any]) -> str | None:

@@ -43,7 +43,7 @@ class LayerReport:
 
     name: str
     expected: Way
-    calls: dict[Way, int]
+    calls: Counter[Way]
     layer: weakref.ref[nn.Module]
     changed: bool = False
     """Did the call that made this report change the layer's class?"""
@@ -58,7 +58,7 @@ class AccelerationReport:
     @property
     def calls(self) -> Counter[Way]:
         """How many calls ran in which way, over all layers."""
-        return sum((Counter(layer.calls) for layer in self.layers.values()), Counter())
+        return sum((layer.calls for layer in self.layers.values()), Counter())
 
     @property
     def fused(self) -> int:
@@ -114,7 +114,7 @@ def accelerate(model: nn.Module) -> AccelerationReport:
     for name, layer in layers.items():
         changed = type(layer) is LoraLinear
         if changed:
-            layer.__dict__[CALLS] = {}
+            layer.__dict__[CALLS] = Counter()
             layer.__class__ = AcceleratedLinear
         report.layers[name] = _entry(name, layer, changed)
     if all(entry.expected.how == "PEFT" for entry in report.layers.values()):
@@ -129,7 +129,7 @@ def _entry(name: str, layer: nn.Module, changed: bool) -> LayerReport:
     else:
         kind = f"{type(layer).__module__}.{type(layer).__qualname__}".removeprefix("peft.tuners.")
         expected = Way("PEFT", f"{kind} is not lora.Linear")
-    return LayerReport(name, expected, layer.__dict__.get(CALLS, {}), weakref.ref(layer), changed)
+    return LayerReport(name, expected, layer.__dict__.get(CALLS, Counter()), weakref.ref(layer), changed)
 
 
 def decelerate(model: nn.Module) -> int:
@@ -183,8 +183,8 @@ def accelerated(model: nn.Module | None = None) -> Iterator[AccelerationReport]:
         entry = entries.get(layer)
         if entry is None:
             name = f"layer {len(report.layers)} ({layer.in_features} to {layer.out_features})"
-            entry = entries[layer] = report.layers[name] = LayerReport(name, way, {}, weakref.ref(layer))
-        entry.calls[way] = entry.calls.get(way, 0) + 1
+            entry = entries[layer] = report.layers[name] = LayerReport(name, way, Counter(), weakref.ref(layer))
+        entry.calls[way] += 1
 
     listeners.append(listen)
     LoraLinear.forward = _everywhere  # type: ignore[method-assign]

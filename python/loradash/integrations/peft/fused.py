@@ -88,7 +88,7 @@ def base_refusal(x: Tensor, base: nn.Module) -> str | None:
     """Why a base layer must be called by itself for this x, or None: its product can be the operator's. x passed `refusal`."""
     kind = type(base)
     if kind not in (nn.Linear, Conv1D) and not computes_plainly(base):
-        return f"the base layer is a {kind.__name__} with a forward of its own"
+        return f"the base layer is a {kind.__module__}.{kind.__qualname__}, which computes in a way of its own"
     if "forward" in base.__dict__:
         return "the base layer's forward was replaced"
     if is_hooked(base):
@@ -104,6 +104,21 @@ def base_refusal(x: Tensor, base: nn.Module) -> str | None:
     for tensor in (weight,) if bias is None else (weight, bias):
         if _computed_in(tensor, autocast) != dtype or tensor.device != x.device:
             return f"the base layer is {tensor.dtype} on {tensor.device}, the input {x.dtype} on {x.device}"
+    return None
+
+
+# The classes of an adapter's parts whose calls compute their formula and nothing else.
+_PRODUCT, _DROPOUT = (nn.Linear,), (nn.Dropout, nn.Identity)
+
+
+def parts_refusal(lora_a: nn.Module, lora_b: nn.Module, dropout: nn.Module) -> str | None:
+    """Why an adapter's parts must be called as modules, or None where their tensors say all that calling them does."""
+    for module, kinds in ((lora_a, _PRODUCT), (lora_b, _PRODUCT), (dropout, _DROPOUT)):
+        if type(module) not in kinds or is_hooked(module) or "forward" in module.__dict__:
+            part = "the dropout" if kinds is _DROPOUT else "lora_A or lora_B"
+            if type(module) not in kinds:
+                return f"{part} is a {type(module).__name__}"
+            return f"{part} has hooks" if is_hooked(module) else f"the forward of {part} was replaced"
     return None
 
 
