@@ -49,8 +49,8 @@ def dash_parameter_groups(
 
     Raises ValueError for a model without adapters or in which nothing trains, and for a number out of range.
     """
-    _check("lr", lr, least_excluded=True)
-    _check("sigma_lr", lr if sigma_lr is None else sigma_lr, least_excluded=True)
+    _check("lr", lr, positive=True)
+    _check("sigma_lr", lr if sigma_lr is None else sigma_lr, positive=True)
     _check("weight_decay", weight_decay)
     _check("sigma_weight_decay", sigma_weight_decay)
     dash_state(model)
@@ -75,10 +75,10 @@ def dash_parameter_groups(
     return found
 
 
-def _check(name: str, value: Any, least_excluded: bool = False) -> None:
+def _check(name: str, value: Any, positive: bool = False) -> None:
     number = isinstance(value, numbers.Real) and not isinstance(value, bool) and math.isfinite(value)
-    if not number or value < 0 or (least_excluded and value == 0):
-        wanted = "a positive finite number" if least_excluded else "a finite number of at least 0"
+    if not number or value < 0 or (positive and value == 0):
+        wanted = "a positive finite number" if positive else "a finite number of at least 0"
         raise ValueError(f"{name} must be {wanted}, got {value!r}")
 
 
