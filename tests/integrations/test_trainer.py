@@ -87,6 +87,10 @@ def test_a_merged_model_is_saved_whole(run, tmp_path):
     loradash.unmerge(model)
     model.save_pretrained(tmp_path / "adapter")
     assert (tmp_path / "adapter" / "loradash_adapter.safetensors").exists()
+    loradash.merge_and_unload(model).save_pretrained(tmp_path / "plain")
+    assert load_file(tmp_path / "plain" / "model.safetensors").keys() == dict(llama().named_parameters()).keys()
+    reread = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "plain")
+    assert torch.equal(reread(X).logits, plain(X).logits)
 
 
 def test_copies_save_themselves(run, tmp_path):

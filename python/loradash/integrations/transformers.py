@@ -177,7 +177,8 @@ def _keep_sigma_exact(model: nn.Module) -> None:
     if os.environ.get("ACCELERATE_USE_FSDP", "false") == "true":
         return
     for layer in dash_layers(model).values():
-        layer.dash_sigma.data = layer.dash_sigma.data.float()
+        if layer.dash_sigma.dtype.itemsize < 4:
+            layer.dash_sigma.data = layer.dash_sigma.data.float()
 
 
 def _check_model(model: nn.Module) -> None:
@@ -211,7 +212,7 @@ def _save_adapters_alone(model: nn.Module) -> None:
 
 
 NO_MODEL = "none, these are LoRA-Dash adapters; load them by loradash.load_adapter(base_model, folder)"
-"""Where config.json names the file of the weights: from_pretrained raises, and shows it."""
+"""Where config.json names the file of the weights, and that file its format: from_pretrained raises, and shows it."""
 
 
 class _AdaptersAlone:
@@ -233,6 +234,14 @@ class _AdaptersAlone:
     def _detach(self) -> None:
         del self.model.__dict__["save_pretrained"], self.model.__dict__["_keys_to_ignore_on_save"]
 
+    def _save_whole(self, *arguments: Any, **options: Any) -> None:
+        self._detach()
+        try:
+            self.model.save_pretrained(*arguments, **options)
+        finally:
+            if dash_layers(self.model):
+                self._attach()
+
     def __call__(
         self,
         save_directory: str | os.PathLike,
@@ -242,12 +251,7 @@ class _AdaptersAlone:
     ) -> None:
         layers = dash_layers(self.model).values()
         if not layers or any(layer.merged for layer in layers):
-            self._detach()
-            self.model.save_pretrained(
-                save_directory, is_main_process=is_main_process, state_dict=state_dict, **options
-            )
-            if layers:
-                self._attach()
+            self._save_whole(save_directory, is_main_process=is_main_process, state_dict=state_dict, **options)
             return
         if options.get("push_to_hub"):
             raise ValueError(

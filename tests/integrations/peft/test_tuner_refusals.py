@@ -19,7 +19,7 @@ from loradash.integrations.peft.registration import PEFT_TYPE, register
 from loradash.integrations.peft.versions import check_version
 from peft import LoraConfig, get_peft_model
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
-from support.peft_models import Net, adapted, config, output, two_adapters
+from support.peft_models import Net, adapted, config, llama, llama_config, output, two_adapters
 
 
 @pytest.fixture
@@ -122,6 +122,15 @@ def test_functions_of_apply_dash_name_pefts(both, tmp_path):
             call(both)
     with pytest.raises(ValueError, match="PEFT"):
         loradash.apply_dash(both)
+
+
+@pytest.mark.parametrize("targets", [["q_proj", "lm_head"], ".*(q_proj|lm_head)"])
+def test_targets_tied_to_the_embedding(targets):
+    model = llama(tie_word_embeddings=True)
+    before = [type(m) for m in model.modules()]
+    with pytest.raises(ValueError, match="ensure_weight_tying: an adapter of lm_head"):
+        get_peft_model(model, llama_config(target_modules=targets, ensure_weight_tying=True))
+    assert [type(m) for m in model.modules()] == before
 
 
 def test_what_would_lose_a_part(both):

@@ -101,6 +101,13 @@ class DashLoraModel(LoraModel):
             and (self._check_target_module_exists(config, name) if named is None else name in named)
         }
 
+    def _add_targets_to_tie(self, peft_config: Any, tied_weight_keys: list[str]) -> None:
+        """PEFT's question, asked before anything is changed, how a target that is tied to the embedding gets its adapter."""
+        raise ValueError(
+            f"ensure_weight_tying: an adapter of {', '.join(sorted(tied_weight_keys))} would have to be the embedding's too, and "
+            "LoRA-Dash is a method for linear layers; leave it out of target_modules"
+        )
+
     @staticmethod
     def _create_new_module(
         lora_config: DashLoraConfig, adapter_name: str, target: nn.Module, **kwargs: Any
