@@ -22,7 +22,7 @@ CXX_FILES = $(shell find csrc examples tools -name '*.cpp' -o -name '*.h' -o -na
 CLANG_FORMAT := $(PY) -c "from clang_format import clang_format; clang_format()"
 RESULTS := benchmarks/results
 
-.PHONY: demo test cuda-check cuda-counters test-ptxsim bench bench-all gpu-proof counters lint format docs clean in-place
+.PHONY: demo test cuda-check cuda-counters test-ptxsim bench bench-all gpu-proof counters peft-tests peft-versions lint format docs clean in-place
 
 demo: $(READY)
 	$(PY) -m loradash.cli finetune --out runs/demo
@@ -90,6 +90,24 @@ endif
 bench-all: bench
 	$(ON_CARD) || $(ON_CPU) benchmarks.layers.ratios --compiled
 	$(ON_CPU) pytest benchmarks --benchmark-enable --benchmark-group-by=group --benchmark-json=$(RESULTS)/pytest.json
+
+# PEFT's own tests with this library beneath them and without; its sdist comes from PyPI, or lies in SDIST=FOLDER. ONLY="--file
+# test_mixed --switch accelerated" runs a part, and then writes no results.
+peft-tests: $(READY)
+	$(ON_CPU) tools.peft_tests $(if $(SDIST),--sdist $(SDIST)) $(if $(JOBS),--jobs $(JOBS)) $(or $(ONLY),--out $(RESULTS))
+
+# The front ends' tests at both ends of what pyproject.toml allows: the oldest frameworks have an environment of their own.
+OLDEST_VENV ?= .venv-oldest
+OLDEST := $(abspath $(OLDEST_VENV))/bin/python
+FRONT_ENDS = -m pytest tests/integrations tests/model/test_quantised.py tests/model/test_presets.py
+peft-versions: $(READY)
+	test -x $(OLDEST) || $(PYTHON) -m venv $(OLDEST_VENV)
+	$(OLDEST) -m pip install --quiet --upgrade pip "setuptools>=77" wheel ninja
+	$(if $(TORCH),$(OLDEST) -m pip install $(TORCH),$(OLDEST) tools/wheel_index.py install)
+	$(OLDEST) -m pip install --quiet pytest pytest-benchmark hypothesis scipy $$($(OLDEST) tools/oldest.py)
+	$(OLDEST) -m pip install --quiet --no-build-isolation -e .
+	$(OLDEST) $(FRONT_ENDS)
+	$(PY) $(FRONT_ENDS)
 
 lint: $(READY)
 	$(PY) -m ruff check .

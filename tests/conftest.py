@@ -116,3 +116,12 @@ def factors():
     if not FACTORS.is_file():
         pytest.skip(f"real LoRA factors are not at {FACTORS}; set LORADASH_FACTORS to a file of them")
     return FACTORS
+
+
+@pytest.fixture
+def process_group(monkeypatch):
+    """This process alone as torch.distributed's world: a mesh of one on the CPU, for `fully_shard`."""
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    yield torch.distributed.device_mesh.init_device_mesh("cpu", (1,))
+    torch.distributed.destroy_process_group()

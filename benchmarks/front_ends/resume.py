@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from loradash import DashConfig, DashSchedule, apply_dash, dash_layers, dash_state
+from loradash import DashConfig, DashSchedule, apply_dash, dash_layers, dash_parameter_groups, dash_state
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
@@ -140,6 +140,48 @@ def with_accelerate(model: nn.Module, folder: Path, resume_at: int | None) -> Ru
     return finished(model, losses)
 
 
+def with_lightning(model: nn.Module, folder: Path, resume_at: int | None) -> Run:
+    """On one constant batch: Lightning gives a resumed epoch its first batches again. It leaves the generator of dropout as it
+    is, too, so every batch seeds it by its number."""
+    import lightning
+    from lightning.pytorch.callbacks import ModelCheckpoint
+    from loradash.integrations.lightning import DashCallback
+
+    losses: dict[int, list[float]] = {}
+
+    class Module(lightning.LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = model
+
+        def training_step(self, batch: dict[str, Tensor], index: int) -> Tensor:
+            before = losses.setdefault(self.global_step + 1, [])
+            torch.manual_seed(self.global_step * ACCUMULATION + len(before))
+            loss = self.model(**batch).loss
+            before.append(loss.item())
+            return loss
+
+        def configure_optimizers(self) -> torch.optim.Optimizer:
+            return torch.optim.AdamW(dash_parameter_groups(self, lr=RATE))
+
+    trainer = lightning.Trainer(
+        max_steps=STEPS,
+        accumulate_grad_batches=ACCUMULATION,
+        accelerator="cpu",
+        devices=1,
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        callbacks=[
+            DashCallback(progress=False),
+            ModelCheckpoint(folder, "{step}", every_n_train_steps=2, save_top_k=-1),
+        ],
+    )
+    batches = torch.utils.data.DataLoader(rows()[:BATCH] * STEPS * ACCUMULATION, batch_size=BATCH, collate_fn=_collated)
+    trainer.fit(Module().train(), batches, ckpt_path=folder / f"step={resume_at}.ckpt" if resume_at else None)
+    return finished(model, {step: sum(each) / len(each) for step, each in losses.items()})
+
+
 def _collated(batch: list[dict[str, list[int]]]) -> dict[str, Tensor]:
     return {key: torch.tensor([row[key] for row in batch]) for key in batch[0]}
 
@@ -147,6 +189,7 @@ def _collated(batch: list[dict[str, list[int]]]) -> dict[str, Tensor]:
 ARMS: dict[str, Callable[[nn.Module, Path, int | None], Run]] = {
     "trainer": with_trainer,
     "accelerate": with_accelerate,
+    "lightning": with_lightning,
 }
 
 

@@ -17,9 +17,11 @@ from .config import DashConfig
 from .export import export_lora
 from .linear import DashLinear
 from .model import apply_dash, dash_only, disable, merge, summary, unmerge
+from .optimizer import dash_parameter_groups
 from .prelaunch import LayerReport, prelaunch
 from .schedule import DashSchedule
 from .state import dash_layers, dash_state
+from .unload import merge_and_unload
 from .warming import WarmedUp, warm_up
 
 __all__ = [
@@ -35,11 +37,13 @@ __all__ = [
     "apply_dash",
     "dash_layers",
     "dash_only",
+    "dash_parameter_groups",
     "dash_state",
     "disable",
     "export_lora",
     "load_adapter",
     "merge",
+    "merge_and_unload",
     "prelaunch",
     "save_adapter",
     "summary",

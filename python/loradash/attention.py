@@ -8,6 +8,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+_BEFORE = "_loradash_before"
+"""The attribute of a parent that holds the flags which `call_adapted_layers` changed."""
+
 
 class AdaptedMultiheadAttention(nn.MultiheadAttention):
     """nn.MultiheadAttention that calls its `out_proj` instead of multiplying by out_proj.weight.
@@ -80,10 +83,24 @@ def call_adapted_layers(parent: nn.Module) -> None:
     if type(parent) is nn.MultiheadAttention:
         parent.__class__ = AdaptedMultiheadAttention
     if isinstance(parent, nn.TransformerEncoderLayer):
-        parent.activation_relu_or_gelu = 0
+        _set(parent, activation_relu_or_gelu=0)
     if isinstance(parent, nn.TransformerEncoder):
-        parent.use_nested_tensor = False
-        parent.enable_nested_tensor = False
+        _set(parent, use_nested_tensor=False, enable_nested_tensor=False)
+
+
+def _set(parent: nn.Module, **flags: Any) -> None:
+    before = parent.__dict__.setdefault(_BEFORE, {})
+    for name, value in flags.items():
+        before.setdefault(name, getattr(parent, name))
+        setattr(parent, name, value)
+
+
+def compute_as_before(parent: nn.Module) -> None:
+    """Undoes `call_adapted_layers`."""
+    if type(parent) is AdaptedMultiheadAttention:
+        parent.__class__ = nn.MultiheadAttention  # type: ignore[assignment]
+    for name, value in parent.__dict__.pop(_BEFORE, {}).items():
+        setattr(parent, name, value)
 
 
 def are_made_to_call(parent: nn.Module) -> type[nn.Module] | None:

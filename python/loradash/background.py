@@ -124,6 +124,8 @@ class BackgroundDecomposition:
             weight = borrow(weight_of())
             if not self._cache.has(weight) and not self._decompose(weight):
                 return
+            # A dequantised weight goes before the next one comes.
+            del weight
             self._done += 1
 
     def _decompose(self, weight: Tensor) -> bool:

@@ -9,6 +9,7 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from .distributed import is_sharded
+from .formats import is_packed_bitnet, unready
 
 Treatment = Literal["adopted", "kept whole"]
 
@@ -30,8 +31,8 @@ _TRIFLES = {"__init__", "__module__", "__qualname__", "__doc__", "__annotations_
 
 
 def is_linear(module: nn.Module) -> bool:
-    """Is it nn.Linear, transformers' Conv1D (whose weight is (K, N)), or a subclass of either?"""
-    return _kind(module) is not None
+    """Is it nn.Linear, transformers' Conv1D (whose weight is (K, N)), a subclass of either, or transformers' BitLinear?"""
+    return _kind(module) is not None or is_packed_bitnet(module)
 
 
 def is_transposed(module: nn.Module) -> bool:
@@ -63,8 +64,12 @@ def treatment(module: nn.Module) -> Treatment:
     "kept whole": calls the layer itself and adds the low-rank terms, for a subclass with a forward of its own, a
     quantised weight, hooks, parametrizations, a patched forward (offloading).
 
-    Raises TypeError for what is no linear layer, ValueError where neither can be right: not initialised, sharded.
+    Raises TypeError for what is no linear layer, ValueError where neither can be right: not initialised, not quantised yet,
+    without a gradient, sharded.
     """
+    problem = unready(module)
+    if problem:
+        raise ValueError(problem)
     if not is_linear(module):
         raise TypeError(f"wanted nn.Linear or transformers' Conv1D, got {type(module).__name__}")
     weight = module._parameters.get("weight")

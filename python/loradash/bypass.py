@@ -33,8 +33,8 @@ _FACTS = (
     "new_full",
     "new_tensor",
 )
-# Methods that run once, or write weights.
-_SETUP = re.compile(r"^(__init__|extra_repr)$|init|reset|tie|load|save|prune|resize")
+# Methods that run once, or write weights: diffusers' attention has a fuse_projections that nobody calls in training.
+_SETUP = re.compile(r"^(__init__|extra_repr)$|^(un)?fuse_|init|reset|tie|load|save|prune|resize")
 _QUESTIONS = ("isinstance", "hasattr", "getattr", "setattr", "id", "type")
 
 

@@ -214,11 +214,11 @@ def _exchange(file: Path, model: nn.Module, values: dict[str, Tensor], config: D
     _switch(layers, merged, own, values, {name: config.for_module(name) for name in layers})
     try:
         for layer in merged:
-            layer.merge()
+            layer.merge(requantise=True)
     except (ArithmeticError, RuntimeError, ValueError) as error:
         _switch(layers, merged, own, before, settings)
         for layer in merged:
-            layer.merge()
+            layer.merge(requantise=True)
         raise AdapterError(f"{file}: cannot be merged into this model: {error}") from error
 
 

@@ -179,6 +179,24 @@ def _pairs_table(names: list[str], overlaps: torch.Tensor, scores: list[tuple[fl
 
 
 @app.command()
+def presets(name: Annotated[str | None, typer.Argument(help="Show this one alone, with its sources.")] = None) -> None:
+    """Show the paper's settings that `DashConfig.preset(name)` gives."""
+    from .presets import PRESETS, known
+
+    if name is not None:
+        with reported():
+            console.print(str(known(name)), soft_wrap=True)
+        return
+    table = Table("preset", "model", "r", "alpha", "learning rate", "targets")
+    for title, preset in PRESETS.items():
+        config, rate = preset.config, preset.training.get("learning_rate", "in no source")
+        table.add_row(
+            title, preset.model, *map(str, (config["r"], config["alpha"], rate)), ", ".join(config["target_modules"])
+        )
+    console.print(table)
+
+
+@app.command()
 def info(device: Annotated[str | None, typer.Option(help="This device alone; by default all.")] = None) -> None:
     """Show versions, cards, which backends can run here, which one each dtype takes on each device, and what to install."""
     from . import machine

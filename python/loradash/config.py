@@ -14,6 +14,8 @@ import numpy as np
 
 from loradash_kernels.directions.policy import METHODS
 
+from . import presets
+
 OVERRIDABLE = ("r", "alpha", "directions")
 
 
@@ -89,6 +91,16 @@ class DashConfig:
         if unknown:
             raise ValueError(f"unknown settings {unknown}")
         return cls(**values)
+
+    @classmethod
+    def preset(cls, name: str, **overrides: Any) -> DashConfig:
+        """The paper's settings for one of its experiments, with some of them replaced: `preset("commonsense-llama-7b", r=16)`.
+
+        `loradash.presets.PRESETS[name]` tells each number's source, and under `training` the learning rate and what else
+        belongs to the run. Another r keeps the ratio of alpha to r. Raises ValueError for an unknown name, and where
+        `DashConfig` refuses a value.
+        """
+        return cls.from_dict(presets.settings(name, **overrides))
 
 
 def matches(name: str, patterns: str | Iterable[str] | None) -> bool:

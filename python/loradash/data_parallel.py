@@ -21,14 +21,21 @@ from torch.nn.modules.module import register_module_module_registration_hook
 from .linear import DashLinear
 
 FROZEN = ("dash_u", "dash_vt", "launched")
+FOREIGN = "_loradash_frozen"
+"""An attribute of the class of layers that another framework made: the names of their dicts of such buffers, one an adapter."""
 # DDP calls this at the end of its construction, after it has sent all parameters and buffers.
 _LAST_STEP = "_ddp_init_helper"
 
 
 def frozen_buffers(module: nn.Module) -> set[str]:
     """Full names of the adapters' buffers in a module; all the names of a layer that occurs twice."""
-    layers = [(name, m) for name, m in module.named_modules(remove_duplicate=False) if isinstance(m, DashLinear)]
-    return {f"{name}.{buffer}".lstrip(".") for name, layer in layers for buffer in FROZEN if buffer in layer._buffers}
+    found: set[str] = set()
+    for name, m in module.named_modules(remove_duplicate=False):
+        if isinstance(m, DashLinear):
+            found |= {f"{name}.{buffer}" for buffer in FROZEN if buffer in m._buffers}
+        for parts in getattr(type(m), FOREIGN, ()):
+            found |= {f"{name}.{parts}.{adapter}" for adapter in m._modules[parts]._buffers}
+    return {name.lstrip(".") for name in found}
 
 
 def _when_wrapped(parent: nn.Module, name: str, child: nn.Module | None) -> None:

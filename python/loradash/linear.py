@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import Any, NoReturn, cast
 
 import torch
@@ -14,8 +13,10 @@ from loradash_kernels import Directions, dash_linear, low_rank_update
 
 from .base_layers import features, is_transposed, treatment
 from .config import DashConfig
-from .distributed import gathered, is_sharded, shard_of
-from .quantised import can_take_update, compute_device, is_quantised, weight_of
+from .distributed import gathered
+from .formats import keep_differentiable
+from .merging import TakesUpdate
+from .quantised import check_differentiable, compute_device, is_quantised
 
 
 def adapter_shapes(n: int, k: int, config: DashConfig) -> dict[str, tuple[int, ...]]:
@@ -49,7 +50,7 @@ def take_directions(layer: Any, directions: Directions) -> None:
     layer.launched.fill_(True)
 
 
-class DashLinear(nn.Module):
+class DashLinear(TakesUpdate):
     """A linear layer with frozen weight and LoRA-Dash adapters (Si et al., ICLR 2025); drop-in for nn.Linear.
 
     y = x Wᵀ + b + scaling · x̃ Aᵀ Bᵀ + Σ_i Δσ_i (x̃ · v_i) u_iᵀ. Until `launch`, u and v are zero and the layer is LoRA.
@@ -68,16 +69,10 @@ class DashLinear(nn.Module):
     Attributes:
         name: the layer's name in the model, for error messages; empty outside `apply_dash`.
         enabled: False leaves the base layer alone.
+        adopted: the class of the layer that gave its weight and bias; None for one that is kept whole.
     """
 
-    weight: Tensor
     bias: Tensor | None
-    base: nn.Module | None
-    lora_a: Tensor
-    lora_b: Tensor
-    dash_sigma: Tensor
-    dash_u: Tensor
-    dash_vt: Tensor
     launched: Tensor
 
     def __init__(
@@ -121,8 +116,8 @@ class DashLinear(nn.Module):
         self.transposed = is_transposed(linear) and not kept
         self.in_features, self.out_features = features(linear)
         self.config, self.name, self.enabled = config, "", True
-        # This is the weight before `merge`.
-        self._unmerged: Tensor | None = None
+        self.adopted = None if kept else type(linear)
+        self._keep(None)
         if not kept:
             self.register_parameter("weight", cast(nn.Parameter, linear.weight))
             self.register_parameter("bias", cast("nn.Parameter | None", linear.bias))
@@ -147,6 +142,7 @@ class DashLinear(nn.Module):
         """Freezes the base layer, but for a bias that `config.train_bias` wants trained."""
         if self.base is not None:
             self.base.requires_grad_(False)
+            keep_differentiable(self.base)
             return
         self.weight.requires_grad_(False)
         if self.bias is not None:
@@ -175,22 +171,6 @@ class DashLinear(nn.Module):
         if name.startswith("_") or hasattr(type(self), name) or not hasattr(base, name):
             return False
         return not any(name in own for own in (self.__dict__, self._parameters, self._buffers, self._modules))
-
-    @property
-    def scaling(self) -> float:
-        return self.config.scaling
-
-    @property
-    def merged(self) -> bool:
-        return self._unmerged is not None
-
-    def weight_nk(self) -> Tensor:
-        """The weight as (N, K): a view; for a layer that computes in a way of its own, a new tensor with every call."""
-        return self.oriented(self.weight) if self.base is None else weight_of(self.base)
-
-    def oriented(self, weight: Tensor) -> Tensor:
-        """A tensor of the stored weight's shape as (N, K)."""
-        return weight.t() if self.transposed else weight
 
     def forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """input (..., K) to (..., N). Further arguments are for a layer kept whole; TypeError where there is none."""
@@ -245,11 +225,15 @@ class DashLinear(nn.Module):
                 f"{self._label()}: {type(base).__name__} returned {found} for x {tuple(x.shape)}; only a tensor "
                 f"(..., {self.out_features}) can take the low-rank terms; leave the layer out (exclude_modules)"
             )
+        check_differentiable(self._label(), base, x, y)
         return y
 
     def _add_low_rank(self, y: Tensor, x: Tensor) -> Tensor:
         if not self.enabled or self._unmerged is not None:
             return y
+        # The result is what the base layer alone would give, in dtype too.
+        if x.dtype != y.dtype and x.is_floating_point() and y.is_floating_point():
+            x = x.to(y.dtype)
         try:
             return low_rank_update(
                 y,
@@ -275,9 +259,6 @@ class DashLinear(nn.Module):
             )
         raise ValueError(f"{self._label()}: {error}{hint}") from error
 
-    def _label(self) -> str:
-        return self.name or type(self).__name__
-
     @torch.no_grad()
     def launch(self, directions: Directions) -> None:
         """Takes the task-specific directions, u (N, s) and vt (s, K), and starts their coordinates Δσ at zero.
@@ -286,106 +267,6 @@ class DashLinear(nn.Module):
         then unchanged.
         """
         take_directions(self, directions)
-
-    @torch.no_grad()
-    def delta(self) -> Tensor:
-        """ΔW (N, K) in float32: scaling · B A + U diag(Δσ) Vᵀ. Sharded adapters are gathered: every process must call this."""
-        a, b, u, vt, sigma = map(gathered, (self.lora_a, self.lora_b, self.dash_u, self.dash_vt, self.dash_sigma))
-        with torch.autocast(a.device.type, enabled=False):
-            return self.scaling * (b.float() @ a.float()) + (u.float() * sigma.float()) @ vt.float()
-
-    def _holder(self) -> nn.Module:
-        """The module whose weight can take ΔW. Raises ValueError where there is none."""
-        holder = self if self.base is None else self.base
-        weight = holder.weight
-        if weight.is_meta:
-            raise ValueError(
-                f"{self._label()}: its weight is on meta (offloaded, or not loaded yet) and cannot be merged"
-            )
-        # A layer parametrized or pruned since it was adapted computes its weight.
-        computed = "weight" not in holder._parameters
-        if computed or is_quantised(weight) or (self.base is not None and not can_take_update(self.base)):
-            kind = "is quantised" if is_quantised(weight) else "computes in a way of its own"
-            raise ValueError(
-                f"{self._label()}: {type(holder).__name__} {kind} and cannot take the update; serve it beside the model: "
-                "export_lora(model, path)"
-            )
-        return holder
-
-    @torch.no_grad()
-    def merged_weight(self) -> Tensor:
-        """W + ΔW in the stored weight's shape and dtype, rounded once; sharded parameters are gathered.
-
-        Raises ValueError where the weight has no room for ΔW: quantised layers, layers whose products are others than
-        those with their weight, weights on meta, values that overflow the weight's dtype.
-        """
-        weight = gathered(self._holder().weight)  # type: ignore[arg-type]
-        delta = self.delta()
-        delta = delta.t() if self.transposed or (self.base is not None and is_transposed(self.base)) else delta
-        wide = weight.to(torch.promote_types(weight.dtype, torch.float32)) + delta
-        merged = wide.to(weight.dtype)
-        if not bool(merged.isfinite().all()) and bool(weight.isfinite().all()):
-            raise ValueError(
-                f"{self._label()}: the merged weight reaches {wide.abs().max():.3g}, which is not finite in {weight.dtype}"
-            )
-        return merged
-
-    @torch.no_grad()
-    def merge(self) -> None:
-        """Adds ΔW to the weight, as a new tensor: weights tied to this one stay as they are. Again: no effect.
-
-        A sharded weight is written in place, beside a copy of this process's part. Raises ValueError as `merged_weight`,
-        with the layer unchanged.
-        """
-        if self._unmerged is not None:
-            return
-        merged, holder = self.merged_weight(), self._holder()
-        weight: Tensor = holder.weight  # type: ignore[assignment]
-        if is_sharded(weight):
-            self._keep(weight.detach().clone())
-            # One process's values for all, where machines round differently.
-            weight.copy_(shard_of(merged, weight, source=0))
-        else:
-            holder.weight = nn.Parameter(merged, requires_grad=False)
-            self._keep(weight)
-
-    @torch.no_grad()
-    def unmerge(self) -> None:
-        """Puts the original weight back, bit for bit. Without `merge`: no effect."""
-        if self._unmerged is None:
-            return
-        original, holder = self._unmerged, self if self.base is None else self.base
-        self._keep(None)
-        if is_sharded(original):
-            holder.weight.copy_(original)  # type: ignore[operator]
-        else:
-            holder.weight = cast(nn.Parameter, original)
-
-    def _keep(self, weight: Tensor | None) -> None:
-        """Notes the weight before `merge` outside the module's parameters, so that its state dict has no part of it."""
-        object.__setattr__(self, "_unmerged", weight)
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> DashLinear:
-        """`to`, `half`, `cuda`: the weight before `merge` goes along."""
-        super()._apply(fn, recurse)
-        if self._unmerged is not None:
-            self._unmerged.data = fn(self._unmerged.data)
-        return self
-
-    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
-        super()._save_to_state_dict(destination, prefix, keep_vars)
-        if self.merged and hasattr(destination, "_metadata"):
-            destination._metadata[prefix[:-1]]["merged"] = True
-
-    def _load_from_state_dict(self, state_dict: dict, prefix: str, local_metadata: dict, *args: Any) -> None:
-        if self.merged and any(key.startswith(prefix) for key in state_dict):
-            raise ValueError(f"{self._label()} is merged; unmerge(model) before load_state_dict")
-        if local_metadata.get("merged") and f"{prefix}lora_b" in state_dict:
-            raise ValueError(
-                f"{self._label()}: the state dict is that of a merged model, whose adapters would count twice here; "
-                "unmerge(model) before state_dict"
-            )
-        super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
 
     def extra_repr(self) -> str:
         phase = "on meta" if self.launched.is_meta else "dash" if bool(self.launched) else "pre-launch"

@@ -16,7 +16,8 @@ from .bypass import bypassed_children, child_at
 from .config import DashConfig
 from .distributed import reshard
 from .linear import DashLinear
-from .state import STATE, DashState, dash_layers, dash_state, own_layers, unwrap
+from .quantised import RequantisationError
+from .state import STATE, DashState, dash_layers, dash_state, own_layers, plain_name, unwrap
 from .targets import check_patterns, target_layers, trainable_modules
 
 
@@ -41,6 +42,8 @@ def apply_dash(model: nn.Module, config: DashConfig | None = None) -> nn.Module:
     adapted = {module: _around(name, module, config) for name, module in chosen.items()}
     trained = _trained_parameters(model, config)
     _check_ties(adapted.values(), trained)
+    parameters = model.named_parameters(remove_duplicate=False)
+    trained_before = frozenset(plain_name(name) for name, p in parameters if p.requires_grad)
 
     for parameter in model.parameters():
         parameter.requires_grad_(False)
@@ -56,7 +59,7 @@ def apply_dash(model: nn.Module, config: DashConfig | None = None) -> nn.Module:
             call_adapted_layers(parent)
     for parameter in trained:
         parameter.requires_grad_(True)
-    setattr(model, STATE, DashState(config))
+    setattr(model, STATE, DashState(config, trained_before=trained_before))
     return given
 
 
@@ -68,13 +71,13 @@ def _check_model(model: nn.Module) -> None:
     for name, module in model.named_modules():
         if isinstance(module, DashLinear) or STATE in module.__dict__:
             raise ValueError(f"the model has LoRA-Dash adapters already{f', in {name}' if name else ''}")
-        if hasattr(module, "base_layer") and type(module).__module__.startswith("peft."):
+        if hasattr(module, "base_layer") and any(cls.__module__.startswith("peft.") for cls in type(module).__mro__):
             raise ValueError(f"{name} has an adapter of PEFT; merge_and_unload it first")
-        if isinstance(module, _wrappers()):
+        if isinstance(module, wrappers()):
             raise ValueError(f"{name or 'the model'} is wrapped in {type(module).__name__}; apply_dash comes before it")
 
 
-def _wrappers() -> tuple[type[nn.Module], ...]:
+def wrappers() -> tuple[type[nn.Module], ...]:
     """Wrappers that have taken note of the parameters: the adapters' gradients would never be reduced over processes."""
     found: list[type[nn.Module]] = [nn.parallel.DistributedDataParallel, nn.DataParallel]
     if torch.distributed.is_available():
@@ -136,22 +139,30 @@ def _check_ties(adapted: Iterable[DashLinear], trained: list[nn.Parameter]) -> N
         )
 
 
-def merge(model: nn.Module) -> None:
+def merge(model: nn.Module, requantise: bool = False) -> dict[str, RequantisationError]:
     """Adds every layer's ΔW to its weight, for inference without adapters. All layers or, where one cannot, none.
 
     Every process must call this for a model sharded by FSDP2. Raises ValueError, naming the layer (`DashLinear.merge`).
+
+    Args:
+        requantise: quantised layers are quantised anew with their update, instead of refused.
+
+    Returns the error that this made, for every layer that was quantised anew.
     """
     reshard(model)
     done: list[DashLinear] = []
+    errors: dict[str, RequantisationError] = {}
     try:
-        for layer in own_layers(model, "model.merge_adapter()").values():
+        for name, layer in own_layers(model, "model.merge_adapter()").items():
             if not layer.merged:
-                layer.merge()
+                error = layer.merge(requantise)
                 done.append(layer)
+                errors |= {} if error is None else {name: error}
     except BaseException:
         for layer in done:
             layer.unmerge()
         raise
+    return errors
 
 
 def unmerge(model: nn.Module) -> None:
@@ -175,7 +186,7 @@ def disable(model: nn.Module) -> Iterator[nn.Module]:
         for layer, (enabled, merged) in zip(layers, before, strict=True):
             layer.enabled = enabled
             if merged:
-                layer.merge()
+                layer.merge(requantise=True)
 
 
 def dash_only(model: nn.Module) -> None:

@@ -2,22 +2,38 @@
 
 from __future__ import annotations
 
-from typing import Any, cast
+import copy
+from collections.abc import Callable
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 
 from .base_layers import PLAIN, computes_plainly, features, is_transposed
+from .formats import Format, format_of
 
 ROWS = 1024
-"""A layer is asked for its products with this many rows of the identity at a time."""
+"""A layer is asked for its products with this many rows of the identity at a time, and W is compared by so many of its rows."""
+
+PROBES = 4
+"""So many rows of the identity, and as many of random signs, tell whether a format's weight is that of its products."""
+
+
+class RequantisationError(NamedTuple):
+    """What became of W + ΔW when it was quantised anew: the Frobenius norm of the difference over that of W + ΔW, and over
+    that of ΔW. From 1 on the latter says that the grid of the format has swallowed the update."""
+
+    of_weight: float
+    of_update: float
 
 
 def is_quantised(weight: Any) -> bool:
     """Is a weight something else than plain floating numbers (bitsandbytes, torchao, ...)?"""
     if not isinstance(weight, Tensor):
         return False
-    return weight.dtype not in PLAIN or type(weight).dequantize is not Tensor.dequantize
+    # The codes of four bits may be stored in a floating dtype.
+    codes = getattr(weight, "quant_state", None) is not None
+    return codes or weight.dtype not in PLAIN or type(weight).dequantize is not Tensor.dequantize
 
 
 def compute_device(module: nn.Module) -> torch.device:
@@ -29,11 +45,54 @@ def compute_device(module: nn.Module) -> torch.device:
 
 @torch.no_grad()
 def weight_of(module: nn.Module) -> Tensor:
-    """The W (N, K) that a linear layer multiplies with: a view of its weight, or a new tensor every time (`_products`)."""
+    """The W (N, K) that a linear layer multiplies with: a view of its weight, or a new tensor every time.
+
+    Of a known format it is what the format says, where the layer's kernels agree; the layer is not called, and not written
+    to. Any other layer is asked for its products with the identity, N K² multiplications.
+    """
     weight = cast(Tensor, module.weight)
     if computes_plainly(module) and not weight.is_meta:
         return weight.t() if is_transposed(module) else weight
+    kept = format_of(module)
+    if kept is not None:
+        found = _dequantised(module, kept)
+        if found is not None:
+            return found
     return _products(module)
+
+
+def _dequantised(module: nn.Module, kept: Format) -> Tensor | None:
+    """What the format says, where products of the layer's kernels with a few rows agree."""
+    try:
+        weight = kept.weight(module)
+    # Releases of a framework may lack a function, or know formats that it does not take.
+    except (AttributeError, ImportError, NotImplementedError, TypeError):
+        return None
+    k, n = features(module)
+    return weight if weight.shape == (n, k) and _agrees(module, kept, weight) else None
+
+
+def _agrees(module: nn.Module, kept: Format, weight: Tensor) -> bool:
+    """Rows of the identity show single columns of W to within rounding, rows of signs a fault anywhere; layers that
+    quantise their input take both as they are."""
+    k = weight.shape[1]
+    if not k:
+        return True
+    generator = torch.Generator().manual_seed(k)
+    chosen = torch.randint(k, (PROBES,), generator=generator)
+    signs = torch.randint(2, (PROBES, k), generator=generator) * 2.0 - 1
+    x = torch.cat([torch.eye(1, k).roll(int(i), -1) for i in chosen] + [signs]).to(weight.device)
+    with torch.autocast(weight.device.type, enabled=False):
+        y = kept.product(module, x)
+        if y is None:
+            return True
+        unit = max(torch.finfo(t).eps for t in (y.dtype, weight.dtype, torch.float32))
+        share = 4 * unit + k * torch.finfo(torch.float32).eps
+        for products, rows in zip(y.split(ROWS, dim=1), weight.split(ROWS), strict=True):
+            w = rows.float()
+            if not bool(((products - x @ w.t()).abs() <= share * (x.abs() @ w.abs().t())).all()):
+                return False
+    return True
 
 
 def _products(module: nn.Module) -> Tensor:
@@ -44,7 +103,8 @@ def _products(module: nn.Module) -> Tensor:
     k, _ = features(module)
     weight, device = cast(Tensor, module.weight), compute_device(module)
     # Layers with codes for a weight take float32.
-    dtype = weight.dtype if weight.dtype in PLAIN else torch.float32
+    codes = weight.dtype not in PLAIN or getattr(weight, "quant_state", None) is not None
+    dtype = torch.float32 if codes else weight.dtype
     call = module.forward if type(module).__call__ is nn.Module.__call__ else module
     with torch.autocast(device.type, enabled=False):
         offset = call(torch.zeros(1, k, dtype=dtype, device=device))
@@ -53,6 +113,15 @@ def _products(module: nn.Module) -> Tensor:
             for k0 in range(0, k, ROWS)
         ]
     return torch.cat(columns).t()
+
+
+def check_differentiable(name: str, module: nn.Module, x: Tensor, y: Tensor) -> None:
+    """Raises RuntimeError where a layer's output y for x has no gradient that should have one."""
+    if x.requires_grad and not y.requires_grad and torch.is_grad_enabled():
+        raise RuntimeError(
+            f"{name}: {type(module).__name__} gives no gradient for its input, and what is below it would train on a wrong one; "
+            "take a format that can be trained through, or leave the layer out (exclude_modules)"
+        )
 
 
 def can_take_update(module: nn.Module) -> bool:
@@ -65,3 +134,59 @@ def can_take_update(module: nn.Module) -> bool:
     own = weight.t() if is_transposed(module) else weight
     rounding = 2 * torch.finfo(weight.dtype).eps
     return torch.allclose(weight_of(module).double(), own.double(), rtol=rounding, atol=rounding)
+
+
+@torch.no_grad()
+def requantise(module: nn.Module, delta: Tensor) -> tuple[dict[str, Any], RequantisationError]:
+    """Quantises W + ΔW anew, in the layer's own format, in its place.
+
+    Returns the attributes that were replaced, for `restore`, and the error. Raises ValueError, with the layer unchanged,
+    where the format offers no way and where W + ΔW leaves its range.
+    """
+    if not bool(delta.any()):
+        return {}, RequantisationError(0.0, 0.0)
+    kept = format_of(module)
+    if kept is None:
+        raise ValueError(f"{type(module).__name__} is of no format that can be quantised anew")
+    wanted = weight_of(module).float() + delta
+    parts = kept.requantised(module, wanted)
+    before = {name: getattr(module, name) for name in parts}
+    restore(module, parts)
+    try:
+        error = weight_of(module).float() - wanted
+        if not bool(error.isfinite().all()) and bool(wanted.isfinite().all()):
+            raise ValueError(
+                f"W + ΔW reaches {wanted.abs().max():.3g}, which the format of {type(module).__name__} cannot hold"
+            )
+    except BaseException:
+        restore(module, before)
+        raise
+    size = error.norm()
+    return before, RequantisationError(_ratio(size, wanted.norm()), _ratio(size, delta.norm()))
+
+
+def _ratio(error: Tensor, size: Tensor) -> float:
+    return float(error / size) if bool(error) else 0.0
+
+
+def restore(module: nn.Module, parts: dict[str, Any]) -> None:
+    """Puts attributes that `requantise` replaced back."""
+    for name, value in parts.items():
+        setattr(module, name, value)
+
+
+def moved(parts: dict[str, Any], fn: Callable[[Tensor], Tensor]) -> dict[str, Any]:
+    """Attributes that `requantise` replaced after `module.to`, whose conversion of a tensor is `fn`; their codes unchanged."""
+    return {name: _moved(value, fn) for name, value in parts.items()}
+
+
+def _moved(value: Any, fn: Callable[[Tensor], Tensor]) -> Any:
+    if isinstance(value, Tensor):
+        tensor = fn(value)
+        return tensor if isinstance(tensor, nn.Parameter) else nn.Parameter(tensor, requires_grad=False)
+    # bitsandbytes' state of eight bits; that of four moves with its weight.
+    if getattr(value, "CB", None) is not None:
+        value = copy.copy(value)
+        value.CB = fn(value.CB)
+        value.SCB = value.SCB.to(value.CB.device)
+    return value

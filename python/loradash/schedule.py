@@ -249,6 +249,7 @@ class _GradientWatch:
     """Notes which layers' B gets a gradient: one that gets none is unused, or its parent passes it by."""
 
     def __init__(self, layers: dict[str, AdaptedLayer]) -> None:
+        self._all = layers
         self._layers = {name: layer for name, layer in layers.items() if layer.lora_b.requires_grad}
         self._arrived: set[str] = set()
         self._handles = [
@@ -262,7 +263,8 @@ class _GradientWatch:
         """Warns, and ends the watch. trained: did an optimizer step for certain, whoever got gradients?"""
         for handle in self._handles:
             handle.remove()
-        if not self._layers:
+        # A finetuning callback may have thawed them since.
+        if not any(layer.lora_b.requires_grad for layer in self._all.values()):
             warnings.warn("loradash: no adapter trains, every lora_b is frozen (requires_grad=False)", stacklevel=4)
         # FSDP2 sets the gradients of sharded parameters without calling hooks.
         missing = [n for n, layer in self._layers.items() if n not in self._arrived and not is_sharded(layer.lora_b)]

@@ -6,6 +6,7 @@ Models that another framework adapted (PEFT) are found too: they tell of their a
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -34,12 +35,14 @@ class DashState:
         step: optimizer steps taken.
         dash_only: are A and B frozen?
         schedules: how many were made for this model; the last one counts.
+        trained_before: names of the parameters that trained before the model was adapted.
     """
 
     config: DashConfig
     step: int = 0
     dash_only: bool = False
     schedules: int = 0
+    trained_before: frozenset[str] = frozenset()
 
     def claim(self) -> int:
         """The number of a new schedule."""
@@ -131,7 +134,7 @@ def _find(model: nn.Module) -> tuple[nn.Module | None, Host | None]:
     """The part of a model that `apply_dash` adapted, or the host of what another framework did. Raises ValueError where there
     are several."""
     found, foreign = [], None
-    for module in model.modules():
+    for _, module in modules_outside(model):
         if STATE in module.__dict__:
             found.append(module)
         elif foreign is None:
@@ -140,6 +143,21 @@ def _find(model: nn.Module) -> tuple[nn.Module | None, Host | None]:
         kinds = ", ".join([type(module).__name__ for module in found] + ["PEFT's layers"] * (foreign is not None))
         raise ValueError(f"several parts of the model were adapted apart ({kinds}); pass one of them")
     return (found[0] if found else None), (foreign(model) if foreign is not None else None)
+
+
+def modules_outside(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """As `named_modules`, without the many parts of layers that another framework made: schedules walk after every step."""
+    seen: set[int] = set()
+    waiting = [("", model)]
+    while waiting:
+        name, module = waiting.pop()
+        if id(module) in seen:
+            continue
+        seen.add(id(module))
+        yield name, module
+        if not hasattr(type(module), HOST):
+            children = [(f"{name}.{key}" if name else key, m) for key, m in module._modules.items() if m is not None]
+            waiting.extend(reversed(children))
 
 
 def unwrap(model: nn.Module) -> nn.Module:

@@ -1,124 +1,238 @@
-"""DashLinear around layers of bitsandbytes and torchao: outputs, gradients, and pre-launch on the weights they stand for."""
+"""DashLinear around layers of bitsandbytes and torchao: outputs and gradients, and the weights that the layers stand for."""
 
 from __future__ import annotations
+
+import copy
+import weakref
 
 import loradash
 import pytest
 import torch
+from loradash import formats, quantised
 from loradash.quantised import is_quantised, weight_of
+from support.quantised import FORMATS, K, N, adapted, case_of, check, config, results, truth
+from support.quantised import quantised as layer_of
 from torch import nn
-from torch.nn import functional as F
 
 from loradash_kernels import task_specific_directions
 
-K, N = 128, 96
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+# One of each kind of code, for what does not hang on details of a format.
+KINDS = ("bitsandbytes-nf4-double", "bitsandbytes-int8", "torchao-int8")
 
 
-def plain(bias=True):
-    torch.manual_seed(0)
-    return nn.Linear(K, N, bias)
+@pytest.fixture(params=FORMATS)
+def layer(request):
+    return layer_of(request.param)
 
 
-def four_bit():
-    bnb = pytest.importorskip("bitsandbytes")
-    layer = bnb.nn.Linear4bit(K, N, compute_dtype=torch.float32, quant_type="nf4")
-    layer.load_state_dict(plain().state_dict())
-    return layer.to("cpu"), lambda q: bnb.functional.dequantize_4bit(q.weight.data, q.weight.quant_state)
+@pytest.fixture(params=KINDS)
+def kind(request):
+    return request.param
 
 
-def eight_bit():
-    torchao = pytest.importorskip("torchao.quantization")
-    model = nn.Sequential(plain())
-    torchao.quantize_(model, torchao.Int8WeightOnlyConfig())
-    return model[0], lambda q: q.weight.dequantize()
+def not_to_be_called(*_, **__):
+    raise AssertionError("called")
 
 
-@pytest.fixture(params=[four_bit, eight_bit], ids=["bitsandbytes-nf4", "torchao-int8"])
-def quantised(request):
-    return request.param()
-
-
-def config(**options):
-    return loradash.DashConfig(r=4, directions=3, prelaunch_steps=2, dropout=0.0, **options)
-
-
-def test_told_apart(quantised):
-    assert is_quantised(quantised[0].weight)
-    assert not is_quantised(plain().weight)
-    assert not is_quantised(plain().half().weight)
+def test_told_apart(layer):
+    assert is_quantised(layer.weight)
+    assert not is_quantised(nn.Linear(4, 4).weight)
+    assert not is_quantised(nn.Linear(4, 4).half().weight)
     assert not is_quantised(None)
 
 
-def test_the_weight_it_stands_for(quantised, monkeypatch):
-    layer, truth = quantised
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", FORMATS)
+def test_the_weight_it_stands_for(name, dtype, monkeypatch):
+    """As the format defines it, without a call of the layer or products with the identity."""
+    layer = layer_of(name, dtype)
+    monkeypatch.setattr(type(layer), "forward", not_to_be_called)
+    monkeypatch.setattr("loradash.quantised._products", not_to_be_called)
+    found, wanted = weight_of(layer), truth(layer)
+    assert found.shape == (N, K)
+    torch.testing.assert_close(found.double(), wanted, rtol=2 * torch.finfo(found.dtype).eps, atol=1e-7)
+
+
+def test_its_products_are_the_same(layer, monkeypatch):
     # The products come in several chunks, the last one smaller.
     monkeypatch.setattr("loradash.quantised.ROWS", 50)
-    found = weight_of(layer)
-    torch.testing.assert_close(found, truth(layer).float(), atol=1e-6, rtol=1e-6)
-    assert layer.bias is not None
+    torch.testing.assert_close(quantised._products(layer), weight_of(layer).float(), atol=1e-6, rtol=1e-6)
 
 
-def test_outputs_and_gradients(quantised):
-    layer, truth = quantised
-    dash = loradash.DashLinear.from_linear(layer, config())
-    with torch.no_grad():
-        dash.lora_b.normal_()
-    x = torch.randn(5, K, requires_grad=True)
-    weight = truth(layer).float()
-    expected = F.linear(x, weight + dash.delta(), layer.bias)
-    y = dash(x)
-    torch.testing.assert_close(y, expected, atol=1e-4, rtol=1e-4)
-    (dx,) = torch.autograd.grad(y.sum(), x, retain_graph=True)
-    torch.testing.assert_close(dx, torch.autograd.grad(expected.sum(), x)[0], atol=1e-4, rtol=1e-4)
-    y.sum().backward()
-    assert dash.lora_a.grad is not None and dash.lora_b.grad is not None
-    assert all(not p.requires_grad for p in layer.parameters())
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        lambda weight: weight * 1.05,
+        lambda weight: weight.roll(1, 0),
+        lambda weight: torch.cat([weight[:, 1:], weight[:, :1]], dim=1),
+        lambda weight: weight.t().contiguous(),
+        lambda weight: weight.index_fill(1, torch.tensor([K // 2]), 0),
+    ],
+    ids=["scaled", "rows", "columns", "transposed", "one column"],
+)
+def test_a_weight_that_disagrees_with_the_kernels(kind, wrong, monkeypatch):
+    """Whatever a format says, the W is that of the products."""
+    layer, make = layer_of(kind), type(formats.format_of(layer_of(kind)))
+    right, weight = truth(layer), make.weight
+    monkeypatch.setattr(make, "weight", lambda self, layer: wrong(weight(self, layer)))
+    torch.testing.assert_close(weight_of(layer).double(), right, rtol=2e-3, atol=1e-6)
+
+
+def test_a_framework_without_the_function(kind, monkeypatch):
+    def missing(*_):
+        raise AttributeError("no such function")
+
+    layer = layer_of(kind)
+    monkeypatch.setattr(type(formats.format_of(layer)), "weight", missing)
+    torch.testing.assert_close(weight_of(layer).double(), truth(layer), rtol=2e-3, atol=1e-6)
+
+
+def test_reading_leaves_the_layer_as_it_was():
+    """bitsandbytes' first call settles a dtype to compute in and turns the bias to that of x."""
+    bnb = pytest.importorskip("bitsandbytes")
+    layer = bnb.nn.Linear4bit(K, N, quant_type="nf4").to("cpu")
+    layer.bias.data = layer.bias.data.bfloat16()
+    eight = layer_of("bitsandbytes-int8", torch.bfloat16)
+    model = loradash.apply_dash(nn.Sequential(layer, nn.Linear(N, K), eight), config())
+    for dash in model:
+        nn.init.normal_(dash.lora_b)
+    loradash.prelaunch(model, progress=False)
+    assert layer.compute_dtype is None and not layer.compute_type_is_set
+    assert layer.bias.dtype == eight.bias.dtype == torch.bfloat16
+    assert eight.state.CB is None and eight.weight.CB is not None
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", FORMATS)
+def test_outputs_and_gradients(name, dtype):
+    layer = layer_of(name, dtype, bias=name != "torchao-int8-groups")
+    case = case_of(layer, dtype, dropout_p=0.1)
+    dash = adapted(layer, case)
+    ours = results(dash, dash, case)
+    assert ours["y"].dtype == ours["x"].dtype == dtype
+    check(ours, case)
+    assert all(p.grad is None and not p.requires_grad for p in layer.parameters())
     dash.enabled = False
-    torch.testing.assert_close(dash(x), layer(x))
+    assert torch.equal(dash(case.x), layer(case.x))
 
 
-def test_prelaunch(quantised, tmp_path):
-    layer, truth = quantised
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("name", FORMATS)
+def test_wide_activations_over_a_base_of_16_bits(name, autocast):
+    """Norms in float32 give float32 activations, as `prepare_model_for_kbit_training` leaves them."""
+    layer = layer_of(name, torch.bfloat16)
+    case = case_of(layer, torch.bfloat16)
+    dash = adapted(layer, case)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        try:
+            expected = layer(case.x.float())
+        except RuntimeError as error:
+            # Some formats take the dtype of their own scales alone, with adapters and without.
+            with pytest.raises(RuntimeError, match=str(error)[:20]):
+                dash(case.x.float())
+            assert not autocast
+            return
+        ours = results(lambda x: dash(x.float()), dash, case)
+    assert ours["y"].dtype == expected.dtype
+    check(ours, case)
+
+
+class Narrow(nn.Linear):
+    """Computes and answers in float16, whatever comes."""
+
+    def forward(self, x):
+        return super().forward(x.float()).half()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_an_output_of_another_dtype(dtype):
+    base = Narrow(K, N)
+    case = case_of(layer_of("torchao-int8"), dtype)
+    dash = adapted(base, case)
+    x = case.x.clone().requires_grad_()
+    y = dash(x)
+    assert y.dtype == base(x).dtype == torch.float16
+    torch.testing.assert_close(
+        y.float(), x.float() @ (base.weight + dash.delta()).t() + base.bias, rtol=1e-2, atol=5e-2
+    )
+    y.sum().backward()
+    assert x.grad.dtype == dtype
+
+
+def test_training_launch_and_files(layer, tmp_path):
     model = loradash.apply_dash(nn.Sequential(nn.Linear(K, K), layer), config())
     schedule = loradash.DashSchedule(model, progress=False)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
-    for _ in range(2):
+    torch.manual_seed(1)
+    x, wanted, losses = torch.randn(64, K), torch.randn(64, N), []
+    for step in range(6):
         optimizer.zero_grad()
-        model(torch.randn(16, K)).square().mean().backward()
+        loss = (model(x) - wanted).square().mean()
+        loss.backward()
         optimizer.step()
+        if step == 1:
+            a, b = (t.detach().clone() for t in (model[1].lora_a, model[1].lora_b))
         schedule.step()
+        losses.append(loss.item())
     dash = model[1]
-    assert bool(dash.launched)
-    a, b = dash.lora_a.detach(), dash.lora_b.detach()
-    wanted = task_specific_directions(truth(layer).float(), a, b, 3, scaling=dash.scaling)
-    torch.testing.assert_close(dash.dash_u, wanted.u, atol=1e-4, rtol=1e-3)
-    assert torch.isfinite(model(torch.randn(2, K))).all()
+    assert bool(dash.launched) and losses[-1] < losses[0] and bool(dash.dash_sigma.any())
+    found = task_specific_directions(truth(layer).float(), a, b, 3, scaling=dash.scaling)
+    torch.testing.assert_close(dash.dash_u, found.u, atol=2e-3, rtol=1e-2)
     loradash.save_adapter(model, tmp_path / "adapter")
-    x, before = torch.randn(3, K), None
-    before = model(x)
+    before = model.eval()(x)
     with torch.no_grad():
         dash.lora_b.zero_()
+    assert not torch.equal(model(x), before)
     loradash.load_adapter(model, tmp_path / "adapter")
     torch.testing.assert_close(model(x), before)
-    with pytest.raises(ValueError, match="is quantised and cannot take the update"):
-        loradash.merge(model)
     loradash.export_lora(model, tmp_path / "lora")
 
 
-def test_with_a_cache(quantised, tmp_path):
-    """Decomposed in the background from the weights that the layers stand for, then launched from there."""
-    layer, _ = quantised
-    model = loradash.apply_dash(nn.Sequential(layer), config())
-    with torch.no_grad():
-        model[0].lora_b.normal_()
+def watched(monkeypatch):
+    """Notes the dequantised weights; none may be there when the next is made."""
+    seen, make = [], quantised._dequantised
+
+    def dequantise(*arguments):
+        alive = sum(reference() is not None for reference in seen)
+        weight = make(*arguments)
+        assert weight is not None
+        seen.append(weakref.ref(weight))
+        counts.append(alive)
+        return weight
+
+    counts = []
+    monkeypatch.setattr(quantised, "_dequantised", dequantise)
+    return counts
+
+
+def test_one_dequantised_weight_at_a_time(tmp_path, monkeypatch):
+    counts = watched(monkeypatch)
+    layers = [layer_of(kind) for kind in KINDS]
+    model = loradash.apply_dash(nn.Sequential(*layers), config())
+    for dash in model:
+        nn.init.normal_(dash.lora_b)
+    again = copy.deepcopy(model)
+    for layer in layers:
+        monkeypatch.setattr(type(layer), "forward", not_to_be_called)
     cache = loradash.SpectralCache(tmp_path)
-    background = cache.start(model)
-    assert background.wait(600)
-    assert cache.has(model[0].weight_nk())
+    assert cache.start(model).wait(600)
+    # Launch finds what the thread has read, by the same fingerprints.
+    monkeypatch.setattr("loradash.cache.decompose_to_keep", not_to_be_called)
     loradash.prelaunch(model, progress=False, cache=cache)
+    loradash.prelaunch(again, progress=False)
+    assert counts == [0] * 3 * len(layers)
+    for ours, theirs in zip(model, again, strict=True):
+        torch.testing.assert_close(ours.dash_u.abs(), theirs.dash_u.abs(), rtol=1e-2, atol=2e-3)
+
+
+def test_quantised_since_it_was_adapted():
+    torchao = pytest.importorskip("torchao.quantization")
+    model = loradash.apply_dash(nn.Sequential(nn.Linear(K, N)), config())
+    nn.init.normal_(model[0].lora_b)
+    torchao.quantize_(model, torchao.Int8WeightOnlyConfig(), filter_fn=lambda module, name: module is model[0])
+    torch.testing.assert_close(model[0].weight_nk(), model[0].weight.dequantize(), rtol=0, atol=0)
+    loradash.prelaunch(model, progress=False)
     assert bool(model[0].launched)
-
-
-def test_bias_that_should_train(quantised):
-    with pytest.raises(ValueError, match="train_bias=True: the bias of"):
-        loradash.DashLinear.from_linear(quantised[0], config(train_bias=True))
+    with pytest.raises(ValueError, match="is quantised and cannot take the update"):
+        model[0].merge(requantise=True)

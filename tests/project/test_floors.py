@@ -31,10 +31,12 @@ FLOORS = {
         "decompose", "rates", "kept",
     ),
     "python/loradash": (
-        "config", "meeting", "distributed", "base_layers", "quantised", "linear", "data_parallel", "state", "targets", "attention",
-        "bypass", "model", "warming", "checkpoint", "peft_layout", "export", "streams", "background", "fingerprint", "cache",
-        "background_process", "batches", "prelaunch", "schedule", "plots", "analysis", "integrations", "devices", "machine", "cli", "__init__",
+        "presets", "config", "meeting", "distributed", "formats", "base_layers", "quantised", "merging", "linear", "data_parallel", "state",
+        "targets", "attention", "bypass", "model", "unload", "warming", "checkpoint", "peft_layout", "export", "streams", "background",
+        "fingerprint", "cache", "background_process", "batches", "prelaunch", "schedule", "optimizer", "plots", "analysis", "integrations",
+        "devices", "machine", "cli", "__init__",
     ),
+    "python/loradash/integrations": ("__init__", "lightning", "peft", "transformers"),
     "python/loradash/integrations/peft": (
         "fused", "accelerated_layer", "accelerator", "versions", "registration", "config", "files", "views", "layer", "model", "__init__",
     ),

@@ -2,8 +2,32 @@
 
 from __future__ import annotations
 
+import json
+import pkgutil
+import re
 import subprocess
 import sys
+from pathlib import Path
+
+import loradash.integrations
+import pytest
+
+ROOT = Path(__file__).parents[2]
+FRAMEWORKS = (
+    "peft",
+    "transformers",
+    "trl",
+    "lightning",
+    "pytorch_lightning",
+    "accelerate",
+    "diffusers",
+    "datasets",
+    "bitsandbytes",
+    "torchao",
+)
+INTEGRATIONS = sorted(found.name for found in pkgutil.iter_modules(loradash.integrations.__path__))
+# The authors' layers are plain PyTorch.
+NEEDS_NOTHING = {"subspace_tuning"}
 
 PURE = """
 import sys, warnings
@@ -38,8 +62,51 @@ def test_without_the_compiled_part():
 
 def test_imports_are_light():
     """Neither package imports what only an extra installs."""
-    heavy = "matplotlib", "peft", "transformers", "triton.compiler"
+    heavy = "matplotlib", "triton.compiler", *FRAMEWORKS
     code = f"import sys, loradash, loradash_kernels; print([m for m in {heavy!r} if m in sys.modules])"
     assert (
         subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
     )
+
+
+# What each integration says where no framework is there, as JSON; an empty text where it imports.
+BARE = """
+import importlib, json, sys
+for name in sys.argv[1].split(","):
+    sys.modules[name] = None
+import loradash, loradash_kernels
+import loradash.integrations
+said = {}
+for name in sys.argv[2].split(","):
+    try:
+        importlib.import_module(f"loradash.integrations.{name}")
+    except ImportError as error:
+        said[name] = str(error)
+    else:
+        said[name] = ""
+print(json.dumps(said))
+"""
+
+
+@pytest.fixture(scope="module")
+def bare_words():
+    """The same in an interpreter that has none of the frameworks."""
+    command = [sys.executable, "-c", BARE, ",".join(FRAMEWORKS), ",".join(INTEGRATIONS)]
+    return json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+
+
+@pytest.mark.parametrize("integration", INTEGRATIONS)
+def test_an_integration_without_its_framework(bare_words, integration):
+    """One sentence, which says what to install."""
+    said = bare_words[integration]
+    if integration in NEEDS_NOTHING:
+        assert said == ""
+        return
+    (extra,) = re.findall(r"pip install '?\"?loradash-kernels\[(\w+)\]", said)
+    assert extra in extras()
+    assert "\n" not in said and not re.search(r"\. [A-Z]", said), said
+
+
+def extras() -> set[str]:
+    declared = (ROOT / "pyproject.toml").read_text().split("[project.optional-dependencies]")[1].split("\n[")[0]
+    return set(re.findall(r"^(\w+) = \[", declared, re.M))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from loradash import DashConfig
+from support.quantised import quantised
 from torch import nn
 from torch.nn import functional as F
 from torch.nn.utils import prune
@@ -89,18 +90,16 @@ def bitnet():
     return layer
 
 
-def int8():
-    torchao = pytest.importorskip("torchao.quantization")
-    model = nn.Sequential(linear())
-    torchao.quantize_(model, torchao.Int8WeightOnlyConfig())
-    return model[0]
+def packed_bitnet():
+    return pytest.importorskip("transformers.integrations.bitnet").BitLinear(WIDTH, WIDTH, bias=False)
 
 
-def four_bit():
-    bnb = pytest.importorskip("bitsandbytes")
-    layer = bnb.nn.Linear4bit(64, 64, compute_dtype=torch.float32, quant_type="nf4")
-    layer.load_state_dict(nn.Linear(64, 64).state_dict())
-    return layer.to("cpu")
+def in_format(name):
+    return quantised(name, n=WIDTH, k=WIDTH)
+
+
+def unquantised():
+    return pytest.importorskip("bitsandbytes").nn.Linear4bit(WIDTH, WIDTH)
 
 
 def offloaded():
@@ -118,8 +117,13 @@ LAYERS = {
     "subclass with methods, parameters or buffers of its own": (lambda: Richer(WIDTH, WIDTH), "kept whole"),
     "subclass with a `__call__` of its own": (lambda: Called(WIDTH, WIDTH), "kept whole"),
     "transformers' `AutoBitLinear` (BitNet)": (bitnet, "kept whole"),
-    "torchao int8 weight": (int8, "kept whole"),
-    "bitsandbytes `Linear4bit`": (four_bit, "kept whole"),
+    "transformers' `BitLinear` (BitNet, packed)": (packed_bitnet, "refused"),
+    "torchao int8 weight": (lambda: in_format("torchao-int8"), "kept whole"),
+    "torchao int4 weight": (lambda: in_format("torchao-int4"), "kept whole"),
+    "torchao float8 weight": (lambda: in_format("torchao-fp8"), "kept whole"),
+    "bitsandbytes `Linear4bit`": (lambda: in_format("bitsandbytes-nf4-double"), "kept whole"),
+    "bitsandbytes `Linear8bitLt`": (lambda: in_format("bitsandbytes-int8"), "kept whole"),
+    "either of these before it is quantised, or on meta": (unquantised, "refused"),
     "layer with forward or backward hooks": (hooked, "kept whole"),
     "layer with hooks on its state dict": (renaming, "kept whole"),
     "layer whose `forward` was patched": (patched, "kept whole"),

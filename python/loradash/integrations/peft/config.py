@@ -8,6 +8,7 @@ from typing import Any
 
 from peft import LoraConfig
 
+from loradash import presets
 from loradash.config import DashConfig
 
 from .registration import PEFT_TYPE
@@ -75,6 +76,18 @@ class DashLoraConfig(LoraConfig):
         for name, ours in (("rank_pattern", "r"), ("alpha_pattern", "alpha")):
             for pattern, value in (getattr(self, name) or {}).items():
                 _checked(f"{name}[{pattern!r}]", ours, value)
+
+    @classmethod
+    def preset(cls, name: str, **overrides: Any) -> DashLoraConfig:
+        """The paper's settings for one of its experiments, with some of them replaced: `preset("commonsense-llama-7b", r=16)`.
+
+        They are those of `DashConfig.preset`, by their names in PEFT; `loradash.presets.PRESETS[name]` has the learning rate and
+        what else belongs to the run. Another r keeps the ratio of lora_alpha to r. Raises ValueError for an unknown name.
+        """
+        theirs = {ours: theirs for theirs, ours in _OURS.items()} | {"trainable_modules": "modules_to_save"}
+        ours = {name: ours for ours, name in theirs.items()}
+        found = presets.settings(name, **{ours.get(key, key): value for key, value in overrides.items()})
+        return cls(**{theirs.get(key, key): value for key, value in found.items()})
 
     def dash_config(self, r: int | None = None, alpha: float | None = None) -> DashConfig:
         """The same as a `DashConfig`, for a layer with a rank and an alpha of its own where they are given."""

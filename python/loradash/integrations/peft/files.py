@@ -113,6 +113,7 @@ def from_lora(
     dropout = {} if lora_dropout is None else {"lora_dropout": lora_dropout}
     config = DashLoraConfig(**{**taken, **ours, **dropout})
     weights = load_peft_weights(str(folder), device="cpu")
+    trained = [(p, p.requires_grad) for p in model.parameters()]
     if isinstance(model, PeftModel):
         model.add_adapter(adapter_name, config)
         adapted: PeftModel = model
@@ -120,20 +121,23 @@ def from_lora(
     else:
         adapted = get_peft_model(model, config, adapter_name)
         undo = adapted.unload
-    try:
-        _load_start(adapted, adapter_name, weights)
-    except (ValueError, RuntimeError, KeyError) as error:
+    own = adapter_state_dict(adapted, adapter_name)
+    dash = {key: tensor for key, tensor in own.items() if _DASH in key}
+    problem = _misfit({key: t for key, t in own.items() if key not in dash}, weights)
+    if problem:
         undo()
-        raise ValueError(f"{folder}: does not fit the model: {error}") from error
+        for parameter, trains in trained:
+            parameter.requires_grad_(trains)
+        raise ValueError(f"{folder}: does not fit the model: {problem}")
+    with torch.no_grad():
+        set_peft_model_state_dict(adapted, {**dash, **weights}, adapter_name=adapter_name)
     return adapted
 
 
-def _load_start(model: PeftModel, adapter: str, weights: dict[str, Tensor]) -> None:
-    """Writes the tensors of a plain LoRA. Raises ValueError where they are not all that the adapter has."""
-    own = adapter_state_dict(model, adapter)
-    dash = {key: tensor for key, tensor in own.items() if _DASH in key}
-    different = own.keys() - dash.keys() ^ weights.keys()
-    if different:
-        raise ValueError(f"{', '.join(sorted(different)[:4])} would be in one of the two alone")
-    with torch.no_grad():
-        set_peft_model_state_dict(model, {**dash, **weights}, adapter_name=adapter)
+def _misfit(own: dict[str, Tensor], found: dict[str, Tensor]) -> str | None:
+    """What keeps the tensors of a file from being those of an adapter, or None."""
+    alone = sorted(own.keys() ^ found.keys())
+    if alone:
+        return f"{', '.join(alone[:4])} would be in one of the two alone"
+    wrong = [key for key in own if own[key].shape != found[key].shape]
+    return f"{wrong[0]} is {tuple(found[wrong[0]].shape)}, wanted {tuple(own[wrong[0]].shape)}" if wrong else None

@@ -18,10 +18,12 @@ from torch import nn
 from loradash.attention import call_adapted_layers
 from loradash.bypass import bypassed_children, child_at
 from loradash.distributed import is_sharded
+from loradash.formats import keep_differentiable, unready
 from loradash.linear import DashLinear
 
 from .config import DashLoraConfig
 from .layer import DashLoraLayer, dash_class
+from .versions import warn_of_shards
 from .views import dash_layers_of, layers_with
 
 _NO_LINEAR = (
@@ -52,6 +54,10 @@ class DashLoraModel(LoraModel):
         config: Any = self.peft_config[adapter_name]
         state_dict = kwargs.get("state_dict")
         check_model(model)
+        if getattr(config, "_custom_modules", None):
+            raise ValueError(
+                "modules registered for LoRA (_register_custom_module) have no dash term; adapt the model without"
+            )
         self._check_targets(model, config, state_dict)
         super().inject_adapter(model, adapter_name, *args, **kwargs)
         for parent in list(model.modules()):
@@ -103,6 +109,7 @@ class DashLoraModel(LoraModel):
         kind: Any = type(layer)
         layer.__class__ = dash_class(kind)
         layer.add_dash_term(adapter_name, lora_config)
+        keep_differentiable(layer.get_base_layer())
         return layer
 
     @contextlib.contextmanager
@@ -122,6 +129,15 @@ class DashLoraModel(LoraModel):
                     del module._forward_pre_hooks[key]
                     module._forward_pre_hooks_with_kwargs.pop(key, None)
 
+    @classmethod
+    def _get_adapter_state_dict(
+        cls, model: Any, config: Any, adapter_name: str, *args: Any, **kwargs: Any
+    ) -> dict[str, Any]:
+        """PEFT's, from 0.21 on; tensors that were not gathered for saving are told as PEFT tells those of its own LoRA."""
+        found = super()._get_adapter_state_dict(model, config, adapter_name, *args, **kwargs)
+        warn_of_shards(found, adapter_name)
+        return found
+
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         """PEFT's, which makes new parameters that train, whether the old ones did or not."""
         layers = [layer for _, layer in layers_with(self.model, adapter_name)]
@@ -135,6 +151,9 @@ class DashLoraModel(LoraModel):
     ) -> None:
         """PEFT's, on the adapters as plain LoRA of rank r + s: the new adapter holds what theirs do, launched or not, and is
         itself before launch. Its rank grows accordingly: with "cat" the sum of theirs, else the largest."""
+        biased = [name for name in adapters if getattr(self.peft_config.get(name), "lora_bias", False)]
+        if biased:
+            raise ValueError(f"lora_bias: PEFT would leave the biases of {', '.join(biased)} out of the new adapter")
         with self._folded(adapters):
             super().add_weighted_adapter(adapters, weights, adapter_name, *args, **kwargs)
 
@@ -190,7 +209,7 @@ def _refusal(base: nn.Module) -> str | None:
         return "it is sharded; adapt the model first, then shard it (tensor parallel models are not supported)"
     if any(hasattr(p, "ds_id") for p in base.parameters()):
         return "DeepSpeed ZeRO-3 keeps its weight in parts, of which no directions can be found; train with ZeRO-2 or FSDP2"
-    return None
+    return unready(base)
 
 
 def _under_several_names(model: nn.Module) -> dict[nn.Module, list[str]]:

@@ -6,6 +6,7 @@ from typing import Any
 
 import peft
 from peft.tuners.tuners_utils import BaseTuner
+from peft.utils import save_and_load
 from torch import Tensor, nn
 
 OLDEST, BELOW = (0, 19, 1), (0, 22)
@@ -27,6 +28,13 @@ check_version(peft.__version__)
 
 SAVES_BIASES = hasattr(BaseTuner, "_get_adapter_state_dict")
 """Does PEFT save the biases that a method other than its own LoRA trained? From 0.21 on, where a method tells what it saves."""
+
+
+def warn_of_shards(tensors: dict[str, Tensor], adapter: str) -> None:
+    """PEFT's warning that A or B is about to be saved in parts; before 0.21 it has none."""
+    check: Any = getattr(save_and_load, "_validate_lora_adapter_state_dict", None)
+    if check is not None:
+        check(tensors, adapter_name=adapter)
 
 
 def adapter_state_dict(model: nn.Module, adapter: str) -> dict[str, Tensor]:

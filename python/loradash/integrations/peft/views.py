@@ -9,12 +9,14 @@ from typing import Any
 import torch
 from peft.tuners.tuners_utils import BaseTuner
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from loradash.base_layers import computes_plainly, is_transposed
 from loradash.config import DashConfig
+from loradash.distributed import is_sharded
 from loradash.linear import take_directions
 from loradash.quantised import weight_of
-from loradash.state import AdaptedLayer, DashState, plain_name
+from loradash.state import AdaptedLayer, DashState, modules_outside, plain_name
 from loradash_kernels import Directions
 
 from .config import DashLoraConfig
@@ -22,6 +24,9 @@ from .files import export_lora
 
 STATES = "_loradash_adapters"
 """The attribute of the base model that holds the `AdapterState` of each adapter."""
+
+
+_PLAIN_FORWARDS = (nn.Linear.forward, Conv1D.forward)
 
 
 class LayerView:
@@ -86,7 +91,9 @@ class LayerView:
     @property
     def base(self) -> nn.Module | None:
         base = self.layer.get_base_layer()
-        return None if computes_plainly(base) else base
+        # Its weight is gathered before anybody multiplies with it.
+        sharded = type(base).forward in _PLAIN_FORWARDS and is_sharded(base.weight)
+        return None if sharded or computes_plainly(base) else base
 
     @property
     def merged(self) -> bool:
@@ -108,6 +115,7 @@ class AdapterState(DashState):
     def __init__(self, root: nn.Module, adapter: str, settings: DashLoraConfig) -> None:
         self._root, self.adapter, self.settings = root, adapter, settings
         self.dash_only, self.schedules = False, 0
+        self._layers: list[Any] = []
         self._seen: list[tuple[Tensor, int]] = []
         self._step = 0
 
@@ -145,7 +153,9 @@ class AdapterState(DashState):
         self._seen = [(b, b._version) for b in buffers]
 
     def _buffers(self) -> list[Tensor]:
-        return [layer.lora_dash_step[self.adapter] for _, layer in layers_with(self._root, self.adapter)]
+        if not self._layers or any(self.adapter not in layer.lora_dash_step for layer in self._layers):
+            self._layers = [layer for _, layer in layers_with(self._root, self.adapter)]
+        return [layer.lora_dash_step[self.adapter] for layer in self._layers]
 
 
 class PeftHost:
@@ -184,7 +194,7 @@ def host_of(model: nn.Module) -> PeftHost:
     """
     roots = [
         m
-        for m in model.modules()
+        for _, m in modules_outside(model)
         if "peft_config" in m.__dict__ and not isinstance(m, BaseTuner) and next(dash_layers_of(m), None)
     ]
     if len(roots) != 1:
@@ -203,7 +213,7 @@ def host_of(model: nn.Module) -> PeftHost:
 
 def dash_layers_of(model: nn.Module) -> Iterator[tuple[str, Any]]:
     """All layers of this package by plain name, whatever their adapters."""
-    for name, module in model.named_modules():
+    for name, module in modules_outside(model):
         if "lora_dash_sigma" in module._modules:
             yield plain_name(name), module
 

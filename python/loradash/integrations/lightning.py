@@ -1,0 +1,240 @@
+"""LoRA-Dash under Lightning's Trainer: `DashCallback`, for the packages `lightning` and `pytorch_lightning` alike."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+from torch.optim.optimizer import register_optimizer_step_post_hook
+
+from ..cache import SpectralCache
+from ..distributed import gathered
+from ..schedule import DashSchedule
+from ..state import dash_layers, dash_state, plain_name
+
+try:
+    from lightning.pytorch.callbacks import Callback
+except ImportError:
+    try:
+        from pytorch_lightning.callbacks import Callback  # type: ignore[assignment]
+    except ImportError as error:
+        raise ImportError(
+            'loradash.integrations.lightning needs Lightning: pip install "loradash-kernels[lightning]"'
+        ) from error
+
+
+class DashCallback(Callback):
+    """Launches LoRA-Dash within Lightning's Trainer: `Trainer(callbacks=[DashCallback()])`.
+
+    The LightningModule is adapted itself or has an adapted model in it, from its __init__ or configure_model:
+    `self.model = apply_dash(model, config)`, or a PEFT model. Every step of an optimizer that has the adapters counts, and none of other
+    optimizers: under gradient accumulation, mixed precision, manual optimization and with several optimizers alike. The
+    launch follows the step of number `prelaunch_steps` before anything else happens.
+
+    Checkpoints carry the count, and `fit(ckpt_path=...)` with a fresh model goes on as if it had not stopped. (Lightning
+    itself gives an epoch that was stopped in its middle the batches of its beginning again.) Finetuning callbacks freeze
+    their modules at the start of a resumed run too, the adapters in them as well, and thaw the pretrained weights later:
+    what trained when the checkpoint was written trains again, the weights of adapted layers stay frozen, and a warning
+    names both.
+
+    Logged after the optimizer's steps that Lightning logs: dash_step, dash_directions (how many are in place) and, after
+    launch, dash_sigma_norm (over all layers); once, dash_rate_mean and dash_rate_max of the chosen directions.
+
+    Args:
+        progress: a bar for pre-launch.
+        cache: decompositions of the frozen weights, as for `DashSchedule`.
+        adapters_only: leave frozen parameters out of the checkpoints' state dict. Resume with the same setting and the same
+            pretrained weights in the model. Checkpoints of `save_weights_only` are whole.
+        log: log the figures above.
+
+    Attributes:
+        schedule: that of the running or last fit; its `reports` have the rates of every layer.
+
+    Raises ValueError when training starts, for a module without adapters, adapters that no optimizer has, and a checkpoint
+    that was written without this callback; and where a checkpoint lacks more than frozen parameters.
+    """
+
+    def __init__(
+        self,
+        progress: bool = True,
+        cache: SpectralCache | None = None,
+        adapters_only: bool = False,
+        log: bool = True,
+    ) -> None:
+        self.progress, self.cache, self.adapters_only, self.logs = progress, cache, adapters_only, log
+        self.schedule: DashSchedule | None = None
+        self._hook: Any = None
+        self._saved: dict[str, Any] | None = None
+        self._stepped = self._told = False
+        self._thawed_unseen = False
+
+    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        if self.adapters_only:
+            # What may be missing is looked at in on_load_checkpoint.
+            pl_module.strict_loading = False
+
+    def state_dict(self) -> dict[str, Any]:
+        if self.schedule is None or self._saved is not None:
+            return self._saved or {}
+        model = self.schedule.model
+        return {
+            "schedule": self.schedule.state_dict(),
+            "trained": sorted(plain_name(name) for name, p in model.named_parameters() if p.requires_grad),
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._saved = state_dict
+
+    def on_load_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
+        """Before configure_optimizers, which may ask what trains."""
+        saved = checkpoint["callbacks"].get(self.state_key)
+        if saved:
+            dash_state(pl_module).step = saved["schedule"]["step"]
+            _train_again(pl_module, saved["trained"])
+        if self.adapters_only:
+            _check_keys(pl_module, checkpoint["state_dict"])
+
+    def on_save_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
+        if self.adapters_only:
+            frozen = _frozen(pl_module)
+            tensors = checkpoint["state_dict"]
+            checkpoint["state_dict"] = {key: t for key, t in tensors.items() if plain_name(key) not in frozen}
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        state = dash_state(pl_module)
+        self._stop()
+        self.schedule = DashSchedule(pl_module, self.progress, self.cache)
+        if self._saved is not None:
+            self.schedule.load_state_dict(self._saved["schedule"])
+            # Callbacks may have frozen anew since the checkpoint was read.
+            _train_again(pl_module, self._saved["trained"])
+            self._saved = None
+        elif trainer.global_step > 0 and state.step == 0:
+            raise ValueError(
+                f"the checkpoint of global step {trainer.global_step} was written without DashCallback, so nothing says how "
+                "many steps its adapters have taken; set dash_state(model).step to that number before fit"
+            )
+        ours = _adapter_ids(pl_module)
+        adapters = [p for p in pl_module.parameters() if id(p) in ours and p.requires_grad]
+        if adapters and not any(_has(optimizer, ours) for optimizer in trainer.optimizers):
+            raise ValueError(
+                "no optimizer has the adapters' parameters; call apply_dash before configure_optimizers (in __init__ or "
+                "configure_model), and give the optimizer dash_parameter_groups(self, lr=...)"
+            )
+        self._told = self.schedule.launched
+        self._thawed_unseen = True
+        # Hooks on all optimizers run in the order of their making: the schedule's comes first, and has seen the step.
+        self._hook = register_optimizer_step_post_hook(self._after_step)
+
+    def _after_step(self, optimizer: Optimizer, args: tuple, kwargs: dict[str, Any]) -> None:
+        assert self.schedule is not None
+        if _has(optimizer, _adapter_ids(self.schedule.model)):
+            self.schedule.step()
+            self._stepped = True
+
+    def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
+        self._thawed_unseen = True
+
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        # Finetuning callbacks thaw at the start of an epoch, before or after this callback's turn.
+        if self._thawed_unseen:
+            _freeze_weights(pl_module)
+            self._thawed_unseen = False
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        if not self._stepped:
+            return
+        self._stepped = False
+        interval = trainer.log_every_n_steps
+        if self.logs and interval > 0 and trainer.global_step % interval == 0:
+            pl_module.log_dict(self._figures())
+
+    @torch.no_grad()
+    def _figures(self) -> dict[str, float]:
+        assert self.schedule is not None
+        launched = [layer for layer in dash_layers(self.schedule.model).values() if bool(layer.launched)]
+        figures = {
+            "dash_step": float(self.schedule.state.step),
+            "dash_directions": float(sum(layer.dash_sigma.numel() for layer in launched)),
+        }
+        if launched:
+            norms = [gathered(layer.dash_sigma).float().norm().cpu() for layer in launched]
+            figures["dash_sigma_norm"] = float(torch.stack(norms).norm())
+        if self.schedule.reports and not self._told:
+            rates = torch.cat([report.rate.float().cpu() for report in self.schedule.reports])
+            figures |= {"dash_rate_mean": float(rates.mean()), "dash_rate_max": float(rates.max())}
+            self._told = True
+        return figures
+
+    def on_train_end(self, trainer: Any, pl_module: Any) -> None:
+        self._stop()
+
+    def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
+        self._stop()
+
+    def _stop(self) -> None:
+        if self._hook is not None:
+            self._hook.remove()
+            self._hook = None
+
+
+def _adapter_ids(model: nn.Module) -> set[int]:
+    return {id(p) for layer in dash_layers(model).values() for p in (layer.lora_a, layer.lora_b, layer.dash_sigma)}
+
+
+def _has(optimizer: Optimizer, ids: set[int]) -> bool:
+    return any(id(p) in ids for group in optimizer.param_groups for p in group["params"])
+
+
+def _train_again(model: nn.Module, trained: Iterable[str]) -> None:
+    """Gives parameters the requires_grad that they had, by the names of those that trained."""
+    wanted, changed = set(trained), []
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad != (plain_name(name) in wanted):
+            parameter.requires_grad_(not parameter.requires_grad)
+            changed.append(plain_name(name))
+    if changed:
+        warnings.warn(
+            f"loradash: {_some(changed)} trained or not otherwise than when the checkpoint was written (finetuning callbacks "
+            "freeze again when a run is resumed); restored",
+            stacklevel=3,
+        )
+
+
+def _freeze_weights(model: nn.Module) -> None:
+    thawed = []
+    for name, layer in dash_layers(model).items():
+        if layer.weight.requires_grad:
+            layer.weight.requires_grad_(False)
+            thawed.append(name)
+    if thawed:
+        warnings.warn(
+            f"loradash: the weights of {_some(thawed)} had been set to train (finetuning callbacks do, when they thaw a "
+            "module); frozen again, since the adapters stand for their updates",
+            stacklevel=3,
+        )
+
+
+def _some(names: list[str]) -> str:
+    return f"{', '.join(names[:4])}{f' and {len(names) - 4} more' if len(names) > 4 else ''}"
+
+
+def _frozen(model: nn.Module) -> set[str]:
+    """Names of the parameters that training leaves alone: all that are frozen, but for the adapters' own."""
+    ours = _adapter_ids(model)
+    parameters = model.named_parameters(remove_duplicate=False)
+    return {plain_name(name) for name, p in parameters if not p.requires_grad and id(p) not in ours}
+
+
+def _check_keys(model: nn.Module, found: Iterable[str]) -> None:
+    kept, wanted = {plain_name(key) for key in found}, {plain_name(key) for key in model.state_dict()}
+    missing, foreign = sorted(wanted - kept - _frozen(model)), sorted(kept - wanted)
+    if missing or foreign:
+        problems = [f"it lacks {_some(missing)}"] * bool(missing) + [f"{_some(foreign)} is not the model's"] * bool(
+            foreign
+        )
+        raise ValueError(f"the checkpoint does not fit the model: {'; '.join(problems)}")

@@ -1,0 +1,134 @@
+"""The merged model without adapters: plain layers, as if the model had been trained as a whole."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import cast
+
+from torch import nn
+
+from .attention import compute_as_before
+from .distributed import is_sharded
+from .linear import DashLinear, adapter_shapes
+from .model import wrappers
+from .state import STATE, own_layers, plain_name, unwrap
+
+_OURS = {"base", "config", "name", "enabled", "transposed", "adopted", "_unmerged"}
+# Modules of their own kind have their own; a compiled call is the adapted layer's.
+_OF_ANY_MODULE = {"_parameters", "_buffers", "_modules", "_compiled_call_impl"}
+
+
+def merge_and_unload(model: nn.Module) -> nn.Module:
+    """Adds every layer's ΔW to its weight and takes the adapters out, in place: a model of the classes it had before.
+
+    Its outputs are those of `merge(model)`, its state dict has the keys of the model before `apply_dash`, and parameters
+    train that trained then. Layers that gave up their weight come back as layers of their class, with the hooks that were
+    put on them since; layers kept whole come back themselves. Quantised layers are merged before, which tells the error that it
+    makes: `errors = merge(model, requantise=True)`. There is no way back: the adapter is gone unless it was saved.
+
+    Returns the model; for a model that is itself one `DashLinear`, the plain layer.
+
+    Raises ValueError, with the model unchanged, naming the layer:
+        a weight that cannot take ΔW (quantised, computed, on meta, or it would overflow);
+        a weight tied to another module's, which cannot get the update: an embedding with the head's weight;
+        parameters sharded by FSDP2 or parallelize_module, a model inside DistributedDataParallel, DataParallel or FSDP1;
+        a layer whose `forward` was replaced since (accelerate's hooks).
+    TypeError for a PEFT model, which has a merge_and_unload of its own.
+    """
+    layers = own_layers(model, "model.merge_and_unload()")
+    if not layers:
+        raise ValueError("the model has no LoRA-Dash adapters; there is nothing to merge")
+    _check(model, layers)
+    plain: dict[nn.Module, nn.Module] = {}
+    for layer in layers.values():
+        # Without an update the weight itself stays, and what is tied to it.
+        if _has_update(layer):
+            layer.merge()
+        plain[layer] = _plain(layer)
+    root = unwrap(model)
+    for parent in list(model.modules()):
+        for name, child in parent._modules.items():
+            if child in plain:
+                parent._modules[name] = plain[child]
+        compute_as_before(parent)
+    state = root.__dict__.pop(STATE, None)
+    for name, parameter in root.named_parameters(remove_duplicate=False):
+        if state is not None and plain_name(name) in state.trained_before:
+            parameter.requires_grad_(True)
+    return plain.get(model, model)
+
+
+def _check(model: nn.Module, layers: Mapping[str, DashLinear]) -> None:
+    for module_name, module in model.named_modules():
+        if isinstance(module, wrappers()):
+            raise ValueError(f"{module_name or 'the model'} is a {type(module).__name__}; pass the model inside it")
+    for name, layer in layers.items():
+        if any(is_sharded(p) for p in layer.parameters()):
+            raise ValueError(
+                f"{name} is sharded (DTensor), and its parts belong to the sharded model: save_adapter(model, path) in every "
+                "process, then merge_and_unload(load_adapter(plain_model, path))"
+            )
+        if "forward" in layer.__dict__:
+            raise ValueError(
+                f"{name}: its forward was replaced since it was adapted; take that off first (accelerate: "
+                "remove_hook_from_module(model, recurse=True))"
+            )
+    owners = _owners(model)
+    for name, layer in layers.items():
+        holder = _holder(layer)
+        original = layer._unmerged if layer.merged else holder.weight
+        original = original.get("weight") if isinstance(original, dict) else original
+        tied = [other for other, module in owners.get(id(original), {}).items() if module is not holder]
+        if tied and _has_update(layer):
+            raise ValueError(
+                f"{name}: its weight is tied to that of {', '.join(tied)}, where the update has no place; before merging "
+                "untie it (layer.weight = nn.Parameter(layer.weight.detach().clone()), and in a transformers model "
+                "config.tie_word_embeddings = False), or leave the layer out (exclude_modules)"
+            )
+        if not layer.merged:
+            # For its errors.
+            layer.merged_weight()
+
+
+def _has_update(layer: DashLinear) -> bool:
+    return bool(layer.lora_b.any()) or bool(layer.dash_sigma.any())
+
+
+def _holder(layer: DashLinear) -> nn.Module:
+    return layer if layer.base is None else layer.base
+
+
+def _owners(model: nn.Module) -> dict[int, dict[str, nn.Module]]:
+    """The modules that have a parameter, by its id and their names."""
+    found: dict[int, dict[str, nn.Module]] = {}
+    for name, module in model.named_modules():
+        for parameter in module._parameters.values():
+            found.setdefault(id(parameter), {})[plain_name(name)] = module
+    return found
+
+
+def _plain(layer: DashLinear) -> nn.Module:
+    """The layer that a merged one stands for."""
+    if layer.base is not None:
+        layer._keep(None)
+        _move_hooks(layer, layer.base)
+        return layer.base
+    kind = cast("type[nn.Module]", layer.adopted)
+    plain = kind.__new__(kind)
+    nn.Module.__init__(plain)
+    # Conv1D has other names for them.
+    foreign = {"in_features", "out_features"} if layer.transposed else set()
+    plain.__dict__.update({k: v for k, v in vars(layer).items() if k not in _OURS | _OF_ANY_MODULE | foreign})
+    adapter = adapter_shapes(layer.out_features, layer.in_features, layer.config)
+    for kind_of_part in ("_parameters", "_buffers", "_modules"):
+        parts = vars(layer)[kind_of_part]
+        vars(plain)[kind_of_part].update({k: v for k, v in parts.items() if k not in adapter and k != "base"})
+    return plain
+
+
+def _move_hooks(layer: nn.Module, base: nn.Module) -> None:
+    for key, hooks in vars(layer).items():
+        if "_hooks" in key:
+            base.__dict__[key].update(hooks)
+    if layer._is_full_backward_hook is not None:
+        base._is_full_backward_hook = layer._is_full_backward_hook

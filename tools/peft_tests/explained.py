@@ -1,0 +1,54 @@
+"""Differences that have a reason: which tests end otherwise under a switch, and why that is right.
+
+A reason that no test of a whole run needs is an error of that run, as a difference without one is.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import NamedTuple
+
+# LORADASH stands in for LoRA before launch, and with everything launched.
+TUNER = ("loradash", "launched")
+
+
+class Reason(NamedTuple):
+    switches: tuple[str, ...]
+    message: str
+    """A regular expression that is found in what the test said: the same test failing otherwise is a difference again."""
+    why: str
+    test: str = ""
+    """One that is found in the test's name."""
+
+    def explains(self, switch: str, test: str, message: str) -> bool:
+        return switch in self.switches and bool(re.search(self.message, message) and re.search(self.test, test))
+
+
+REASONS = (
+    Reason(
+        TUNER,
+        "is a setting of LoRA that LoRA-Dash does not have",
+        "`DashLoraConfig` refuses settings that are other methods: DoRA, aLoRA, KaSA, Arrow, target_parameters and the like",
+    ),
+    Reason(
+        TUNER,
+        "init_lora_weights=.* makes another layer of the base layer",
+        "`DashLoraConfig` refuses initialisations that change the base weight, whose directions are looked for",
+    ),
+    Reason(
+        TUNER,
+        "cannot be adapted: LoRA-Dash is a method for linear layers",
+        "LORADASH refuses embeddings, convolutions and attention modules: the method has directions of linear layers alone",
+    ),
+    Reason(
+        TUNER,
+        "peft_type` 'LORADASH' is not compatible with the `PeftMixedModel`",
+        "`PeftMixedModel` makes layers of PEFT's own methods alone; it would put plain LoRA in our place",
+    ),
+    Reason(
+        TUNER,
+        r"Parameter containing:\\ntensor\(\[0\.",
+        "an adapter that starts as the identity is before launch, when its Δσ has no gradient and stays where it is",
+        "test_only_params_are_updated",
+    ),
+)
