@@ -121,7 +121,7 @@ def check_differentiable(name: str, module: nn.Module, x: Tensor, y: Tensor) -> 
     if x.requires_grad and not y.requires_grad and torch.is_grad_enabled():
         raise RuntimeError(
             f"{name}: {type(module).__name__} gives no gradient for its input, and what is below it would train on a wrong one; "
-            "take a format that can be trained through, or leave the layer out (exclude_modules)"
+            "evaluate it under torch.no_grad; to train, take another format or leave the layer out (exclude_modules)"
         )
 
 
