@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import functools
+import gc
 import os
 import statistics
 import sys
@@ -43,7 +44,7 @@ from .training import TrainerRun, one_arena
 
 MODELS = (Sizes(512, 1376, layers=4, batch=2, tokens=256), Sizes(1024, 2752, layers=2, batch=2, tokens=256))
 REHEARSED = (Sizes(64, 128, layers=2, batch=1, tokens=16),)
-WARM, LEAST, MOST = 3, 5, 60
+WARM, LEAST, MOST = 2, 5, 60
 
 
 @dataclass
@@ -60,6 +61,14 @@ class Times:
 
 def timed(arms: Sequence[Arm], sizes: Sizes, seconds: float, folder: Path) -> dict[str, Times]:
     """Steps of all arms in turn, for about so many seconds."""
+    try:
+        return _timed(arms, sizes, seconds, folder)
+    finally:
+        # A Trainer and its model hold each other.
+        gc.collect()
+
+
+def _timed(arms: Sequence[Arm], sizes: Sizes, seconds: float, folder: Path) -> dict[str, Times]:
     processor: dict[str, list[float]] = {arm.name: [] for arm in arms}
 
     def call(name: str, run: TrainerRun) -> None:
@@ -105,10 +114,13 @@ def run(models: Sequence[Sizes], names: Sequence[str], seconds: float) -> list[d
     rows = []
     with tempfile.TemporaryDirectory() as path:
         folder = Path(path)
+        # A Trainer collects garbage when it starts, and there are many: what the libraries hold need not be looked through.
+        gc.freeze()
         distances = {
             sizes: check_arms(chosen, sizes, folder)
             for sizes, chosen in tqdm(arms.items(), desc="checks", file=sys.stderr)
         }
+        gc.unfreeze()
         for sizes, chosen in tqdm(arms.items(), desc="step times", file=sys.stderr):
             times = timed(chosen, sizes, seconds, folder)
             rows += [row_of(arm, sizes, times, distances[sizes].get(arm.name, 0.0)) for arm in chosen]

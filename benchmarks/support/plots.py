@@ -30,11 +30,16 @@ def ratio_bars(rows: dict[str, dict[str, float]], title: str, path: Path) -> Pat
 
 
 def ratio_panels(
-    panels: dict[str, dict[str, dict[str, float]]], variants: Sequence[str], marked: str, title: str, path: Path
+    panels: dict[str, dict[str, dict[str, float]]],
+    variants: Sequence[str],
+    marked: str,
+    title: str,
+    path: Path,
+    colors: Sequence[str] = COLORS,
 ) -> Path:
     """Time over a frozen nn.Linear, one panel below the other for each kind of time.
 
-    panels: title -> group -> variant -> ratio. marked: the variant in red. Bars higher than HIGHEST are cut; every bar carries
+    panels: title -> group -> variant -> ratio. marked: the variant in red. colors: those of the others, in order. Bars higher than HIGHEST are cut; every bar carries
     its number.
     """
     widest = max(len(groups) for groups in panels.values())
@@ -44,20 +49,28 @@ def ratio_panels(
     figure.set_figheight(1.0 + 2.9 * len(panels))
     axes = figure.subplots(len(panels), squeeze=False)[:, 0]
     for axis, (name, groups) in zip(axes, panels.items(), strict=True):
-        _bars(axis, groups, variants, marked)
+        _bars(axis, groups, variants, marked, colors)
         axis.set_title(name, fontsize=10, loc="left")
         axis.set_ylabel("time / frozen", fontsize=9)
         axis.set_xlim(-0.25, widest)
         axis.spines[["top", "right"]].set_visible(False)
     handles, labels = axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False, fontsize=8)
+    figure.legend(handles, labels, loc="outside lower center", ncols=_legend_columns(labels), frameon=False, fontsize=8)
     figure.suptitle(title, fontsize=11)
     return save_figure(figure, path)
 
 
-def _bars(axis: Any, groups: dict[str, dict[str, float]], variants: Sequence[str], marked: str) -> None:
+def _legend_columns(labels: Sequence[str], line: int = 130, key: int = 6) -> int:
+    """One row where it fits. line, key: letters that go into the width of a figure, and into a label's patch of colour."""
+    widths = [len(label) + key for label in labels]
+    return len(labels) if sum(widths) <= line else max(1, line // max(widths))
+
+
+def _bars(
+    axis: Any, groups: dict[str, dict[str, float]], variants: Sequence[str], marked: str, colors: Sequence[str]
+) -> None:
     width = 0.84 / len(variants)
-    others = iter(COLORS)
+    others = iter(colors)
     for place, variant in enumerate(variants):
         color = RED if variant == marked else next(others, GREY)
         known = [
