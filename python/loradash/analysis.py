@@ -16,6 +16,7 @@ from tqdm.auto import tqdm
 
 from loradash_kernels import change_rates, direction_accuracy, direction_recall
 
+from .base_layers import PLAIN
 from .checkpoint import FILE_NAME, AdapterError, read_safetensors
 from .config import DashConfig
 from .peft_layout import PREFIX
@@ -31,10 +32,12 @@ class Weights:
         files = [path] if path.is_file() else sorted(path.glob("*.safetensors"))
         self._file: dict[str, Path] = {}
         self._shape: dict[str, list[int]] = {}
+        names: list[str] = []
         for file in files:
             try:
                 with safe_open(str(file), framework="pt") as opened:
                     for name in opened.keys():  # noqa: SIM118
+                        names.append(name)
                         shape = opened.get_slice(name).get_shape()
                         if len(shape) == 2:
                             self._file[name], self._shape[name] = file, shape
@@ -42,17 +45,25 @@ class Weights:
                 raise ValueError(f"{file}: cannot be read as safetensors: {error}") from error
         if not self._file:
             raise ValueError(f"{path}: no matrices; wanted a .safetensors file or a folder of them")
+        # What bitsandbytes needs to read its codes of four bits, which may lie in a floating dtype.
+        self._codes = {name.rpartition(".quant_state.")[0] for name in names}
 
     def names(self) -> list[str]:
         return list(self._file)
 
     def load(self, name: str) -> Tensor:
-        """A matrix by its name in the file."""
+        """A matrix by its name in the file. ValueError for what cannot be read, and for codes of a quantised weight."""
         try:
             with safe_open(str(self._file[name]), framework="pt") as opened:
-                return opened.get_tensor(name)
+                matrix = opened.get_tensor(name)
         except (SafetensorError, OSError) as error:
             raise ValueError(f"{self._file[name]}: {name} cannot be read: {error}") from error
+        if name in self._codes or matrix.dtype not in PLAIN:
+            raise ValueError(
+                f"{self._file[name]}: {name} holds the codes of a quantised weight ({matrix.dtype}), not its numbers; load the "
+                "model, adapt it and decompose by SpectralCache().start(model).wait()"
+            )
+        return matrix
 
     def shape(self, name: str) -> tuple[int, int]:
         rows, columns = self._shape[name]

@@ -9,27 +9,35 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 
-class Format(Protocol):
+class Format:
     """How the layers of one format keep their weight."""
 
     def weight(self, layer: Any) -> Tensor:
         """W (N, K), a new tensor, as the format itself defines it."""
+        raise NotImplementedError
 
     def product(self, layer: Any, x: Tensor) -> Tensor | None:
         """x Wᵀ by the kernels that the layer's forward uses, without its bias; None where only the forward has them."""
+        return None
+
+    def refusal(self, layer: Any) -> str | None:
+        """Why no other weight can be quantised for this layer, or None."""
+        return None
 
     def requantised(self, layer: Any, weight: Tensor) -> dict[str, Any]:
-        """The layer's attributes, by name, with another weight (N, K). Raises ValueError where the format cannot say."""
+        """The layer's attributes, by name, with another weight (N, K). `refusal` was asked before."""
+        raise NotImplementedError(self.refusal(layer))
 
 
-class FourBit:
+class FourBit(Format):
     """bitsandbytes' Linear4bit."""
 
     def weight(self, layer: Any) -> Tensor:
@@ -54,7 +62,7 @@ class FourBit:
         return {"weight": new, "quant_state": state}
 
 
-class EightBit:
+class EightBit(Format):
     """bitsandbytes' Linear8bitLt whose codes are kept (has_fp16_weights=False)."""
 
     def weight(self, layer: Any) -> Tensor:
@@ -75,7 +83,7 @@ class EightBit:
         return {"weight": new, "state": state}
 
 
-class TorchAO:
+class TorchAO(Format):
     """nn.Linear whose weight is one of torchao's tensors."""
 
     def weight(self, layer: Any) -> Tensor:
@@ -84,19 +92,23 @@ class TorchAO:
     def product(self, layer: Any, x: Tensor) -> Tensor:
         return F.linear(x.to(layer.weight.dtype), layer.weight)
 
-    def requantised(self, layer: Any, weight: Tensor) -> dict[str, Any]:
+    def refusal(self, layer: Any) -> str | None:
         old = layer.weight
-        make = {
-            "Int8Tensor": _int8,
-            "Float8Tensor": _float8,
-            "IntxUnpackedToInt8Tensor": _intx,
-        }.get(type(old).__name__)
-        if make is None or getattr(old, "act_pre_scale", None) is not None:
-            raise ValueError(f"a new {type(old).__name__} of torchao's cannot be made from an old one")
-        return {"weight": nn.Parameter(make(old, weight.to(old.dtype).contiguous()), requires_grad=False)}
+        kind = type(old).__name__
+        if kind not in _MAKERS or getattr(old, "act_pre_scale", None) is not None:
+            return f"a new {kind} of torchao's cannot be made from an old one"
+        blocks = tuple(old.block_size)
+        if len(blocks) != 2 or (blocks[0] != 1 and blocks != tuple(old.shape)):
+            return f"a {kind} in blocks of {blocks} cannot be made anew"
+        return None
+
+    def requantised(self, layer: Any, weight: Tensor) -> dict[str, Any]:
+        make = _MAKERS[type(layer.weight).__name__]
+        made = make(layer.weight, weight.to(layer.weight.dtype).contiguous())
+        return {"weight": nn.Parameter(made, requires_grad=False)}
 
 
-class FineGrainedFP8:
+class FineGrainedFP8(Format):
     """transformers' FP8Linear."""
 
     def weight(self, layer: Any) -> Tensor:
@@ -107,14 +119,11 @@ class FineGrainedFP8:
             layer.weight.detach(), layer.weight_scale_inv.detach(), layer.block_size, torch.float32
         )
 
-    def product(self, layer: Any, x: Tensor) -> None:
-        return None
-
-    def requantised(self, layer: Any, weight: Tensor) -> dict[str, Any]:
-        raise ValueError("transformers quantises weights to FP8 at load time alone")
+    def refusal(self, layer: Any) -> str:
+        return "transformers quantises weights to FP8 at load time alone"
 
 
-class BitNet:
+class BitNet(Format):
     """transformers' AutoBitLinear whose weight is ternary already (quantization_mode "offline")."""
 
     def weight(self, layer: Any) -> Tensor:
@@ -123,8 +132,8 @@ class BitNet:
     def product(self, layer: Any, x: Tensor) -> Tensor:
         return F.linear(x, layer.weight.float()) * layer.weight_scale.float()
 
-    def requantised(self, layer: Any, weight: Tensor) -> dict[str, Any]:
-        raise ValueError("ternary weights have no room for an update")
+    def refusal(self, layer: Any) -> str:
+        return "ternary weights have no room for an update"
 
 
 def format_of(layer: nn.Module) -> Format | None:
@@ -132,7 +141,8 @@ def format_of(layer: nn.Module) -> Format | None:
     weight = getattr(layer, "weight", None)
     if not isinstance(weight, Tensor) or weight.is_meta:
         return None
-    if "forward" in vars(layer) and "_hf_hook" not in vars(layer):
+    patched = "forward" in vars(layer) and "_hf_hook" not in vars(layer)
+    if patched or type(layer).__call__ is not nn.Module.__call__:
         return None
     for owner, name, make, is_kept in _KNOWN:
         kind = _class(layer, owner, name)
@@ -180,6 +190,27 @@ def keep_differentiable(layer: nn.Module) -> None:
     if _is_packed(weight):
         weight.data, weight.quant_state = _unpacked(weight)
         layer.quant_state = weight.quant_state
+
+
+def moved(parts: dict[str, Any], fn: Callable[[Tensor], Tensor]) -> dict[str, Any]:
+    """Attributes of a layer, which it does not hold now, as `module.to` would leave them; `fn` is its conversion of a tensor."""
+    return {name: _moved(value, fn) for name, value in parts.items()}
+
+
+def _moved(value: Any, fn: Callable[[Tensor], Tensor]) -> Any:
+    if isinstance(value, Tensor):
+        applied = fn(value)
+        # As torch does it, so that what hangs on a parameter stays there.
+        if torch._has_compatible_shallow_copy_type(value, applied) and not is_traceable_wrapper_subclass(applied):
+            value.data = applied.data
+        else:
+            value = applied if isinstance(applied, nn.Parameter) else nn.Parameter(applied, requires_grad=False)
+    # Codes and scales of eight bits hang on the weight or on the layer's state; those of four bits move with the weight.
+    for name in ("CB", "SCB"):
+        tensor = getattr(value, name, None)
+        if tensor is not None:
+            setattr(value, name, tensor.to(fn(tensor).device))
+    return value
 
 
 def _class(layer: nn.Module, owner: str, name: str) -> Any:
@@ -245,9 +276,7 @@ def _granularity(old: Any) -> Any:
     (n, k), (rows, columns) = old.shape, old.block_size
     if (rows, columns) == (n, k):
         return PerTensor()
-    if rows == 1:
-        return PerRow() if columns == k else PerGroup(columns)
-    raise ValueError(f"a {type(old).__name__} in blocks of {rows} x {columns} cannot be made anew")
+    return PerRow() if columns == k else PerGroup(columns)
 
 
 def _mapping(old: Any) -> Any:
@@ -288,3 +317,7 @@ def _intx(old: Any, weight: Tensor) -> Tensor:
         mapping_type=_mapping(old),
         activation_quantization=old.activation_quantization,
     )
+
+
+_MAKERS = {"Int8Tensor": _int8, "Float8Tensor": _float8, "IntxUnpackedToInt8Tensor": _intx}
+"""How a new tensor of one of torchao's classes is made after the pattern of an old one."""

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from .base_layers import is_transposed
 from .config import DashConfig
 from .distributed import gathered, is_sharded, shard_of
-from .quantised import RequantisationError, can_take_update, is_quantised, moved, requantise, restore, weight_of
+from .formats import moved
+from .quantised import RequantisationError, can_take_update, is_quantised, requantise, restore, weight_of
 
 Self = TypeVar("Self", bound="TakesUpdate")
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -87,6 +85,9 @@ def _agrees(module: nn.Module, kept: Format, weight: Tensor) -> bool:
         if y is None:
             return True
         unit = max(torch.finfo(t).eps for t in (y.dtype, weight.dtype, torch.float32))
+        if weight.device.type != "cpu":
+            # Float32 may be multiplied as TF32.
+            unit = max(unit, 2.0**-10)
         share = 4 * unit + k * torch.finfo(torch.float32).eps
         for products, rows in zip(y.split(ROWS, dim=1), weight.split(ROWS), strict=True):
             w = rows.float()
@@ -120,7 +121,7 @@ def check_differentiable(name: str, module: nn.Module, x: Tensor, y: Tensor) -> 
     if x.requires_grad and not y.requires_grad and torch.is_grad_enabled():
         raise RuntimeError(
             f"{name}: {type(module).__name__} gives no gradient for its input, and what is below it would train on a wrong one; "
-            "take a format that can be trained through, or leave the layer out (exclude_modules)"
+            "evaluate it under torch.no_grad; to train, take another format or leave the layer out (exclude_modules)"
         )
 
 
@@ -136,6 +137,14 @@ def can_take_update(module: nn.Module) -> bool:
     return torch.allclose(weight_of(module).double(), own.double(), rtol=rounding, atol=rounding)
 
 
+def requantise_refusal(module: nn.Module) -> str | None:
+    """Why W + ΔW of a quantised layer cannot be quantised anew, or None."""
+    kept = format_of(module)
+    if kept is None:
+        return f"{type(module).__name__} is of no format that can be quantised anew"
+    return kept.refusal(module)
+
+
 @torch.no_grad()
 def requantise(module: nn.Module, delta: Tensor) -> tuple[dict[str, Any], RequantisationError]:
     """Quantises W + ΔW anew, in the layer's own format, in its place.
@@ -143,11 +152,12 @@ def requantise(module: nn.Module, delta: Tensor) -> tuple[dict[str, Any], Requan
     Returns the attributes that were replaced, for `restore`, and the error. Raises ValueError, with the layer unchanged,
     where the format offers no way and where W + ΔW leaves its range.
     """
+    refusal = requantise_refusal(module)
+    if refusal is not None:
+        raise ValueError(refusal)
     if not bool(delta.any()):
         return {}, RequantisationError(0.0, 0.0)
-    kept = format_of(module)
-    if kept is None:
-        raise ValueError(f"{type(module).__name__} is of no format that can be quantised anew")
+    kept = cast(Format, format_of(module))
     wanted = weight_of(module).float() + delta
     parts = kept.requantised(module, wanted)
     before = {name: getattr(module, name) for name in parts}
@@ -173,20 +183,3 @@ def restore(module: nn.Module, parts: dict[str, Any]) -> None:
     """Puts attributes that `requantise` replaced back."""
     for name, value in parts.items():
         setattr(module, name, value)
-
-
-def moved(parts: dict[str, Any], fn: Callable[[Tensor], Tensor]) -> dict[str, Any]:
-    """Attributes that `requantise` replaced after `module.to`, whose conversion of a tensor is `fn`; their codes unchanged."""
-    return {name: _moved(value, fn) for name, value in parts.items()}
-
-
-def _moved(value: Any, fn: Callable[[Tensor], Tensor]) -> Any:
-    if isinstance(value, Tensor):
-        tensor = fn(value)
-        return tensor if isinstance(tensor, nn.Parameter) else nn.Parameter(tensor, requires_grad=False)
-    # bitsandbytes' state of eight bits; that of four moves with its weight.
-    if getattr(value, "CB", None) is not None:
-        value = copy.copy(value)
-        value.CB = fn(value.CB)
-        value.SCB = value.SCB.to(value.CB.device)
-    return value

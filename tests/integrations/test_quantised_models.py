@@ -183,3 +183,16 @@ def test_both_doors_read_the_same_weights(model):
     names = [name for name, module in model.named_modules() if name.endswith(tuple(LAYERS))]
     for name, weight in zip(names, weights[0], strict=True):
         assert torch.equal(weight_of(model.get_submodule(name)), weight)
+
+
+def test_the_dtype_that_flash_attention_asks_for(model, door):
+    """Norms in float32 make float32 queries, which transformers casts to the dtype that it finds in a quantised model's
+    settings: it looks for an nn.Linear in models of full precision alone, and DashLinear is none."""
+    attention = pytest.importorskip("transformers.integrations.flash_attention")
+    model = door.adapt(model)
+    found = [module for name, module in model.named_modules() if name.endswith("self_attn")]
+    assert len(found) == 2
+    for module in found:
+        assert attention.get_target_dtype(torch.zeros(1), module) == torch.bfloat16
+        with torch.autocast("cpu", torch.float16):
+            assert attention.get_target_dtype(torch.zeros(1), module) == torch.float16

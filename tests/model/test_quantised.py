@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import copy
-import weakref
 
 import loradash
 import pytest
 import torch
 from loradash import formats, quantised
+from loradash.analysis import Weights
 from loradash.quantised import is_quantised, weight_of
+from safetensors.torch import save_file
 from support.quantised import FORMATS, K, N, adapted, case_of, check, config, results, truth
 from support.quantised import quantised as layer_of
 from torch import nn
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from loradash_kernels import task_specific_directions
 
@@ -71,12 +73,27 @@ def test_its_products_are_the_same(layer, monkeypatch):
     ],
     ids=["scaled", "rows", "columns", "transposed", "one column"],
 )
-def test_a_weight_that_disagrees_with_the_kernels(kind, wrong, monkeypatch):
-    """Whatever a format says, the W is that of the products."""
-    layer, make = layer_of(kind), type(formats.format_of(layer_of(kind)))
-    right, weight = truth(layer), make.weight
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_weight_that_disagrees_with_the_kernels(kind, wrong, dtype, monkeypatch, request):
+    """Whatever a format says, the W is that of the products, as far as these are exact enough to tell."""
+    if dtype == torch.bfloat16 and "one column" in request.node.callspec.id and kind != "bitsandbytes-int8":
+        pytest.skip("sums of 128 numbers in bfloat16 do not show one of them")
+    # The products are those less a bias, which in 16 bits would leave little.
+    layer = layer_of(kind, dtype, bias=False)
+    right, make = truth(layer), type(formats.format_of(layer))
+    weight = make.weight
     monkeypatch.setattr(make, "weight", lambda self, layer: wrong(weight(self, layer)))
-    torch.testing.assert_close(weight_of(layer).double(), right, rtol=2e-3, atol=1e-6)
+    rounding = max(2e-3, torch.finfo(dtype).eps)
+    torch.testing.assert_close(weight_of(layer).double(), right, rtol=rounding, atol=1e-6)
+
+
+@pytest.mark.parametrize("method", ["forward", "__call__"])
+def test_subclasses_of_a_format(kind, method):
+    """What they compute is asked of them."""
+    layer = layer_of(kind)
+    single = getattr(type(layer), method)
+    layer.__class__ = type("Doubled", (type(layer),), {method: lambda self, x: 2 * single(self, x)})
+    torch.testing.assert_close(weight_of(layer).double(), 2 * truth(layer), rtol=2e-3, atol=1e-6)
 
 
 def test_a_framework_without_the_function(kind, monkeypatch):
@@ -194,10 +211,10 @@ def watched(monkeypatch):
     seen, make = [], quantised._dequantised
 
     def dequantise(*arguments):
-        alive = sum(reference() is not None for reference in seen)
+        alive = sum(not reference.expired() for reference in seen)
         weight = make(*arguments)
         assert weight is not None
-        seen.append(weakref.ref(weight))
+        seen.append(StorageWeakRef(weight.untyped_storage()))
         counts.append(alive)
         return weight
 
@@ -236,3 +253,32 @@ def test_quantised_since_it_was_adapted():
     assert bool(model[0].launched)
     with pytest.raises(ValueError, match="is quantised and cannot take the update"):
         model[0].merge(requantise=True)
+
+
+def test_files_of_codes(tmp_path):
+    """What `loradash decompose` finds in them is no weight."""
+    file = tmp_path / "model.safetensors"
+    stored = nn.Sequential(
+        layer_of("bitsandbytes-fp4-stored-as-bfloat16"), layer_of("bitsandbytes-int8"), nn.Linear(4, 4)
+    )
+    state = {name: t.contiguous() for name, t in stored.state_dict().items()}
+    save_file(state | {"3.weight": torch.randn(4, 4).to(torch.float8_e4m3fn)}, file)
+    weights = Weights(file)
+    assert torch.equal(weights.load("2.weight"), stored[2].weight)
+    for name in ("0.weight", "1.weight", "3.weight"):
+        with pytest.raises(
+            ValueError, match=rf"{name} holds the codes of a quantised weight.*SpectralCache\(\)\.start"
+        ):
+            weights.load(name)
+
+
+def test_a_layer_with_a_hook_of_accelerate(kind, monkeypatch):
+    """The hook brings the input to where the codes are; these are read without it."""
+    accelerate = pytest.importorskip("accelerate")
+    layer = layer_of(kind)
+    wanted = truth(layer)
+    accelerate.hooks.add_hook_to_module(layer, accelerate.hooks.AlignDevicesHook(execution_device="cpu"))
+    dash = loradash.DashLinear.from_linear(layer, config())
+    monkeypatch.setattr("loradash.quantised._products", not_to_be_called)
+    torch.testing.assert_close(dash.weight_nk().double(), wanted, rtol=1e-6, atol=1e-7)
+    assert dash(torch.randn(3, K)).shape == (3, N)

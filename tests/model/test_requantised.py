@@ -30,18 +30,25 @@ def bits(layer):
     return found
 
 
+def layout(layer):
+    return {name: (type(t), t.dtype, t.shape) for name, t in layer.state_dict().items()}
+
+
 @pytest.mark.parametrize("name", FORMATS)
 def test_requantised_and_back(name):
     layer = layer_of(name)
     model, x = adapted(layer), torch.randn(5, K)
     dash, before, base, adapters = model[0], bits(layer), layer(x), model(x)
-    original = truth(layer)
+    original, kept = truth(layer), layout(layer)
     wanted = original + dash.delta().double()
     with pytest.raises(ValueError, match=r"0: .* is quantised and cannot take the update; merge with requantise=True"):
         loradash.merge(model)
     assert not dash.merged and bits(layer) == before
     errors = loradash.merge(model, requantise=True)
     assert list(errors) == ["0"] and dash.merged
+    assert layout(layer) == kept
+    # FSDP, which loses what hangs on a parameter, finds it on the layer.
+    assert getattr(layer, "quant_state", None) is getattr(layer.weight, "quant_state", None)
     off = truth(layer) - wanted
     assert errors["0"].of_weight == pytest.approx(float(off.norm() / wanted.norm()), rel=1e-3)
     assert errors["0"].of_update == pytest.approx(float(off.norm() / dash.delta().double().norm()), rel=1e-3)
@@ -121,14 +128,20 @@ def test_another_adapter_into_a_merged_model(tmp_path):
     assert bits(layer)[:1] + bits(layer)[-2:] == before[:1] + before[-2:]
 
 
-@pytest.mark.parametrize("name", ["bitsandbytes-nf4-double", "torchao-int8"])
-def test_a_merged_model_that_moves(name):
-    layer = layer_of(name)
-    model, before = adapted(layer), bits(layer)
+@pytest.mark.parametrize("called", [False, True])
+@pytest.mark.parametrize("name", ["bitsandbytes-nf4-double", "bitsandbytes-int8", "torchao-int8"])
+def test_a_merged_model_that_moves(name, called):
+    """What is kept for `unmerge` goes along, wherever the first call of a layer put its scales."""
+    layer, x = layer_of(name), torch.randn(3, K)
+    expected = copy.deepcopy(layer)(x)
+    if called:
+        layer(x)
+    model, before = adapted(layer), truth(layer)
     loradash.merge(model, requantise=True)
-    model.to("cpu")
+    model.to("cpu", torch.float32)
     loradash.unmerge(model)
-    assert bits(layer) == before
+    assert torch.equal(truth(layer), before)
+    assert torch.equal(layer(x), expected)
 
 
 def test_formats_without_a_way():

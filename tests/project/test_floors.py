@@ -38,7 +38,8 @@ FLOORS = {
     ),
     "python/loradash/integrations": ("__init__", "lightning", "peft", "transformers"),
     "python/loradash/integrations/peft": (
-        "fused", "accelerated_layer", "accelerator", "versions", "registration", "config", "files", "views", "layer", "model", "__init__",
+        "fused", "accelerated_layer", "accelerator", "versions", "registration", "config", "files", "views", "merging", "layer",
+        "model", "__init__",
     ),
 }  # fmt: skip
 

@@ -15,9 +15,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from loradash.distributed import gathered
+from loradash.quantised import check_differentiable
 
 from .config import DashLoraConfig
-from .fused import Term, beside_base, fused_forward, is_hooked, refusal
+from .fused import Term, base_refusal, beside_base, fused_forward, is_hooked, refusal
+from .merging import Mergeable
 from .views import host_of
 
 FROZEN = ("lora_dash_u", "lora_dash_vt", "lora_dash_launched", "lora_dash_step")
@@ -26,7 +28,7 @@ FROZEN = ("lora_dash_u", "lora_dash_vt", "lora_dash_launched", "lora_dash_step")
 _PREFIX = "Dash"
 
 
-class DashLoraLayer(nn.Module, LoraLayer):
+class DashLoraLayer(Mergeable, LoraLayer):
     """What makes one of PEFT's LoRA layers over a linear base a LORADASH layer.
 
     y = base(x) + Σ over active adapters of [scaling · x̃ Aᵀ Bᵀ + Σ_i Δσ_i (x̃ · v_i) u_iᵀ], x̃ = dropout(x). A scale that is set on
@@ -109,12 +111,19 @@ class DashLoraLayer(nn.Module, LoraLayer):
             return self._mixed_batch_forward(x, *args, adapter_names=adapter_names, **kwargs)
         adapters = [name for name in self.active_adapters if name in self.lora_A]
         terms = [self._term(name) for name in adapters]
-        if self._is_plain(adapters) and refusal(x, terms, self.cast_input_dtype_enabled) is None:
+        fused = self._is_plain(adapters) and refusal(x, terms, self.cast_input_dtype_enabled) is None
+        if fused and base_refusal(x, self.base_layer) is None:
             return fused_forward(x, self.base_layer, terms, True, args, kwargs)
-        return self._added(self.base_layer(x, *args, **kwargs), x, adapters)
+        y = self._base_output(x, *args, **kwargs)
+        return beside_base(y, x, terms, True) if fused else self._added(y, x, adapters)
+
+    def _base_output(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        y = self.base_layer(x, *args, **kwargs)
+        check_differentiable(type(self).__name__, self.get_base_layer(), x, y)
+        return y
 
     def _mixed_batch_forward(self, x: Tensor, *args: Any, adapter_names: Sequence[str], **kwargs: Any) -> Tensor:
-        y = self.base_layer(x, *args, **kwargs)
+        y = self._base_output(x, *args, **kwargs)
         for adapter in dict.fromkeys(adapter_names):
             # The name "__base__" stands for none, and a layer need not have every adapter.
             if adapter not in self.lora_A:

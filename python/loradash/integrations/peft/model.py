@@ -23,6 +23,7 @@ from loradash.linear import DashLinear
 
 from .config import DashLoraConfig
 from .layer import DashLoraLayer, dash_class
+from .merging import checked_merge
 from .versions import warn_of_shards
 from .views import dash_layers_of, layers_with
 
@@ -152,6 +153,15 @@ class DashLoraModel(LoraModel):
         super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
         for layer, train in zip(layers, trains, strict=True):
             layer.lora_dash_sigma[adapter_name].requires_grad_(train)
+
+    def merge_adapter(self, *args: Any, **kwargs: Any) -> None:
+        """PEFT's, for all layers or, where one cannot, none."""
+        with checked_merge(dict(dash_layers_of(self.model))):
+            super().merge_adapter(*args, **kwargs)
+
+    def _unload_and_optionally_merge(self, merge: bool = True, *args: Any, **kwargs: Any) -> Any:
+        with checked_merge(dict(dash_layers_of(self.model)) if merge else {}):
+            return super()._unload_and_optionally_merge(merge, *args, **kwargs)
 
     def add_weighted_adapter(
         self, adapters: list[str], weights: list[float], adapter_name: str, *args: Any, **kwargs: Any
