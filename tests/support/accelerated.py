@@ -33,12 +33,32 @@ class Problem:
     lora_bias: with biases of B; they, the base layer's and every sum of them are multiples of 1/8.
     """
 
-    def __init__(self, dtype, adapter_dtype, *, scalings=(SCALING,), conv1d=False, bias=True, lora_bias=False,
-                 train_bias=False, rslora=False, rows=6, k=40, n=24):  # fmt: skip
+    def __init__(
+        self,
+        dtype,
+        adapter_dtype,
+        *,
+        scalings=(SCALING,),
+        conv1d=False,
+        bias=True,
+        lora_bias=False,
+        train_bias=False,
+        rslora=False,
+        rows=6,
+        k=40,
+        n=24,
+    ):
         self.case = make_case(
-            rows, k, n, RANK * len(scalings), 0, dtype, adapter_dtype=adapter_dtype, bias=bias or lora_bias,
+            rows,
+            k,
+            n,
+            RANK * len(scalings),
+            0,
+            dtype,
+            adapter_dtype=adapter_dtype,
+            bias=bias or lora_bias,
             scaling=RANK**0.5 * SCALING if rslora else SCALING,
-        )  # fmt: skip
+        )
         base = Conv1D(n, k) if conv1d else nn.Linear(k, n, bias=bias)
         names = [f"adapter{i}" for i in range(len(scalings))]
         net = nn.Sequential(base.to(dtype))

@@ -350,26 +350,23 @@ def test_everywhere():
 
 
 @pytest.mark.parametrize("p", [0.0, 0.5])
-def test_compiled(p):
-    """One graph for all numbers of rows, with the operator in it; nothing is counted."""
+def test_compiled(kernels, p):
+    """One graph for all numbers of rows and whatever runs eagerly between, with the operator in it; nothing is counted."""
     model = adapted(net(), lora_dropout=p)
-    graphs = []
-
-    def keep(graph, inputs):
-        graphs.append(graph)
-        return graph
-
-    report = accelerate(model)
+    report, graphs = accelerate(model), []
     torch._dynamo.reset()
-    compiled = torch.compile(model, fullgraph=True, backend=keep, dynamic=True)
-    for rows in (5, 7, 9):
-        y = compiled(torch.randn(rows, K))
+    compiled = torch.compile(
+        model, fullgraph=True, backend=lambda graph, inputs: graphs.append(graph) or graph, dynamic=True
+    )
+    for count, rows in enumerate((5, 7, 9)):
+        x = torch.randn(rows, K)
+        y = compiled(x)
         y.sum().backward()
-    assert len(graphs) == 1 and "loradash" in str(graphs[0].graph)
-    if p == 0:
-        torch.testing.assert_close(compiled(X), model(X), rtol=1e-5, atol=1e-5)
-        assert report.fused == 2
-    assert report.calls.total() in (0, 2)
+        assert report.calls.total() == 2 * count
+        difference = (model(x) - y).abs().max()
+        assert difference < 1e-5 or p
+    assert len(graphs) == 1
+    assert ("loradash" in str(graphs[0].graph)) == (report.fused > 0)
 
 
 def test_graphs_for_others_have_no_operator_of_ours():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
@@ -14,7 +15,7 @@ from torch.nn.modules.module import _has_any_global_hook
 
 from loradash_kernels import composite, explain_backend
 
-from .fused import Term, base_refusal, beside_base, parts_refusal, refusal, with_base
+from .fused import Term, base_refusal, beside_base, computed_dtype, parts_refusal, refusal, with_base
 
 How = Literal["fused", "beside the base", "PEFT"]
 
@@ -29,8 +30,16 @@ class Way(NamedTuple):
 FUSED = Way("fused")
 
 CALLS = "_loradash_calls"
-"""The attribute in which an accelerated layer counts its calls by `Way`: a Counter, since torch.export puts copies in the
-place of plain dicts."""
+"""The attribute of an accelerated layer that holds its `Calls`."""
+
+
+class Calls:
+    """How many calls ran in which way. An object of its own: of a dict torch.compile would watch the length, and torch.export
+    would put a copy in its place."""
+
+    def __init__(self) -> None:
+        self.ways: Counter[Way] = Counter()
+
 
 listeners: list[Callable[[nn.Module, Way], None]] = []
 """Called with every layer and the way its call ran, but under torch.compile, which counts nothing."""
@@ -83,7 +92,7 @@ def _count(layer: LoraLinear, way: Way) -> None:
         return
     calls = layer.__dict__.get(CALLS)
     if calls is not None:
-        calls[way] += 1
+        calls.ways[way] += 1
     for listener in listeners:
         listener(layer, way)
 
@@ -127,12 +136,14 @@ def _refusal(layer: LoraLinear, x: Tensor, terms: list[Term], kwargs: dict[str, 
     if _has_any_global_hook():
         return "hooks on all modules"
     why = refusal(x, terms, getattr(layer, "cast_input_dtype_enabled", True))
-    return why or without_kernels(x.device, x.dtype, sum([term.lora_a.shape[0] for term in terms]))
+    return why or without_kernels(x.device, computed_dtype(x), sum([term.lora_a.shape[0] for term in terms]))
 
 
 _unserved: dict[tuple[torch.device, torch.dtype, int], str | None] = {}
 
 
+# A compiled graph holds the answer: it is the same in every call.
+@torch.compiler.assume_constant_result
 def without_kernels(device: torch.device, dtype: torch.dtype, width: int) -> str | None:
     """Why plain PyTorch, whose products PEFT would take too, had to compute such a layer of total rank `width`, or None."""
     key = (device, dtype, width)
@@ -150,13 +161,12 @@ def standing(layer: LoraLinear) -> Way:
     terms = terms_of(layer)
     if isinstance(terms, str):
         return Way("PEFT", terms)
-    base = layer.get_base_layer()
-    weight = base._parameters.get("weight")
+    base: Any = layer._modules["base_layer"]
+    weight = layer.get_base_layer()._parameters.get("weight")
     dtype = weight.dtype if weight is not None and weight.is_floating_point() else terms[0].lora_a.dtype
     like = torch.empty(0, terms[0].lora_a.shape[-1], dtype=dtype, device=terms[0].lora_a.device)
     why = _refusal(layer, like, terms, {})
     if why is not None:
         return Way("PEFT", why)
-    base_layer: Any = layer._modules["base_layer"]
-    why = base_refusal(like, base_layer)
+    why = base_refusal(like, base)
     return FUSED if why is None else Way("beside the base", why)

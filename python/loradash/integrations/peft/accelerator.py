@@ -34,7 +34,7 @@ from peft.tuners.lora.layer import Linear as LoraLinear
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from .accelerated_layer import CALLS, AcceleratedLinear, Way, forward, listeners, pefts_forward, standing
+from .accelerated_layer import CALLS, AcceleratedLinear, Calls, Way, forward, listeners, pefts_forward, standing
 
 
 @dataclass
@@ -114,7 +114,7 @@ def accelerate(model: nn.Module) -> AccelerationReport:
     for name, layer in layers.items():
         changed = type(layer) is LoraLinear
         if changed:
-            layer.__dict__[CALLS] = Counter()
+            layer.__dict__[CALLS] = Calls()
             layer.__class__ = AcceleratedLinear
         report.layers[name] = _entry(name, layer, changed)
     if all(entry.expected.how == "PEFT" for entry in report.layers.values()):
@@ -129,7 +129,7 @@ def _entry(name: str, layer: nn.Module, changed: bool) -> LayerReport:
     else:
         kind = f"{type(layer).__module__}.{type(layer).__qualname__}".removeprefix("peft.tuners.")
         expected = Way("PEFT", f"{kind} is not lora.Linear")
-    return LayerReport(name, expected, layer.__dict__.get(CALLS, Counter()), weakref.ref(layer), changed)
+    return LayerReport(name, expected, layer.__dict__.get(CALLS, Calls()).ways, weakref.ref(layer), changed)
 
 
 def decelerate(model: nn.Module) -> int:

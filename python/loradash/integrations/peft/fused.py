@@ -129,6 +129,11 @@ def is_hooked(module: nn.Module) -> bool:
     )
 
 
+def computed_dtype(x: Tensor) -> torch.dtype:
+    """The dtype in which a layer computes on x: that of x, or autocast's."""
+    return _computed_in(x, autocast_dtype(x))
+
+
 def _computed_in(t: Tensor, autocast: torch.dtype | None) -> torch.dtype:
     """The dtype in which a product with t is taken."""
     return t.dtype if autocast is None or t.dtype == torch.float64 else autocast
