@@ -80,7 +80,7 @@ def _timed(arms: Sequence[Arm], sizes: Sizes, seconds: float, folder: Path) -> d
         steps = {}
         for arm in arms:
             model = build(arm, sizes)
-            run = stack.enter_context(TrainerRun(model, sizes, folder, callbacks_of(arm, model)))
+            run = stack.enter_context(TrainerRun(model, sizes, folder, callbacks_of(arm)))
             steps[arm.name] = functools.partial(call, arm.name, run)
         wall = measure(steps, stopwatch=HostStopwatch(), warm=WARM, least=LEAST, most=MOST, seconds=seconds)
     return {name: Times(wall[name], found[WARM:]) for name, found in processor.items()}
