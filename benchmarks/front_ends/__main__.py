@@ -80,7 +80,7 @@ def _timed(arms: Sequence[Arm], sizes: Sizes, seconds: float, folder: Path) -> d
         steps = {}
         for arm in arms:
             model = build(arm, sizes)
-            run = stack.enter_context(TrainerRun(model, sizes, folder, callbacks_of(arm, model)))
+            run = stack.enter_context(TrainerRun(model, sizes, folder, callbacks_of(arm)))
             steps[arm.name] = functools.partial(call, arm.name, run)
         wall = measure(steps, stopwatch=HostStopwatch(), warm=WARM, least=LEAST, most=MOST, seconds=seconds)
     return {name: Times(wall[name], found[WARM:]) for name, found in processor.items()}
@@ -114,13 +114,10 @@ def run(models: Sequence[Sizes], names: Sequence[str], seconds: float) -> list[d
     rows = []
     with tempfile.TemporaryDirectory() as path:
         folder = Path(path)
-        # A Trainer collects garbage when it starts, and there are many: what the libraries hold need not be looked through.
-        gc.freeze()
         distances = {
             sizes: check_arms(chosen, sizes, folder)
             for sizes, chosen in tqdm(arms.items(), desc="checks", file=sys.stderr)
         }
-        gc.unfreeze()
         for sizes, chosen in tqdm(arms.items(), desc="step times", file=sys.stderr):
             times = timed(chosen, sizes, seconds, folder)
             rows += [row_of(arm, sizes, times, distances[sizes].get(arm.name, 0.0)) for arm in chosen]
@@ -148,6 +145,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(1)
     one_arena()
+    # A Trainer collects garbage when it starts, and there are many: what the libraries hold need not be looked through.
+    gc.freeze()
     models = [replace(sizes, dtype=dtype) for dtype in DTYPES for sizes in (REHEARSED if options.rehearse else MODELS)]
     try:
         rows = run(models, options.arms, options.seconds)

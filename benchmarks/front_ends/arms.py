@@ -151,7 +151,7 @@ def build(arm: Arm, sizes: Sizes, dropout: float = DROPOUT, fresh: bool = False)
     return model
 
 
-def callbacks_of(arm: Arm, model: nn.Module) -> list[Any]:
+def callbacks_of(arm: Arm) -> list[Any]:
     """What the arm's users would give to the Trainer."""
     if not arm.ours:
         return []

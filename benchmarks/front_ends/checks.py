@@ -35,7 +35,7 @@ class RedCheck(AssertionError):
 def losses(arm: Arm, sizes: Sizes, folder: Path, fresh: bool = False, steps: int | None = None) -> list[float]:
     """The losses of the first optimizer steps."""
     model, steps = build(arm, sizes, dropout=0.0, fresh=fresh), steps or STEPS[sizes.dtype]
-    with TrainerRun(model, sizes, folder, callbacks_of(arm, model)) as run:
+    with TrainerRun(model, sizes, folder, callbacks_of(arm)) as run:
         for _ in range(steps):
             run.step()
         _check_fused(arm, model, steps)

@@ -113,7 +113,7 @@ def memory_here(arm: Arm, sizes: Sizes) -> dict[str, int]:
     model = build(arm, sizes)
     probe = _Probe(model)
     with tempfile.TemporaryDirectory() as folder:
-        make_trainer(model, sizes, Path(folder), [*callbacks_of(arm, model), probe]).train()
+        make_trainer(model, sizes, Path(folder), [*callbacks_of(arm), probe]).train()
     return dict(zip(MEASURES, (peak_allocated(probe.profile), probe.saved.bytes, probe.resident), strict=True))
 
 

@@ -26,7 +26,8 @@ SMALL = Sizes(32, 64, layers=1, batch=1, tokens=16)
 
 @pytest.fixture(autouse=True, scope="module")
 def frozen_garbage():
-    """Every Trainer collects garbage when it starts, and need not look through what the libraries hold."""
+    """Every Trainer collects garbage when it starts, and need not look through what the libraries hold; the program does this
+    for itself, and leaves it so."""
     gc.collect()
     gc.freeze()
     yield

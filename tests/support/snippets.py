@@ -133,17 +133,11 @@ def texts() -> Any:
     return Dataset.from_dict({"text": ["abcabc", "bcdbcd", "cdecde", "defdef"]})
 
 
-def dash_config(**settings: Any) -> Any:
-    from loradash import DashConfig
-
-    return DashConfig(**{"r": 4, "directions": 4, "target_modules": ["q_proj", "v_proj"], **settings})
-
-
-def dash_model(**settings: Any) -> nn.Module:
+def dash_model() -> nn.Module:
     """Adapted by apply_dash."""
-    from loradash import apply_dash
+    from loradash import DashConfig, apply_dash
 
-    return apply_dash(llama(), dash_config(**settings))
+    return apply_dash(llama(), DashConfig(r=4, directions=4, target_modules=["q_proj", "v_proj"]))
 
 
 def peft_model() -> nn.Module:
@@ -153,22 +147,19 @@ def peft_model() -> nn.Module:
     return get_peft_model(llama(), LoraConfig(r=4, target_modules=["q_proj", "v_proj"]))
 
 
-def arguments(**settings: Any) -> Any:
+def arguments() -> Any:
     """Three steps on the CPU."""
     from transformers import TrainingArguments
 
-    return TrainingArguments(**{**STEPS, **settings})
-
-
-STEPS: dict[str, Any] = {
-    "output_dir": "out",
-    "max_steps": 3,
-    "per_device_train_batch_size": 2,
-    "use_cpu": True,
-    "disable_tqdm": True,
-    "report_to": [],
-    "save_strategy": "no",
-}
+    return TrainingArguments(
+        output_dir="out",
+        max_steps=3,
+        per_device_train_batch_size=2,
+        use_cpu=True,
+        disable_tqdm=True,
+        report_to=[],
+        save_strategy="no",
+    )
 
 
 def saved_llama() -> str:
