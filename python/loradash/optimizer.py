@@ -27,7 +27,7 @@ def dash_parameter_groups(
     | "adapters" | A and B | lr | weight_decay |
     | "sigma" | Δσ | sigma_lr | sigma_weight_decay |
     | "others" | `config.trainable_modules`, and what else trains | lr | weight_decay |
-    | "others, no decay" | their biases and norms, biases of adapted layers | lr | 0 |
+    | "others_no_decay" | their biases and norms, biases of adapted layers | lr | 0 |
 
     A group without members is left out. Beside these keys each has its "name", which Lightning's LearningRateMonitor shows,
     and the "names" of its parameters. Schedulers scale every group's rate by the same factor, so sigma_lr / lr stays.
@@ -49,8 +49,8 @@ def dash_parameter_groups(
 
     Raises ValueError for a model without adapters or in which nothing trains, and for a number out of range.
     """
-    _check("lr", lr, least_excluded=True)
-    _check("sigma_lr", lr if sigma_lr is None else sigma_lr, least_excluded=True)
+    _check("lr", lr, positive=True)
+    _check("sigma_lr", lr if sigma_lr is None else sigma_lr, positive=True)
     _check("weight_decay", weight_decay)
     _check("sigma_weight_decay", sigma_weight_decay)
     dash_state(model)
@@ -58,7 +58,7 @@ def dash_parameter_groups(
         "adapters": {"lr": lr, "weight_decay": weight_decay},
         "sigma": {"lr": lr if sigma_lr is None else sigma_lr, "weight_decay": sigma_weight_decay},
         "others": {"lr": lr, "weight_decay": weight_decay},
-        "others, no decay": {"lr": lr, "weight_decay": 0.0},
+        "others_no_decay": {"lr": lr, "weight_decay": 0.0},
     }
     ours: dict[int, str] = {}
     for layer in dash_layers(model).values():
@@ -70,7 +70,7 @@ def dash_parameter_groups(
     undecayed = _undecayed(model)
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            kind = ours.get(id(parameter), "others, no decay" if id(parameter) in undecayed else "others")
+            kind = ours.get(id(parameter), "others_no_decay" if id(parameter) in undecayed else "others")
             groups[kind].setdefault("params", []).append(parameter)
             groups[kind].setdefault("names", []).append(plain_name(name))
     found = [{"name": name, **group} for name, group in groups.items() if "params" in group]
@@ -79,10 +79,10 @@ def dash_parameter_groups(
     return found
 
 
-def _check(name: str, value: Any, least_excluded: bool = False) -> None:
+def _check(name: str, value: Any, positive: bool = False) -> None:
     number = isinstance(value, numbers.Real) and not isinstance(value, bool) and math.isfinite(value)
-    if not number or value < 0 or (least_excluded and value == 0):
-        wanted = "a positive finite number" if least_excluded else "a finite number of at least 0"
+    if not number or value < 0 or (positive and value == 0):
+        wanted = "a positive finite number" if positive else "a finite number of at least 0"
         raise ValueError(f"{name} must be {wanted}, got {value!r}")
 
 

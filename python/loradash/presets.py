@@ -1,7 +1,8 @@
 """Settings of the paper's experiments (arXiv 2409.01035), as plain facts with their sources.
 
 The sources are files of the authors' repository, github.com/Chongjie-Si/Subspace-Tuning, which belongs to the paper. What
-they do not tell for LoRA-Dash stands under `missing` and is given no value here: the run's author decides.
+they do not tell for LoRA-Dash stands under `missing` and is given no value here: the run's author decides. The tables in the paper's
+appendix are not among the sources.
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ _PHASES = "CR_MR/peft/src/peft/tuners/lora-dash.py and SdG/peft/tuners/lora/laye
 _FINETUNE = "CR_MR/finetune.py"
 
 
-def _commonsense(model: str, script: str, learning_rate: float, about_rate: str = "") -> Preset:
+def _commonsense(model: str, script: str, learning_rate: float, ranks: str = "", about_rate: str = "") -> Preset:
     return Preset(
         model,
         config={
@@ -70,7 +71,7 @@ def _commonsense(model: str, script: str, learning_rate: float, about_rate: str 
         },
         sources={
             "*": script,
-            "r": f"CR_MR/README.md: {script.rpartition('/')[2]} is called with 32 64",
+            "r": f"CR_MR/README.md: {script.rpartition('/')[2]} is called with 32 64{ranks}",
             "alpha": f"CR_MR/README.md: {script.rpartition('/')[2]} is called with 32 64",
             "dropout": _FINETUNE,
             "directions": _PHASES,
@@ -86,11 +87,18 @@ def _commonsense(model: str, script: str, learning_rate: float, about_rate: str 
 
 
 PRESETS: Mapping[str, Preset] = {
-    "commonsense-llama-7b": _commonsense("yahma/llama-7b-hf", "CR/scripts/llama.sh", 2e-4),
-    "commonsense-llama2-7b": _commonsense(
-        "meta-llama/Llama-2-7b-hf", "CR_MR/scripts_for_CR/llama2.sh", 2e-4, ", a run of DoRA"
+    "commonsense-llama-7b": _commonsense(
+        "yahma/llama-7b-hf", "CR/scripts/llama.sh", 2e-4, "; Fair_Comparison/README.md has results of 4 and 32"
     ),
-    "commonsense-llama3-8b": _commonsense("meta-llama/Meta-Llama-3-8B", "CR_MR/scripts_for_CR/llama3.sh", 1e-4),
+    "commonsense-llama2-7b": _commonsense(
+        "meta-llama/Llama-2-7b-hf", "CR_MR/scripts_for_CR/llama2.sh", 2e-4, about_rate=", a run of DoRA"
+    ),
+    "commonsense-llama3-8b": _commonsense(
+        "meta-llama/Meta-Llama-3-8B",
+        "CR_MR/scripts_for_CR/llama3.sh",
+        1e-4,
+        "; Fair_Comparison/README.md has results of 16 and 32",
+    ),
     "glue-deberta-v3-base": Preset(
         "microsoft/deberta-v3-base",
         config={
@@ -135,6 +143,7 @@ PRESETS: Mapping[str, Preset] = {
             "batch_size": 4,
             "steps": 500,
             "resolution": 1024,
+            "initialisation": "A normal, of standard deviation 1 / r",
             "optimizer": "AdamW",
             "weight_decay": 1e-4,
             "scheduler": "constant",
@@ -150,6 +159,7 @@ PRESETS: Mapping[str, Preset] = {
             "prelaunch_steps": _PHASES,
             "dropout": "SdG/train.py, which gives none",
             "target_modules": "SdG/train.py, the U-Net's",
+            "initialisation": "SdG/train.py: gaussian",
             "optimizer": "SdG/train.py",
             "weight_decay": "SdG/train.py",
             "batch_size": "SdG/train.sh: 1 image, 4 accumulated",

@@ -24,8 +24,9 @@ class DashSchedule:
 
     The count lives on the model (`dash_state`), so `save_adapter` and `load_adapter` carry it: a resumed run goes on
     where it stopped. A checkpoint of the model's state dict lacks the count: `state_dict` has it, in the form that
-    accelerate's `register_for_checkpointing(schedule)` wants. All parameters, Δσ included, exist from the start; the optimizer needs no new group. Until launch
-    the optimizer is kept from Δσ, so that Adam's first steps on it are those of a fresh Adam, as in the authors' code.
+    accelerate's `register_for_checkpointing(schedule)` wants. All parameters, Δσ included, exist from the start; the
+    optimizer needs no new group. Until launch the optimizer is kept from Δσ, so that Adam's first steps on it are those of
+    a fresh Adam, as in the authors' code.
 
     Optimizers of torch.optim are watched: a step that GradScaler skipped, or a call in the middle of gradient
     accumulation, does not count. Steps of any other kind of optimizer are counted by the calls alone. After the first
@@ -266,8 +267,8 @@ class _GradientWatch:
         """Warns, and ends the watch. trained: did an optimizer step for certain, whoever got gradients?"""
         for handle in self._handles:
             handle.remove()
-        # A finetuning callback may have thawed them since.
-        if not any(layer.lora_b.requires_grad for layer in self._all.values()):
+        # A finetuning callback may have thawed B since.
+        if not self._layers and not any(layer.lora_b.requires_grad for layer in self._all.values()):
             warnings.warn("loradash: no adapter trains, every lora_b is frozen (requires_grad=False)", stacklevel=4)
         # Loading may have frozen B since. FSDP2 sets the gradients of sharded parameters without calling hooks.
         looked_at = {n: layer for n, layer in self._layers.items() if layer.lora_b.requires_grad}

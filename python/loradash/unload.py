@@ -22,9 +22,9 @@ def merge_and_unload(model: nn.Module) -> nn.Module:
     """Adds every layer's ΔW to its weight and takes the adapters out, in place: a model of the classes it had before.
 
     Its outputs are those of `merge(model)`, its state dict has the keys of the model before `apply_dash`, and parameters
-    train that trained then. Layers that gave up their weight come back as layers of their class, with the hooks that were
-    put on them since; layers kept whole come back themselves. Quantised layers are merged before, which tells the error that it
-    makes: `errors = merge(model, requantise=True)`. There is no way back: the adapter is gone unless it was saved.
+    train that trained then. Layers that gave up their weight come back as layers of their class, layers kept whole come back
+    themselves, both with the hooks that were put on them since. Quantised layers are merged before, which tells the error
+    that it makes: `errors = merge(model, requantise=True)`. There is no way back: the adapter is gone unless it was saved.
 
     Returns the model; for a model that is itself one `DashLinear`, the plain layer.
 
@@ -116,7 +116,6 @@ def _owners(model: nn.Module) -> dict[int, dict[str, nn.Module]]:
 def _plain(layer: DashLinear) -> nn.Module:
     """The layer that a merged one stands for."""
     if layer.base is not None:
-        layer._keep(None)
         _move_hooks(layer, layer.base)
         return layer.base
     kind = cast("type[nn.Module]", layer.adopted)

@@ -8,130 +8,35 @@ import sys
 
 import pytest
 import torch
-from loradash import DashConfig, apply_dash, dash_layers, dash_parameter_groups, dash_state
+from loradash import DashConfig, apply_dash, dash_parameter_groups, dash_state
 from torch import nn
 
 lightning = pytest.importorskip("lightning.pytorch")
 from lightning.pytorch.callbacks import BaseFinetuning, Callback, ModelCheckpoint  # noqa: E402
 from loradash.integrations.lightning import DashCallback  # noqa: E402
-
-STEPS, LAUNCH, ACCUMULATION = 10, 4, 2
-CONFIG = DashConfig(r=2, directions=2, prelaunch_steps=LAUNCH)
-ROW = torch.randn(6, 8, generator=torch.Generator().manual_seed(1))
+from support.lightning_runs import (  # noqa: E402
+    ACCUMULATION,
+    CONFIG,
+    LAUNCH,
+    ROW,
+    STEPS,
+    InItself,
+    Late,
+    Module,
+    OfPeft,
+    batches,
+    body,
+    fit,
+    launched,
+    same,
+    trainer_of,
+)
 
 # Lightning's own advice about workers, devices and intervals.
 pytestmark = [
     pytest.mark.filterwarnings("ignore::lightning.pytorch.utilities.warnings.PossibleUserWarning"),
     pytest.mark.filterwarnings("ignore::UserWarning:lightning"),
 ]
-
-
-def body():
-    torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(8, 12), nn.Tanh(), nn.Linear(12, 8), nn.Tanh())
-
-
-class Module(lightning.LightningModule):
-    """Trains on one constant batch, since Lightning repeats batches of an epoch that is resumed in its middle."""
-
-    config = CONFIG
-
-    def __init__(self):
-        super().__init__()
-        self.backbone = self.adapted()
-        self.head = nn.Linear(8, 3)
-        self.losses = []
-
-    def adapted(self):
-        return apply_dash(body(), self.config)
-
-    def forward(self, x):
-        return self.head(self.backbone(x))
-
-    def loss(self, x):
-        return self(x[0]).square().mean()
-
-    def training_step(self, batch, index):
-        loss = self.loss(batch)
-        self.losses.append(loss.detach().item())
-        return loss
-
-    def configure_optimizers(self):
-        return torch.optim.AdamW(dash_parameter_groups(self, lr=1e-2))
-
-
-class InItself(Module):
-    """apply_dash takes the LightningModule."""
-
-    config = DashConfig(r=2, directions=2, prelaunch_steps=LAUNCH, trainable_modules=["head"])
-
-    def __init__(self):
-        super().__init__()
-        apply_dash(self, self.config)
-
-    def adapted(self):
-        return body()
-
-
-class Late(Module):
-    """Makes its model where large ones are made."""
-
-    def __init__(self):
-        super().__init__()
-        self.backbone = None
-
-    def adapted(self):
-        return None
-
-    def configure_model(self):
-        if self.backbone is None:
-            self.backbone = apply_dash(body(), self.config)
-
-
-class OfPeft(Module):
-    def adapted(self):
-        peft, door = pytest.importorskip("peft"), importlib.import_module("loradash.integrations.peft")
-        return peft.get_peft_model(
-            body(), door.DashLoraConfig(r=2, directions=2, prelaunch_steps=LAUNCH, target_modules=["0", "2"])
-        )
-
-
-def trainer_of(*callbacks, steps=STEPS, package=lightning, **settings):
-    settings = {"accumulate_grad_batches": ACCUMULATION, "logger": False, "enable_checkpointing": False, **settings}
-    return package.Trainer(
-        max_steps=steps,
-        accelerator="cpu",
-        devices=1,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        callbacks=list(callbacks),
-        **settings,
-    )
-
-
-def batches(count=40):
-    return torch.utils.data.DataLoader([ROW] * count, batch_size=1)
-
-
-def fit(make, folder=None, resume=None, callback=None, extra=(), **settings):
-    """A fresh module of a class, trained; with a folder, saved after every second step."""
-    torch.manual_seed(0)
-    module, callback = make(), callback or DashCallback(progress=False)
-    saver = [] if folder is None else [ModelCheckpoint(folder, "{step}", every_n_train_steps=2, save_top_k=-1)]
-    settings = {"enable_checkpointing": bool(saver), **settings}
-    trainer = trainer_of(callback, *extra, *saver, **settings)
-    trainer.fit(module, batches(), ckpt_path=resume)
-    return module, callback, trainer
-
-
-def launched(module):
-    return [bool(layer.launched) for layer in dash_layers(module).values()]
-
-
-def same(module, other):
-    ours, theirs = module.state_dict(), other.state_dict()
-    assert list(ours) == list(theirs)
-    return all(torch.equal(ours[key], theirs[key]) for key in ours)
 
 
 @pytest.fixture(scope="module")
@@ -312,10 +217,31 @@ def test_finetuning_callbacks(first, tmp_path):
     assert torch.equal(module.backbone[0].weight, plain[0].weight)
     # Two batches of epoch 0 train the head alone.
     assert dash_state(module).step == 10 and all(launched(module))
-    with pytest.warns(UserWarning, match=r"backbone.0.bias, .* and . more trained or not otherwise .* restored"):
+    with pytest.warns(UserWarning, match=r"backbone.0.bias, .* and . more was not what it had been .* restored"):
         resumed = run(tmp_path / "step=8.ckpt")
     assert same(resumed, module)
     assert dash_state(resumed).step == 10
+
+
+@pytest.mark.parametrize("hook", ["setup", "on_fit_start"])
+def test_callbacks_that_freeze(whole, hook):
+    """Before the optimizer is made of what trains, and after."""
+    freeze = Callback()
+    setattr(freeze, hook, lambda trainer, module, stage=None: module.backbone.requires_grad_(False))
+    module, folder = whole
+    with pytest.warns(UserWarning, match=r"backbone.0.lora_a, backbone.0.lora_b, .* and 2 more was not what"):
+        resumed, *_ = fit(Module, resume=folder / "step=6.ckpt", extra=[freeze])
+    assert same(resumed, module)
+
+
+def test_a_checkpoint_read_for_a_test_brings_its_step(whole, tmp_path):
+    module, callback = Module(), DashCallback(progress=False)
+    trainer = trainer_of(callback)
+    trainer.test(module, batches(1), ckpt_path=whole[1] / "step=6.ckpt", verbose=False)
+    assert dash_state(module).step == 6 and all(launched(module))
+    trainer.save_checkpoint(tmp_path / "again.ckpt")
+    saved = torch.load(tmp_path / "again.ckpt", weights_only=True)["callbacks"]["DashCallback"]
+    assert saved["schedule"]["step"] == 6 and "backbone.0.lora_a" in saved["trained"]
 
 
 def test_pytorch_lightning():
@@ -391,4 +317,11 @@ def test_without_lightning(monkeypatch):
     monkeypatch.setattr(builtins, "__import__", missing)
     monkeypatch.delitem(sys.modules, "loradash.integrations.lightning")
     with pytest.raises(ImportError, match=r'needs Lightning: pip install "loradash-kernels\[lightning\]"'):
+        importlib.import_module("loradash.integrations.lightning")
+
+
+def test_an_older_lightning(monkeypatch):
+    monkeypatch.setattr(lightning, "__version__", "2.4.0")
+    monkeypatch.delitem(sys.modules, "loradash.integrations.lightning")
+    with pytest.raises(ImportError, match=r"needs Lightning 2\.5 or newer, found 2\.4\.0, which itself resumes"):
         importlib.import_module("loradash.integrations.lightning")

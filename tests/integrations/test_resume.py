@@ -6,7 +6,7 @@ import pytest
 
 from benchmarks.front_ends import resume
 
-NEEDS = {"trainer": "transformers", "accelerate": "accelerate"}
+NEEDS = {"trainer": "transformers", "accelerate": "accelerate", "lightning": "lightning"}
 
 
 @pytest.mark.parametrize("door", resume.DOORS)

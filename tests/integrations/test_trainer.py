@@ -3,36 +3,44 @@
 from __future__ import annotations
 
 import copy
+import importlib
 import json
 import pickle
 import shutil
-import types
+import sys
 from pathlib import Path
 
 import loradash
 import pytest
 import torch
 from loradash import DashSchedule, SpectralCache, dash_layers, dash_state, load_adapter
+from torch import nn
 
 transformers = pytest.importorskip("transformers")
 
 from loradash.integrations.transformers import DashCallback  # noqa: E402
 from safetensors.torch import load_file  # noqa: E402
 
-from benchmarks.front_ends.resume import llama, own_door, rows  # noqa: E402
+from benchmarks.front_ends.resume import DOORS, llama, own_door, rows  # noqa: E402
 
 X = torch.arange(3, 15)[None]
 
 
-def trainer_of(model, folder, *callbacks, rate=1e-2, evaluated=None, **arguments):
+def trainer_of(model, folder, *callbacks, kind=transformers.Trainer, **given):
+    """What is given goes to the trainer where that takes it, else to TrainingArguments."""
     defaults = {"max_steps": 6, "per_device_train_batch_size": 2, "logging_steps": 1, "save_steps": 3, "report_to": []}
+    own = {key: given.pop(key) for key in ("eval_dataset", "optimizers", "data_collator") if key in given}
     args = transformers.TrainingArguments(
-        str(folder), learning_rate=rate, disable_tqdm=True, use_cpu=True, **{**defaults, **arguments}
+        str(folder), learning_rate=1e-2, disable_tqdm=True, use_cpu=True, **{**defaults, **given}
     )
     callbacks = list(callbacks) or [DashCallback(progress=False)]
-    trainer = transformers.Trainer(model, args, train_dataset=rows(), eval_dataset=evaluated, callbacks=callbacks)
+    trainer = kind(model, args, train_dataset=rows(), callbacks=callbacks, **own)
     trainer.remove_callback(transformers.PrinterCallback)
     return trainer
+
+
+def collated(batch):
+    return {key: torch.tensor([row[key] for row in batch]) for key in ("input_ids", "labels")}
 
 
 @pytest.fixture(scope="module")
@@ -81,6 +89,10 @@ def test_a_merged_model_is_saved_whole(run, tmp_path):
     loradash.unmerge(model)
     model.save_pretrained(tmp_path / "adapter")
     assert (tmp_path / "adapter" / "loradash_adapter.safetensors").exists()
+    loradash.merge_and_unload(model).save_pretrained(tmp_path / "plain")
+    assert load_file(tmp_path / "plain" / "model.safetensors").keys() == dict(llama().named_parameters()).keys()
+    reread = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "plain")
+    assert torch.equal(reread(X).logits, plain(X).logits)
 
 
 def test_copies_save_themselves(run, tmp_path):
@@ -90,6 +102,17 @@ def test_copies_save_themselves(run, tmp_path):
         twin.save_pretrained(tmp_path)
         saved = load_file(tmp_path / "model.safetensors")
         assert saved["model.layers.0.self_attn.q_proj.lora_b"].eq(number + 1).all()
+
+
+def test_adapters_that_were_frozen_are_saved(run, tmp_path):
+    """Trainer resumes from this file, also where Δσ alone trains."""
+    model = copy.deepcopy(run.model)
+    loradash.dash_only(model)
+    model.save_pretrained(tmp_path)
+    assert (
+        load_file(tmp_path / "model.safetensors").keys()
+        == load_file(f"{run.args.output_dir}/final/model.safetensors").keys()
+    )
 
 
 def test_modules_trained_as_a_whole_are_saved(tmp_path):
@@ -111,30 +134,29 @@ def test_resuming_says_nothing_of_missing_weights(run, tmp_path, caplog):
     assert not [text for text in caplog.messages if "missing keys" in text or "unexpected keys" in text]
 
 
+@pytest.mark.parametrize("door", DOORS)
 @pytest.mark.parametrize("best", [1, 5])
-def test_the_best_checkpoint_brings_its_count_and_phase(best, tmp_path):
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_the_best_checkpoint_brings_its_count_and_phase(best, door, tmp_path):
     """The steps before launch and after it, in turn, are those of the lowest loss."""
-    losses = [1.0] * 6
-    losses[best - 1] = 0.0
-    model = own_door()
-    trainer = trainer_of(
-        model,
-        tmp_path,
-        save_steps=1,
-        eval_strategy="steps",
-        eval_steps=1,
-        load_best_model_at_end=True,
-        evaluated=rows(2),
-    )
-    trainer.evaluate = types.MethodType(
-        lambda self, *a, **k: {"eval_loss": losses[self.state.global_step - 1]}, trainer
-    )
-    trainer.train()
+    if door == "peft":
+        pytest.importorskip("peft")
+    losses = [0.0 if step == best else 1.0 for step in range(1, 7)]
+    model, at_best = DOORS[door](), {}
+
+    class Evaluation(transformers.Trainer):
+        def evaluate(self, *args, **kwargs):
+            if self.state.global_step == best:
+                at_best.update({key: t.clone() for key, t in model.state_dict().items()})
+            return {"eval_loss": losses[self.state.global_step - 1]}
+
+    often = {"save_steps": 1, "eval_strategy": "steps", "eval_steps": 1, "load_best_model_at_end": True}
+    trainer_of(model, tmp_path, kind=Evaluation, eval_dataset=rows(2), **often).train()
     assert dash_state(model).step == best
     assert {bool(layer.launched) for layer in dash_layers(model).values()} == {best == 5}
-    saved = load_adapter(llama(), tmp_path / f"checkpoint-{best}")
-    assert dash_state(saved).step == best
-    assert torch.equal(saved.eval()(X).logits, model.eval()(X).logits)
+    assert all(torch.equal(t, at_best[key]) for key, t in model.state_dict().items())
+    if door == "apply_dash":
+        assert dash_state(load_adapter(llama(), tmp_path / f"checkpoint-{best}")).step == best
 
 
 def test_steps_that_were_skipped_do_not_count(tmp_path):
@@ -147,6 +169,59 @@ def test_steps_that_were_skipped_do_not_count(tmp_path):
     assert 1 <= skipped <= 4 and trainer.state.global_step == 8
     launch = [entry["step"] for entry in trainer.state.log_history if entry.get("dash_directions") == 24]
     assert launch[0] == 4 + skipped
+
+
+class Copies(torch.optim.SGD):
+    """Trains copies of the parameters, as DeepSpeed does: no hook tells whose they are."""
+
+    def __init__(self, parameters):
+        self.ours = list(parameters)
+        super().__init__([p.detach().clone() for p in self.ours], lr=0.1)
+
+    def step(self, closure=None):
+        for group in self.param_groups:
+            for copied, p in zip(group["params"], self.ours, strict=True):
+                copied.grad = p.grad
+        super().step()
+        for copied, p in zip(self.param_groups[0]["params"], self.ours, strict=True):
+            p.data.copy_(copied)
+
+
+def test_skipped_steps_of_an_optimizer_that_no_hook_sees(tmp_path):
+    class Overflowing(transformers.Trainer):
+        def training_step(self, *args, **kwargs):
+            self.optimizer._is_overflow = self.state.global_step < 2
+            return super().training_step(*args, **kwargs)
+
+    model = own_door()
+    optimizer = Copies(p for p in model.parameters() if p.requires_grad)
+    trainer = trainer_of(model, tmp_path, kind=Overflowing, optimizers=(optimizer, None))
+    trainer.train()
+    assert dash_state(model).step == 4 and trainer.callback_handler.callbacks[-1].schedule.launched
+
+
+class Head(nn.Module):
+    """No model of transformers, with one inside it."""
+
+    def __init__(self):
+        super().__init__()
+        self.body, self.head = nn.Embedding(64, 16), nn.Linear(16, 64)
+
+    def forward(self, input_ids, labels):
+        logits = self.head(self.body(input_ids))
+        return {"loss": nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten()), "logits": logits}
+
+
+def test_models_that_are_not_transformers(tmp_path):
+    config = loradash.DashConfig(r=2, directions=2, prelaunch_steps=4)
+    torch.manual_seed(0)
+    base = Head()
+    models = [loradash.apply_dash(copy.deepcopy(base), config) for _ in range(2)]
+    for model, start in zip(models, (None, str(tmp_path / "checkpoint-3")), strict=True):
+        trainer_of(model, tmp_path, remove_unused_columns=False, data_collator=collated).train(start)
+        assert dash_state(model).step == 6
+    assert all(map(torch.equal, *(model.state_dict().values() for model in models)))
+    assert dash_state(load_adapter(base, tmp_path / "checkpoint-3")).step == 3
 
 
 def test_compiled_models(tmp_path):
@@ -200,6 +275,13 @@ def test_callbacks_that_trainer_restores(run, tmp_path):
             DashCallback(cache=SpectralCache(tmp_path)),
             restore_callback_states_from_checkpoint=True,
         )
+
+
+def test_without_transformers(monkeypatch):
+    monkeypatch.delitem(sys.modules, "loradash.integrations.transformers")
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    with pytest.raises(ImportError, match=r'needs transformers, .*: pip install "loradash-kernels\[transformers\]"'):
+        importlib.import_module("loradash.integrations.transformers")
 
 
 def test_a_model_without_adapters(tmp_path):

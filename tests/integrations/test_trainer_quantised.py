@@ -29,7 +29,11 @@ def folder(tmp_path_factory):
 
 def four_bit(folder):
     config = transformers.BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
-    return transformers.AutoModelForCausalLM.from_pretrained(folder, quantization_config=config)
+    try:
+        return transformers.AutoModelForCausalLM.from_pretrained(folder, quantization_config=config)
+    # Versions before 4.50 or so want Intel's extension, and fall over saying it.
+    except AttributeError as error:
+        pytest.skip(f"transformers {transformers.__version__} does not load four bits on a CPU ({error})")
 
 
 def test_apply_dash_under_trainer(folder, tmp_path):

@@ -40,14 +40,14 @@ def test_groups():
         "adapters": ["first.lora_a", "first.lora_b"],
         "sigma": ["first.dash_sigma"],
         "others": ["embedding.weight", "head.weight"],
-        "others, no decay": ["first.bias", "norm.weight", "norm.bias", "head.bias"],
+        "others_no_decay": ["first.bias", "norm.weight", "norm.bias", "head.bias"],
     }
     rates = {group["name"]: (group["lr"], group["weight_decay"]) for group in groups}
     assert rates == {
         "adapters": (1e-3, 0.1),
         "sigma": (1e-1, 0.0),
         "others": (1e-3, 0.1),
-        "others, no decay": (1e-3, 0.0),
+        "others_no_decay": (1e-3, 0.0),
     }
     found = dict(model.named_parameters())
     given = [(name, p) for group in groups for name, p in zip(group["names"], group["params"], strict=True)]
@@ -95,7 +95,7 @@ def test_a_peft_model():
         "adapters": [f"{where}.lora_A.default.weight", f"{where}.lora_B.default.weight"],
         "sigma": [f"{where}.lora_dash_sigma.default"],
         "others": ["base_model.model.head.modules_to_save.default.weight"],
-        "others, no decay": ["base_model.model.head.modules_to_save.default.bias"],
+        "others_no_decay": ["base_model.model.head.modules_to_save.default.bias"],
     }
 
 
@@ -147,7 +147,7 @@ def test_the_optimizer_state_goes_through_a_file(tmp_path):
     torch.save(optimizer.state_dict(), tmp_path / "state.pt")
     other = torch.optim.AdamW(dash_parameter_groups(blocks(), 1e-2))
     other.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
-    assert [g["name"] for g in other.param_groups] == ["adapters", "sigma", "others", "others, no decay"]
+    assert [g["name"] for g in other.param_groups] == ["adapters", "sigma", "others", "others_no_decay"]
 
 
 def test_wrapped_models(process_group):
@@ -200,7 +200,7 @@ def test_transformers_trainer_takes_the_optimizer(tmp_path):
     trainer.train()
     assert dash_state(model).step == 8
     rates = {group["name"]: group["lr"] for group in optimizer.param_groups}
-    assert set(rates) == {"adapters", "sigma", "others", "others, no decay"}
+    assert set(rates) == {"adapters", "sigma", "others", "others_no_decay"}
     # The Trainer's linear schedule ends at zero, for all groups.
     assert all(rate == 0 for rate in rates.values())
     assert all(bool(layer.dash_sigma.abs().max() > 1e-2) for layer in dash_layers(model).values())

@@ -133,7 +133,7 @@ def test_bad_input():
         DashConfig.preset("llama")
     with pytest.raises(ValueError, match=r"unknown settings \['rank'\]"):
         DashConfig.preset("dreambooth-sdxl", rank=4)
-    for r in (0, True, "8", 2.5):
+    for r in (0, True, "8", 2.5, None, float("nan")):
         with pytest.raises(ValueError, match=r"^r must be an integer of at least 1"):
             DashConfig.preset("dreambooth-sdxl", r=r)
 

@@ -17,23 +17,31 @@ from ..schedule import DashSchedule
 from ..state import dash_layers, dash_state, parameter_of, plain_name
 
 try:
+    from lightning.pytorch import __version__ as _version
     from lightning.pytorch.callbacks import Callback
 except ImportError:
     try:
+        from pytorch_lightning import __version__ as _version
         from pytorch_lightning.callbacks import Callback  # type: ignore[assignment]
     except ImportError as error:
         raise ImportError(
             'loradash.integrations.lightning needs Lightning: pip install "loradash-kernels[lightning]"'
         ) from error
 
+if tuple(map(int, _version.split(".")[:2])) < (2, 5):
+    raise ImportError(
+        f"loradash.integrations.lightning needs Lightning 2.5 or newer, found {_version}, which itself resumes gradient "
+        'accumulation one batch off: pip install "loradash-kernels[lightning]"'
+    )
+
 
 class DashCallback(Callback):
     """Launches LoRA-Dash within Lightning's Trainer: `Trainer(callbacks=[DashCallback()])`.
 
     The LightningModule is adapted itself or has an adapted model in it, from its __init__ or configure_model:
-    `self.model = apply_dash(model, config)`, or a PEFT model. Every step of an optimizer that has the adapters counts, and none of other
-    optimizers: under gradient accumulation, mixed precision, manual optimization and with several optimizers alike. The
-    launch follows the step of number `prelaunch_steps` before anything else happens.
+    `self.model = apply_dash(model, config)`, or a PEFT model. Every step of an optimizer that has the adapters counts, and
+    none of other optimizers: under gradient accumulation, mixed precision, manual optimization and with several optimizers
+    alike. The launch follows the step of number `prelaunch_steps` before anything else happens.
 
     Checkpoints carry the count, and `fit(ckpt_path=...)` with a fresh model goes on as if it had not stopped. (Lightning
     itself gives an epoch that was stopped in its middle the batches of its beginning again.) Finetuning callbacks freeze
@@ -65,12 +73,14 @@ class DashCallback(Callback):
         adapters_only: bool = False,
         log: bool = True,
     ) -> None:
+        # Lightning puts a method of its own at self.log.
         self.progress, self.cache, self.adapters_only, self.logs = progress, cache, adapters_only, log
         self.schedule: DashSchedule | None = None
         self._hook: Any = None
+        self._ours: set[int] = set()
         self._saved: dict[str, Any] | None = None
         self._stepped = self._told = False
-        self._thawed_unseen = False
+        self._weights_unseen = False
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         if self.adapters_only:
@@ -78,7 +88,7 @@ class DashCallback(Callback):
             pl_module.strict_loading = False
 
     def state_dict(self) -> dict[str, Any]:
-        if self.schedule is None:
+        if self.schedule is None or self._saved is not None:
             return self._saved or {}
         model = self.schedule.model
         return {
@@ -93,6 +103,7 @@ class DashCallback(Callback):
         """Before configure_optimizers, which may ask what trains."""
         saved = checkpoint["callbacks"].get(self.state_key)
         if saved:
+            dash_state(pl_module).step = saved["schedule"]["step"]
             _train_again(pl_module, saved["trained"])
         if self.adapters_only:
             _check_keys(pl_module, checkpoint["state_dict"])
@@ -107,7 +118,7 @@ class DashCallback(Callback):
         state = dash_state(pl_module)
         self._stop()
         self.schedule = DashSchedule(pl_module, self.progress, self.cache)
-        if self._saved:
+        if self._saved is not None:
             self.schedule.load_state_dict(self._saved["schedule"])
             # Callbacks may have frozen anew since the checkpoint was read.
             _train_again(pl_module, self._saved["trained"])
@@ -117,32 +128,35 @@ class DashCallback(Callback):
                 f"the checkpoint of global step {trainer.global_step} was written without DashCallback, so nothing says how "
                 "many steps its adapters have taken; set dash_state(model).step to that number before fit"
             )
-        ours = _adapter_ids(pl_module)
-        adapters = [p for p in pl_module.parameters() if id(p) in ours and p.requires_grad]
-        if adapters and not any(_has(optimizer, ours) for optimizer in trainer.optimizers):
+        self._ours = _adapter_ids(pl_module)
+        train = any(p.requires_grad for p in pl_module.parameters() if id(p) in self._ours)
+        if train and not any(self._in(optimizer) for optimizer in trainer.optimizers):
             raise ValueError(
                 "no optimizer has the adapters' parameters; call apply_dash before configure_optimizers (in __init__ or "
                 "configure_model), and give the optimizer dash_parameter_groups(self, lr=...)"
             )
         self._told = self.schedule.launched
-        self._thawed_unseen = True
+        self._weights_unseen = True
         # Hooks on all optimizers run in the order of their making: the schedule's comes first, and has seen the step.
         self._hook = register_optimizer_step_post_hook(self._after_step)
 
     def _after_step(self, optimizer: Optimizer, args: tuple, kwargs: dict[str, Any]) -> None:
-        assert self.schedule is not None
-        if _has(optimizer, _adapter_ids(self.schedule.model)):
+        if self.schedule is not None and self._in(optimizer):
             self.schedule.step()
             self._stepped = True
 
+    def _in(self, optimizer: Optimizer) -> bool:
+        """Are adapters among its parameters?"""
+        return any(id(p) in self._ours for group in optimizer.param_groups for p in group["params"])
+
     def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
-        self._thawed_unseen = True
+        self._weights_unseen = True
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
         # Finetuning callbacks thaw at the start of an epoch, before or after this callback's turn.
-        if self._thawed_unseen:
+        if self._weights_unseen:
             _freeze_weights(pl_module)
-            self._thawed_unseen = False
+            self._weights_unseen = False
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         if not self._stepped:
@@ -187,10 +201,6 @@ def _adapter_ids(model: nn.Module) -> set[int]:
     return {id(parameter_of(p)) for p in parts}
 
 
-def _has(optimizer: Optimizer, ids: set[int]) -> bool:
-    return any(id(p) in ids for group in optimizer.param_groups for p in group["params"])
-
-
 def _train_again(model: nn.Module, trained: Iterable[str]) -> None:
     """Gives parameters the requires_grad that they had, by the names of those that trained."""
     wanted, changed = set(trained), []
@@ -200,8 +210,8 @@ def _train_again(model: nn.Module, trained: Iterable[str]) -> None:
             changed.append(plain_name(name))
     if changed:
         warnings.warn(
-            f"loradash: {_some(changed)} trained or not otherwise than when the checkpoint was written (finetuning callbacks "
-            "freeze again when a run is resumed); restored",
+            f"loradash: requires_grad of {_some(changed)} was not what it had been when the checkpoint was written (finetuning "
+            "callbacks freeze again when a run is resumed); restored",
             stacklevel=3,
         )
 
@@ -234,8 +244,7 @@ def _frozen(model: nn.Module) -> set[str]:
 def _check_keys(model: nn.Module, found: Iterable[str]) -> None:
     kept, wanted = {plain_name(key) for key in found}, {plain_name(key) for key in model.state_dict()}
     missing, foreign = sorted(wanted - kept - _frozen(model)), sorted(kept - wanted)
-    if missing or foreign:
-        problems = [f"it lacks {_some(missing)}"] * bool(missing) + [f"{_some(foreign)} is not the model's"] * bool(
-            foreign
-        )
+    problems = [f"it lacks {_some(missing)}"] if missing else []
+    problems += [f"{_some(foreign)} is not the model's"] if foreign else []
+    if problems:
         raise ValueError(f"the checkpoint does not fit the model: {'; '.join(problems)}")

@@ -24,7 +24,8 @@ try:
     from transformers.trainer_callback import ExportableState
 except ImportError as error:
     raise ImportError(
-        'loradash.integrations.transformers needs transformers: pip install "loradash-kernels[transformers]"'
+        f"loradash.integrations.transformers needs transformers, which cannot be imported ({error}): "
+        'pip install "loradash-kernels[transformers]"'
     ) from error
 
 
@@ -63,8 +64,6 @@ class DashCallback(TrainerCallback, ExportableState):
     ) -> None:
         self.progress, self.cache = progress, cache
         self.schedule: DashSchedule | None = None
-        # The schedule's state when it last stood still: before training, and after.
-        self.at_rest: dict[str, Any] | None = None
         self._training = False
         self._told = False
         if model is not None:
@@ -77,8 +76,8 @@ class DashCallback(TrainerCallback, ExportableState):
 
     def state(self) -> dict[str, Any]:
         """What `trainer_state.json` keeps of this callback."""
-        schedule = self.schedule.state_dict() if self.schedule is not None and self._training else self.at_rest
-        return {"args": {"progress": self.progress}, "attributes": {"at_rest": schedule}}
+        counted = self._running().state_dict() if self._training else None
+        return {"args": {"progress": self.progress}, "attributes": {"counted": counted}}
 
     def on_init_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if args.restore_callback_states_from_checkpoint and self.cache is not None:
@@ -97,7 +96,7 @@ class DashCallback(TrainerCallback, ExportableState):
         if isinstance(entry, list):
             raise ValueError(f"{len(entry)} of the trainer's callbacks are a {name}; keep one")
         self.schedule = DashSchedule(model, self.progress, self.cache)
-        self._told = self.schedule.launched
+        self._told = False
         if state.global_step > 0:
             self._resume(state.global_step, entry)
         self._training = True
@@ -107,7 +106,7 @@ class DashCallback(TrainerCallback, ExportableState):
     def _resume(self, global_step: int, entry: dict[str, Any] | None) -> None:
         assert self.schedule is not None
         if entry is not None:
-            self.schedule.load_state_dict(entry["attributes"]["at_rest"])
+            self.schedule.load_state_dict(entry["attributes"]["counted"])
         elif self.schedule.state.step == 0:
             raise ValueError(
                 f"the checkpoint of global step {global_step} was saved without {type(self).__name__}, so nothing says how many "
@@ -136,12 +135,11 @@ class DashCallback(TrainerCallback, ExportableState):
             state.log_history[-1].update(figures)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        schedule = self._running()
         best = state.best_model_checkpoint
         if args.load_best_model_at_end and best is not None:
             saved = json.loads((Path(best) / "trainer_state.json").read_text())
-            schedule.load_state_dict(saved["stateful_callbacks"][type(self).__name__]["attributes"]["at_rest"])
-        self.at_rest, self._training = schedule.state_dict(), False
+            self._running().load_state_dict(saved["stateful_callbacks"][type(self).__name__]["attributes"]["counted"])
+        self._training = False
 
     def _running(self) -> DashSchedule:
         if self.schedule is None:
@@ -180,7 +178,8 @@ def _keep_sigma_exact(model: nn.Module) -> None:
     if os.environ.get("ACCELERATE_USE_FSDP", "false") == "true":
         return
     for layer in dash_layers(model).values():
-        layer.dash_sigma.data = layer.dash_sigma.data.float()
+        if layer.dash_sigma.dtype.itemsize < 4:
+            layer.dash_sigma.data = layer.dash_sigma.data.float()
 
 
 def _check_model(model: nn.Module) -> None:
@@ -214,7 +213,7 @@ def _save_adapters_alone(model: nn.Module) -> None:
 
 
 NO_MODEL = "none, these are LoRA-Dash adapters; load them by loradash.load_adapter(base_model, folder)"
-"""Where config.json names the file of the weights: from_pretrained raises, and shows it."""
+"""Where config.json names the file of the weights, and that file its format: from_pretrained raises, and shows it."""
 
 
 class _AdaptersAlone:
@@ -236,6 +235,14 @@ class _AdaptersAlone:
     def _detach(self) -> None:
         del self.model.__dict__["save_pretrained"], self.model.__dict__["_keys_to_ignore_on_save"]
 
+    def _save_whole(self, *arguments: Any, **options: Any) -> None:
+        self._detach()
+        try:
+            self.model.save_pretrained(*arguments, **options)
+        finally:
+            if dash_layers(self.model):
+                self._attach()
+
     def __call__(
         self,
         save_directory: str | os.PathLike,
@@ -245,12 +252,7 @@ class _AdaptersAlone:
     ) -> None:
         layers = dash_layers(self.model).values()
         if not layers or any(layer.merged for layer in layers):
-            self._detach()
-            self.model.save_pretrained(
-                save_directory, is_main_process=is_main_process, state_dict=state_dict, **options
-            )
-            if layers:
-                self._attach()
+            self._save_whole(save_directory, is_main_process=is_main_process, state_dict=state_dict, **options)
             return
         if options.get("push_to_hub"):
             raise ValueError(
@@ -264,7 +266,7 @@ class _AdaptersAlone:
             key: t.detach().cpu().contiguous().clone() for key, t in tensors.items() if plain_name(key) not in frozen
         }
         folder = Path(save_directory)
-        replace_file(folder / "model.safetensors", lambda file: save_file(kept, file, metadata={"format": "pt"}))
+        replace_file(folder / "model.safetensors", lambda file: save_file(kept, file, metadata={"format": NO_MODEL}))
         config = {**json.loads(self.model.config.to_json_string()), "transformers_weights": NO_MODEL}
         replace_bytes(folder / "config.json", json.dumps(config, indent=2).encode())
         # One process cannot gather what is sharded: `on_save` does, in all of them.
