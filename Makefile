@@ -27,8 +27,12 @@ RESULTS := benchmarks/results
 demo: $(READY)
 	$(PY) -m loradash.cli finetune --out runs/demo
 
+# Where pytest-xdist is installed, files of tests are shared out over processes of one thread each, the slowest folder first.
+# WORKERS=... says how many; 0 runs all in one.
+WORKERS ?= 2
 test: $(READY)
-	$(PY) -m pytest
+	shared=$$($(PY) -c "import xdist; print('-n $(WORKERS) --dist loadfile --no-loadscope-reorder')" 2>/dev/null); \
+		OMP_NUM_THREADS=1 $(PY) -m pytest $$shared
 
 # The build with CUDA has an environment of its own, whose PyTorch (5 GB) matches the toolkit at CUDA_HOME, or with OFFLINE=1 the
 # interpreter in hand. It needs no GPU; where there is one, the operator's tests run on it. The tests run against the installed

@@ -20,6 +20,10 @@ from support.devices import backends_on, shards_of, wanted_device, wanted_shard
 
 from loradash_kernels.backends.triton import backend as triton_backend
 
+# Processes of pytest-xdist have these set, and a console of rich would keep the width that it found when it was made.
+for measure in ("COLUMNS", "LINES"):
+    os.environ.pop(measure, None)
+
 if triton_backend.interpreted():
     from support.interpreter import repair
 

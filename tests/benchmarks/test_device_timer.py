@@ -45,6 +45,8 @@ def test_pedantic_takes_it(tmp_path):
     (tmp_path / "test_timed.py").write_text(MODULE)
     out = tmp_path / "out.json"
     options = ["--benchmark-enable", f"--benchmark-json={out}"]
+    # In a process of pytest-xdist nothing would be measured.
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_XDIST")}
     done = subprocess.run(
         [
             sys.executable,
@@ -57,7 +59,7 @@ def test_pedantic_takes_it(tmp_path):
             *options,
             tmp_path / "test_timed.py",
         ],
-        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT / "tests"), str(ROOT), *sys.path])},
+        env={**inherited, "PYTHONPATH": os.pathsep.join([str(ROOT / "tests"), str(ROOT), *sys.path])},
         capture_output=True,
         text=True,
     )
