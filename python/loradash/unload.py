@@ -8,6 +8,7 @@ from typing import cast
 from torch import nn
 
 from .attention import compute_as_before
+from .bypass import allow_fusing
 from .distributed import is_sharded
 from .linear import DashLinear, adapter_shapes
 from .model import wrappers
@@ -51,6 +52,7 @@ def merge_and_unload(model: nn.Module) -> nn.Module:
             if child in plain:
                 parent._modules[name] = plain[child]
         compute_as_before(parent)
+        allow_fusing(parent)
     state = root.__dict__.pop(STATE, None)
     for name, parameter in root.named_parameters(remove_duplicate=False):
         if state is not None and plain_name(name) in state.trained_before:

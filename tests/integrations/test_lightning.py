@@ -10,7 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from loradash import DashConfig, apply_dash, dash_layers, dash_parameter_groups, dash_state
+from loradash import DashConfig, apply_dash, dash_layers, dash_parameter_groups, dash_state, merge
 from torch import nn
 
 lightning = pytest.importorskip("lightning.pytorch")
@@ -316,6 +316,13 @@ def test_misuse(whole, tmp_path):
 
     with pytest.raises(ValueError, match="the model has no LoRA-Dash adapters"):
         fit(Plain)
+
+    class Merged(Module):
+        def on_fit_start(self):
+            merge(self)
+
+    with pytest.raises(ValueError, match="merged adapters do not train; unmerge the model before fit: 0, 2"):
+        fit(Merged)
 
     class TooLate(Plain):
         def on_fit_start(self):

@@ -65,7 +65,7 @@ class DashCallback(Callback):
     Attributes:
         schedule: that of the running or last fit; its `reports` have the rates of every layer.
 
-    Raises ValueError when training starts, for a module without adapters, adapters that no optimizer has, and a checkpoint
+    Raises ValueError when training starts, for a module without adapters or with merged ones, adapters that no optimizer has, and a checkpoint
     that was written without this callback; before, for adapters_only with such a strategy, and where a checkpoint lacks more
     than frozen parameters.
     """
@@ -129,6 +129,9 @@ class DashCallback(Callback):
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         state = dash_state(pl_module)
         self._stop()
+        merged = [name for name, layer in dash_layers(pl_module).items() if layer.merged]
+        if merged:
+            raise ValueError(f"merged adapters do not train; unmerge the model before fit: {_some(merged)}")
         self.schedule = DashSchedule(pl_module, self.progress, self.cache)
         if self._saved is not None and self._read_by == id(pl_module):
             self.schedule.load_state_dict(self._saved["schedule"])
