@@ -132,7 +132,7 @@ def _trained_parameters(model: nn.Module, config: DashConfig) -> list[nn.Paramet
 def _check_ties(adapted: Iterable[DashLinear], trained: list[nn.Parameter]) -> None:
     """An adapted layer's own weight is frozen: it cannot be one that trains elsewhere."""
     training = {id(p) for p in trained}
-    tied = [layer.name for layer in adapted if layer.base is None and id(layer.weight) in training]
+    tied = [layer.name for layer in adapted if id(layer.weight) in training]
     if tied:
         raise ValueError(
             f"trainable_modules: the weight of {', '.join(tied[:4])} is tied to one of theirs and would have to train; leave "

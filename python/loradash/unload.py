@@ -93,13 +93,14 @@ def _check(model: nn.Module, layers: Mapping[str, DashLinear]) -> None:
                 "untie it (layer.weight = nn.Parameter(layer.weight.detach().clone()), and in a transformers model "
                 "config.tie_word_embeddings = False), or leave the layer out (exclude_modules)"
             )
-        if not layer.merged:
+        if _has_update(layer) and not layer.merged:
             # For its errors.
             layer.merged_weight()
 
 
 def _has_update(layer: DashLinear) -> bool:
-    return bool(layer.lora_b.any()) or bool(layer.dash_sigma.any())
+    # On meta nobody knows.
+    return layer.lora_b.is_meta or bool(layer.lora_b.any()) or bool(layer.dash_sigma.any())
 
 
 def _holder(layer: DashLinear) -> nn.Module:

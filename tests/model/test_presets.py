@@ -157,7 +157,7 @@ def test_every_setting_has_a_source(name):
 
 
 def test_the_command():
-    runner = CliRunner(env={"COLUMNS": "200"})
+    runner = CliRunner(env={"COLUMNS": "80"})
     table = runner.invoke(app, ["presets"])
     assert table.exit_code == 0 and all(name in table.output for name in PRESETS)
     one = runner.invoke(app, ["presets", "dreambooth-sdxl"])
