@@ -202,10 +202,10 @@ def _tell_averages(averages: Iterable[nn.Module], model: nn.Module) -> None:
     """Gives running averages of the model (WeightAveraging's) its directions: vectors of unit length, which the average of
     these and of zeros is not."""
     for average in averages:
-        ours, theirs = dash_layers(model), dash_layers(average)
-        for layer, other in zip(ours.values(), theirs.values(), strict=True):
-            for name in ("dash_u", "dash_vt", "launched"):
-                getattr(other, name).copy_(getattr(layer, name))
+        ours = dash_layers(model)
+        for name, layer in dash_layers(average).items():
+            for part in ("dash_u", "dash_vt", "launched"):
+                getattr(layer, part).copy_(getattr(ours[name], part))
 
 
 def _train_again(model: nn.Module, trained: Iterable[str]) -> None:
