@@ -8,11 +8,13 @@ import inspect
 import re
 import textwrap
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, cast
 
 from torch import nn
 
 from .attention import are_made_to_call
+from .linear import DashLinear
+from .state import HOST
 
 # A read of one of these asks about the weight and does not use it.
 _FACTS = (
@@ -33,7 +35,7 @@ _FACTS = (
     "new_full",
     "new_tensor",
 )
-# Methods that run once, or write weights: diffusers' attention has a fuse_projections that nobody calls in training.
+# Methods that run once, or write weights.
 _SETUP = re.compile(r"^(__init__|extra_repr)$|^(un)?fuse_|init|reset|tie|load|save|prune|resize")
 _QUESTIONS = ("isinstance", "hasattr", "getattr", "setattr", "id", "type")
 
@@ -69,20 +71,66 @@ def child_at(parent: nn.Module, path: str) -> nn.Module | None:
     return module if isinstance(module, nn.Module) else None
 
 
-@functools.cache
+def refuse_fusing(parent: nn.Module) -> None:
+    """Makes methods such as diffusers' `fuse_projections` raise while children that they would fuse have adapters.
+
+    They make one layer of several weights, and adapters beside these would be passed by. Where the adapters are in the
+    weights (merge, merge_and_unload) they fuse as ever.
+    """
+    for cls in type(parent).__mro__:
+        for method in filter(re.compile("fuse_").match, vars(cls)):
+            children = _methods(cls).get(method, [])
+            if any(_has_adapter(child_at(parent, child)) for child in children):
+                parent.__dict__.setdefault(method, _Fuses(parent, method, children))
+
+
+def allow_fusing(parent: nn.Module) -> None:
+    """Undoes `refuse_fusing`."""
+    for name in [name for name, value in vars(parent).items() if isinstance(value, _Fuses)]:
+        del parent.__dict__[name]
+
+
+def _has_adapter(module: nn.Module | None) -> bool:
+    """Has it an adapter of ours that is not merged, by whichever door?"""
+    ours = isinstance(module, DashLinear) or hasattr(type(module), HOST)
+    return ours and not cast(Any, module).merged
+
+
+class _Fuses:
+    """Takes the place of a module's method that fuses its children's weights; goes along with copies and pickles."""
+
+    def __init__(self, parent: nn.Module, method: str, children: list[str]) -> None:
+        self.parent, self.method, self.children = parent, method, children
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        found = [child for child in self.children if _has_adapter(child_at(self.parent, child))]
+        if found:
+            raise ValueError(
+                f"{type(self.parent).__name__}.{self.method} makes one layer of the weights of {', '.join(found)}, and would pass "
+                "their adapters by; merge these before (merge_and_unload)"
+            )
+        return getattr(type(self.parent), self.method)(self.parent, *args, **kwargs)
+
+
 def _uses(cls: Any) -> dict[str, str]:
     """The paths `child` of every use of `self.child.weight` in a class, with the method."""
+    found: dict[str, str] = {}
+    for method, children in _methods(cls).items():
+        if not _SETUP.search(method):
+            for child in children:
+                found.setdefault(child, f"{cls.__name__}.{method}")
+    return found
+
+
+@functools.cache
+def _methods(cls: Any) -> dict[str, list[str]]:
+    """The paths `child` of the uses of `self.child.weight` in a class, by method; nothing for a class without source."""
     try:
         tree = ast.parse(textwrap.dedent(inspect.getsource(cls)))
     except (OSError, TypeError, SyntaxError):
         return {}
-    definition = tree.body[0]
-    found: dict[str, str] = {}
-    for method in getattr(definition, "body", ()):
-        if isinstance(method, ast.FunctionDef) and not _SETUP.search(method.name):
-            for child in _used_weights(method):
-                found.setdefault(child, f"{cls.__name__}.{method.name}")
-    return found
+    methods = (node for node in getattr(tree.body[0], "body", ()) if isinstance(node, ast.FunctionDef))
+    return {method.name: list(dict.fromkeys(_used_weights(method))) for method in methods}
 
 
 def _used_weights(method: ast.FunctionDef) -> Iterator[str]:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated
 import torch
 import typer
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 from tqdm.auto import tqdm
 
 from loradash_kernels import available_backends
@@ -187,7 +187,8 @@ def presets(name: Annotated[str | None, typer.Argument(help="Show this one alone
         with reported():
             console.print(str(known(name)), soft_wrap=True)
         return
-    table = Table("preset", "model", "r", "alpha", "learning rate", "targets")
+    # A name that is cut cannot be typed.
+    table = Table(Column("preset", no_wrap=True), "model", "r", "alpha", "learning rate", "targets")
     for title, preset in PRESETS.items():
         config, rate = preset.config, preset.training.get("learning_rate", "in no source")
         table.add_row(

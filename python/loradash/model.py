@@ -12,7 +12,7 @@ from torch import nn
 
 from .attention import call_adapted_layers
 from .base_layers import is_linear
-from .bypass import bypassed_children, child_at
+from .bypass import bypassed_children, child_at, refuse_fusing
 from .config import DashConfig
 from .distributed import reshard
 from .linear import DashLinear
@@ -57,6 +57,7 @@ def apply_dash(model: nn.Module, config: DashConfig | None = None) -> nn.Module:
     for parent in list(model.modules()):
         if any(isinstance(module, DashLinear) for module in parent.modules()):
             call_adapted_layers(parent)
+            refuse_fusing(parent)
     for parameter in trained:
         parameter.requires_grad_(True)
     setattr(model, STATE, DashState(config, trained_before=trained_before))
@@ -131,7 +132,7 @@ def _trained_parameters(model: nn.Module, config: DashConfig) -> list[nn.Paramet
 def _check_ties(adapted: Iterable[DashLinear], trained: list[nn.Parameter]) -> None:
     """An adapted layer's own weight is frozen: it cannot be one that trains elsewhere."""
     training = {id(p) for p in trained}
-    tied = [layer.name for layer in adapted if layer.base is None and id(layer.weight) in training]
+    tied = [layer.name for layer in adapted if id(layer.weight) in training]
     if tied:
         raise ValueError(
             f"trainable_modules: the weight of {', '.join(tied[:4])} is tied to one of theirs and would have to train; leave "

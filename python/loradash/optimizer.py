@@ -47,7 +47,8 @@ def dash_parameter_groups(
         sigma_lr: rate of Δσ; None takes lr.
         weight_decay, sigma_weight_decay: at least 0.
 
-    Raises ValueError for a model without adapters or in which nothing trains, and for a number out of range.
+    Raises ValueError for a model without adapters or in which nothing trains, for one in which the weights of adapted layers
+    train, which no adapter file would hold, and for a number out of range.
     """
     _check("lr", lr, positive=True)
     _check("sigma_lr", lr if sigma_lr is None else sigma_lr, positive=True)
@@ -61,7 +62,14 @@ def dash_parameter_groups(
         "others_no_decay": {"lr": lr, "weight_decay": 0.0},
     }
     ours: dict[int, str] = {}
-    for layer in dash_layers(model).values():
+    layers = dash_layers(model)
+    thawed = [name for name, layer in layers.items() if layer.weight.requires_grad]
+    if thawed:
+        raise ValueError(
+            f"the weights of adapted layers train, {', '.join(thawed[:4])}{', ...' if len(thawed) > 4 else ''}, beside adapters "
+            "that stand for their updates: freeze them (weight.requires_grad_(False)), or leave the layers out (exclude_modules)"
+        )
+    for layer in layers.values():
         ours |= {
             id(layer.lora_a): "adapters",
             id(layer.lora_b): "adapters",

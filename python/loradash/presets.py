@@ -171,7 +171,8 @@ PRESETS: Mapping[str, Preset] = {
 
 def known(name: str) -> Preset:
     """A preset by its name. Raises ValueError for an unknown one."""
-    if name not in PRESETS:
+    # What cannot be hashed is no name either.
+    if name not in list(PRESETS):
         raise ValueError(f"no preset {name!r}; there are {', '.join(PRESETS)}")
     return PRESETS[name]
 

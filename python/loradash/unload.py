@@ -8,6 +8,7 @@ from typing import cast
 from torch import nn
 
 from .attention import compute_as_before
+from .bypass import allow_fusing
 from .distributed import is_sharded
 from .linear import DashLinear, adapter_shapes
 from .model import wrappers
@@ -51,6 +52,7 @@ def merge_and_unload(model: nn.Module) -> nn.Module:
             if child in plain:
                 parent._modules[name] = plain[child]
         compute_as_before(parent)
+        allow_fusing(parent)
     state = root.__dict__.pop(STATE, None)
     for name, parameter in root.named_parameters(remove_duplicate=False):
         if state is not None and plain_name(name) in state.trained_before:
@@ -91,13 +93,14 @@ def _check(model: nn.Module, layers: Mapping[str, DashLinear]) -> None:
                 "untie it (layer.weight = nn.Parameter(layer.weight.detach().clone()), and in a transformers model "
                 "config.tie_word_embeddings = False), or leave the layer out (exclude_modules)"
             )
-        if not layer.merged:
+        if _has_update(layer) and not layer.merged:
             # For its errors.
             layer.merged_weight()
 
 
 def _has_update(layer: DashLinear) -> bool:
-    return bool(layer.lora_b.any()) or bool(layer.dash_sigma.any())
+    # On meta nobody knows.
+    return layer.lora_b.is_meta or bool(layer.lora_b.any()) or bool(layer.dash_sigma.any())
 
 
 def _holder(layer: DashLinear) -> nn.Module:

@@ -165,9 +165,12 @@ def test_a_layer_inside_another_is_a_part_of_it(tmp_path):
     assert list(dash_layers(apply_dash(nn.Sequential(Nested()), config(target_modules=["low"])))) == ["0.low"]
 
 
-def test_a_weight_that_trains_elsewhere_is_refused():
+@pytest.mark.parametrize("kept_whole", [False, True])
+def test_a_weight_that_trains_elsewhere_is_refused(kept_whole):
     embedding, head = nn.Embedding(9, WIDTH), nn.Linear(WIDTH, 9, bias=False)
     head.weight = embedding.weight
+    if kept_whole:
+        head.register_forward_hook(lambda *_: None)
     model = nn.Sequential(embedding, head)
     with pytest.raises(ValueError, match="the weight of 1 is tied to one of theirs"):
         apply_dash(model, config(trainable_modules=["0"]))

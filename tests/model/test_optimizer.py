@@ -114,6 +114,8 @@ def test_bad_input():
             dash_parameter_groups(blocks(), 1e-3, **{setting: -1})
     with pytest.raises(ValueError, match="the model has no LoRA-Dash adapters"):
         dash_parameter_groups(nn.Linear(2, 2), 1e-3)
+    with pytest.raises(ValueError, match="the weights of adapted layers train, first, beside adapters"):
+        dash_parameter_groups(blocks().requires_grad_(True), 1e-3)
     with pytest.raises(ValueError, match="nothing of the model trains"):
         dash_parameter_groups(blocks().requires_grad_(False), 1e-3)
 

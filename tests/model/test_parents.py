@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import copy
+import pickle
 from pathlib import Path
 
 import pytest
 import torch
-from loradash import apply_dash, dash_layers
+from loradash import apply_dash, dash_layers, merge, merge_and_unload
 from loradash.bypass import bypassed_children
 from support.layers import LAYERS, WIDTH, config, linear
 from torch import nn
@@ -209,3 +210,51 @@ def test_encoder_gives_one_output_in_every_mode(norm_first, activation):
     torch.testing.assert_close(seen[~padding], expected[~padding], rtol=1e-4, atol=1e-4)
     with torch.inference_mode():
         torch.testing.assert_close(encoder(x), encoder.train()(x), rtol=1e-4, atol=1e-4)
+
+
+class Mixin:
+    def fuse_projections(self, fuse=True):
+        self.both = nn.Linear(WIDTH, 2 * WIDTH)
+        self.both.weight = nn.Parameter(torch.cat([self.q.weight.data, self.k.weight.data]))
+        self.fused = fuse
+
+
+class Fusing(nn.Module, Mixin):
+    """As diffusers' attentions do, whose processors then call the fused layer."""
+
+    def __init__(self):
+        super().__init__()
+        self.q, self.k, self.v = linear(), linear(), linear()
+
+
+def adapted_by(door):
+    if door == "apply_dash":
+        return apply_dash(nn.Sequential(Fusing()), config(target_modules=["k", "v"]))
+    peft = pytest.importorskip("peft")
+    from loradash.integrations.peft import DashLoraConfig
+
+    return peft.get_peft_model(nn.Sequential(Fusing()), DashLoraConfig(r=2, directions=2, target_modules=["k", "v"]))
+
+
+@pytest.mark.parametrize("door", ["apply_dash", "peft"])
+def test_weights_with_adapters_beside_them_are_not_fused(door):
+    model = adapted_by(door)
+    for each in (model, copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        (fusing,) = (m for m in each.modules() if isinstance(m, Fusing))
+        with pytest.raises(
+            ValueError, match=r"Fusing.fuse_projections makes one layer of the weights of k, and would pass"
+        ):
+            fusing.fuse_projections()
+        assert not hasattr(fusing, "both")
+        merge(each) if door == "apply_dash" else each.merge_adapter()
+        fusing.fuse_projections(fuse=2)
+        assert fusing.fused == 2 and torch.equal(fusing.both.weight[WIDTH:], fusing.k.weight)
+
+
+def test_plain_layers_fuse_again():
+    model = nn.Sequential(Fusing(), Fusing())
+    apply_dash(model, config(target_modules=["0.k"]))
+    model[1].fuse_projections()
+    assert "fuse_projections" in vars(model[0]) and "fuse_projections" not in vars(model[1])
+    merge_and_unload(model)[0].fuse_projections()
+    assert "fuse_projections" not in vars(model[0])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 
 import pytest
 import torch
@@ -129,8 +130,9 @@ def test_overrides():
 
 
 def test_bad_input():
-    with pytest.raises(ValueError, match=rf"^no preset 'llama'; there are {', '.join(PRESETS)}$"):
-        DashConfig.preset("llama")
+    for name in ("llama", None, ["dreambooth-sdxl"]):
+        with pytest.raises(ValueError, match=rf"^no preset {re.escape(repr(name))}; there are {', '.join(PRESETS)}$"):
+            DashConfig.preset(name)
     with pytest.raises(ValueError, match=r"unknown settings \['rank'\]"):
         DashConfig.preset("dreambooth-sdxl", rank=4)
     for r in (0, True, "8", 2.5, None, float("nan")):
@@ -155,7 +157,7 @@ def test_every_setting_has_a_source(name):
 
 
 def test_the_command():
-    runner = CliRunner(env={"COLUMNS": "200"})
+    runner = CliRunner(env={"COLUMNS": "80"})
     table = runner.invoke(app, ["presets"])
     assert table.exit_code == 0 and all(name in table.output for name in PRESETS)
     one = runner.invoke(app, ["presets", "dreambooth-sdxl"])

@@ -256,6 +256,10 @@ def test_layers_that_cannot_take_the_update():
         adapted(nn.Sequential(kinds.linear(), kinds.in_format("torchao-int8"))),
         "1: Linear is quantised and cannot take the update",
     )
+    with torch.device("meta"):
+        model = apply_dash(network(), CONFIG)
+    with pytest.raises(ValueError, match="0: its weight is on meta"):
+        merge_and_unload(model)
 
 
 def test_wrapped_and_patched_models():
@@ -290,6 +294,11 @@ def test_requantised_layers():
     expected = model(x)
     assert list(errors) == ["1"] and merge_and_unload(model)[1] is quantised
     assert torch.equal(model(x), expected)
+
+
+def test_layers_without_an_update_need_no_room_for_one():
+    base = kinds.Scaled(WIDTH, WIDTH)
+    assert merge_and_unload(apply_dash(nn.Sequential(base), DashConfig(r=2)))[0] is base
 
 
 def test_peft_models_have_their_own():

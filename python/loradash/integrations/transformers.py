@@ -7,7 +7,6 @@ import os
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -15,9 +14,10 @@ from loradash_kernels.files import replace_bytes, replace_file
 
 from ..cache import SpectralCache
 from ..checkpoint import save_adapter
-from ..distributed import gathered, is_sharded
+from ..distributed import is_sharded
 from ..schedule import DashSchedule
-from ..state import dash_layers, dash_state, host_of, parameter_of, plain_name
+from ..state import dash_layers, dash_state, host_of, plain_name
+from .callbacks import Figures, frozen_names
 
 try:
     from transformers import PreTrainedModel, Trainer, TrainerCallback
@@ -65,7 +65,7 @@ class DashCallback(TrainerCallback, ExportableState):
         self.progress, self.cache = progress, cache
         self.schedule: DashSchedule | None = None
         self._training = False
-        self._told = False
+        self._figures: Figures | None = None
         if model is not None:
             _check_model(model)
 
@@ -96,7 +96,7 @@ class DashCallback(TrainerCallback, ExportableState):
         if isinstance(entry, list):
             raise ValueError(f"{len(entry)} of the trainer's callbacks are a {name}; keep one")
         self.schedule = DashSchedule(model, self.progress, self.cache)
-        self._told = False
+        self._figures = Figures(self.schedule)
         if state.global_step > 0:
             self._resume(state.global_step, entry)
         self._training = True
@@ -129,7 +129,7 @@ class DashCallback(TrainerCallback, ExportableState):
             save_adapter(model, folder)
 
     def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self._training and "loss" in kwargs["logs"]:
+        if self._training and self._figures is not None and "loss" in kwargs["logs"]:
             figures = self._figures()
             kwargs["logs"].update(figures)
             state.log_history[-1].update(figures)
@@ -145,23 +145,6 @@ class DashCallback(TrainerCallback, ExportableState):
         if self.schedule is None:
             raise RuntimeError("DashCallback was added after training began; add it before trainer.train()")
         return self.schedule
-
-    @torch.no_grad()
-    def _figures(self) -> dict[str, float]:
-        schedule = self._running()
-        launched = [layer for layer in dash_layers(schedule.model).values() if bool(layer.launched)]
-        sigma = [gathered(layer.dash_sigma).float().norm() for layer in launched]
-        figures: dict[str, float] = {
-            "dash_step": schedule.state.step,
-            "dash_directions": sum(layer.dash_sigma.numel() for layer in launched),
-        }
-        if launched:
-            figures["dash_sigma_norm"] = float(torch.stack([norm.cpu() for norm in sigma]).norm())
-        if schedule.reports and not self._told:
-            rates = torch.cat([report.rate.float().cpu() for report in schedule.reports])
-            figures |= {"dash_rate_mean": float(rates.mean()), "dash_rate_max": float(rates.max())}
-            self._told = True
-        return figures
 
 
 def _prepare(model: nn.Module) -> None:
@@ -229,7 +212,7 @@ class _AdaptersAlone:
 
     def _attach(self) -> None:
         # What is left out of a file is no news to Trainer when it loads the file.
-        self.model._keys_to_ignore_on_save = sorted(_frozen(self.model))
+        self.model._keys_to_ignore_on_save = sorted(frozen_names(self.model))
         self.model.__dict__["save_pretrained"] = self
 
     def _detach(self) -> None:
@@ -260,7 +243,7 @@ class _AdaptersAlone:
             )
         if not is_main_process:
             return
-        frozen = _frozen(self.model)
+        frozen = frozen_names(self.model)
         tensors = self.model.state_dict() if state_dict is None else state_dict
         kept = {
             key: t.detach().cpu().contiguous().clone() for key, t in tensors.items() if plain_name(key) not in frozen
@@ -272,14 +255,3 @@ class _AdaptersAlone:
         # One process cannot gather what is sharded: `on_save` does, in all of them.
         if not _is_sharded(self.model):
             save_adapter(self.model, folder)
-
-
-def _frozen(model: nn.Module) -> set[str]:
-    """Names of the parameters that training leaves alone: all that are frozen, but for the adapters' own."""
-    own = {
-        id(parameter_of(p))
-        for layer in dash_layers(model).values()
-        for p in (layer.lora_a, layer.lora_b, layer.dash_sigma, layer.dash_u, layer.dash_vt)
-    }
-    parameters = model.named_parameters(remove_duplicate=False)
-    return {plain_name(name) for name, p in parameters if not p.requires_grad and id(p) not in own}

@@ -16,7 +16,7 @@ from peft.utils import AuxiliaryTrainingWrapper
 from torch import nn
 
 from loradash.attention import call_adapted_layers
-from loradash.bypass import bypassed_children, child_at
+from loradash.bypass import bypassed_children, child_at, refuse_fusing
 from loradash.distributed import is_sharded
 from loradash.formats import keep_differentiable, unready
 from loradash.linear import DashLinear
@@ -64,6 +64,7 @@ class DashLoraModel(LoraModel):
         for parent in list(model.modules()):
             if any(isinstance(child, DashLoraLayer) for child in parent.modules()):
                 call_adapted_layers(parent)
+                refuse_fusing(parent)
 
     def _check_targets(self, model: nn.Module, config: DashLoraConfig, state_dict: dict[str, Any] | None) -> None:
         targets = self._targets(model, config, state_dict)
