@@ -55,7 +55,14 @@ def test_rank_zero_is_a_plain_layer():
 
 @pytest.mark.parametrize(
     ("arguments", "named"),
-    [({"r": -1}, "r must"), ({"r": True}, "r must"), ({"r": 2, "semantics": "ours"}, "semantics must")],
+    [
+        ({"r": -1}, "^r must"),
+        ({"r": True}, "^r must"),
+        ({"r": 2, "semantics": "ours"}, "^semantics must"),
+        ({"r": 2, "lora_dropout": -0.1}, "^lora_dropout must"),
+        ({"r": 2, "lora_alpha": "8"}, "^lora_alpha must"),
+        ({"r": 2, "lora_alpha": float("nan")}, "^lora_alpha must"),
+    ],
 )
 def test_wrong_arguments_are_named(arguments, named):
     with pytest.raises(ValueError, match=named):
@@ -69,13 +76,10 @@ def test_resuming_from_a_state_dict(moment, semantics):
     whole = drop_in(semantics)
     losses = losses_of(whole, 20, schedule=schedule_for(whole, semantics))
     first = drop_in(semantics)
-    schedule = schedule_for(first, semantics)
-    losses_of(first, moment, schedule=schedule)
+    losses_of(first, moment, schedule=schedule_for(first, semantics))
     second = drop_in(semantics)
     second.load_state_dict(first.state_dict())
     later = schedule_for(second, semantics)
-    if later is not None:
-        later.state.step = schedule.state.step
     assert torch.equal(losses_of(second, 20 - moment, schedule=later, skip=moment), losses[moment:])
     assert all(torch.equal(t, whole.state_dict()[key]) for key, t in second.state_dict().items())
 
@@ -192,6 +196,11 @@ def test_small_layers_have_as_many_directions_as_their_weight(semantics):
     assert layer.lora_index.shape == (8,) and layer.dash_sigma.shape == (5,) and bool(layer.launched)
     assert layer.lora_index[:5].all() and not layer.lora_index[5:].any()
     assert torch.allclose(layer.dash_u.t() @ layer.dash_u, torch.eye(5), atol=1e-4)
+
+
+def test_a_schedule_of_a_model_that_was_not_marked_says_so():
+    with pytest.raises(ValueError, match=r"adapted one by one.*mark_only_lora_as_trainable\(model\) first"):
+        DashSchedule(nn.Sequential(Linear(4, 4, r=2)))
 
 
 def test_a_run_without_a_schedule_is_told():

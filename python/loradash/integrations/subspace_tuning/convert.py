@@ -147,7 +147,7 @@ def _steps(parsed: Parsed, layers: Mapping[str, Mapping[str, Tensor]], step: int
         return step
     flags = [int(parts["flag"][0]) for parts in parsed.layers.values() if "flag" in parts]
     launched = any(bool(parts.get("launched", False)) for parts in layers.values())
-    return min(max(flags, default=WARMUP if launched else 0), WARMUP)
+    return max(flags, default=WARMUP if launched else 0)
 
 
 def _trained_whole(parsed: Parsed, settings: Mapping[str, Any]) -> tuple[dict[str, Tensor], list[str]]:

@@ -183,12 +183,14 @@ class SdgHost(nn.Module):
         super()._save_to_state_dict(destination, prefix, keep_vars)
         view = self.__dict__[VIEW]
         destination[f"{prefix}{FLAG}.{view.adapter}"] = view.flag()
+        view.note_merged(destination, prefix)
 
-    def _load_from_state_dict(self, state_dict: dict, prefix: str, *args: Any) -> None:
+    def _load_from_state_dict(self, state_dict: dict, prefix: str, local_metadata: dict, *args: Any) -> None:
         view = self.__dict__[VIEW]
+        view.refuse_merged(prefix, state_dict, local_metadata)
         found = {key: value for key, value in state_dict.items() if key.startswith(prefix)}
         flag = found.pop(f"{prefix}{FLAG}.{view.adapter}", None)
-        super()._load_from_state_dict(found, prefix, *args)
+        super()._load_from_state_dict(found, prefix, local_metadata, *args)
         # Its own parameters come after those of the layer.
         u = found.get(f"{prefix}{KEYS['sdg']['dash_u'].format(adapter=view.adapter)}")
         if u is not None:

@@ -323,12 +323,14 @@ class AuthorsLayer(DashLinear):
 
     def flag(self) -> Tensor:
         """What a state dict keeps under `dialects.FLAG`."""
-        return torch.tensor([self.FLAG, int(self.is_launched())])
+        return torch.tensor([self.calls(), int(self.is_launched())])
 
     def note_loaded(self, flag: Tensor | None, u: Tensor) -> None:
-        """Takes the phase from a state dict's flag; where the authors' code wrote it there is none, and its U tells."""
-        launched = bool(flag[1]) if flag is not None else bool(u.any())
-        self.note_phase(launched, int(flag[0]) if flag is not None else 0)
+        """Takes phase and count from a state dict's flag; where the authors' code wrote it there is none, and its U tells."""
+        launched, calls = (bool(flag[1]), int(flag[0])) if flag is not None else (bool(u.any()), 0)
+        self.note_phase(launched, calls)
+        if flag is not None and self.semantics == "loradash" and self.run is not None:
+            self.run.step = calls
 
     def _lost_directions(
         self, weight: Tensor, index: Tensor, flag: Tensor | None, sigma: Tensor | None, delta: Tensor | None

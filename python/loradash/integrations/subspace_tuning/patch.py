@@ -48,6 +48,7 @@ def patch(model: nn.Module, semantics: Semantics = "loradash", step: int | None 
     Args:
         semantics: whose rules hold from now on (the table of this package says how they differ).
         step: optimizer steps taken, where forward calls were not steps (accumulation, evaluation); by default their count.
+            For "loradash" alone.
 
     Returns a report. Raises ValueError, with nothing changed: no layer of theirs that can be patched; a model patched or
     adapted already, or inside DistributedDataParallel or FSDP; dropout or warmup that differ between layers and, for
@@ -55,6 +56,12 @@ def patch(model: nn.Module, semantics: Semantics = "loradash", step: int | None 
     """
     if semantics not in get_args(Semantics):
         raise ValueError(f"semantics must be one of {get_args(Semantics)}, got {semantics!r}")
+    if step is not None and (type(step) is not int or step < 0):
+        raise ValueError(f"step must be an integer of at least 0, got {step!r}")
+    if step is not None and semantics == "authors":
+        raise ValueError(
+            "step is for semantics='loradash': layers of semantics='authors' count forward calls, as theirs do"
+        )
     # torch.compile traces the changed module anew.
     model = model._modules.get("_orig_mod") or model
     for name, module in model.named_modules():
