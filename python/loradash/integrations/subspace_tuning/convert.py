@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, get_args
@@ -71,13 +72,15 @@ def convert(
     """
     if into not in get_args(Dialect):
         raise ValueError(f"into must be one of {get_args(Dialect)}, got {into!r}")
+    if step is not None and (type(step) is not int or step < 0):
+        raise ValueError(f"step must be an integer of at least 0, got {step!r}")
     file = _source_file(Path(source))
     try:
         found = _read(file, weights, settings or {}, step)
         tensors, about = _ours(found) if into == "loradash" else _theirs(found, into)
     except AdapterError:
         raise
-    except (KeyError, ValueError) as error:
+    except (KeyError, ValueError, re.error) as error:
         raise AdapterError(f"{file}: {error}") from error
     _write(Path(target), into, tensors, about)
     return about["config"] if into == "loradash" else about

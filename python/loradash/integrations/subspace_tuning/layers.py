@@ -327,6 +327,8 @@ class AuthorsLayer(DashLinear):
 
     def note_loaded(self, flag: Tensor | None, u: Tensor) -> None:
         """Takes phase and count from a state dict's flag; where the authors' code wrote it there is none, and its U tells."""
+        if flag is not None and flag.shape != (2,):
+            raise ValueError(f"{self._label()}: {FLAG} has shape {tuple(flag.shape)}, wanted (2,)")
         launched, calls = (bool(flag[1]), int(flag[0])) if flag is not None else (bool(u.any()), 0)
         self.note_phase(launched, calls)
         if flag is not None and self.semantics == "loradash" and self.run is not None:

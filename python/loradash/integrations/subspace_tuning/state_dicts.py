@@ -55,8 +55,11 @@ def parts_of(parsed: Parsed, weights: Weights | None) -> dict[str, dict[str, Ten
     """Every layer's tensors in our shapes, with U, V and `launched`; a layer without directions has A and B alone."""
     layers: dict[str, dict[str, Tensor]] = {}
     for name, parts in parsed.layers.items():
-        n, k = parts["lora_b"].shape[0], parts["lora_a"].shape[1]
         found = {part: parts[part] for part in ("lora_a", "lora_b")}
+        for part, tensor in found.items():
+            if tensor.dim() != 2:
+                raise ValueError(f"{parsed.keys[name, part]} has shape {tuple(tensor.shape)}, wanted a matrix")
+        n, k = parts["lora_b"].shape[0], parts["lora_a"].shape[1]
         if not parts.get("dash_sigma", parts["lora_a"][:0]).numel():
             layers[name] = found
             continue
