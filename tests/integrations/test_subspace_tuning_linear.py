@@ -123,7 +123,9 @@ def test_directions_lost_by_their_state_dict_come_back():
         drop_in().load_state_dict({key: t + t for key, t in kept.items()}, strict=False)
     for key in [key for key in kept if "change" in key]:
         del kept[key]
-    with pytest.raises(RuntimeError, match="0: the state dict is of a launched layer and has no weight_u_top"):
+    with pytest.raises(
+        RuntimeError, match="0: weight_u_top and weight_vt_top are missing in the state dict of a launched layer"
+    ):
         drop_in().load_state_dict(kept, strict=False)
 
 

@@ -29,6 +29,10 @@ schedule's steps) and the phase in every state dict, and where it is missing the
 FSDP2 shards `Linear` and loralib's layers; the forks', whose delta sigma is a matrix, are refused by DashSchedule.
 `merge_and_unload` has no plain layer to give back: save the adapter and load it into the plain model.
 
+Files: `layers` is what their layers have in common on our operator, `kinds` what each of the three has of its own, `run` what the
+layers of a model share; `patch` and `drop_in` are the two ways in. `dialects` has the names of their tensors, `state_dicts` and
+`settings` change them and their settings into ours and back, `convert` does so with files.
+
 Other layers of theirs (MergedLinear, Embedding, Conv) have no directions and are left alone, and `PatchReport` says so.
 """
 

@@ -59,7 +59,7 @@ def convert(
         target: a file or folder; of the forks a folder, which gets an adapter_config.json too.
         into: "loradash", "loralib", "cr_mr" or "sdg".
         weights: the frozen weights, a model or a state dict, for a source without U and V whose weights are not in it:
-            they come back from `lora_change_a`, `lora_change_bb` and the SVD (`recovery`).
+            they come back from `lora_change_a`, `lora_change_bb` and the SVD (`state_dicts.recovered_directions`).
         settings: arguments of the authors' layers or fields of their adapter_config.json, over those of the source's
             folder; lora_alpha must be in one. rank_pattern and alpha_pattern, by name, serve loralib as well.
         step: the optimizer steps that a source of theirs was trained, which it does not tell; by default 0 before launch

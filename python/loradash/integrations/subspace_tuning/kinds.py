@@ -32,6 +32,11 @@ _ADDED = (
 )
 
 
+def has_hooks(module: nn.Module) -> bool:
+    """Would a call of the module run hooks?"""
+    return any(getattr(module, name, None) for name in _HOOKS)
+
+
 class LoralibLayer(AuthorsLayer):
     """loralib's: all tensors are parameters of the layer itself."""
 
@@ -145,7 +150,7 @@ class SdgLayer(AuthorsLayer):
 
     def _product(self, x: Tensor, dash: bool) -> Tensor:
         base = self.base
-        if computes_plainly(base) and not any(getattr(base, name, None) for name in _HOOKS):
+        if computes_plainly(base) and not has_hooks(base):
             return super()._product(x, dash)
         return low_rank_update(self._base_output(x), x, **self._terms(dash))
 

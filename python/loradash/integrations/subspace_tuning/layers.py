@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import warnings
+from collections.abc import Mapping
 from typing import Any, ClassVar, Literal, cast
 
 import torch
@@ -17,7 +18,7 @@ from ...distributed import shard_of
 from ...linear import DashLinear
 from ...state import DashState
 from .dialects import FLAG, KEYS, Dialect
-from .recovery import recovered_directions
+from .state_dicts import lost_directions
 
 Semantics = Literal["loradash", "authors"]
 
@@ -304,20 +305,21 @@ class AuthorsLayer(DashLinear):
             self.unmerge()
         found = {key: value for key, value in state_dict.items() if key.startswith(prefix)}
         keys = {part: prefix + suffix for part, suffix in KEYS[self.dialect].items()}
-        flag, sigma, delta = (found.pop(keys.get(part, ""), None) for part in ("flag", "sigma", "delta"))
-        has_adapter = keys["dash_sigma"] in found
-        if has_adapter and keys["dash_u"] not in found:
+        parts = {part: found[key] for part, key in keys.items() if key in found}
+        for part in ("flag", "sigma", "delta"):
+            found.pop(keys.get(part, ""), None)
+        has_adapter = "dash_sigma" in parts
+        if has_adapter and "dash_u" not in parts:
             weight = found.get(f"{prefix}weight", self.weight)
-            index = found[keys["dash_sigma"]]
             try:
-                u, vt = self._lost_directions(weight, index, flag, sigma, delta)
+                u, vt = self._lost_directions(parts, weight)
                 found |= {keys["dash_u"]: u, keys["dash_vt"]: vt}
             except ValueError as error:
                 # The last argument is the list of errors.
                 args[-1].append(f"{prefix[:-1]}: {error}")
         super()._load_from_state_dict(found, prefix, *args)
         if has_adapter:
-            self.note_loaded(flag, found.get(keys["dash_u"], self.dash_u))
+            self.note_loaded(parts.get("flag"), found.get(keys["dash_u"], self.dash_u))
         if merged:
             self.merge()
 
@@ -334,20 +336,13 @@ class AuthorsLayer(DashLinear):
         if flag is not None and self.semantics == "loradash" and self.run is not None:
             self.run.step = calls
 
-    def _lost_directions(
-        self, weight: Tensor, index: Tensor, flag: Tensor | None, sigma: Tensor | None, delta: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
+    def _lost_directions(self, parts: Mapping[str, Tensor], weight: Tensor) -> tuple[Tensor, Tensor]:
         """U and Vᵀ where a state dict left them out, in the shapes of theirs; zeros before launch."""
-        u, vt = (torch.zeros_like(self.stored(part)) for part in ("dash_u", "dash_vt"))
-        if sigma is not None and delta is not None:
-            s = self.dash_sigma.numel()
-            u[:, :s], vt[:s] = recovered_directions(weight, sigma, delta, s)
-        elif bool(index.any()) or (flag is not None and bool(flag[1])):
-            names = " and ".join(KEYS[self.dialect][part] for part in ("dash_u", "dash_vt"))
-            raise ValueError(
-                f"the state dict is of a launched layer and has no {names}; save it by "
-                "loradash.integrations.subspace_tuning.lora_state_dict, which keeps them"
-            )
+        s = self.dash_sigma.numel()
+        names = " and ".join(KEYS[self.dialect][part] for part in ("dash_u", "dash_vt"))
+        u, vt = (parts["dash_sigma"].new_zeros(self.stored(part).shape) for part in ("dash_u", "dash_vt"))
+        parts = {"lora_a": self.lora_a, "lora_b": self.lora_b, **parts}
+        u[:, :s], vt[:s] = lost_directions(parts, weight, s, names)
         return u, vt
 
 

@@ -13,12 +13,11 @@ from ...base_layers import is_linear, treatment
 from ...model import wrappers
 from ...quantised import is_quantised
 from ...state import STATE, plain_name
-from .kinds import CrMrLayer, DropInLayer, LoralibLayer, SdgHost, SdgLayer, adopt, release
+from .kinds import CrMrLayer, DropInLayer, LoralibLayer, SdgHost, SdgLayer, adopt, has_hooks, release
 from .layers import AuthorsLayer, Semantics
 from .run import attach, hosts_of, one_of
 
 _ADAPTER_NAMES = ("lora_A", "lora_B", "lora_embedding_A", "lora_index")
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
 @dataclass(frozen=True)
@@ -145,7 +144,7 @@ def _hindrance(module: Any, kind: type[AuthorsLayer]) -> str | None:
         return "its forward was replaced"
     for name, part in module.named_modules():
         # The layer's own hooks run as before.
-        if name and name != "base_layer" and any(getattr(part, hooks, None) for hooks in _HOOKS):
+        if name and name != "base_layer" and has_hooks(part):
             return f"hooks on {name} would not run"
     if module.merged:
         return "merged; unmerge it first"
