@@ -9,10 +9,11 @@ import loradash
 import pytest
 import torch
 from loradash import DashSchedule, dash_layers, load_adapter, save_adapter
-from loradash.integrations.subspace_tuning import Linear, lora_state_dict, mark_only_lora_as_trainable
+from loradash.integrations.subspace_tuning import Linear, lora_state_dict, mark_only_lora_as_trainable, patch
 from safetensors.torch import load_file
 from support.authors import CLASSES, WIDTH, batches, losses_of, make_model
 from torch import nn
+from torch.distributed.fsdp import fully_shard
 
 both_semantics = pytest.mark.parametrize("semantics", ["authors", "loradash"])
 
@@ -213,6 +214,34 @@ def test_a_run_without_a_schedule_is_told():
     model.eval()
     with torch.no_grad():
         model(x)
+
+
+def sharded(mesh, model, *parts):
+    for part in (*parts, model):
+        fully_shard(part, mesh=mesh)
+    return model
+
+
+def test_a_sharded_model_trains_as_a_whole_one(process_group):
+    whole, parts = drop_in(merge_weights=False), drop_in(merge_weights=False)
+    sharded(process_group, parts, parts[0], parts[2])
+    losses = [losses_of(model, 15, schedule=schedule_for(model, "loradash")) for model in (whole, parts)]
+    assert torch.equal(*losses) and bool(parts[0].launched) and parts[0].lora_index.full_tensor().any()
+
+
+def test_a_sharded_model_that_launches_in_forward_is_refused(process_group):
+    """What forward writes into parameters is lost after it: the dash term would be zero from launch on, without a word."""
+    model = drop_in("authors")
+    with pytest.raises(ValueError, match=r"the model is sharded \(fully_shard\).*semantics='loradash'"):
+        losses_of(sharded(process_group, model, model[0], model[2]), 2)
+    # Here the model that was marked has no part that is sharded by itself.
+    outer = nn.Sequential(drop_in("authors"))
+    with pytest.raises(RuntimeError, match="0: the directions that its launch wrote are gone"):
+        losses_of(sharded(process_group, outer), 15)
+    forks = make_model("sdg", "restated")
+    patch(forks)
+    with pytest.raises(ValueError, match=r"0 is sharded \(DTensor\), and its delta sigma is not kept"):
+        DashSchedule(sharded(process_group, forks))
 
 
 def test_the_authors_semantics_refuses_a_schedule_and_prelaunch():

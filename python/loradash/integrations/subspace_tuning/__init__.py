@@ -26,7 +26,8 @@ warms up anew and throws the directions away; their `lora_state_dict` leaves out
 call twice, or fails at launch; CR_MR's train() after eval() raises. Here the key `lora_flag` keeps the count (calls, or the
 schedule's steps) and the phase in every state dict, and where it is missing the phase is that of U.
 
-FSDP2 shards `Linear` and loralib's layers; the forks', whose delta sigma is a matrix, are refused by DashSchedule.
+FSDP2 shards `Linear` and loralib's layers with "loradash"; the forks', whose delta sigma is a matrix, are refused by DashSchedule.
+With "authors" a sharded model is refused until launch: what forward writes into sharded parameters does not stay.
 `merge_and_unload` has no plain layer to give back: save the adapter and load it into the plain model.
 
 Files: `layers` is what their layers have in common on our operator, `kinds` what each of the three has of its own, `run` what the

@@ -23,6 +23,7 @@ _ADDED = (
     "run",
     "semantics",
     "reminded",
+    "_fresh",
     "_unmerged",
     "_seen",
     "transposed",

@@ -52,7 +52,7 @@ class AuthorsLayer(DashLinear):
     def start(self, semantics: Semantics, name: str = "") -> None:
         """What a layer of theirs needs besides what it has. Its phase is that of FLAG, or of U where FLAG was not kept."""
         self.enabled, self.name, self.run = True, name, None
-        self.semantics, self.reminded = semantics, False
+        self.semantics, self.reminded, self._fresh = semantics, False, False
         self._unmerged, self._seen = None, (0, -1, False)
         self.transposed = bool(getattr(self, "fan_in_fan_out", False))
         smaller = min(self.in_features, self.out_features)
@@ -185,9 +185,12 @@ class AuthorsLayer(DashLinear):
             # Before launch U and V are zero: nothing branches.
             return self._product(input, dash=True)
         if not self.is_launched():
+            self._refuse_shards()
             if self._counts_on():
                 return self._product(input, dash=False)
             self._launch_itself()
+        elif self._fresh:
+            self._check_kept()
         if not (self.training and self.drop_probability()):
             return self._product(input, dash=True)
         return self._dash_term(self._product(input, dash=False), input)
@@ -251,6 +254,22 @@ class AuthorsLayer(DashLinear):
             )
         super().launch(found)
         self.note_phase(True, self.FLAG)
+        self._fresh = True
+
+    def _refuse_shards(self) -> None:
+        """Of layers that launch in forward one asks, once, whether what they write there will stay."""
+        if not self.reminded and self.run is not None:
+            cast(Any, self.run).refuse_shards()
+            self.reminded = True
+
+    def _check_kept(self) -> None:
+        """In the call after launch: whoever shards parameters (FSDP) around the model takes away what forward wrote into them."""
+        if not bool(self.dash_u.any()):
+            raise RuntimeError(
+                f"{self._label()}: the directions that its launch wrote are gone, since a framework shards its parameters (FSDP) "
+                "and takes its own again after each call; take semantics='loradash', whose DashSchedule launches between steps"
+            )
+        self._fresh = False
 
     def launch(self, directions: Directions) -> None:
         """As `DashLinear.launch`. Raises ValueError for the authors' semantics, where the layer launches itself."""
