@@ -169,15 +169,24 @@ class TakesUpdate(nn.Module):
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
+        self.note_merged(destination, prefix)
+
+    def note_merged(self, destination: Any, prefix: str) -> None:
+        """Tells in a state dict's metadata that this layer's weight has the update."""
         if self.merged and hasattr(destination, "_metadata"):
             destination._metadata[prefix[:-1]]["merged"] = True
 
-    def _load_from_state_dict(self, state_dict: dict, prefix: str, local_metadata: dict, *args: Any) -> None:
+    def refuse_merged(self, prefix: str, state_dict: dict, local_metadata: dict) -> None:
+        """Raises ValueError where the layer is merged, and for the state dict of a merged one that has its adapter too."""
         if self.merged and any(key.startswith(prefix) for key in state_dict):
             raise ValueError(f"{self._label()} is merged; unmerge(model) before load_state_dict")
-        if local_metadata.get("merged") and f"{prefix}lora_b" in state_dict:
+        has_adapter = any(key.startswith((f"{prefix}lora_b", f"{prefix}lora_B")) for key in state_dict)
+        if local_metadata.get("merged") and has_adapter:
             raise ValueError(
                 f"{self._label()}: the state dict is that of a merged model, whose adapters would count twice here; "
                 "unmerge(model) before state_dict"
             )
+
+    def _load_from_state_dict(self, state_dict: dict, prefix: str, local_metadata: dict, *args: Any) -> None:
+        self.refuse_merged(prefix, state_dict, local_metadata)
         super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)

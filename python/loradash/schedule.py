@@ -40,6 +40,10 @@ class DashSchedule:
     """
 
     def __init__(self, model: nn.Module, progress: bool = True, cache: SpectralCache | None = None) -> None:
+        if cache is not None and not isinstance(cache, SpectralCache):
+            raise TypeError(
+                f"cache must be a SpectralCache (what its start returns runs beside), got {type(cache).__name__}"
+            )
         self.state = dash_state(model)
         self.model = model
         self.progress = progress

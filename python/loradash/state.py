@@ -177,6 +177,11 @@ def dash_state(model: nn.Module) -> DashState:
     found, host = _find(model)
     if host is not None:
         return host.state()
+    if found is None and _own(model):
+        raise ValueError(
+            "the model's layers were adapted one by one, and nothing counts its steps: apply_dash(model, config) adapts a whole "
+            "model; where the layers are loradash.integrations.subspace_tuning's, call mark_only_lora_as_trainable(model) first"
+        )
     if found is None:
         raise ValueError("the model has no LoRA-Dash adapters; call apply_dash(model, config) first")
     return found.__dict__[STATE]

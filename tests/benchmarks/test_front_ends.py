@@ -147,7 +147,7 @@ def test_modelled_flops_of_a_layer(launched):
 
     m, k, n, s = 16, 48, 80, DIRECTIONS if launched else 0
     layer = AuthorsLinear(torch.nn.Linear(k, n), RANK, DIRECTIONS, 2.0, 0.0)
-    layer.launched = launched
+    layer.FLAG = layer.warmup + 1 if launched else 0
     with FlopCounterMode(display=False) as counter:
         layer(torch.randn(m, k, requires_grad=True)).sum().backward()
     # The factors of a dense matrix are small, and some of their products are of s x s.

@@ -9,9 +9,22 @@ import torch
 from loradash import DashSchedule, dash_layers
 from loradash.integrations import subspace_tuning
 from loradash.integrations.subspace_tuning import Linear, patch
-from support.authors import CLASSES, DIALECTS, OPTIMIZERS, SOURCES, WIDTH, batches, losses_of, make_layer, make_model
+from support.authors import (
+    CLASSES,
+    DIALECTS,
+    OPTIMIZERS,
+    SOURCES,
+    WIDTH,
+    batches,
+    losses_of,
+    make_layer,
+    make_model,
+    skip_without,
+)
 from torch import nn
 from torch.utils.checkpoint import checkpoint
+
+from benchmarks.front_ends import parity
 
 both_semantics = pytest.mark.parametrize("semantics", ["authors", "loradash"])
 
@@ -20,34 +33,32 @@ def schedule_for(model, semantics):
     return DashSchedule(model, progress=False) if semantics == "loradash" else None
 
 
-def gaps(ours, theirs):
-    """The largest differences of parameters, relative to the largest number of each."""
-    own = dict(theirs.named_parameters())
-    return {
-        name: float((parameter - own[name]).detach().abs().max() / own[name].detach().abs().max().clamp_min(1e-3))
-        for name, parameter in ours.named_parameters()
-        if name.rpartition(".")[2] not in ("lora_change_a", "lora_change_bb")
-    }
-
-
 @pytest.mark.parametrize("source", SOURCES)
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 @both_semantics
 def test_300_steps_are_those_of_the_authors(source, optimizer, semantics):
     """Without dropout our rules give the same numbers too, since a step is a forward call."""
-    theirs = make_model("loralib", source)
-    ours = copy.deepcopy(theirs)
-    patch(ours, semantics)
-    wanted = losses_of(theirs, 300, optimizer)
-    found = losses_of(ours, 300, optimizer, schedule_for(ours, semantics))
-    assert wanted[-1] < 0.9 * wanted[99], "the directions learn"
-    assert (found - wanted).abs().max() < 2e-6
-    # The pairs (u, v) may come with both signs changed.
-    assert max(gap for name, gap in gaps(ours, theirs).items() if "weight_" not in name) < 2e-4
-    for mine, other in ((ours[0], theirs[0]), (ours[2], theirs[2])):
-        assert mine.FLAG == other.FLAG == 101 and bool(mine.launched)
-        pairs = (mine.weight_u_top.t() @ other.weight_u_top).abs()
-        assert torch.allclose(pairs, torch.eye(8), atol=1e-4), "the same directions in the same order"
+    skip_without("loralib", source)
+    gap = parity.compare("loralib", semantics, optimizer, source)
+    assert gap.learned > 0.1, "the directions learn"
+    assert gap.loss < 2e-6 and gap.parameters < 2e-4
+    assert gap.directions < 1e-4, "the same directions in the same order"
+
+
+def test_the_table_of_parity_has_a_row_for_every_training(monkeypatch, capsys):
+    monkeypatch.setattr(parity, "compare", lambda dialect, *_: parity.Gap(1.5e-7, 2.5e-6, 3.5e-6, 0.5))
+    parity.main([])
+    rows = [line.split() for line in capsys.readouterr().out.splitlines() if "1.5e-07" in line]
+    assert [row[1::2] for row in rows] == [
+        [dialect, semantics, optimizer, "1.5e-07", "2.5e-06", "3.5e-06"]
+        for dialect in DIALECTS
+        for semantics in ("authors", "loradash")
+        for optimizer in OPTIMIZERS
+    ]
+    monkeypatch.setattr(parity, "CLONE", None)
+    with pytest.raises(SystemExit):
+        parity.main(["--source", "theirs"])
+    assert "LORADASH_AUTHORS names no clone" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("source", SOURCES)
@@ -62,7 +73,7 @@ def test_every_dialect_goes_through_launch_as_theirs(dialect, source, semantics)
     found = losses_of(ours, 24, "adamw", schedule_for(ours, semantics))
     assert (found - wanted).abs().max() < 1e-6
     # Adam's first step on a coordinate divides a gradient by its size, whose smallest ones are rounding.
-    assert max(gap for name, gap in gaps(ours, theirs).items() if "_u" not in name and "_vt" not in name) < 5e-3
+    assert max(parity.parameter_gaps(ours, theirs).values()) < 5e-3
 
 
 @both_semantics

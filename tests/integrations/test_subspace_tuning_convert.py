@@ -287,6 +287,8 @@ def test_broken_files_are_named_with_their_keys(runs, tmp_path):
     refuse(without("lora_A.weight"), "wanted the keys of one kind of adapter .*found none")
     refuse(lambda t: {**t, f"{PREFIX}0.lora_w_u": torch.ones(3, 8)}, r"0.lora_w_u has shape \(3, 8\), wanted \(32, 8\)")
     refuse(lambda t: {**t, f"{PREFIX}head.weight": torch.ones(3)}, "head.weight is no part of an adapter")
+    refuse(lambda t: {k: v.reshape(-1) for k, v in t.items()}, r"0.lora_A.weight has shape \(96,\), wanted a matrix")
+    refuse(lambda t: t, "unterminated subpattern", settings={**SETTINGS, "alpha_pattern": {"(": 3}})
     refuse(lambda t: {**t, "step": 3}, "step is a int, wanted tensors alone")
     refuse(lambda t: list(t), "wanted a state dict, found list")
     refuse(lambda t: t, "weight_u_top and 0.weight_vt_top are missing; give weights=", "loralib")
@@ -306,6 +308,9 @@ def test_broken_files_are_named_with_their_keys(runs, tmp_path):
     for call in (lambda: convert(tmp_path, tmp_path, "peft"), lambda: convert_state_dict({}, "peft")):
         with pytest.raises(ValueError, match="into must be one of"):
             call()
+    for step in (-1, 2.5):
+        with pytest.raises(ValueError, match="step must be an integer of at least 0"):
+            convert(tmp_path / "theirs", tmp_path / "ours", "loradash", step=step)
 
 
 def test_the_step_is_said_by_who_knows_it(runs, tmp_path):
@@ -318,3 +323,6 @@ def test_the_step_is_said_by_who_knows_it(runs, tmp_path):
     torch.save(patched.state_dict(), tmp_path / "patched.pt")
     convert(tmp_path / "patched.pt", tmp_path / "two", "loradash", settings=SETTINGS)
     assert dash_state(loaded(patched, tmp_path / "two")).step == 4
+    torch.save({k: t[:1] if "flag" in k else t for k, t in patched.state_dict().items()}, tmp_path / "torn.pt")
+    with pytest.raises(ValueError, match=r"lora_flag has shape \(1,\), wanted \(2,\)"):
+        patched.load_state_dict(torch.load(tmp_path / "torn.pt"))

@@ -9,10 +9,11 @@ import loradash
 import pytest
 import torch
 from loradash import DashSchedule, dash_layers, load_adapter, save_adapter
-from loradash.integrations.subspace_tuning import Linear, lora_state_dict, mark_only_lora_as_trainable
+from loradash.integrations.subspace_tuning import Linear, lora_state_dict, mark_only_lora_as_trainable, patch
 from safetensors.torch import load_file
 from support.authors import CLASSES, WIDTH, batches, losses_of, make_model
 from torch import nn
+from torch.distributed.fsdp import fully_shard
 
 both_semantics = pytest.mark.parametrize("semantics", ["authors", "loradash"])
 
@@ -55,7 +56,14 @@ def test_rank_zero_is_a_plain_layer():
 
 @pytest.mark.parametrize(
     ("arguments", "named"),
-    [({"r": -1}, "r must"), ({"r": True}, "r must"), ({"r": 2, "semantics": "ours"}, "semantics must")],
+    [
+        ({"r": -1}, "^r must"),
+        ({"r": True}, "^r must"),
+        ({"r": 2, "semantics": "ours"}, "^semantics must"),
+        ({"r": 2, "lora_dropout": -0.1}, "^lora_dropout must"),
+        ({"r": 2, "lora_alpha": "8"}, "^lora_alpha must"),
+        ({"r": 2, "lora_alpha": float("nan")}, "^lora_alpha must"),
+    ],
 )
 def test_wrong_arguments_are_named(arguments, named):
     with pytest.raises(ValueError, match=named):
@@ -69,13 +77,10 @@ def test_resuming_from_a_state_dict(moment, semantics):
     whole = drop_in(semantics)
     losses = losses_of(whole, 20, schedule=schedule_for(whole, semantics))
     first = drop_in(semantics)
-    schedule = schedule_for(first, semantics)
-    losses_of(first, moment, schedule=schedule)
+    losses_of(first, moment, schedule=schedule_for(first, semantics))
     second = drop_in(semantics)
     second.load_state_dict(first.state_dict())
     later = schedule_for(second, semantics)
-    if later is not None:
-        later.state.step = schedule.state.step
     assert torch.equal(losses_of(second, 20 - moment, schedule=later, skip=moment), losses[moment:])
     assert all(torch.equal(t, whole.state_dict()[key]) for key, t in second.state_dict().items())
 
@@ -119,7 +124,9 @@ def test_directions_lost_by_their_state_dict_come_back():
         drop_in().load_state_dict({key: t + t for key, t in kept.items()}, strict=False)
     for key in [key for key in kept if "change" in key]:
         del kept[key]
-    with pytest.raises(RuntimeError, match="0: the state dict is of a launched layer and has no weight_u_top"):
+    with pytest.raises(
+        RuntimeError, match="0: weight_u_top and weight_vt_top are missing in the state dict of a launched layer"
+    ):
         drop_in().load_state_dict(kept, strict=False)
 
 
@@ -194,6 +201,11 @@ def test_small_layers_have_as_many_directions_as_their_weight(semantics):
     assert torch.allclose(layer.dash_u.t() @ layer.dash_u, torch.eye(5), atol=1e-4)
 
 
+def test_a_schedule_of_a_model_that_was_not_marked_says_so():
+    with pytest.raises(ValueError, match=r"adapted one by one.*mark_only_lora_as_trainable\(model\) first"):
+        DashSchedule(nn.Sequential(Linear(4, 4, r=2)))
+
+
 def test_a_run_without_a_schedule_is_told():
     model = drop_in()
     x, _ = next(batches(1))
@@ -202,6 +214,34 @@ def test_a_run_without_a_schedule_is_told():
     model.eval()
     with torch.no_grad():
         model(x)
+
+
+def sharded(mesh, model, *parts):
+    for part in (*parts, model):
+        fully_shard(part, mesh=mesh)
+    return model
+
+
+def test_a_sharded_model_trains_as_a_whole_one(process_group):
+    whole, parts = drop_in(merge_weights=False), drop_in(merge_weights=False)
+    sharded(process_group, parts, parts[0], parts[2])
+    losses = [losses_of(model, 15, schedule=schedule_for(model, "loradash")) for model in (whole, parts)]
+    assert torch.equal(*losses) and bool(parts[0].launched) and parts[0].lora_index.full_tensor().any()
+
+
+def test_a_sharded_model_that_launches_in_forward_is_refused(process_group):
+    """What forward writes into parameters is lost after it: the dash term would be zero from launch on, without a word."""
+    model = drop_in("authors")
+    with pytest.raises(ValueError, match=r"the model is sharded \(fully_shard\).*semantics='loradash'"):
+        losses_of(sharded(process_group, model, model[0], model[2]), 2)
+    # Here the model that was marked has no part that is sharded by itself.
+    outer = nn.Sequential(drop_in("authors"))
+    with pytest.raises(RuntimeError, match="0: the directions that its launch wrote are gone"):
+        losses_of(sharded(process_group, outer), 15)
+    forks = make_model("sdg", "restated")
+    patch(forks)
+    with pytest.raises(ValueError, match=r"0 is sharded \(DTensor\), and its delta sigma is not kept"):
+        DashSchedule(sharded(process_group, forks))
 
 
 def test_the_authors_semantics_refuses_a_schedule_and_prelaunch():

@@ -109,9 +109,13 @@ def test_state_dicts_go_on_where_they_stopped(dialect, semantics):
         other = make_model(dialect, "restated", warmup=6, seed=5)
         patch(other, semantics)
         other.load_state_dict(model.state_dict())
-        assert [layer.FLAG for layer in dash_layers(other).values()] == [
-            layer.FLAG for layer in dash_layers(model).values()
-        ]
+        assert (
+            dash_state(other).step == dash_state(model).step == (7 if semantics == "authors" and steps > 7 else steps)
+        )
+        found, wanted = (
+            [(layer.calls(), bool(layer.launched)) for layer in dash_layers(m).values()] for m in (other, model)
+        )
+        assert found == wanted
         with torch.no_grad():
             assert torch.equal(other(X), model(X))
     for steps in (4, 9):
@@ -122,6 +126,25 @@ def test_state_dicts_go_on_where_they_stopped(dialect, semantics):
         assert [bool(layer.launched) for layer in dash_layers(other).values()] == [steps > 6] * 2
         with torch.no_grad():
             torch.testing.assert_close(other(X), theirs(X), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("dialect", DIALECTS)
+def test_a_merged_update_never_counts_twice(dialect):
+    """CR_MR's layers merge in eval: their state dicts hold the frozen weight whether merged or not."""
+    model, other = (make_model(dialect, "restated", warmup=6) for _ in range(2))
+    patch(trained(model, 9)), patch(other)
+    y = model(X)
+    loradash.merge(model)
+    if dialect == "cr_mr":
+        other.load_state_dict(model.state_dict())
+        loradash.unmerge(model)
+        assert torch.equal(other(X), model(X))
+        return
+    with pytest.raises(ValueError, match=r"0: the state dict is that of a merged model.*unmerge\(model\)"):
+        other.load_state_dict(model.state_dict())
+    with pytest.raises(ValueError, match=r"0 is merged; unmerge\(model\) before load_state_dict"):
+        model.load_state_dict(other.state_dict())
+    torch.testing.assert_close(model(X), y, rtol=1e-5, atol=1e-6)
 
 
 def test_a_launched_checkpoint_in_their_model_is_launched():
@@ -199,6 +222,11 @@ def test_what_cannot_be_patched_is_left_as_it_was():
     parallel = nn.DataParallel(make_model("loralib", "restated"))
     unchanged(parallel, ValueError, "the model is wrapped in DataParallel; patch comes before it")
     unchanged(make_model("loralib", "restated"), ValueError, "semantics must be one of", semantics="mine")
+    for step in (-1, 2.5, True, "3"):
+        unchanged(make_model("loralib", "restated"), ValueError, "step must be an integer of at least 0", step=step)
+    unchanged(
+        make_model("sdg", "restated"), ValueError, "step is for semantics='loradash'", semantics="authors", step=3
+    )
     model = make_model("loralib", "restated")
     model[0].FLAG = 3
     unchanged(model, ValueError, "FLAG is 3 in 0 and 0 in 2: say how many optimizer steps were taken: step=")

@@ -224,6 +224,11 @@ def test_other_optimizers_count_by_the_call():
     assert loradash.dash_state(model).step == 5
 
 
+def test_what_is_no_cache_is_refused_before_training():
+    with pytest.raises(TypeError, match=r"cache must be a SpectralCache .*got str"):
+        DashSchedule(adapted(), cache="folder")
+
+
 def test_the_last_schedule_counts():
     model = adapted(steps=100)
     first = DashSchedule(model, progress=False)

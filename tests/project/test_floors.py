@@ -42,8 +42,7 @@ FLOORS = {
         "model", "__init__",
     ),
     "python/loradash/integrations/subspace_tuning": (
-        "dialects", "recovery", "layers", "kinds", "run", "patch", "drop_in", "settings", "state_dicts",
-        "convert", "__init__",
+        "dialects", "state_dicts", "layers", "kinds", "run", "patch", "drop_in", "settings", "convert", "__init__",
     ),
 }  # fmt: skip
 

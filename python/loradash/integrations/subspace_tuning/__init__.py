@@ -17,16 +17,22 @@ step is one forward call without dropout.
 | Adam on delta sigma | begins at launch | begins at launch: until then there is no gradient |
 | min(N, K) < 8 | fewer directions | fewer directions |
 | torch.compile | one graph, and no other at launch | graph breaks where calls are counted |
+| DistributedDataParallel | as any model | find_unused_parameters=True, as theirs: delta sigma takes no part until launch |
 | merge_weights | `Linear` merges in eval, and is the old one bit for bit in train | as in their file: without effect |
 
 What their code does and neither of these: a launch in bfloat16 raises; a layer with min(N, K) < 8 raises; fan_in_fan_out
 raises or, where the weight is square, chooses directions of its transpose; FLAG is in no state dict, so that a resumed run
 warms up anew and throws the directions away; their `lora_state_dict` leaves out U and V; activation checkpointing counts a
-call twice, or fails at launch; CR_MR's train() after eval() raises. Here the key `lora_flag` keeps the count and the phase in
-every state dict, and where it is missing the phase is that of U.
+call twice, or fails at launch; CR_MR's train() after eval() raises. Here the key `lora_flag` keeps the count (calls, or the
+schedule's steps) and the phase in every state dict, and where it is missing the phase is that of U.
 
-FSDP2 shards `Linear` and loralib's layers; the forks', whose delta sigma is a matrix, are refused by DashSchedule.
+FSDP2 shards `Linear` and loralib's layers with "loradash"; the forks', whose delta sigma is a matrix, are refused by DashSchedule.
+With "authors" a sharded model is refused until launch: what forward writes into sharded parameters does not stay.
 `merge_and_unload` has no plain layer to give back: save the adapter and load it into the plain model.
+
+Files: `layers` is what their layers have in common on our operator, `kinds` what each of the three has of its own, `run` what the
+layers of a model share; `patch` and `drop_in` are the two ways in. `dialects` has the names of their tensors, `state_dicts` and
+`settings` change them and their settings into ours and back, `convert` does so with files.
 
 Other layers of theirs (MergedLinear, Embedding, Conv) have no directions and are left alone, and `PatchReport` says so.
 """

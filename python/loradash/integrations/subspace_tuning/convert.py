@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, get_args
@@ -58,7 +59,7 @@ def convert(
         target: a file or folder; of the forks a folder, which gets an adapter_config.json too.
         into: "loradash", "loralib", "cr_mr" or "sdg".
         weights: the frozen weights, a model or a state dict, for a source without U and V whose weights are not in it:
-            they come back from `lora_change_a`, `lora_change_bb` and the SVD (`recovery`).
+            they come back from `lora_change_a`, `lora_change_bb` and the SVD (`state_dicts.recovered_directions`).
         settings: arguments of the authors' layers or fields of their adapter_config.json, over those of the source's
             folder; lora_alpha must be in one. rank_pattern and alpha_pattern, by name, serve loralib as well.
         step: the optimizer steps that a source of theirs was trained, which it does not tell; by default 0 before launch
@@ -71,13 +72,15 @@ def convert(
     """
     if into not in get_args(Dialect):
         raise ValueError(f"into must be one of {get_args(Dialect)}, got {into!r}")
+    if step is not None and (type(step) is not int or step < 0):
+        raise ValueError(f"step must be an integer of at least 0, got {step!r}")
     file = _source_file(Path(source))
     try:
         found = _read(file, weights, settings or {}, step)
         tensors, about = _ours(found) if into == "loradash" else _theirs(found, into)
     except AdapterError:
         raise
-    except (KeyError, ValueError) as error:
+    except (KeyError, ValueError, re.error) as error:
         raise AdapterError(f"{file}: {error}") from error
     _write(Path(target), into, tensors, about)
     return about["config"] if into == "loradash" else about
@@ -147,7 +150,7 @@ def _steps(parsed: Parsed, layers: Mapping[str, Mapping[str, Tensor]], step: int
         return step
     flags = [int(parts["flag"][0]) for parts in parsed.layers.values() if "flag" in parts]
     launched = any(bool(parts.get("launched", False)) for parts in layers.values())
-    return min(max(flags, default=WARMUP if launched else 0), WARMUP)
+    return max(flags, default=WARMUP if launched else 0)
 
 
 def _trained_whole(parsed: Parsed, settings: Mapping[str, Any]) -> tuple[dict[str, Tensor], list[str]]:

@@ -19,7 +19,7 @@ WARMUP = 100
 """The forward calls before launch in their classes (their attribute `warmup`)."""
 
 FLAG = "lora_flag"
-"""A key that only our layers write: [forward calls counted, launched?]. The authors' FLAG is in no state dict."""
+"""A key that only our layers write: [forward calls, or a schedule's steps; launched?]. The authors' FLAG is in no state dict."""
 
 PARTS = ("lora_a", "lora_b", "dash_sigma", "dash_u", "dash_vt")
 

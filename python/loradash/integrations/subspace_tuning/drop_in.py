@@ -8,6 +8,7 @@ from typing import Any, cast, get_args
 import torch
 from torch import Tensor, nn
 
+from ...config import DashConfig
 from ...state import STATE, plain_name
 from .dialects import INDEX, KEYS, PARTS, WARMUP
 from .kinds import DropInLayer, adopt
@@ -55,6 +56,8 @@ class Linear(nn.Linear):
             raise ValueError(f"semantics must be one of {get_args(Semantics)}, got {semantics!r}")
         if isinstance(r, bool) or not isinstance(r, int) or r < 0:
             raise ValueError(f"r must be an integer of at least 0, got {r!r}")
+        if r > 0:
+            _check(r, lora_alpha, lora_dropout)
         super().__init__(in_features, out_features, **kwargs)
         self.r, self.lora_alpha = r, lora_alpha
         self.lora_dropout = nn.Dropout(lora_dropout) if lora_dropout > 0 else nn.Identity()
@@ -88,6 +91,14 @@ class Linear(nn.Linear):
     def forward(self, input: Tensor) -> Tensor:
         """input (..., K) to (..., N), without an adapter."""
         return nn.functional.linear(input, self.weight.T if self.fan_in_fan_out else self.weight, self.bias)
+
+
+def _check(r: int, lora_alpha: float, lora_dropout: float) -> None:
+    try:
+        DashConfig(r=r, alpha=lora_alpha, dropout=lora_dropout)
+    except ValueError as error:
+        # It begins with the name of the setting, which is that of the argument but for this.
+        raise ValueError(f"lora_{error}") from None
 
 
 def mark_only_lora_as_trainable(model: nn.Module, bias: str = "none") -> None:

@@ -23,6 +23,7 @@ _ADDED = (
     "run",
     "semantics",
     "reminded",
+    "_fresh",
     "_unmerged",
     "_seen",
     "transposed",
@@ -30,6 +31,11 @@ _ADDED = (
     "_trained",
     "_width",
 )
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Would a call of the module run hooks?"""
+    return any(getattr(module, name, None) for name in _HOOKS)
 
 
 class LoralibLayer(AuthorsLayer):
@@ -145,7 +151,7 @@ class SdgLayer(AuthorsLayer):
 
     def _product(self, x: Tensor, dash: bool) -> Tensor:
         base = self.base
-        if computes_plainly(base) and not any(getattr(base, name, None) for name in _HOOKS):
+        if computes_plainly(base) and not has_hooks(base):
             return super()._product(x, dash)
         return low_rank_update(self._base_output(x), x, **self._terms(dash))
 
@@ -183,12 +189,14 @@ class SdgHost(nn.Module):
         super()._save_to_state_dict(destination, prefix, keep_vars)
         view = self.__dict__[VIEW]
         destination[f"{prefix}{FLAG}.{view.adapter}"] = view.flag()
+        view.note_merged(destination, prefix)
 
-    def _load_from_state_dict(self, state_dict: dict, prefix: str, *args: Any) -> None:
+    def _load_from_state_dict(self, state_dict: dict, prefix: str, local_metadata: dict, *args: Any) -> None:
         view = self.__dict__[VIEW]
+        view.refuse_merged(prefix, state_dict, local_metadata)
         found = {key: value for key, value in state_dict.items() if key.startswith(prefix)}
         flag = found.pop(f"{prefix}{FLAG}.{view.adapter}", None)
-        super()._load_from_state_dict(found, prefix, *args)
+        super()._load_from_state_dict(found, prefix, local_metadata, *args)
         # Its own parameters come after those of the layer.
         u = found.get(f"{prefix}{KEYS['sdg']['dash_u'].format(adapter=view.adapter)}")
         if u is not None:

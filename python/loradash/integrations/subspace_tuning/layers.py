@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import warnings
+from collections.abc import Mapping
 from typing import Any, ClassVar, Literal, cast
 
 import torch
@@ -17,7 +18,7 @@ from ...distributed import shard_of
 from ...linear import DashLinear
 from ...state import DashState
 from .dialects import FLAG, KEYS, Dialect
-from .recovery import recovered_directions
+from .state_dicts import lost_directions
 
 Semantics = Literal["loradash", "authors"]
 
@@ -51,7 +52,7 @@ class AuthorsLayer(DashLinear):
     def start(self, semantics: Semantics, name: str = "") -> None:
         """What a layer of theirs needs besides what it has. Its phase is that of FLAG, or of U where FLAG was not kept."""
         self.enabled, self.name, self.run = True, name, None
-        self.semantics, self.reminded = semantics, False
+        self.semantics, self.reminded, self._fresh = semantics, False, False
         self._unmerged, self._seen = None, (0, -1, False)
         self.transposed = bool(getattr(self, "fan_in_fan_out", False))
         smaller = min(self.in_features, self.out_features)
@@ -184,9 +185,12 @@ class AuthorsLayer(DashLinear):
             # Before launch U and V are zero: nothing branches.
             return self._product(input, dash=True)
         if not self.is_launched():
+            self._refuse_shards()
             if self._counts_on():
                 return self._product(input, dash=False)
             self._launch_itself()
+        elif self._fresh:
+            self._check_kept()
         if not (self.training and self.drop_probability()):
             return self._product(input, dash=True)
         return self._dash_term(self._product(input, dash=False), input)
@@ -250,6 +254,22 @@ class AuthorsLayer(DashLinear):
             )
         super().launch(found)
         self.note_phase(True, self.FLAG)
+        self._fresh = True
+
+    def _refuse_shards(self) -> None:
+        """Of layers that launch in forward one asks, once, whether what they write there will stay."""
+        if not self.reminded and self.run is not None:
+            cast(Any, self.run).refuse_shards()
+            self.reminded = True
+
+    def _check_kept(self) -> None:
+        """In the call after launch: whoever shards parameters (FSDP) around the model takes away what forward wrote into them."""
+        if not bool(self.dash_u.any()):
+            raise RuntimeError(
+                f"{self._label()}: the directions that its launch wrote are gone, since a framework shards its parameters (FSDP) "
+                "and takes its own again after each call; take semantics='loradash', whose DashSchedule launches between steps"
+            )
+        self._fresh = False
 
     def launch(self, directions: Directions) -> None:
         """As `DashLinear.launch`. Raises ValueError for the authors' semantics, where the layer launches itself."""
@@ -304,46 +324,44 @@ class AuthorsLayer(DashLinear):
             self.unmerge()
         found = {key: value for key, value in state_dict.items() if key.startswith(prefix)}
         keys = {part: prefix + suffix for part, suffix in KEYS[self.dialect].items()}
-        flag, sigma, delta = (found.pop(keys.get(part, ""), None) for part in ("flag", "sigma", "delta"))
-        has_adapter = keys["dash_sigma"] in found
-        if has_adapter and keys["dash_u"] not in found:
+        parts = {part: found[key] for part, key in keys.items() if key in found}
+        for part in ("flag", "sigma", "delta"):
+            found.pop(keys.get(part, ""), None)
+        has_adapter = "dash_sigma" in parts
+        if has_adapter and "dash_u" not in parts:
             weight = found.get(f"{prefix}weight", self.weight)
-            index = found[keys["dash_sigma"]]
             try:
-                u, vt = self._lost_directions(weight, index, flag, sigma, delta)
+                u, vt = self._lost_directions(parts, weight)
                 found |= {keys["dash_u"]: u, keys["dash_vt"]: vt}
             except ValueError as error:
                 # The last argument is the list of errors.
                 args[-1].append(f"{prefix[:-1]}: {error}")
         super()._load_from_state_dict(found, prefix, *args)
         if has_adapter:
-            self.note_loaded(flag, found.get(keys["dash_u"], self.dash_u))
+            self.note_loaded(parts.get("flag"), found.get(keys["dash_u"], self.dash_u))
         if merged:
             self.merge()
 
     def flag(self) -> Tensor:
         """What a state dict keeps under `dialects.FLAG`."""
-        return torch.tensor([self.FLAG, int(self.is_launched())])
+        return torch.tensor([self.calls(), int(self.is_launched())])
 
     def note_loaded(self, flag: Tensor | None, u: Tensor) -> None:
-        """Takes the phase from a state dict's flag; where the authors' code wrote it there is none, and its U tells."""
-        launched = bool(flag[1]) if flag is not None else bool(u.any())
-        self.note_phase(launched, int(flag[0]) if flag is not None else 0)
+        """Takes phase and count from a state dict's flag; where the authors' code wrote it there is none, and its U tells."""
+        if flag is not None and flag.shape != (2,):
+            raise ValueError(f"{self._label()}: {FLAG} has shape {tuple(flag.shape)}, wanted (2,)")
+        launched, calls = (bool(flag[1]), int(flag[0])) if flag is not None else (bool(u.any()), 0)
+        self.note_phase(launched, calls)
+        if flag is not None and self.semantics == "loradash" and self.run is not None:
+            self.run.step = calls
 
-    def _lost_directions(
-        self, weight: Tensor, index: Tensor, flag: Tensor | None, sigma: Tensor | None, delta: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
+    def _lost_directions(self, parts: Mapping[str, Tensor], weight: Tensor) -> tuple[Tensor, Tensor]:
         """U and Vᵀ where a state dict left them out, in the shapes of theirs; zeros before launch."""
-        u, vt = (torch.zeros_like(self.stored(part)) for part in ("dash_u", "dash_vt"))
-        if sigma is not None and delta is not None:
-            s = self.dash_sigma.numel()
-            u[:, :s], vt[:s] = recovered_directions(weight, sigma, delta, s)
-        elif bool(index.any()) or (flag is not None and bool(flag[1])):
-            names = " and ".join(KEYS[self.dialect][part] for part in ("dash_u", "dash_vt"))
-            raise ValueError(
-                f"the state dict is of a launched layer and has no {names}; save it by "
-                "loradash.integrations.subspace_tuning.lora_state_dict, which keeps them"
-            )
+        s = self.dash_sigma.numel()
+        names = " and ".join(KEYS[self.dialect][part] for part in ("dash_u", "dash_vt"))
+        u, vt = (parts["dash_sigma"].new_zeros(self.stored(part).shape) for part in ("dash_u", "dash_vt"))
+        parts = {"lora_a": self.lora_a, "lora_b": self.lora_b, **parts}
+        u[:, :s], vt[:s] = lost_directions(parts, weight, s, names)
         return u, vt
 
 

@@ -13,12 +13,11 @@ from ...base_layers import is_linear, treatment
 from ...model import wrappers
 from ...quantised import is_quantised
 from ...state import STATE, plain_name
-from .kinds import CrMrLayer, DropInLayer, LoralibLayer, SdgHost, SdgLayer, adopt, release
+from .kinds import CrMrLayer, DropInLayer, LoralibLayer, SdgHost, SdgLayer, adopt, has_hooks, release
 from .layers import AuthorsLayer, Semantics
 from .run import attach, hosts_of, one_of
 
 _ADAPTER_NAMES = ("lora_A", "lora_B", "lora_embedding_A", "lora_index")
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
 @dataclass(frozen=True)
@@ -48,6 +47,7 @@ def patch(model: nn.Module, semantics: Semantics = "loradash", step: int | None 
     Args:
         semantics: whose rules hold from now on (the table of this package says how they differ).
         step: optimizer steps taken, where forward calls were not steps (accumulation, evaluation); by default their count.
+            For "loradash" alone.
 
     Returns a report. Raises ValueError, with nothing changed: no layer of theirs that can be patched; a model patched or
     adapted already, or inside DistributedDataParallel or FSDP; dropout or warmup that differ between layers and, for
@@ -55,6 +55,12 @@ def patch(model: nn.Module, semantics: Semantics = "loradash", step: int | None 
     """
     if semantics not in get_args(Semantics):
         raise ValueError(f"semantics must be one of {get_args(Semantics)}, got {semantics!r}")
+    if step is not None and (type(step) is not int or step < 0):
+        raise ValueError(f"step must be an integer of at least 0, got {step!r}")
+    if step is not None and semantics == "authors":
+        raise ValueError(
+            "step is for semantics='loradash': layers of semantics='authors' count forward calls, as theirs do"
+        )
     # torch.compile traces the changed module anew.
     model = model._modules.get("_orig_mod") or model
     for name, module in model.named_modules():
@@ -138,7 +144,7 @@ def _hindrance(module: Any, kind: type[AuthorsLayer]) -> str | None:
         return "its forward was replaced"
     for name, part in module.named_modules():
         # The layer's own hooks run as before.
-        if name and name != "base_layer" and any(getattr(part, hooks, None) for hooks in _HOOKS):
+        if name and name != "base_layer" and has_hooks(part):
             return f"hooks on {name} would not run"
     if module.merged:
         return "merged; unmerge it first"

@@ -71,6 +71,16 @@ class CountedState(DashState):
         for layer in self._layers.values():
             layer.note_phase(layer.is_launched(), step)
 
+    def refuse_shards(self) -> None:
+        """Raises ValueError where FSDP2 shards the model: what a layer writes at launch, in forward, would be lost after it."""
+        from torch.distributed.fsdp import FSDPModule
+
+        if any(isinstance(module, FSDPModule) for module in self._model.modules()):
+            raise ValueError(
+                "the model is sharded (fully_shard), and its layers launch themselves in forward (semantics='authors'), where "
+                "nothing that they write stays; take semantics='loradash', whose DashSchedule launches between steps"
+            )
+
     def claim(self) -> int:
         raise ValueError(
             "the layers count their own forward calls and launch themselves (semantics='authors'); DashSchedule is for "

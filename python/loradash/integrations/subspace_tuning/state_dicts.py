@@ -1,4 +1,4 @@
-"""State dicts of the authors' three code bases and ours, into one another."""
+"""State dicts of the authors' three code bases and ours, into one another, and the directions that theirs may have lost."""
 
 from __future__ import annotations
 
@@ -10,9 +10,12 @@ from torch import Tensor, nn
 
 from ...state import plain_name
 from .dialects import INDEX, PARTS, Dialect, Parsed, key_of, narrowed, parse, widened
-from .recovery import recovered_directions
 
 Weights = nn.Module | Mapping[str, Tensor]
+
+ROUNDING = 1e-3
+"""How far singular values may be from the file's, relative to the largest: two SVDs in float32 differ by far less, another
+weight's by far more."""
 
 
 def convert_state_dict(
@@ -55,8 +58,11 @@ def parts_of(parsed: Parsed, weights: Weights | None) -> dict[str, dict[str, Ten
     """Every layer's tensors in our shapes, with U, V and `launched`; a layer without directions has A and B alone."""
     layers: dict[str, dict[str, Tensor]] = {}
     for name, parts in parsed.layers.items():
-        n, k = parts["lora_b"].shape[0], parts["lora_a"].shape[1]
         found = {part: parts[part] for part in ("lora_a", "lora_b")}
+        for part, tensor in found.items():
+            if tensor.dim() != 2:
+                raise ValueError(f"{parsed.keys[name, part]} has shape {tuple(tensor.shape)}, wanted a matrix")
+        n, k = parts["lora_b"].shape[0], parts["lora_a"].shape[1]
         if not parts.get("dash_sigma", parts["lora_a"][:0]).numel():
             layers[name] = found
             continue
@@ -96,24 +102,10 @@ def _check_shapes(parsed: Parsed, name: str, parts: Mapping[str, Tensor], n: int
 def _lost(
     parsed: Parsed, name: str, parts: Mapping[str, Tensor], weights: Weights | None, s: int
 ) -> tuple[Tensor, Tensor]:
-    """U and Vᵀ of a layer whose checkpoint has none: zeros before launch, else from what launch left behind."""
-    sigma, delta = parts.get("sigma"), parts.get("delta")
-    n, k = parts["lora_b"].shape[0], parts["lora_a"].shape[1]
-    if sigma is None or delta is None:
-        launched = bool(parts["dash_sigma"].any()) or ("flag" in parts and bool(parts["flag"][1]))
-        if launched:
-            raise ValueError(
-                f"{' and '.join(_vector_keys(parsed, name))} are missing, and lora_change_a and lora_change_bb, from which "
-                "they would come back, too"
-            )
-        return parts["lora_a"].new_zeros(n, s), parts["lora_a"].new_zeros(s, k)
-    weight = parsed.rest.get(f"{name}.weight")
-    if weight is None:
-        weight = _frozen(weights).get(f"{name}.weight")
-    if weight is None:
-        raise ValueError(f"{' and '.join(_vector_keys(parsed, name))} are missing; give weights= to find them again")
+    key = f"{name}.weight"
+    weight = parsed.rest[key] if key in parsed.rest else _frozen(weights).get(key)
     try:
-        u, vt = recovered_directions(weight, sigma, delta, s)
+        u, vt = lost_directions(parts, weight, s, " and ".join(_vector_keys(parsed, name)))
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from error
     return u.to(parts["lora_a"]), vt.to(parts["lora_a"])
@@ -147,3 +139,51 @@ def named(layers: Mapping[str, Mapping[str, Tensor]], dialect: Dialect, adapter:
                 tensors[key_of(dialect, name, part)] = new(shape)
             tensors[key_of(dialect, name, "launched")] = torch.tensor(False)
     return tensors
+
+
+def lost_directions(parts: Mapping[str, Tensor], weight: Tensor | None, s: int, names: str) -> tuple[Tensor, Tensor]:
+    """U (N, s) and Vᵀ (s, K) of a layer whose state dict has none, as the authors' `lora_state_dict` writes them: zeros before
+    launch, else from "sigma" and "delta", what launch left behind.
+
+    names: theirs of U and V, for error messages. Raises ValueError where they cannot be found again.
+    """
+    if "sigma" in parts and "delta" in parts:
+        if weight is None:
+            raise ValueError(f"{names} are missing; give weights= to find them again")
+        return recovered_directions(weight, parts["sigma"], parts["delta"], s)
+    if bool(parts["dash_sigma"].any()) or ("flag" in parts and bool(parts["flag"][1])):
+        raise ValueError(
+            f"{names} are missing in the state dict of a launched layer, and so are lora_change_a and lora_change_bb, from which "
+            "they would come back; loradash.integrations.subspace_tuning.lora_state_dict keeps them"
+        )
+    new = parts["lora_a"].new_zeros
+    return new(parts["lora_b"].shape[0], s), new(s, parts["lora_a"].shape[1])
+
+
+@torch.no_grad()
+def recovered_directions(
+    weight: Tensor,  # as the layer stores it
+    sigma: Tensor,  # (n,)
+    delta: Tensor,  # (n,)
+    s: int,
+) -> tuple[Tensor, Tensor]:
+    """U (N, s) and Vᵀ (s, K) of the s highest |delta| / |sigma|, from the SVD of the frozen weight, in their order.
+
+    sigma and delta are `lora_change_a` and `lora_change_bb`, what the authors' launch leaves behind. Raises ValueError where
+    the weight has other singular values: it is not the one that the checkpoint was trained on.
+    """
+    u, found, vt = torch.linalg.svd(weight.detach().float(), full_matrices=False)
+    if found.shape != sigma.shape or delta.shape != sigma.shape:
+        raise ValueError(
+            f"lora_change_a {tuple(sigma.shape)} and lora_change_bb {tuple(delta.shape)} do not fit a weight "
+            f"{tuple(weight.shape)}"
+        )
+    sigma, delta = sigma.to(found), delta.to(found)
+    gap = float((found - sigma).abs().max() / found[0].clamp_min(torch.finfo(found.dtype).tiny))
+    if not gap < ROUNDING:
+        raise ValueError(
+            f"lora_change_a are not the singular values of this weight (off by {gap:.1e} of the largest); give the weights "
+            "that the checkpoint was trained on"
+        )
+    which = torch.topk(delta.abs() / sigma.abs(), s).indices
+    return u[:, which].contiguous(), vt[which].contiguous()
