@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+import importlib
 import json
 import pickle
 import shutil
+import sys
 from pathlib import Path
 
 import loradash
@@ -25,7 +27,7 @@ X = torch.arange(3, 15)[None]
 
 
 def trainer_of(model, folder, *callbacks, kind=transformers.Trainer, **given):
-    """`given` goes to the trainer where it is one of its arguments, and to TrainingArguments."""
+    """What is given goes to the trainer where that takes it, else to TrainingArguments."""
     defaults = {"max_steps": 6, "per_device_train_batch_size": 2, "logging_steps": 1, "save_steps": 3, "report_to": []}
     own = {key: given.pop(key) for key in ("eval_dataset", "optimizers", "data_collator") if key in given}
     args = transformers.TrainingArguments(
@@ -103,7 +105,7 @@ def test_copies_save_themselves(run, tmp_path):
 
 
 def test_adapters_that_were_frozen_are_saved(run, tmp_path):
-    """Of a model in which Δσ alone trains: Trainer resumes from this file."""
+    """Trainer resumes from this file, also where Δσ alone trains."""
     model = copy.deepcopy(run.model)
     loradash.dash_only(model)
     model.save_pretrained(tmp_path)
@@ -273,6 +275,13 @@ def test_callbacks_that_trainer_restores(run, tmp_path):
             DashCallback(cache=SpectralCache(tmp_path)),
             restore_callback_states_from_checkpoint=True,
         )
+
+
+def test_without_transformers(monkeypatch):
+    monkeypatch.delitem(sys.modules, "loradash.integrations.transformers")
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    with pytest.raises(ImportError, match=r'needs transformers, .*: pip install "loradash-kernels\[transformers\]"'):
+        importlib.import_module("loradash.integrations.transformers")
 
 
 def test_a_model_without_adapters(tmp_path):

@@ -24,7 +24,8 @@ try:
     from transformers.trainer_callback import ExportableState
 except ImportError as error:
     raise ImportError(
-        'loradash.integrations.transformers needs transformers: pip install "loradash-kernels[transformers]"'
+        f"loradash.integrations.transformers needs transformers, which cannot be imported ({error}): "
+        'pip install "loradash-kernels[transformers]"'
     ) from error
 
 
