@@ -22,7 +22,7 @@ from loradash.formats import keep_differentiable, unready
 from loradash.linear import DashLinear
 
 from .config import DashLoraConfig
-from .layer import DashLoraLayer, dash_class
+from .layer import FROZEN, DashLoraLayer, dash_class
 from .merging import checked_merge
 from .versions import warn_of_shards
 from .views import dash_layers_of, layers_with
@@ -146,6 +146,13 @@ class DashLoraModel(LoraModel):
         warn_of_shards(found, adapter_name)
         return found
 
+    def set_adapter(self, adapter_name: str | list[str], *args: Any, **kwargs: Any) -> None:
+        """PEFT's. An adapter made of another one's settings, A and B, as TRL makes its reference model, gets that one's Δσ and
+        directions first: PEFT's LoRA has none, so nobody copies them."""
+        for name in [adapter_name] if isinstance(adapter_name, str) else adapter_name:
+            _complete_copy(self, name)
+        super().set_adapter(adapter_name, *args, **kwargs)
+
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         """PEFT's, which makes new parameters that train, whether the old ones did or not."""
         layers = [layer for _, layer in layers_with(self.model, adapter_name)]
@@ -237,6 +244,32 @@ def _under_several_names(model: nn.Module) -> dict[nn.Module, list[str]]:
         if name and parent in parents:
             names.setdefault(module, {})[id(parents[parent]), child] = name
     return {module: list(places.values()) for module, places in names.items() if len(places) > 1}
+
+
+@torch.no_grad()
+def _complete_copy(tuner: DashLoraModel, name: str) -> None:
+    configs = tuner.peft_config
+    layers = [layer for _, layer in layers_with(tuner.model, name)]
+    for other in configs:
+        # One that was read from a file has settings of its own, and one that starts anew another A.
+        if other == name or name not in configs or configs[other] is not configs[name]:
+            continue
+        if any(_is_copy(layer, name, other) for layer in layers):
+            for layer in layers:
+                layer.lora_dash_sigma[name].copy_(layer.lora_dash_sigma[other])
+                for key in FROZEN:
+                    getattr(layer, key)[name].copy_(getattr(layer, key)[other])
+            return
+
+
+def _is_copy(layer: DashLoraLayer, name: str, other: str) -> bool:
+    """Has an adapter A and B of another, launched one, and is itself before launch?"""
+    a, b = layer.lora_A, layer.lora_B
+    if a[name].weight.is_meta or is_sharded(a[name].weight):
+        return False
+    if bool(layer.lora_dash_launched[name]) or not bool(layer.lora_dash_launched[other]):
+        return False
+    return all(torch.equal(part[name].weight, part[other].weight.to(part[name].weight)) for part in (a, b))
 
 
 def _hookable(model: nn.Module) -> Iterator[nn.Module]:
