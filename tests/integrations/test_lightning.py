@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import builtins
+import contextlib
 import importlib
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
-from loradash import DashConfig, apply_dash, dash_parameter_groups, dash_state
+from loradash import DashConfig, apply_dash, dash_layers, dash_parameter_groups, dash_state
 from torch import nn
 
 lightning = pytest.importorskip("lightning.pytorch")
@@ -62,7 +64,9 @@ def test_a_resumed_run_equals_one_that_went_through(whole, step):
 def test_accumulation(accumulation):
     """Optimizer steps count, batches do not."""
     for steps in (LAUNCH - 1, LAUNCH):
-        module, *_ = fit(Module, steps=steps, accumulate_grad_batches=accumulation)
+        early = pytest.warns(UserWarning, match="ended at step 3 of 4, before launch: plain LoRA so far")
+        with early if steps < LAUNCH else contextlib.nullcontext():
+            module, *_ = fit(Module, steps=steps, accumulate_grad_batches=accumulation)
         assert dash_state(module).step == steps
         assert all(launched(module)) == (steps == LAUNCH)
         assert len(module.losses) == steps * accumulation
@@ -117,7 +121,8 @@ def test_fit_goes_on():
     torch.manual_seed(0)
     module, callback = Module(), DashCallback(progress=False)
     trainer = trainer_of(callback, steps=3)
-    trainer.fit(module, batches())
+    with pytest.warns(UserWarning, match="before launch"):
+        trainer.fit(module, batches())
     trainer.fit_loop.epoch_loop.max_steps = STEPS
     trainer.fit(module, batches())
     assert dash_state(module).step == STEPS and all(launched(module))
@@ -242,6 +247,42 @@ def test_a_checkpoint_read_for_a_test_brings_its_step(whole, tmp_path):
     trainer.save_checkpoint(tmp_path / "again.ckpt")
     saved = torch.load(tmp_path / "again.ckpt", weights_only=True)["callbacks"]["DashCallback"]
     assert saved["schedule"]["step"] == 6 and "backbone.0.lora_a" in saved["trained"]
+
+
+def test_what_one_module_read_is_not_told_another(whole):
+    callback = DashCallback(progress=False)
+    trainer_of(callback).test(Module(), batches(1), ckpt_path=whole[1] / "step=2.ckpt", verbose=False)
+    module, *_ = fit(Module, callback=callback)
+    assert dash_state(module).step == STEPS and same(module, whole[0])
+
+
+def test_running_averages_have_whole_directions():
+    """The mean of zeros and of a unit vector would be none."""
+    averaging = getattr(lightning.callbacks, "EMAWeightAveraging", None)
+    if averaging is None:
+        pytest.skip("Lightning before 2.6 has no EMAWeightAveraging")
+    average = averaging(decay=0.5)
+    module, callback, _ = fit(Module, extra=[average])
+    for layer in dash_layers(module).values():
+        torch.testing.assert_close(layer.dash_u.norm(dim=0), torch.ones(2))
+        torch.testing.assert_close(layer.dash_vt.norm(dim=1), torch.ones(2))
+    assert all(launched(module)) and not callback._averages
+
+
+def test_runs_without_directions_end_in_silence():
+    class Lora(Module):
+        config = DashConfig(r=2, directions=0, prelaunch_steps=LAUNCH)
+
+    fit(Lora, steps=2)
+
+
+def test_adapters_alone_want_the_model_in_one_piece():
+    """Strategies that shard it read a checkpoint themselves, and whole."""
+    strategy = lightning.strategies.ModelParallelStrategy()
+    with pytest.raises(
+        ValueError, match="adapters_only=True: ModelParallelStrategy reads and writes the model's state"
+    ):
+        DashCallback(adapters_only=True).setup(SimpleNamespace(strategy=strategy), Module(), "fit")
 
 
 def test_pytorch_lightning():

@@ -36,7 +36,7 @@ FLOORS = {
         "fingerprint", "cache", "background_process", "batches", "prelaunch", "schedule", "optimizer", "plots", "analysis", "integrations",
         "devices", "machine", "cli", "__init__",
     ),
-    "python/loradash/integrations": ("__init__", "lightning", "peft", "subspace_tuning", "transformers"),
+    "python/loradash/integrations": ("__init__", "callbacks", "lightning", "peft", "subspace_tuning", "transformers"),
     "python/loradash/integrations/peft": (
         "fused", "accelerated_layer", "accelerator", "versions", "registration", "config", "files", "views", "merging", "layer",
         "model", "__init__",

@@ -6,15 +6,14 @@ import warnings
 from collections.abc import Iterable
 from typing import Any
 
-import torch
 from torch import nn
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from ..cache import SpectralCache
-from ..distributed import gathered
 from ..schedule import DashSchedule
-from ..state import dash_layers, dash_state, parameter_of, plain_name
+from ..state import dash_layers, dash_state, plain_name
+from .callbacks import Figures, adapter_ids, frozen_names, warn_without_launch
 
 try:
     from lightning.pytorch import __version__ as _version
@@ -47,7 +46,10 @@ class DashCallback(Callback):
     itself gives an epoch that was stopped in its middle the batches of its beginning again.) Finetuning callbacks freeze
     their modules at the start of a resumed run too, the adapters in them as well, and thaw the pretrained weights later:
     what trained when the checkpoint was written trains again, the weights of adapted layers stay frozen, and a warning
-    names both.
+    names both. `load_from_checkpoint` reads the tensors and not the count, which is the callback's.
+
+    Where training ends before launch, a warning says so. Running averages of the weights (Lightning's WeightAveraging) get
+    the directions at launch.
 
     Logged after the optimizer's steps that Lightning logs: dash_step, dash_directions (how many are in place) and, after
     launch, dash_sigma_norm (over all layers); once, dash_rate_mean and dash_rate_max of the chosen directions.
@@ -56,14 +58,16 @@ class DashCallback(Callback):
         progress: a bar for pre-launch.
         cache: decompositions of the frozen weights, as for `DashSchedule`.
         adapters_only: leave frozen parameters out of the checkpoints' state dict. Resume with the same setting and the same
-            pretrained weights in the model. Checkpoints of `save_weights_only` are whole.
+            pretrained weights in the model. Checkpoints of `save_weights_only` are whole. Not for strategies that shard the
+            model (FSDP, ModelParallel) or DeepSpeed.
         log: log the figures above.
 
     Attributes:
         schedule: that of the running or last fit; its `reports` have the rates of every layer.
 
     Raises ValueError when training starts, for a module without adapters, adapters that no optimizer has, and a checkpoint
-    that was written without this callback; and where a checkpoint lacks more than frozen parameters.
+    that was written without this callback; before, for adapters_only with such a strategy, and where a checkpoint lacks more
+    than frozen parameters.
     """
 
     def __init__(
@@ -77,13 +81,23 @@ class DashCallback(Callback):
         self.progress, self.cache, self.adapters_only, self.logs = progress, cache, adapters_only, log
         self.schedule: DashSchedule | None = None
         self._hook: Any = None
+        self._averages: list[nn.Module] = []
         self._ours: set[int] = set()
+        # What a checkpoint held, and the module that has read it.
         self._saved: dict[str, Any] | None = None
-        self._stepped = self._told = False
+        self._read_by = 0
+        self._figures: Figures | None = None
+        self._stepped = False
         self._weights_unseen = False
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         if self.adapters_only:
+            # FSDP, ModelParallel and DeepSpeed: they would miss what is left out.
+            if trainer.strategy.restore_checkpoint_after_setup:
+                raise ValueError(
+                    f"adapters_only=True: {type(trainer.strategy).__name__} reads and writes the model's state in ways of its own, "
+                    "and whole; leave it at False, or train by a strategy that keeps the model in one piece (ddp)"
+                )
             # What may be missing is looked at in on_load_checkpoint.
             pl_module.strict_loading = False
 
@@ -96,13 +110,11 @@ class DashCallback(Callback):
             "trained": sorted(plain_name(name) for name, p in model.named_parameters() if p.requires_grad),
         }
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self._saved = state_dict
-
     def on_load_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
         """Before configure_optimizers, which may ask what trains."""
         saved = checkpoint["callbacks"].get(self.state_key)
         if saved:
+            self._saved, self._read_by = saved, id(pl_module)
             dash_state(pl_module).step = saved["schedule"]["step"]
             _train_again(pl_module, saved["trained"])
         if self.adapters_only:
@@ -110,7 +122,7 @@ class DashCallback(Callback):
 
     def on_save_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
         if self.adapters_only:
-            frozen = _frozen(pl_module)
+            frozen = frozen_names(pl_module)
             tensors = checkpoint["state_dict"]
             checkpoint["state_dict"] = {key: t for key, t in tensors.items() if plain_name(key) not in frozen}
 
@@ -118,31 +130,33 @@ class DashCallback(Callback):
         state = dash_state(pl_module)
         self._stop()
         self.schedule = DashSchedule(pl_module, self.progress, self.cache)
-        if self._saved is not None:
+        if self._saved is not None and self._read_by == id(pl_module):
             self.schedule.load_state_dict(self._saved["schedule"])
             # Callbacks may have frozen anew since the checkpoint was read.
             _train_again(pl_module, self._saved["trained"])
-            self._saved = None
         elif trainer.global_step > 0 and state.step == 0:
             raise ValueError(
                 f"the checkpoint of global step {trainer.global_step} was written without DashCallback, so nothing says how "
                 "many steps its adapters have taken; set dash_state(model).step to that number before fit"
             )
-        self._ours = _adapter_ids(pl_module)
+        self._saved = None
+        self._ours = adapter_ids(pl_module)
         train = any(p.requires_grad for p in pl_module.parameters() if id(p) in self._ours)
         if train and not any(self._in(optimizer) for optimizer in trainer.optimizers):
             raise ValueError(
                 "no optimizer has the adapters' parameters; call apply_dash before configure_optimizers (in __init__ or "
                 "configure_model), and give the optimizer dash_parameter_groups(self, lr=...)"
             )
-        self._told = self.schedule.launched
+        self._figures = Figures(self.schedule)
+        self._averages = [found for c in trainer.callbacks if (found := getattr(c, "_average_model", None)) is not None]
         self._weights_unseen = True
         # Hooks on all optimizers run in the order of their making: the schedule's comes first, and has seen the step.
         self._hook = register_optimizer_step_post_hook(self._after_step)
 
     def _after_step(self, optimizer: Optimizer, args: tuple, kwargs: dict[str, Any]) -> None:
         if self.schedule is not None and self._in(optimizer):
-            self.schedule.step()
+            if self.schedule.step():
+                _tell_averages(self._averages, self.schedule.model)
             self._stepped = True
 
     def _in(self, optimizer: Optimizer) -> bool:
@@ -159,32 +173,17 @@ class DashCallback(Callback):
             self._weights_unseen = False
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        if not self._stepped:
+        if not self._stepped or self._figures is None:
             return
         self._stepped = False
         interval = trainer.log_every_n_steps
         if self.logs and interval > 0 and trainer.global_step % interval == 0:
-            pl_module.log_dict(self._figures())
-
-    @torch.no_grad()
-    def _figures(self) -> dict[str, float]:
-        assert self.schedule is not None
-        launched = [layer for layer in dash_layers(self.schedule.model).values() if bool(layer.launched)]
-        figures = {
-            "dash_step": float(self.schedule.state.step),
-            "dash_directions": float(sum(layer.dash_sigma.numel() for layer in launched)),
-        }
-        if launched:
-            norms = [gathered(layer.dash_sigma).float().norm().cpu() for layer in launched]
-            figures["dash_sigma_norm"] = float(torch.stack(norms).norm())
-        if self.schedule.reports and not self._told:
-            rates = torch.cat([report.rate.float().cpu() for report in self.schedule.reports])
-            figures |= {"dash_rate_mean": float(rates.mean()), "dash_rate_max": float(rates.max())}
-            self._told = True
-        return figures
+            pl_module.log_dict({name: float(figure) for name, figure in self._figures().items()})
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         self._stop()
+        if self.schedule is not None:
+            warn_without_launch(self.schedule)
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
         self._stop()
@@ -193,12 +192,17 @@ class DashCallback(Callback):
         if self._hook is not None:
             self._hook.remove()
             self._hook = None
+        self._averages = []
 
 
-def _adapter_ids(model: nn.Module) -> set[int]:
-    layers = dash_layers(model).values()
-    parts = (p for m in layers for p in (m.lora_a, m.lora_b, m.dash_sigma, m.dash_u, m.dash_vt))
-    return {id(parameter_of(p)) for p in parts}
+def _tell_averages(averages: Iterable[nn.Module], model: nn.Module) -> None:
+    """Gives running averages of the model (WeightAveraging's) its directions: vectors of unit length, which the average of
+    these and of zeros is not."""
+    for average in averages:
+        ours, theirs = dash_layers(model), dash_layers(average)
+        for layer, other in zip(ours.values(), theirs.values(), strict=True):
+            for name in ("dash_u", "dash_vt", "launched"):
+                getattr(other, name).copy_(getattr(layer, name))
 
 
 def _train_again(model: nn.Module, trained: Iterable[str]) -> None:
@@ -234,16 +238,9 @@ def _some(names: list[str]) -> str:
     return f"{', '.join(names[:4])}{f' and {len(names) - 4} more' if len(names) > 4 else ''}"
 
 
-def _frozen(model: nn.Module) -> set[str]:
-    """Names of the parameters that training leaves alone: all that are frozen, but for the adapters' own."""
-    ours = _adapter_ids(model)
-    parameters = model.named_parameters(remove_duplicate=False)
-    return {plain_name(name) for name, p in parameters if not p.requires_grad and id(p) not in ours}
-
-
 def _check_keys(model: nn.Module, found: Iterable[str]) -> None:
     kept, wanted = {plain_name(key) for key in found}, {plain_name(key) for key in model.state_dict()}
-    missing, foreign = sorted(wanted - kept - _frozen(model)), sorted(kept - wanted)
+    missing, foreign = sorted(wanted - kept - frozen_names(model)), sorted(kept - wanted)
     problems = [f"it lacks {_some(missing)}"] if missing else []
     problems += [f"{_some(foreign)} is not the model's"] if foreign else []
     if problems:

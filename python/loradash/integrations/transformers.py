@@ -7,7 +7,6 @@ import os
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -15,9 +14,10 @@ from loradash_kernels.files import replace_bytes, replace_file
 
 from ..cache import SpectralCache
 from ..checkpoint import save_adapter
-from ..distributed import gathered, is_sharded
+from ..distributed import is_sharded
 from ..schedule import DashSchedule
-from ..state import dash_layers, dash_state, host_of, parameter_of, plain_name
+from ..state import dash_layers, dash_state, host_of, plain_name
+from .callbacks import Figures, frozen_names, warn_without_launch
 
 try:
     from transformers import PreTrainedModel, Trainer, TrainerCallback
@@ -65,7 +65,7 @@ class DashCallback(TrainerCallback, ExportableState):
     ) -> None:
         self.progress, self.cache = progress, cache
         self.schedule: DashSchedule | None = None
-        self._told = False
+        self._figures: Figures | None = None
         if model is not None:
             _check_model(model)
 
@@ -101,7 +101,7 @@ class DashCallback(TrainerCallback, ExportableState):
         if isinstance(entry, list):
             raise ValueError(f"{len(entry)} of the trainer's callbacks are a {name}; keep one")
         self.schedule = DashSchedule(model, self.progress, self.cache)
-        self._told = False
+        self._figures = Figures(self.schedule)
         if state.global_step > 0:
             self._resume(state.global_step, entry)
         if args.load_best_model_at_end:
@@ -138,7 +138,7 @@ class DashCallback(TrainerCallback, ExportableState):
             save_adapter(model, folder)
 
     def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self.schedule is not None and "loss" in kwargs["logs"]:
+        if self._figures is not None and "loss" in kwargs["logs"]:
             figures = self._figures()
             kwargs["logs"].update(figures)
             state.log_history[-1].update(figures)
@@ -149,6 +149,7 @@ class DashCallback(TrainerCallback, ExportableState):
             self._running().load_state_dict(counted)
         # trainer.save_state() writes it as it is.
         state.stateful_callbacks[type(self).__name__] = self.state()
+        warn_without_launch(self._running())
 
     def _count_of_best(self, state: Any) -> dict[str, Any] | None:
         """None where there is no best checkpoint, or none any more: then Trainer keeps the model as it is."""
@@ -168,23 +169,6 @@ class DashCallback(TrainerCallback, ExportableState):
         if self.schedule is None:
             raise RuntimeError("DashCallback was added after training began; add it before trainer.train()")
         return self.schedule
-
-    @torch.no_grad()
-    def _figures(self) -> dict[str, float]:
-        schedule = self._running()
-        launched = [layer for layer in dash_layers(schedule.model).values() if bool(layer.launched)]
-        sigma = [gathered(layer.dash_sigma).float().norm() for layer in launched]
-        figures: dict[str, float] = {
-            "dash_step": schedule.state.step,
-            "dash_directions": sum(layer.dash_sigma.numel() for layer in launched),
-        }
-        if launched:
-            figures["dash_sigma_norm"] = float(torch.stack([norm.cpu() for norm in sigma]).norm())
-        if schedule.reports and not self._told:
-            rates = torch.cat([report.rate.float().cpu() for report in schedule.reports])
-            figures |= {"dash_rate_mean": float(rates.mean()), "dash_rate_max": float(rates.max())}
-            self._told = True
-        return figures
 
 
 def _prepare(model: nn.Module) -> None:
@@ -261,7 +245,7 @@ class _AdaptersAlone:
 
     def _attach(self) -> None:
         # What is left out of a file is no news to Trainer when it loads the file.
-        self.model._keys_to_ignore_on_save = sorted(_frozen(self.model))
+        self.model._keys_to_ignore_on_save = sorted(frozen_names(self.model))
         self.model.__dict__["save_pretrained"] = self
 
     def _detach(self) -> None:
@@ -292,7 +276,7 @@ class _AdaptersAlone:
             )
         if not is_main_process:
             return
-        frozen = _frozen(self.model)
+        frozen = frozen_names(self.model)
         tensors = self.model.state_dict() if state_dict is None else state_dict
         kept = {
             key: t.detach().cpu().contiguous().clone() for key, t in tensors.items() if plain_name(key) not in frozen
@@ -304,14 +288,3 @@ class _AdaptersAlone:
         # One process cannot gather what is sharded: `on_save` does, in all of them.
         if not _is_sharded(self.model):
             save_adapter(self.model, folder)
-
-
-def _frozen(model: nn.Module) -> set[str]:
-    """Names of the parameters that training leaves alone: all that are frozen, but for the adapters' own."""
-    own = {
-        id(parameter_of(p))
-        for layer in dash_layers(model).values()
-        for p in (layer.lora_a, layer.lora_b, layer.dash_sigma, layer.dash_u, layer.dash_vt)
-    }
-    parameters = model.named_parameters(remove_duplicate=False)
-    return {plain_name(name) for name, p in parameters if not p.requires_grad and id(p) not in own}

@@ -17,7 +17,7 @@ from torch import nn
 
 from loradash.attention import call_adapted_layers
 from loradash.bypass import bypassed_children, child_at
-from loradash.distributed import is_sharded
+from loradash.distributed import gathered, is_sharded
 from loradash.formats import keep_differentiable, unready
 from loradash.linear import DashLinear
 
@@ -248,13 +248,11 @@ def _under_several_names(model: nn.Module) -> dict[nn.Module, list[str]]:
 
 @torch.no_grad()
 def _complete_copy(tuner: DashLoraModel, name: str) -> None:
-    configs = tuner.peft_config
-    layers = [layer for _, layer in layers_with(tuner.model, name)]
-    for other in configs:
-        # One that was read from a file has settings of its own, and one that starts anew another A.
-        if other == name or name not in configs or configs[other] is not configs[name]:
-            continue
-        if any(_is_copy(layer, name, other) for layer in layers):
+    settings = tuner.peft_config.get(name)
+    # An adapter that was read from a file has settings of its own, and one that starts anew has another A.
+    for other in [key for key, own in tuner.peft_config.items() if own is settings and key != name]:
+        layers = [layer for _, layer in layers_with(tuner.model, name) if other in layer.lora_dash_sigma]
+        if _is_launched(layers, other) and not _is_launched(layers, name) and _are_equal(layers, name, other):
             for layer in layers:
                 layer.lora_dash_sigma[name].copy_(layer.lora_dash_sigma[other])
                 for key in FROZEN:
@@ -262,14 +260,18 @@ def _complete_copy(tuner: DashLoraModel, name: str) -> None:
             return
 
 
-def _is_copy(layer: DashLoraLayer, name: str, other: str) -> bool:
-    """Has an adapter A and B of another, launched one, and is itself before launch?"""
-    a, b = layer.lora_A, layer.lora_B
-    if a[name].weight.is_meta or is_sharded(a[name].weight):
+def _is_launched(layers: list[DashLoraLayer], name: str) -> bool:
+    flags = [layer.lora_dash_launched[name] for layer in layers]
+    if not flags or any(flag.is_meta for flag in flags):
         return False
-    if bool(layer.lora_dash_launched[name]) or not bool(layer.lora_dash_launched[other]):
-        return False
-    return all(torch.equal(part[name].weight, part[other].weight.to(part[name].weight)) for part in (a, b))
+    # Looked at once: on a GPU that waits for all that was queued.
+    return bool(torch.stack([flag.to(flags[0].device) for flag in flags]).any())
+
+
+def _are_equal(layers: list[DashLoraLayer], name: str, other: str) -> bool:
+    """Have two adapters the same A and B, but for the dtype?"""
+    pairs = ((part[name].weight, part[other].weight) for layer in layers for part in (layer.lora_A, layer.lora_B))
+    return all(torch.equal(gathered(copied), gathered(original).to(copied.dtype)) for copied, original in pairs)
 
 
 def _hookable(model: nn.Module) -> Iterator[nn.Module]:
