@@ -240,12 +240,12 @@ def test_models_that_are_not_transformers(kind, tmp_path):
 def test_compiled_models(tmp_path):
     losses = []
     for compiled in ({}, {"torch_compile": True, "torch_compile_backend": "eager"}):
-        trainer = trainer_of(own_door(dropout=0.0), tmp_path, **compiled)
+        trainer = trainer_of(own_door(dropout=0.0), tmp_path, max_steps=5, save_steps=5, **compiled)
         trainer.train()
         losses.append([entry["loss"] for entry in trainer.state.log_history if "loss" in entry])
         assert trainer.state.log_history[-2]["dash_directions"] == 24
     assert losses[0] == pytest.approx(losses[1], rel=1e-6)
-    assert torch.isfinite(load_adapter(llama(), tmp_path / "checkpoint-6")(X).logits).all()
+    assert torch.isfinite(load_adapter(llama(), tmp_path / "checkpoint-5")(X).logits).all()
 
 
 class Reporter(transformers.TrainerCallback):
@@ -313,6 +313,13 @@ def test_plain_lora_of_peft(tmp_path):
             make()
 
 
+def test_adapters_that_do_not_train(tmp_path):
+    """PeftModel.from_pretrained freezes them unless it is asked otherwise."""
+    trainer = trainer_of(own_door().requires_grad_(False), tmp_path)
+    with pytest.raises(ValueError, match=r"nothing trains, .* wants is_trainable=True"):
+        trainer.train()
+
+
 def test_two_callbacks(tmp_path):
     trainer = trainer_of(own_door(), tmp_path, DashCallback(), DashCallback())
     with pytest.raises(ValueError, match="2 of the trainer's callbacks are a DashCallback; keep one"):
@@ -372,11 +379,11 @@ class Breaking(transformers.TrainerCallback):
 
 
 def test_training_goes_on_after_one_that_broke_off(tmp_path):
-    trainer = trainer_of(own_door(), tmp_path, Breaking(), DashCallback(progress=False))
+    trainer = trainer_of(own_door(), tmp_path, Breaking(), DashCallback(progress=False), max_steps=3)
     with pytest.raises(OSError, match="no space"):
         trainer.train()
     trainer.train()
-    assert dash_state(trainer.model).step == 8
+    assert dash_state(trainer.model).step == 5
 
 
 def test_the_state_that_is_saved_after_training(run):

@@ -56,8 +56,8 @@ class DashCallback(TrainerCallback, ExportableState):
     Attributes:
         schedule: that of the running or last training; its `reports` have the rates of every layer.
 
-    Raises ValueError, when Trainer is made or starts, for a model without adapters or with merged ones, a quantised model that
-    is no PeftModel, a second DashCallback, and a checkpoint (the best one so far too) saved without one.
+    Raises ValueError, when Trainer is made or starts, for a model without adapters, with merged or frozen ones, a quantised
+    model that is no PeftModel, a second DashCallback, and a checkpoint (the best one so far too) saved without one.
     """
 
     def __init__(
@@ -93,9 +93,7 @@ class DashCallback(TrainerCallback, ExportableState):
         model = kwargs["model"]
         # Trainer's model_init makes another model than the one at the end of its __init__.
         _prepare(model)
-        merged = [name for name, layer in dash_layers(model).items() if layer.merged]
-        if merged:
-            raise ValueError(f"merged adapters do not train, unmerge the model before train(): {', '.join(merged[:4])}")
+        _check_training(model)
         name = type(self).__name__
         entry = state.stateful_callbacks.get(name)
         if isinstance(entry, list):
@@ -200,6 +198,17 @@ def _check_model(model: nn.Module) -> None:
         raise ValueError(
             "Trainer trains a quantised model only as a PeftModel: instead of apply_dash call get_peft_model(model, "
             "DashLoraConfig(...)), with DashLoraConfig of loradash.integrations.peft"
+        )
+
+
+def _check_training(model: nn.Module) -> None:
+    merged = [name for name, layer in dash_layers(model).items() if layer.merged]
+    if merged:
+        raise ValueError(f"merged adapters do not train, unmerge the model before train(): {', '.join(merged[:4])}")
+    if not any(p.requires_grad for p in model.parameters()):
+        raise ValueError(
+            "nothing trains, every parameter is frozen: PeftModel.from_pretrained wants is_trainable=True, and "
+            "disable_adapter_layers() is undone by enable_adapter_layers()"
         )
 
 
