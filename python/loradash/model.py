@@ -17,7 +17,17 @@ from .config import DashConfig
 from .distributed import reshard
 from .linear import DashLinear
 from .quantised import RequantisationError
-from .state import STATE, DashState, dash_layers, dash_state, own_layers, parameter_of, plain_name, unwrap
+from .state import (
+    STATE,
+    DashState,
+    dash_layers,
+    dash_state,
+    is_adapted_by_peft,
+    own_layers,
+    parameter_of,
+    plain_name,
+    unwrap,
+)
 from .targets import check_patterns, target_layers, trainable_modules
 
 
@@ -72,7 +82,7 @@ def _check_model(model: nn.Module) -> None:
     for name, module in model.named_modules():
         if isinstance(module, DashLinear) or STATE in module.__dict__:
             raise ValueError(f"the model has LoRA-Dash adapters already{f', in {name}' if name else ''}")
-        if hasattr(module, "base_layer") and any(cls.__module__.startswith("peft.") for cls in type(module).__mro__):
+        if is_adapted_by_peft(module):
             raise ValueError(f"{name} has an adapter of PEFT; merge_and_unload it first")
         if isinstance(module, wrappers()):
             raise ValueError(f"{name or 'the model'} is wrapped in {type(module).__name__}; apply_dash comes before it")

@@ -97,12 +97,17 @@ class DashSchedule:
         self._settled = True
         return True
 
+    @property
+    def is_behind(self) -> bool:
+        """Did an optimizer take a step that was not counted yet?"""
+        return self._watch.taken > 0
+
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs beside the model's and the optimizer's state: numbers and booleans, ready for JSON.
 
         Raises RuntimeError between `optimizer.step()` and `step()`, where the model is a step ahead of the count.
         """
-        if self._watch.taken:
+        if self.is_behind:
             raise RuntimeError("the optimizer took a step that was not counted yet; call schedule.step() before saving")
         return {
             "step": self.state.step,

@@ -183,8 +183,23 @@ def dash_state(model: nn.Module) -> DashState:
             "model; where the layers are loradash.integrations.subspace_tuning's, call mark_only_lora_as_trainable(model) first"
         )
     if found is None:
-        raise ValueError("the model has no LoRA-Dash adapters; call apply_dash(model, config) first")
+        raise ValueError(_no_adapters(model))
     return found.__dict__[STATE]
+
+
+def _no_adapters(model: nn.Module) -> str:
+    for name, module in model.named_modules():
+        if is_adapted_by_peft(module):
+            return (
+                f"the model has adapters of PEFT that are not LoRA-Dash ({name}): make it by get_peft_model(model, "
+                "DashLoraConfig(...)), or from a trained LoRA by from_lora(model, folder), both with loradash.integrations.peft"
+            )
+    return "the model has no LoRA-Dash adapters; call apply_dash(model, config) first"
+
+
+def is_adapted_by_peft(module: nn.Module) -> bool:
+    """Is it a layer that PEFT put around another one?"""
+    return hasattr(module, "base_layer") and any(cls.__module__.startswith("peft.") for cls in type(module).__mro__)
 
 
 def plain_name(name: str) -> str:

@@ -118,7 +118,8 @@ def test_adapters_that_were_frozen_are_saved(run, tmp_path):
 def test_modules_trained_as_a_whole_are_saved(tmp_path):
     model = own_door(trainable_modules=["lm_head"])
     trainer = trainer_of(model, tmp_path, max_steps=1, save_steps=1)
-    trainer.train()
+    with pytest.warns(UserWarning, match="training ended at step 1 of 4, before launch: plain LoRA so far"):
+        trainer.train()
     assert "lm_head.weight" in load_file(tmp_path / "checkpoint-1" / "model.safetensors")
     twin = load_adapter(llama(), tmp_path / "checkpoint-1").eval()
     assert torch.equal(twin(X).logits, model.eval()(X).logits)
@@ -136,7 +137,7 @@ def test_resuming_says_nothing_of_missing_weights(run, tmp_path, caplog):
 
 @pytest.mark.parametrize("door", DOORS)
 @pytest.mark.parametrize("best", [1, 5])
-@pytest.mark.filterwarnings("ignore::FutureWarning")
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore:loradash. training ended at step 1 of 4")
 def test_the_best_checkpoint_brings_its_count_and_phase(best, door, tmp_path):
     """The steps before launch and after it, in turn, are those of the lowest loss."""
     if door == "peft":
@@ -212,10 +213,22 @@ class Head(nn.Module):
         return {"loss": nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten()), "logits": logits}
 
 
-def test_models_that_are_not_transformers(tmp_path):
-    config = loradash.DashConfig(r=2, directions=2, prelaunch_steps=4)
+class Around(nn.Module):
+    """Has a model of transformers in it, whose save_pretrained Trainer does not call."""
+
+    def __init__(self):
+        super().__init__()
+        self.lm = llama()
+
+    def forward(self, input_ids, labels):
+        return self.lm(input_ids=input_ids, labels=labels)
+
+
+@pytest.mark.parametrize("kind", [Head, Around])
+def test_models_that_are_not_transformers(kind, tmp_path):
+    config = loradash.DashConfig(r=2, directions=2, prelaunch_steps=4, target_modules=["body", "head", "q_proj"])
     torch.manual_seed(0)
-    base = Head()
+    base = kind()
     models = [loradash.apply_dash(copy.deepcopy(base), config) for _ in range(2)]
     for model, start in zip(models, (None, str(tmp_path / "checkpoint-3")), strict=True):
         trainer_of(model, tmp_path, remove_unused_columns=False, data_collator=collated).train(start)
@@ -227,12 +240,12 @@ def test_models_that_are_not_transformers(tmp_path):
 def test_compiled_models(tmp_path):
     losses = []
     for compiled in ({}, {"torch_compile": True, "torch_compile_backend": "eager"}):
-        trainer = trainer_of(own_door(dropout=0.0), tmp_path, **compiled)
+        trainer = trainer_of(own_door(dropout=0.0), tmp_path, max_steps=5, save_steps=5, **compiled)
         trainer.train()
         losses.append([entry["loss"] for entry in trainer.state.log_history if "loss" in entry])
         assert trainer.state.log_history[-2]["dash_directions"] == 24
     assert losses[0] == pytest.approx(losses[1], rel=1e-6)
-    assert torch.isfinite(load_adapter(llama(), tmp_path / "checkpoint-6")(X).logits).all()
+    assert torch.isfinite(load_adapter(llama(), tmp_path / "checkpoint-5")(X).logits).all()
 
 
 class Reporter(transformers.TrainerCallback):
@@ -245,7 +258,7 @@ class Reporter(transformers.TrainerCallback):
 
 def test_reporters_get_the_figures_of_a_callback_that_leads(tmp_path):
     callback, reporter = DashCallback(progress=False), Reporter()
-    trainer = trainer_of(own_door(), tmp_path, reporter, callback, max_steps=2)
+    trainer = trainer_of(own_door(prelaunch_steps=1), tmp_path, reporter, callback, max_steps=2)
     callback.lead(trainer)
     trainer.train()
     assert reporter.seen[:2] == [1, 2]
@@ -290,6 +303,23 @@ def test_a_model_without_adapters(tmp_path):
             make()
 
 
+def test_plain_lora_of_peft(tmp_path):
+    peft = pytest.importorskip("peft")
+    model = peft.get_peft_model(llama(), peft.LoraConfig(target_modules=["q_proj"]))
+    for make in (lambda: DashSchedule(model), lambda: trainer_of(model, tmp_path)):
+        with pytest.raises(
+            ValueError, match=r"not LoRA-Dash \(.*q_proj\): make it by get_peft_model\(model, DashLoraConfig"
+        ):
+            make()
+
+
+def test_adapters_that_do_not_train(tmp_path):
+    """PeftModel.from_pretrained freezes them unless it is asked otherwise."""
+    trainer = trainer_of(own_door().requires_grad_(False), tmp_path)
+    with pytest.raises(ValueError, match=r"nothing trains, .* wants is_trainable=True"):
+        trainer.train()
+
+
 def test_two_callbacks(tmp_path):
     trainer = trainer_of(own_door(), tmp_path, DashCallback(), DashCallback())
     with pytest.raises(ValueError, match="2 of the trainer's callbacks are a DashCallback; keep one"):
@@ -322,3 +352,49 @@ def test_checkpoints_without_a_count(run, tmp_path):
     dash_state(model).step = 6
     trainer_of(model, tmp_path, max_steps=8, save_steps=1).train(str(folder))
     assert dash_state(model).step == 8
+
+
+def test_a_best_checkpoint_without_a_count(run, tmp_path):
+    """Told when training is resumed, not when it is over."""
+    folder = Path(shutil.copytree(run.args.output_dir, tmp_path / "run"))
+    for step, change in ((3, {"stateful_callbacks": {}}), (6, {"best_model_checkpoint": f"{folder}/checkpoint-3"})):
+        file = folder / f"checkpoint-{step}" / "trainer_state.json"
+        file.write_text(json.dumps({**json.loads(file.read_text()), **change}))
+    often = {"eval_strategy": "steps", "eval_steps": 3, "load_best_model_at_end": True, "eval_dataset": rows(2)}
+    trainer = trainer_of(own_door(), folder, max_steps=8, **often)
+    with pytest.raises(ValueError, match="checkpoint-3, the best checkpoint so far, was saved without DashCallback"):
+        trainer.train(str(folder / "checkpoint-6"))
+    assert trainer.state.global_step == 6
+
+
+class Breaking(transformers.TrainerCallback):
+    """Fails once, between the optimizer's third step and its count."""
+
+    calls = 0
+
+    def on_optimizer_step(self, *args, **kwargs):
+        self.calls += 1
+        if self.calls == 3:
+            raise OSError("no space left")
+
+
+def test_training_goes_on_after_one_that_broke_off(tmp_path):
+    trainer = trainer_of(own_door(), tmp_path, Breaking(), DashCallback(progress=False), max_steps=3)
+    with pytest.raises(OSError, match="no space"):
+        trainer.train()
+    trainer.train()
+    assert dash_state(trainer.model).step == 5
+
+
+def test_the_state_that_is_saved_after_training(run):
+    run.save_state()
+    state = json.loads(Path(run.args.output_dir, "trainer_state.json").read_text())
+    counted = state["stateful_callbacks"]["DashCallback"]["attributes"]["counted"]
+    assert (counted["step"], counted["launched"]) == (6, True)
+
+
+def test_merged_adapters_do_not_train(run, tmp_path):
+    model = copy.deepcopy(run.model)
+    loradash.merge(model)
+    with pytest.raises(ValueError, match=r"unmerge the model before train\(\): model.layers.0.self_attn.q_proj"):
+        trainer_of(model, tmp_path).train()

@@ -17,7 +17,7 @@ from ..checkpoint import save_adapter
 from ..distributed import is_sharded
 from ..schedule import DashSchedule
 from ..state import dash_layers, dash_state, host_of, plain_name
-from .callbacks import Figures, frozen_names
+from .callbacks import Figures, frozen_names, warn_without_launch
 
 try:
     from transformers import PreTrainedModel, Trainer, TrainerCallback
@@ -37,10 +37,11 @@ class DashCallback(TrainerCallback, ExportableState):
     with a fresh model goes on as if it had not stopped. With `load_best_model_at_end` the count becomes the best
     checkpoint's, like the model.
 
-    Models of `apply_dash` are saved without their frozen weights. A checkpoint, and a folder of `trainer.save_model`, holds
-    `loradash_adapter.safetensors` for `load_adapter(base_model, folder)`, and what Trainer resumes from. from_pretrained, which
-    would silently make a base model of the folder, raises there. For a whole model `merge_and_unload` comes first. PEFT models
-    are saved by PEFT. Δσ stays in float32 where TRL casts all that trains to bfloat16 (QLoRA).
+    A checkpoint of an `apply_dash` model holds `loradash_adapter.safetensors`, for `load_adapter(base_model, folder)`, beside
+    what Trainer resumes from. Models of transformers are saved without their frozen weights, by Trainer, `trainer.save_model`
+    and `model.save_pretrained`, from the callback's first look at them on; from_pretrained, which would silently make a base
+    model of such a folder, raises there. For a whole model merge, or `merge_and_unload`, first. Of other models Trainer saves
+    all, and `trainer.save_model` no adapter file. PEFT models are saved by PEFT. Δσ stays in float32 where TRL casts all that trains to bfloat16 (QLoRA).
 
     Logged with the loss: dash_step, dash_directions (how many are in place) and, after launch, dash_sigma_norm (over all
     layers); once, dash_rate_mean and dash_rate_max of the chosen directions. They stand in `log_history` and on the console;
@@ -55,8 +56,8 @@ class DashCallback(TrainerCallback, ExportableState):
     Attributes:
         schedule: that of the running or last training; its `reports` have the rates of every layer.
 
-    Raises ValueError, when Trainer is made or starts, for a model without adapters, a quantised model that is no PeftModel, a
-    second DashCallback, and a checkpoint saved without one.
+    Raises ValueError, when Trainer is made or starts, for a model without adapters, with merged or frozen ones, a quantised
+    model that is no PeftModel, a second DashCallback, and a checkpoint (the best one so far too) saved without one.
     """
 
     def __init__(
@@ -64,7 +65,6 @@ class DashCallback(TrainerCallback, ExportableState):
     ) -> None:
         self.progress, self.cache = progress, cache
         self.schedule: DashSchedule | None = None
-        self._training = False
         self._figures: Figures | None = None
         if model is not None:
             _check_model(model)
@@ -76,7 +76,9 @@ class DashCallback(TrainerCallback, ExportableState):
 
     def state(self) -> dict[str, Any]:
         """What `trainer_state.json` keeps of this callback."""
-        counted = self._running().state_dict() if self._training else None
+        # Trainer asks at the start of a training as well, where one that broke off may have left a step uncounted.
+        known = self.schedule is not None and not self.schedule.is_behind
+        counted = self.schedule.state_dict() if self.schedule is not None and known else None
         return {"args": {"progress": self.progress}, "attributes": {"counted": counted}}
 
     def on_init_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -91,6 +93,7 @@ class DashCallback(TrainerCallback, ExportableState):
         model = kwargs["model"]
         # Trainer's model_init makes another model than the one at the end of its __init__.
         _prepare(model)
+        _check_training(model)
         name = type(self).__name__
         entry = state.stateful_callbacks.get(name)
         if isinstance(entry, list):
@@ -99,14 +102,17 @@ class DashCallback(TrainerCallback, ExportableState):
         self._figures = Figures(self.schedule)
         if state.global_step > 0:
             self._resume(state.global_step, entry)
-        self._training = True
+        if args.load_best_model_at_end:
+            # Better now than at the end of training.
+            self._count_of_best(state)
         # Trainer writes into this entry, and the checkpoint's own may lack it.
         state.stateful_callbacks[name] = self.state()
 
     def _resume(self, global_step: int, entry: dict[str, Any] | None) -> None:
         assert self.schedule is not None
-        if entry is not None:
-            self.schedule.load_state_dict(entry["attributes"]["counted"])
+        counted = _counted(entry)
+        if counted is not None:
+            self.schedule.load_state_dict(counted)
         elif self.schedule.state.step == 0:
             raise ValueError(
                 f"the checkpoint of global step {global_step} was saved without {type(self).__name__}, so nothing says how many "
@@ -125,21 +131,37 @@ class DashCallback(TrainerCallback, ExportableState):
         if host_of(model) is not None:
             return
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-        if _is_sharded(model) or (args.should_save and _pretrained(model) is None and folder.is_dir()):
+        saved = isinstance(_uncompiled(model), PreTrainedModel)
+        if _is_sharded(model) or (args.should_save and not saved and folder.is_dir()):
             save_adapter(model, folder)
 
     def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self._training and self._figures is not None and "loss" in kwargs["logs"]:
+        if self._figures is not None and "loss" in kwargs["logs"]:
             figures = self._figures()
             kwargs["logs"].update(figures)
             state.log_history[-1].update(figures)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        best = state.best_model_checkpoint
-        if args.load_best_model_at_end and best is not None:
-            saved = json.loads((Path(best) / "trainer_state.json").read_text())
-            self._running().load_state_dict(saved["stateful_callbacks"][type(self).__name__]["attributes"]["counted"])
-        self._training = False
+        counted = self._count_of_best(state) if args.load_best_model_at_end else None
+        if counted is not None:
+            self._running().load_state_dict(counted)
+        # trainer.save_state() writes it as it is.
+        state.stateful_callbacks[type(self).__name__] = self.state()
+        warn_without_launch(self._running())
+
+    def _count_of_best(self, state: Any) -> dict[str, Any] | None:
+        """None where there is no best checkpoint, or none any more: then Trainer keeps the model as it is."""
+        best, name = state.best_model_checkpoint, type(self).__name__
+        if best is None or not Path(best).is_dir():
+            return None
+        saved = json.loads((Path(best) / "trainer_state.json").read_text())
+        counted = _counted(saved["stateful_callbacks"].get(name))
+        if counted is None:
+            raise ValueError(
+                f"{best}, the best checkpoint so far, was saved without {name}, so nothing says how many steps its adapters "
+                "have taken; train without load_best_model_at_end"
+            )
+        return counted
 
     def _running(self) -> DashSchedule:
         if self.schedule is None:
@@ -177,6 +199,26 @@ def _check_model(model: nn.Module) -> None:
             "Trainer trains a quantised model only as a PeftModel: instead of apply_dash call get_peft_model(model, "
             "DashLoraConfig(...)), with DashLoraConfig of loradash.integrations.peft"
         )
+
+
+def _check_training(model: nn.Module) -> None:
+    merged = [name for name, layer in dash_layers(model).items() if layer.merged]
+    if merged:
+        raise ValueError(f"merged adapters do not train, unmerge the model before train(): {', '.join(merged[:4])}")
+    if not any(p.requires_grad for p in model.parameters()):
+        raise ValueError(
+            "nothing trains, every parameter is frozen: PeftModel.from_pretrained wants is_trainable=True, and "
+            "disable_adapter_layers() is undone by enable_adapter_layers()"
+        )
+
+
+def _counted(entry: Any) -> dict[str, Any] | None:
+    """The schedule's state in what a checkpoint keeps of the callback."""
+    return None if entry is None else entry["attributes"]["counted"]
+
+
+def _uncompiled(model: nn.Module) -> nn.Module:
+    return getattr(model, "_orig_mod", model)
 
 
 def _pretrained(model: nn.Module) -> PreTrainedModel | None:

@@ -17,12 +17,12 @@ from torch import nn
 
 from loradash.attention import call_adapted_layers
 from loradash.bypass import bypassed_children, child_at, refuse_fusing
-from loradash.distributed import is_sharded
+from loradash.distributed import gathered, is_sharded
 from loradash.formats import keep_differentiable, unready
 from loradash.linear import DashLinear
 
 from .config import DashLoraConfig
-from .layer import DashLoraLayer, dash_class
+from .layer import FROZEN, DashLoraLayer, dash_class
 from .merging import checked_merge
 from .versions import warn_of_shards
 from .views import dash_layers_of, layers_with
@@ -147,6 +147,13 @@ class DashLoraModel(LoraModel):
         warn_of_shards(found, adapter_name)
         return found
 
+    def set_adapter(self, adapter_name: str | list[str], *args: Any, **kwargs: Any) -> None:
+        """PEFT's. An adapter made of another one's settings, A and B, as TRL makes its reference model, gets that one's Δσ and
+        directions first: PEFT's LoRA has none, so nobody copies them."""
+        for name in [adapter_name] if isinstance(adapter_name, str) else adapter_name:
+            _complete_copy(self, name)
+        super().set_adapter(adapter_name, *args, **kwargs)
+
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         """PEFT's, which makes new parameters that train, whether the old ones did or not."""
         layers = [layer for _, layer in layers_with(self.model, adapter_name)]
@@ -238,6 +245,34 @@ def _under_several_names(model: nn.Module) -> dict[nn.Module, list[str]]:
         if name and parent in parents:
             names.setdefault(module, {})[id(parents[parent]), child] = name
     return {module: list(places.values()) for module, places in names.items() if len(places) > 1}
+
+
+@torch.no_grad()
+def _complete_copy(tuner: DashLoraModel, name: str) -> None:
+    settings = tuner.peft_config.get(name)
+    # An adapter that was read from a file has settings of its own, and one that starts anew has another A.
+    for other in [key for key, own in tuner.peft_config.items() if own is settings and key != name]:
+        layers = [layer for _, layer in layers_with(tuner.model, name) if other in layer.lora_dash_sigma]
+        if _is_launched(layers, other) and not _is_launched(layers, name) and _are_equal(layers, name, other):
+            for layer in layers:
+                layer.lora_dash_sigma[name].copy_(layer.lora_dash_sigma[other])
+                for key in FROZEN:
+                    getattr(layer, key)[name].copy_(getattr(layer, key)[other])
+            return
+
+
+def _is_launched(layers: list[DashLoraLayer], name: str) -> bool:
+    flags = [layer.lora_dash_launched[name] for layer in layers]
+    if not flags or any(flag.is_meta for flag in flags):
+        return False
+    # Looked at once: on a GPU that waits for all that was queued.
+    return bool(torch.stack([flag.to(flags[0].device) for flag in flags]).any())
+
+
+def _are_equal(layers: list[DashLoraLayer], name: str, other: str) -> bool:
+    """Have two adapters the same A and B, but for the dtype?"""
+    pairs = ((part[name].weight, part[other].weight) for layer in layers for part in (layer.lora_A, layer.lora_B))
+    return all(torch.equal(gathered(copied), gathered(original).to(copied.dtype)) for copied, original in pairs)
 
 
 def _hookable(model: nn.Module) -> Iterator[nn.Module]:
