@@ -46,7 +46,8 @@ class FourBit(Format):
 
     def product(self, layer: Any, x: Tensor) -> Tensor:
         codes, state = _unpacked(layer.weight)
-        return _bitsandbytes().matmul_4bit(x, codes, quant_state=state)
+        # Old releases want the codes as a column turned into a row; new ones take either.
+        return _bitsandbytes().matmul_4bit(x, codes.t(), quant_state=state)
 
     def requantised(self, layer: Any, weight: Tensor) -> dict[str, Any]:
         old = layer.weight
@@ -192,6 +193,18 @@ def keep_differentiable(layer: nn.Module) -> None:
         layer.quant_state = weight.quant_state
 
 
+def keeping_codes(fn: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    """`module.to`'s conversion of a tensor, but for bitsandbytes' codes of four bits that are stored in a floating dtype:
+    as numbers of another one they would be other codes."""
+
+    def convert(tensor: Tensor) -> Tensor:
+        converted = fn(tensor)
+        has_codes = getattr(tensor, "quant_state", None) is not None
+        return tensor.to(converted.device) if has_codes and converted.dtype != tensor.dtype else converted
+
+    return convert
+
+
 def moved(parts: dict[str, Any], fn: Callable[[Tensor], Tensor]) -> dict[str, Any]:
     """Attributes of a layer, which it does not hold now, as `module.to` would leave them; `fn` is its conversion of a tensor."""
     return {name: _moved(value, fn) for name, value in parts.items()}
@@ -282,20 +295,16 @@ def _granularity(old: Any) -> Any:
 def _mapping(old: Any) -> Any:
     from torchao.quantization.quant_primitives import MappingType
 
-    symmetric = old.zero_point is None or not bool(old.zero_point.any())
+    zero = getattr(old, "zero_point", None)
+    symmetric = zero is None or not bool(zero.any())
     return MappingType.SYMMETRIC if symmetric else MappingType.ASYMMETRIC
 
 
 def _int8(old: Any, weight: Tensor) -> Tensor:
-    return type(old).from_hp(
-        weight,
-        _granularity(old),
-        mapping_type=_mapping(old),
-        act_quant_kwargs=old.act_quant_kwargs,
-        act_quant_scale=old.act_quant_scale,
-        act_quant_zero_point=old.act_quant_zero_point,
-        reduce_range=old.reduce_range,
-    )
+    # Releases before 0.18 know fewer of these.
+    names = ("act_quant_kwargs", "act_quant_scale", "act_quant_zero_point", "reduce_range")
+    known = {name: getattr(old, name) for name in names if hasattr(old, name)}
+    return type(old).from_hp(weight, _granularity(old), mapping_type=_mapping(old), **known)
 
 
 def _float8(old: Any, weight: Tensor) -> Tensor:

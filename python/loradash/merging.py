@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from .base_layers import is_transposed
 from .config import DashConfig
 from .distributed import gathered, is_sharded, shard_of
-from .formats import moved
+from .formats import keeping_codes, moved
 from .quantised import RequantisationError, can_take_update, is_quantised, requantise, restore, weight_of
 
 Self = TypeVar("Self", bound="TakesUpdate")
@@ -159,7 +159,8 @@ class TakesUpdate(nn.Module):
         object.__setattr__(self, "_unmerged", weight)
 
     def _apply(self: Self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        """`to`, `half`, `cuda`: the weight before `merge` goes along."""
+        """`to`, `half`, `cuda`: the weight before `merge` goes along, and codes stay codes."""
+        fn = keeping_codes(fn)
         super()._apply(fn, recurse)
         if isinstance(self._unmerged, dict):
             self._keep(moved(self._unmerged, fn))

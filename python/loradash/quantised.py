@@ -150,7 +150,7 @@ def requantise(module: nn.Module, delta: Tensor) -> tuple[dict[str, Any], Requan
     """Quantises W + ΔW anew, in the layer's own format, in its place.
 
     Returns the attributes that were replaced, for `restore`, and the error. Raises ValueError, with the layer unchanged,
-    where the format offers no way and where W + ΔW leaves its range.
+    where the format offers no way, where W + ΔW is not finite and where it leaves the range of the format.
     """
     refusal = requantise_refusal(module)
     if refusal is not None:
@@ -159,12 +159,14 @@ def requantise(module: nn.Module, delta: Tensor) -> tuple[dict[str, Any], Requan
         return {}, RequantisationError(0.0, 0.0)
     kept = cast(Format, format_of(module))
     wanted = weight_of(module).float() + delta
+    if not bool(wanted.isfinite().all()):
+        raise ValueError(f"W + ΔW of {type(module).__name__} is not finite")
     parts = kept.requantised(module, wanted)
     before = {name: getattr(module, name) for name in parts}
     restore(module, parts)
     try:
         error = weight_of(module).float() - wanted
-        if not bool(error.isfinite().all()) and bool(wanted.isfinite().all()):
+        if not bool(error.isfinite().all()):
             raise ValueError(
                 f"W + ΔW reaches {wanted.abs().max():.3g}, which the format of {type(module).__name__} cannot hold"
             )

@@ -37,7 +37,7 @@ def eight_bit():
 
 def torchao():
     quantization = pytest.importorskip("torchao.quantization")
-    return transformers.TorchAoConfig(quantization.Int8WeightOnlyConfig())
+    return transformers.TorchAoConfig(quantization.Int8WeightOnlyConfig(version=2))
 
 
 FORMATS = {"bitsandbytes-nf4": four_bit, "bitsandbytes-int8": eight_bit, "torchao-int8": torchao}

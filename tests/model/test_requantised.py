@@ -100,10 +100,15 @@ def test_all_layers_or_none():
     assert bits(layer) == before and not any(dash.merged for dash in model)
 
 
-def test_an_update_beyond_the_range_of_the_format():
+@pytest.mark.parametrize(
+    ("size", "reason"), [(1e8, "reaches .* cannot hold"), (float("nan"), "of Linear8bitLt is not finite")]
+)
+def test_an_update_that_the_format_cannot_hold(size, reason):
     layer = layer_of("bitsandbytes-int8")
-    model, before = adapted(layer, 1e6), bits(layer)
-    with pytest.raises(ValueError, match=r"0: W \+ ΔW reaches .* cannot hold; serve the update beside the model"):
+    model, before = adapted(layer), bits(layer)
+    with torch.no_grad():
+        model[0].lora_b.mul_(size)
+    with pytest.raises(ValueError, match=rf"0: W \+ ΔW {reason}; serve the update beside the model"):
         loradash.merge(model, requantise=True)
     assert bits(layer) == before
 
@@ -142,6 +147,20 @@ def test_a_merged_model_that_moves(name, called):
     loradash.unmerge(model)
     assert torch.equal(truth(layer), before)
     assert torch.equal(layer(x), expected)
+
+
+@pytest.mark.parametrize("merged", [False, True])
+def test_codes_in_a_floating_dtype_are_not_converted(merged):
+    """They are bits, not numbers: in another dtype they would be another weight."""
+    layer = layer_of("bitsandbytes-fp4-stored-as-bfloat16")
+    model, before = adapted(layer), truth(layer)
+    if merged:
+        loradash.merge(model, requantise=True)
+    ours = truth(layer)
+    model.half().to("cpu")
+    assert layer.bias.dtype == torch.float16 and torch.equal(truth(layer), ours)
+    loradash.unmerge(model)
+    assert torch.equal(truth(layer), before)
 
 
 def test_formats_without_a_way():

@@ -17,7 +17,7 @@ from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import Tensor, nn
 
 from loradash.distributed import is_sharded
-from loradash.formats import moved
+from loradash.formats import keeping_codes, moved
 from loradash.quantised import (
     RequantisationError,
     can_take_update,
@@ -77,6 +77,7 @@ class Mergeable(nn.Module):
         layer.merged_adapters.clear()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        fn = keeping_codes(fn)
         super()._apply(fn, recurse)
         if self._replaced is not None:
             self._replaced = moved(self._replaced, fn)
