@@ -229,6 +229,7 @@ PROVIDED: dict[str, Maker] = {
     "train_dataset": lambda names: rows(),
     "texts": lambda names: texts(),
     "args": lambda names: arguments(),
+    "sft_args": lambda names: sft_arguments(),
     "tokenizer": lambda names: tokenizer(),
     "optimizer": lambda names: optimizer(names["model"]),
     "module": lambda names: lightning_module(names["model"]),
