@@ -233,3 +233,15 @@ def test_flops_are_those_of_peft():
         found.append(counter.get_total_flops())
     assert found[0] == found[1] > 0
     assert {way.why for way in report.calls} == {"hooks on all modules"}
+
+
+def test_a_class_made_over_an_accelerated_layer():
+    """As fully_shard and parametrize make them: given back it computes PEFT's way, accelerated again it is fused again."""
+    model, x = adapted(nn.Sequential(nn.Linear(16, 12))), torch.randn(5, 16)
+    layer, wanted, report = model.base_model.model[0], model(x), accelerate(model)
+    layer.__class__ = type("Sharded", (type(layer),), {})
+    report.undo()
+    assert torch.equal(model(x), wanted) and report.fused == 0 and decelerate(model) == 0
+    again = accelerate(model)
+    torch.testing.assert_close(model(x), wanted, rtol=1e-5, atol=1e-5)
+    assert again.fused == 1 and decelerate(model) == 1

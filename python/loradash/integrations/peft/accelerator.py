@@ -115,9 +115,11 @@ def accelerate(model: nn.Module) -> AccelerationReport:
     _refuse_foreign_forward()
     report = AccelerationReport()
     for name, layer in layers.items():
-        changed = type(layer) is LoraLinear
+        # One that was given back under a class made over ours (fully_shard, parametrize) has the class, and no counts.
+        changed = type(layer) is LoraLinear or (isinstance(layer, AcceleratedLinear) and CALLS not in layer.__dict__)
         if changed:
             layer.__dict__[CALLS] = Calls()
+        if type(layer) is LoraLinear:
             layer.__class__ = AcceleratedLinear
         report.layers[name] = _entry(name, layer, changed)
     if all(entry.expected.how == "PEFT" for entry in report.layers.values()):
@@ -140,9 +142,10 @@ def _entry(name: str, layer: nn.Module, changed: bool) -> LayerReport:
 def decelerate(model: nn.Module) -> int:
     """Gives every accelerated layer of a model back to PEFT; returns how many there were."""
     layers = [module for module in model.modules() if isinstance(module, AcceleratedLinear)]
+    accelerated_ones = sum(CALLS in layer.__dict__ for layer in layers)
     for layer in layers:
         _restore(layer)
-    return len(layers)
+    return accelerated_ones
 
 
 def _restore(layer: nn.Module) -> None:
