@@ -6,7 +6,8 @@ Arms (`arms.py`): the frozen model, in which one vector trains that stands befor
 adapters in the model's dtype, and accelerated; the authors' LoRA-Dash; and ours, by apply_dash and through PEFT. LoRA-Dash
 stands before launch and after it. All arms have the same weights, see the same batches and pass back through all layers.
 
-First the arms are checked against each other (`checks.py`); where one is wrong nothing is timed, and the exit status is 1.
+First the arms are checked against each other (`checks.py`); where one is wrong nothing is timed, and the exit status is 1. So
+it is where the accelerator gave way in a call that was timed.
 Then every arm's Trainer goes on by one step in turn, in rounds of random order (`training.py`), which takes --seconds for each
 model; medians, and ratios within the run, are what to quote. Memory is measured in a process for each arm (`memory.py`).
 Beside the ratios stands what they were modelled to be (`modelled.py`). Written are front_ends.csv, .md and .png.
@@ -37,7 +38,7 @@ from loradash_kernels.timing import HostStopwatch, Samples, measure
 
 from . import modelled, report
 from .arms import ARMS, FROZEN, Arm, arms_for, build, callbacks_of
-from .checks import RedCheck, check_arms
+from .checks import RedCheck, check_arms, check_fused
 from .memory import memory_of
 from .models import DTYPES, Sizes
 from .training import TrainerRun, one_arena
@@ -77,12 +78,14 @@ def _timed(arms: Sequence[Arm], sizes: Sizes, seconds: float, folder: Path) -> d
         processor[name].append(time.process_time() - start)
 
     with contextlib.ExitStack() as stack:
-        steps = {}
-        for arm in arms:
-            model = build(arm, sizes)
+        steps, models = {}, {arm: build(arm, sizes) for arm in arms}
+        for arm, model in models.items():
             run = stack.enter_context(TrainerRun(model, sizes, folder, callbacks_of(arm)))
             steps[arm.name] = functools.partial(call, arm.name, run)
         wall = measure(steps, stopwatch=HostStopwatch(), warm=WARM, least=LEAST, most=MOST, seconds=seconds)
+        # What is timed is of other sizes than what was checked before, and drops.
+        for arm, model in models.items():
+            check_fused(arm, model, len(processor[arm.name]))
     return {name: Times(wall[name], found[WARM:]) for name, found in processor.items()}
 
 
@@ -109,7 +112,7 @@ def row_of(arm: Arm, sizes: Sizes, times: dict[str, Times], distance: float) -> 
 
 
 def run(models: Sequence[Sizes], names: Sequence[str], seconds: float) -> list[dict[str, Any]]:
-    """A row for every arm of every model. Raises RedCheck before any time is taken."""
+    """A row for every arm of every model. Raises RedCheck before any time is taken, or where one was taken of the wrong way."""
     arms = {sizes: arms_for(sizes, names) for sizes in models}
     rows = []
     with tempfile.TemporaryDirectory() as path:
@@ -151,7 +154,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         rows = run(models, options.arms, options.seconds)
     except RedCheck as error:
-        print(f"no times are taken: {error}", file=sys.stderr)
+        print(f"no times are given: {error}", file=sys.stderr)
         return 1
     report.show(rows)
     if options.out:

@@ -38,12 +38,13 @@ def losses(arm: Arm, sizes: Sizes, folder: Path, fresh: bool = False, steps: int
     with TrainerRun(model, sizes, folder, callbacks_of(arm)) as run:
         for _ in range(steps):
             run.step()
-        _check_fused(arm, model, steps)
+        check_fused(arm, model, steps)
         return run.losses
 
 
-def _check_fused(arm: Arm, model: nn.Module, steps: int) -> None:
-    """An accelerator that gave way would be PEFT under another name."""
+def check_fused(arm: Arm, model: nn.Module, steps: int) -> None:
+    """Raises RedCheck unless every call of the accelerated arm ran fused in so many steps, which are all that the model has
+    taken: an accelerator that gave way would be PEFT under another name."""
     if arm.name != ACCELERATED:
         return
     from loradash.integrations.peft import accelerate

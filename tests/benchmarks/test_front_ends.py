@@ -57,6 +57,7 @@ def test_the_program_from_end_to_end(tmp_path, capsys, monkeypatch):
     tables = (tmp_path / "front_ends.md").read_text()
     assert all(f"| {name} |" in tables for name in arms.ARMS)
     assert f"| {arms.LORADASH} / {arms.PEFT} |" in tables and f"| {arms.ACCELERATED} / {arms.PEFT} |" in tables
+    assert f"| {arms.ACCELERATED} / {arms.PEFT_NARROW} |  |" in tables, "of float32 there is none"
     assert (tmp_path / "front_ends.png").stat().st_size > 10_000
     assert arms.LORADASH in capsys.readouterr().out
 
@@ -83,7 +84,7 @@ def test_an_arm_that_is_wrong_ends_it(spoil, tmp_path, capsys, monkeypatch):
     chosen = ["--arms", arms.AUTHORS, arms.DASH_LINEAR]
     assert program.main(["--rehearse", "--out", str(tmp_path), *chosen]) == 1
     said = capsys.readouterr().err
-    assert "no times are taken" in said and arms.DASH_LINEAR in said
+    assert "no times are given" in said and arms.DASH_LINEAR in said
     assert list(tmp_path.iterdir()) == []
 
 
@@ -96,6 +97,9 @@ def test_an_accelerator_that_gives_way_ends_it(tmp_path, monkeypatch):
     assert any(type(module) is Linear for module in model.modules())
     with pytest.raises(checks.RedCheck, match="ran so"):
         checks.losses(arm, SMALL, tmp_path)
+    # And where it gives way only in what is timed.
+    with pytest.raises(checks.RedCheck, match="ran so"):
+        program.timed([arm], SMALL, 0.01, tmp_path)
 
 
 def test_checks_that_cannot_tell_formulas_apart_are_red():

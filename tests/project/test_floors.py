@@ -38,7 +38,7 @@ FLOORS = {
     ),
     "python/loradash/integrations": ("__init__", "callbacks", "lightning", "peft", "subspace_tuning", "transformers"),
     "python/loradash/integrations/peft": (
-        "fused", "accelerated_layer", "accelerator", "versions", "registration", "config", "files", "views", "merging", "layer",
+        "fused", "accelerated_layer", "versions", "registration", "config", "files", "views", "merging", "layer", "accelerator",
         "model", "__init__",
     ),
     "python/loradash/integrations/subspace_tuning": (

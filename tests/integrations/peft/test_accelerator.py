@@ -7,10 +7,17 @@ import itertools
 import pytest
 import torch
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 peft = pytest.importorskip("peft")
 
-from loradash.integrations.peft import accelerate, accelerated, accelerated_layer  # noqa: E402
+from loradash.integrations.peft import (  # noqa: E402
+    DashLoraConfig,
+    accelerate,
+    accelerated,
+    accelerated_layer,
+    decelerate,
+)
 from support.accelerated import SCALING, Problem, adapted, gap  # noqa: E402
 
 from loradash_kernels.backends import extension  # noqa: E402
@@ -202,3 +209,39 @@ def test_a_merged_weight_is_read_anew(size):
                     assert packed_weight_bytes() > 0
                 net = model.merge_and_unload()
                 assert not torch.equal(net[0].weight, before)
+
+
+def test_layers_of_loradash_are_on_the_operator_already(recwarn):
+    x = torch.randn(5, 16)
+    model = peft.get_peft_model(
+        nn.Sequential(nn.Linear(16, 12)), DashLoraConfig(r=4, directions=2, target_modules=["0"])
+    )
+    layer, wanted = model.base_model.model[0], model(x)
+    kind, report = type(layer), accelerate(model)
+    assert not recwarn.list and type(layer) is kind and torch.equal(model(x), wanted)
+    assert "LORADASH: on the operator already" in str(report)
+    assert [entry.changed for entry in report.layers.values()] == [False] and decelerate(model) == 0
+
+
+def test_flops_are_those_of_peft():
+    """PyTorch's counter sets hooks on all modules."""
+    model, found = adapted(nn.Sequential(nn.Linear(16, 12), nn.Linear(12, 8))), []
+    for on in (False, True):
+        report = accelerate(model) if on else None
+        with FlopCounterMode(display=False) as counter:
+            model(torch.randn(5, 16)).sum().backward()
+        found.append(counter.get_total_flops())
+    assert found[0] == found[1] > 0
+    assert {way.why for way in report.calls} == {"hooks on all modules"}
+
+
+def test_a_class_made_over_an_accelerated_layer():
+    """As fully_shard and parametrize make them: given back it computes PEFT's way, accelerated again it is fused again."""
+    model, x = adapted(nn.Sequential(nn.Linear(16, 12))), torch.randn(5, 16)
+    layer, wanted, report = model.base_model.model[0], model(x), accelerate(model)
+    layer.__class__ = type("Sharded", (type(layer),), {})
+    report.undo()
+    assert torch.equal(model(x), wanted) and report.fused == 0 and decelerate(model) == 0
+    again = accelerate(model)
+    torch.testing.assert_close(model(x), wanted, rtol=1e-5, atol=1e-5)
+    assert again.fused == 1 and decelerate(model) == 1

@@ -17,11 +17,12 @@ from loradash_kernels import composite, explain_backend
 
 from .fused import Term, base_refusal, beside_base, computed_dtype, parts_refusal, refusal, with_base
 
-How = Literal["fused", "beside the base", "PEFT"]
+How = Literal["fused", "beside the base", "PEFT", "LORADASH"]
 
 
 class Way(NamedTuple):
-    """How a call runs, and why not in the way before: fused, the adapters alone fused, PEFT's own forward."""
+    """How a call runs, and why not in the way before: fused, the adapters alone fused, PEFT's own forward; a LORADASH
+    layer runs its own, on the same operator."""
 
     how: How
     why: str = ""

@@ -10,7 +10,8 @@ gives what PEFT's gives; where it does not, PEFT's own forward runs, and the rep
 
 - the whole layer: variants (DoRA, aLoRA, KaSA, ...), mixed batches (`adapter_names`), merged or disabled adapters, hooks on
   the parts of an adapter, weights or inputs that are subclasses of Tensor (DTensor, quantised), float64 adapters beside
-  narrower inputs, a device without kernels, transforms of torch.func, tracing and exporting, hooks on all modules;
+  narrower inputs, a device without kernels, transforms of torch.func, tracing and exporting, hooks on all modules
+  (FlopCounterMode sets some: it counts PEFT's FLOPs, which are the same);
 - the base product alone, where the adapters' terms are one pass over its output: a base weight that trains, a base layer
   that is quantised, hooked, offloaded or has a forward of its own.
 
@@ -35,6 +36,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from .accelerated_layer import CALLS, AcceleratedLinear, Calls, Way, forward, listeners, pefts_forward, standing
+from .layer import DashLoraLayer
 
 
 @dataclass
@@ -97,7 +99,8 @@ def accelerate(model: nn.Module) -> AccelerationReport:
     is fused, too; for layers that get their first adapter later, call this again.
 
     Returns a report: print it, now and after a run. Its `undo()` gives the layers that this call changed back to PEFT,
-    `decelerate(model)` all of them. Warns where no layer runs fused as the model stands.
+    `decelerate(model)` all of them. Warns where no layer runs on the operator as the model stands. Layers of a LORADASH adapter
+    do so without this call: they stay as they are.
 
     Raises TypeError for what is no module, ValueError for a model without adapters of PEFT, RuntimeError where somebody
     else has replaced the forward of `lora.Linear`; nothing is changed then.
@@ -112,9 +115,11 @@ def accelerate(model: nn.Module) -> AccelerationReport:
     _refuse_foreign_forward()
     report = AccelerationReport()
     for name, layer in layers.items():
-        changed = type(layer) is LoraLinear
+        # One that was given back under a class made over ours (fully_shard, parametrize) has the class, and no counts.
+        changed = type(layer) is LoraLinear or (isinstance(layer, AcceleratedLinear) and CALLS not in layer.__dict__)
         if changed:
             layer.__dict__[CALLS] = Calls()
+        if type(layer) is LoraLinear:
             layer.__class__ = AcceleratedLinear
         report.layers[name] = _entry(name, layer, changed)
     if all(entry.expected.how == "PEFT" for entry in report.layers.values()):
@@ -126,6 +131,8 @@ def accelerate(model: nn.Module) -> AccelerationReport:
 def _entry(name: str, layer: nn.Module, changed: bool) -> LayerReport:
     if isinstance(layer, AcceleratedLinear):
         expected = standing(layer)
+    elif isinstance(layer, DashLoraLayer):
+        expected = Way("LORADASH", "on the operator already; its calls are not counted")
     else:
         kind = f"{type(layer).__module__}.{type(layer).__qualname__}".removeprefix("peft.tuners.")
         expected = Way("PEFT", f"{kind} is not lora.Linear")
@@ -135,9 +142,10 @@ def _entry(name: str, layer: nn.Module, changed: bool) -> LayerReport:
 def decelerate(model: nn.Module) -> int:
     """Gives every accelerated layer of a model back to PEFT; returns how many there were."""
     layers = [module for module in model.modules() if isinstance(module, AcceleratedLinear)]
+    accelerated_ones = sum(CALLS in layer.__dict__ for layer in layers)
     for layer in layers:
         _restore(layer)
-    return len(layers)
+    return accelerated_ones
 
 
 def _restore(layer: nn.Module) -> None:
@@ -168,7 +176,8 @@ def _everywhere(self: LoraLinear, x: Tensor, *args: Any, **kwargs: Any) -> Tenso
 @contextlib.contextmanager
 def accelerated(model: nn.Module | None = None) -> Iterator[AccelerationReport]:
     """`accelerate(model)` for a block. Without a model: for every `lora.Linear` that is called inside the block, made before
-    it or in it, in this process; no layer's class changes then, and the report names layers by their order of first use."""
+    it or in it, in this process; no layer's class changes then, and the report names layers by their order of first use.
+    A graph that torch.compile makes inside the block keeps the operator after it."""
     if model is not None:
         report = accelerate(model)
         try:
