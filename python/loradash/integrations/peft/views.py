@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -128,7 +129,7 @@ class AdapterState(DashState):
         # The tensors are read only after somebody else wrote them: on a GPU that waits for all that was queued.
         buffers = self._buffers()
         if len(buffers) != len(self._seen) or any(
-            b is not seen or b._version != version for b, (seen, version) in zip(buffers, self._seen, strict=True)
+            b is not seen or _version(b) != version for b, (seen, version) in zip(buffers, self._seen, strict=True)
         ):
             steps = {int(b) for b in buffers}
             if len(steps) > 1:
@@ -150,12 +151,17 @@ class AdapterState(DashState):
         self._note(buffers)
 
     def _note(self, buffers: list[Tensor]) -> None:
-        self._seen = [(b, b._version) for b in buffers]
+        self._seen = [(b, _version(b)) for b in buffers]
 
     def _buffers(self) -> list[Tensor]:
         if not self._layers or any(self.adapter not in layer.lora_dash_step for layer in self._layers):
             self._layers = [layer for _, layer in layers_with(self._root, self.adapter)]
         return [layer.lora_dash_step[self.adapter] for layer in self._layers]
+
+
+def _version(tensor: Tensor) -> float:
+    """What changes with every write; unlike itself for tensors made under inference_mode, which count none."""
+    return math.nan if tensor.is_inference() else tensor._version
 
 
 class PeftHost:
