@@ -155,7 +155,7 @@ class DashLoraModel(LoraModel):
         for layer, train in zip(layers, trains, strict=True):
             layer.lora_dash_sigma[adapter_name].requires_grad_(train)
 
-    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
         """PyTorch's, which every way of saving asks. Warns of adapters that are plain LoRA because nobody counts their steps."""
         layers = dict(dash_layers_of(self.model))
         for adapter in self.peft_config:

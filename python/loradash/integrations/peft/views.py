@@ -117,7 +117,7 @@ class AdapterState(DashState):
         self._root, self.adapter, self.settings = root, adapter, settings
         self.dash_only, self.schedules = False, 0
         self._layers: list[Any] = []
-        self._seen: list[tuple[Tensor, int]] = []
+        self._seen: list[tuple[Tensor, float]] = []
         self._step = 0
 
     @property
@@ -154,9 +154,9 @@ class AdapterState(DashState):
         self._seen = [(b, _version(b)) for b in buffers]
 
     def _buffers(self) -> list[Tensor]:
-        if not self._layers or any(self.adapter not in layer.lora_dash_step for layer in self._layers):
+        if not self._layers or not all(_has(layer, self.adapter) for layer in self._layers):
             self._layers = [layer for _, layer in layers_with(self._root, self.adapter)]
-        return [layer.lora_dash_step[self.adapter] for layer in self._layers]
+        return [layer._modules["lora_dash_step"]._buffers[self.adapter] for layer in self._layers]
 
 
 def _version(tensor: Tensor) -> float:
@@ -167,8 +167,8 @@ def _version(tensor: Tensor) -> float:
 class PeftHost:
     """A model of PEFT's, seen through its active adapter: a `loradash.state.Host`."""
 
-    def __init__(self, root: nn.Module, adapter: str) -> None:
-        self._root, self.adapter = root, adapter
+    def __init__(self, root: nn.Module, adapter: str, layers: list[tuple[str, Any]]) -> None:
+        self._root, self.adapter, self._layers = root, adapter, [found for found in layers if _has(found[1], adapter)]
         self.settings: DashLoraConfig = root.__dict__["peft_config"][adapter]
 
     def root(self) -> nn.Module:
@@ -176,7 +176,7 @@ class PeftHost:
 
     def layers(self) -> dict[str, AdaptedLayer]:
         found: dict[str, AdaptedLayer] = {}
-        for name, layer in layers_with(self._root, self.adapter):
+        for name, layer in self._layers:
             found[name] = LayerView(layer, self.adapter, name, self.settings)
         return found
 
@@ -189,8 +189,7 @@ class PeftHost:
         return known
 
     def export_lora(self, folder: Path) -> None:
-        layers = dict(layers_with(self._root, self.adapter))
-        export_lora(self._root, self.adapter, layers, folder)
+        export_lora(self._root, self.adapter, dict(self._layers), folder)
 
 
 def host_of(model: nn.Module) -> PeftHost:
@@ -198,23 +197,20 @@ def host_of(model: nn.Module) -> PeftHost:
 
     Raises ValueError where it is a part of what PEFT adapted, and where not exactly one adapter is active.
     """
-    roots = [
-        m
-        for _, m in modules_outside(model)
-        if "peft_config" in m.__dict__ and not isinstance(m, BaseTuner) and next(dash_layers_of(m), None)
-    ]
+    # Asked after every step of training: each walk over the model counts.
+    candidates = [m for _, m in modules_outside(model) if "peft_config" in m.__dict__ and not isinstance(m, BaseTuner)]
+    roots = [(m, layers) for m in candidates if (layers := list(dash_layers_of(m)))]
     if len(roots) != 1:
-        found = ", ".join(type(root).__name__ for root in roots) or "none"
+        found = ", ".join(type(root).__name__ for root, _ in roots) or "none"
         raise ValueError(f"wanted a model that PEFT adapted once, as a whole; found in it: {found}")
-    (root,) = roots
-    active = [a for _, layer in dash_layers_of(root) for a in layer.active_adapters if a in layer.lora_dash_sigma]
-    names = list(dict.fromkeys(active))
+    ((root, layers),) = roots
+    names = list(dict.fromkeys(a for _, layer in layers for a in layer.active_adapters if _has(layer, a)))
     if len(names) != 1:
         raise ValueError(
             f"one LORADASH adapter at a time is trained, launched and exported; active: {', '.join(names) or 'none'}, present: "
             f"{', '.join(root.__dict__['peft_config'])}; model.set_adapter(name) first"
         )
-    return PeftHost(root, names[0])
+    return PeftHost(root, names[0], layers)
 
 
 def dash_layers_of(model: nn.Module) -> Iterator[tuple[str, Any]]:
@@ -226,4 +222,8 @@ def dash_layers_of(model: nn.Module) -> Iterator[tuple[str, Any]]:
 
 def layers_with(root: nn.Module, adapter: str) -> Iterator[tuple[str, Any]]:
     """The layers that have an adapter, by plain name."""
-    return ((name, layer) for name, layer in dash_layers_of(root) if adapter in layer.lora_dash_sigma)
+    return ((name, layer) for name, layer in dash_layers_of(root) if _has(layer, adapter))
+
+
+def _has(layer: Any, adapter: str) -> bool:
+    return adapter in layer._modules["lora_dash_step"]._buffers
