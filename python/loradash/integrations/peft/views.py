@@ -144,6 +144,10 @@ class AdapterState(DashState):
     @step.setter
     def step(self, value: int) -> None:
         buffers = self._buffers()
+        if not buffers:
+            raise RuntimeError(
+                f"adapter {self.adapter} was taken out of the model: its steps cannot be counted any more"
+            )
         with torch.no_grad():
             torch._foreach_zero_(buffers)
             torch._foreach_add_(buffers, value)
