@@ -16,7 +16,7 @@ from .cache import SpectralCache
 from .distributed import gathered, is_sharded
 from .model import train_sigma_alone
 from .prelaunch import LayerReport, prelaunch
-from .state import AdaptedLayer, dash_layers, dash_state, parameter_of
+from .state import AdaptedLayer, dash_layers, dash_state, parameter_of, state_and_layers
 
 
 class DashSchedule:
@@ -165,12 +165,17 @@ class DashSchedule:
             parameter_of(layer.dash_sigma).grad = None
 
     def _look_after_layers(self) -> None:
-        if dash_state(self.model) is not self.state:
+        state, layers = state_and_layers(self.model)
+        if state is None:
+            raise RuntimeError(
+                "the model has no LoRA-Dash adapters any more; count its steps no longer, or adapt it and make a new DashSchedule"
+            )
+        if state is not self.state:
             raise RuntimeError(
                 "another adapter is active than the one that this DashSchedule was made for; each has a schedule of its own, and "
                 "is stepped while it is the active one"
             )
-        present = set(dash_layers(self.model).values())
+        present = set(layers.values())
         lost = [name for name, layer in self._layers.items() if layer not in present]
         if lost:
             raise RuntimeError(

@@ -214,6 +214,14 @@ def dash_layers(model: nn.Module) -> dict[str, AdaptedLayer]:
     return host.layers() if host is not None else {**_own(model if found is None else found)}
 
 
+def state_and_layers(model: nn.Module) -> tuple[DashState | None, dict[str, AdaptedLayer]]:
+    """`dash_state`, or None where there is none, and `dash_layers`, for one search of the model."""
+    found, host = _find(model)
+    if host is not None:
+        return host.state(), host.layers()
+    return (None, {**_own(model)}) if found is None else (found.__dict__[STATE], {**_own(found)})
+
+
 def parameter_of(tensor: Tensor) -> Tensor:
     """The parameter that a part of an adapted layer is, or is a view of: what an optimizer has."""
     return tensor if tensor._base is None else tensor._base

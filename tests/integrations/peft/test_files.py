@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import subprocess
 import sys
+import warnings
 
 import loradash
 import pytest
@@ -234,6 +236,70 @@ def test_export_of_one_of_several(tmp_path):
     assert gap(output(served), output(model)) < 1e-5
 
 
+def step(model):
+    """An optimizer's step that no schedule counts."""
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    loss_of(model).backward()
+    optimizer.step()
+    return model
+
+
+def warned(model, folder):
+    """Does saving say that nobody counted?"""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        model.save_pretrained(folder)
+    return ["loradash: adapter default was trained without DashSchedule" in str(w.message) for w in caught].count(True)
+
+
+class TestTrainedWithoutASchedule:
+    def test_saving_says_so(self, tmp_path):
+        model = step(adapted())
+        assert warned(model, tmp_path) == 1
+        for trainable in (False, True):
+            loaded = PeftModel.from_pretrained(Net(), tmp_path, is_trainable=trainable, low_cpu_mem_usage=trainable)
+            assert not warned(loaded, tmp_path / "again")
+        assert warned(step(loaded), tmp_path / "again") == 1
+        loradash.DashSchedule(model, progress=False)
+        assert not warned(model, tmp_path)
+
+    @pytest.mark.parametrize("settings", [{}, {"init_lora_weights": False}, {"init_lora_weights": "orthogonal"}])
+    def test_what_was_not_trained_is_quiet(self, settings, tmp_path):
+        model = adapted(**settings)
+        assert not any(warned(m, tmp_path) for m in (model, copy.deepcopy(model), model.to(torch.bfloat16)))
+
+    @pytest.mark.parametrize("combination", ["svd", "cat"])
+    def test_computed_adapters_are_quiet(self, combination, tmp_path):
+        model = two_adapters()
+        model.add_weighted_adapter(["default", "other"], [0.5, 0.5], "mix", combination_type=combination)
+        model.set_adapter("mix")
+        model.save_pretrained(tmp_path)
+
+    def test_what_a_launch_or_no_directions_explain(self, tmp_path):
+        assert not warned(step(adapted(directions=0)), tmp_path)
+        model = step(adapted())
+        loradash.prelaunch(model, progress=False)
+        assert not warned(model, tmp_path)
+
+
+def test_adapters_made_and_loaded_under_inference_mode(saved):
+    with torch.inference_mode():
+        loaded = PeftModel.from_pretrained(llama(), saved[1] / "adapter")
+        loaded.state_dict()
+        assert loradash.dash_state(loaded).step == 3
+        assert gap(output(loaded.eval()), output(saved[0])) == 0
+
+
+def test_the_model_card_tells_what_to_import(saved, tmp_path):
+    model = adapted()
+    for _ in range(2):
+        model.save_pretrained(tmp_path)
+    card = (tmp_path / "README.md").read_text()
+    assert card.count("import loradash.integrations.peft") == 1 and card.startswith("---\nlibrary_name: peft")
+    assert "### Framework versions" in card
+    assert "base_model:" in (saved[1] / "adapter" / "README.md").read_text()
+
+
 class TestFromLora:
     @pytest.fixture(scope="class")
     def lora(self, tmp_path_factory):
@@ -254,6 +320,7 @@ class TestFromLora:
     def test_a_run_starts_at_a_plain_lora(self, lora):
         theirs, folder = lora
         model = from_lora(Net(), folder, directions=3, prelaunch_steps=0).eval()
+        model.state_dict()
         assert gap(output(model), output(theirs)) < 1e-6 and model.peft_config["default"].lora_dropout == 0.1
         train(model, 2)
         assert all(view.launched and view.dash_sigma.any() for view in loradash.dash_layers(model).values())

@@ -310,3 +310,19 @@ def test_a_view_is_its_layer_and_adapter(both):
     view = first["middle"]
     assert (view.in_features, view.out_features, view.config.r, view.scaling) == (40, 40, 4, 2.0)
     assert torch.equal(view.weight_nk(), view.layer.base_layer.weight.t()) and view.base is None
+
+
+def test_parts_whose_forward_was_replaced_are_called():
+    layer = layers_of(two_adapters())["base_model.model.first"]
+    x = torch.randn(3, layer.in_features)
+    lora_a = layer.lora_A["default"]
+    with torch.no_grad():
+        before = layer(x)
+        pefts = lora_a.forward
+        lora_a.forward = lambda x: pefts(x) * 0
+        assert gap(layer(x), before) > 1e-3
+        del lora_a.forward
+        # What FSDP1 makes of a parameter that it keeps in another.
+        weight = lora_a._parameters.pop("weight")
+        lora_a.__dict__["weight"] = weight.detach()
+        assert gap(layer(x), before) < TOLERANCE

@@ -92,3 +92,14 @@ def test_a_merged_adapter_is_not_launched():
     model.merge_adapter()
     with pytest.raises(ValueError, match="merged"):
         loradash.prelaunch(model, progress=False)
+
+
+@pytest.mark.parametrize("take_out", [lambda m: m.unload(), lambda m: m.delete_adapter("default")])
+def test_an_adapter_taken_out_while_it_is_counted(take_out):
+    model = two_adapters()
+    schedule = loradash.DashSchedule(model, progress=False)
+    take_out(model)
+    with pytest.raises(
+        RuntimeError, match=r"adapter default was taken out of the model|has no LoRA-Dash adapters any more"
+    ):
+        schedule.step()

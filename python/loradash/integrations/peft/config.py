@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from dataclasses import dataclass, field
 from typing import Any
 
+from huggingface_hub import ModelCard
 from peft import LoraConfig
 
 from loradash import presets
@@ -19,6 +21,9 @@ FORMAT = 1
 
 INITIALISATIONS = (True, False, "gaussian", "orthogonal")
 """Values of init_lora_weights that leave the base weight, whose directions are looked for, as it is."""
+
+_CARD, HINT = "README.md", "This adapter is LoRA-Dash: `import loradash.integrations.peft` before PEFT loads it."
+"""The model card beside an adapter's files, and what it says: without the import PEFT knows no such method."""
 
 # What PEFT has for LoRA and LoRA-Dash has no meaning for, or no place; variants are found by their metadata.
 _ABSENT = (
@@ -77,6 +82,16 @@ class DashLoraConfig(LoraConfig):
             for pattern, value in (getattr(self, name) or {}).items():
                 _checked(f"{name}[{pattern!r}]", ours, value)
 
+    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
+        """PEFT's. A model card that PEFT wrote into the folder before tells how the adapter is loaded."""
+        super().save_pretrained(save_directory, **kwargs)
+        path = os.path.join(save_directory, _CARD)
+        if os.path.isfile(path):
+            card = ModelCard.load(path)
+            if HINT not in card.text:
+                card.text = f"{HINT}\n\n{card.text}"
+                card.save(path)
+
     @classmethod
     def preset(cls, name: str, **overrides: Any) -> DashLoraConfig:
         """The paper's settings for one of its experiments, with some of them replaced: `preset("commonsense-llama-7b", r=16)`.
@@ -100,7 +115,7 @@ def _checked(name: str, ours: str, value: Any) -> None:
     try:
         DashConfig(**{ours: value})
     except ValueError as error:
-        raise ValueError(f"{name}: {error}") from error
+        raise ValueError(str(error) if name == ours else f"{name}: {error}") from error
 
 
 def _check_format(found: Any) -> None:

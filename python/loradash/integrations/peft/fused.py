@@ -7,8 +7,8 @@ adapter dropout, two products and a sum, each over all of x or y; here that is o
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -36,24 +36,6 @@ class Term(NamedTuple):
     dash_u: Tensor | None = None  # (N, s)
     dash_vt: Tensor | None = None  # (s, K)
     dash_sigma: Tensor | None = None  # (s,)
-
-
-def fused_forward(
-    x: Tensor,  # (..., K)
-    base: nn.Module,
-    terms: Sequence[Term],
-    training: bool = True,
-    args: Sequence[Any] = (),
-    kwargs: Mapping[str, Any] | None = None,
-) -> Tensor:  # (..., N)
-    """base(x) plus the terms: one call of `dash_linear` where the base product can join it and the terms share a dropout.
-
-    The caller has asked `refusal`, which must be None. Further arguments go to a base layer that is called by itself.
-    The result has the dtype that the base layer gives.
-    """
-    if terms and not args and not kwargs and base_refusal(x, base) is None:
-        return with_base(x, base, terms, training)
-    return beside_base(base(x, *args, **(kwargs or {})), x, terms, training)
 
 
 def refusal(x: Tensor, terms: Sequence[Term], casts_input: bool = True) -> str | None:
@@ -109,6 +91,7 @@ def base_refusal(x: Tensor, base: nn.Module) -> str | None:
 
 # The classes of an adapter's parts whose calls compute their formula and nothing else.
 _PRODUCT, _DROPOUT = (nn.Linear,), (nn.Dropout, nn.Identity)
+_OWN = {"weight", "bias"}
 
 
 def parts_refusal(lora_a: nn.Module, lora_b: nn.Module, dropout: nn.Module) -> str | None:
@@ -119,6 +102,9 @@ def parts_refusal(lora_a: nn.Module, lora_b: nn.Module, dropout: nn.Module) -> s
             if type(module) not in kinds:
                 return f"{part} is a {type(module).__name__}"
             return f"{part} has hooks" if is_hooked(module) else f"the forward of {part} was replaced"
+    for module in (lora_a, lora_b):
+        if not module._parameters.keys() >= _OWN:
+            return "the weights of lora_A or lora_B are parts of another parameter"
     return None
 
 

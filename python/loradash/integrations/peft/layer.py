@@ -18,7 +18,7 @@ from loradash.distributed import gathered
 from loradash.quantised import check_differentiable
 
 from .config import DashLoraConfig
-from .fused import Term, base_refusal, beside_base, fused_forward, is_hooked, refusal
+from .fused import Term, base_refusal, beside_base, parts_refusal, refusal, with_base
 from .merging import Mergeable
 from .views import host_of
 
@@ -70,6 +70,8 @@ class DashLoraLayer(Mergeable, LoraLayer):
             self.lora_dash_sigma = nn.ParameterDict()
             for name in FROZEN:
                 setattr(self, name, BufferDict(persistent=True))
+            self._untrained: dict[str, int] = {}
+            self.register_load_state_dict_post_hook(_note_loaded)
         n, k = self.out_features, self.in_features
         s = min(config.directions, n, k)
         like = self.lora_A[adapter_name].weight
@@ -83,6 +85,21 @@ class DashLoraLayer(Mergeable, LoraLayer):
         self.lora_dash_step[adapter_name] = torch.zeros((), dtype=torch.int64, device=device)
         # Says of the new parameter too whether it trains.
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+        self.note_untrained(adapter_name)
+
+    def note_untrained(self, adapter: str) -> None:
+        """B was made, loaded or computed just now: what it holds is not of a training that nobody counted."""
+        b = self.lora_B[adapter].weight
+        # Tensors made under torch.inference_mode count no writes, and are never trained.
+        self._untrained[adapter] = 0 if b.is_inference() else b._version
+
+    def is_plain_lora_by_mistake(self, adapter: str) -> bool:
+        """Was B written since, as an optimizer does, while no step was counted and no direction launched?"""
+        b = self.lora_B[adapter].weight
+        written = b.requires_grad and not b.is_inference() and b._version > self._untrained[adapter]
+        if not written or not self.lora_dash_sigma[adapter].numel():
+            return False
+        return not self.lora_dash_step[adapter] and not self.lora_dash_launched[adapter]
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         """PEFT's, which casts what it moves to the base layer's dtype: the vectors, the phase and the step keep theirs, and
@@ -110,12 +127,12 @@ class DashLoraLayer(Mergeable, LoraLayer):
         if adapter_names is not None:
             return self._mixed_batch_forward(x, *args, adapter_names=adapter_names, **kwargs)
         adapters = [name for name in self.active_adapters if name in self.lora_A]
-        terms = [self._term(name) for name in adapters]
-        fused = self._is_plain(adapters) and refusal(x, terms, self.cast_input_dtype_enabled) is None
-        if fused and base_refusal(x, self.base_layer) is None:
-            return fused_forward(x, self.base_layer, terms, True, args, kwargs)
+        terms = self._fusible_terms(x, adapters)
+        base = self._modules["base_layer"]
+        if terms and not args and not kwargs and base_refusal(x, base) is None:  # type: ignore[arg-type]
+            return with_base(x, base, terms)  # type: ignore[arg-type]
         y = self._base_output(x, *args, **kwargs)
-        return beside_base(y, x, terms, True) if fused else self._added(y, x, adapters)
+        return self._added(y, x, adapters) if terms is None else beside_base(y, x, terms)
 
     def _base_output(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         y = self.base_layer(x, *args, **kwargs)
@@ -134,10 +151,8 @@ class DashLoraLayer(Mergeable, LoraLayer):
 
     def _updated(self, y: Tensor, x: Tensor, adapters: Sequence[str]) -> Tensor:
         """The base layer's output y for x, with the terms of adapters."""
-        terms = [self._term(name) for name in adapters]
-        if self._is_plain(adapters) and refusal(x, terms, self.cast_input_dtype_enabled) is None:
-            return beside_base(y, x, terms, True)
-        return self._added(y, x, adapters)
+        terms = self._fusible_terms(x, adapters)
+        return self._added(y, x, adapters) if terms is None else beside_base(y, x, terms)
 
     def _added(self, y: Tensor, x: Tensor, adapters: Sequence[str]) -> Tensor:
         """The same as a chain of PyTorch's operators, which serves hooks on A and B, tensors of any kind and any dtypes."""
@@ -150,38 +165,40 @@ class DashLoraLayer(Mergeable, LoraLayer):
             y = y + F.linear(F.linear(dropped, vt) * self._sigma(name).to(dropped.dtype), u)
         return y.to(dtype)
 
-    def _is_plain(self, adapters: Sequence[str]) -> bool:
-        """Are the parts of these adapters what PEFT made them, so that their tensors say what calling them gives?"""
+    def _fusible_terms(self, x: Tensor, adapters: Sequence[str]) -> list[Term] | None:
+        """What kernels need of these adapters, or None where their modules must be called, or their tensors are of a kind that
+        no kernel takes."""
+        terms = []
         for name in adapters:
-            lora_a, lora_b, dropout = self._parts(name)
-            if type(lora_a) is not nn.Linear or type(lora_b) is not nn.Linear or is_hooked(lora_a) or is_hooked(lora_b):
-                return False
-            if type(dropout) not in (nn.Dropout, nn.Identity) or is_hooked(dropout):
-                return False
-        return True
+            term = self._term(name)
+            if term is None:
+                return None
+            terms.append(term)
+        return terms if refusal(x, terms, self.cast_input_dtype_enabled) is None else None
 
-    def _parts(self, name: str) -> tuple[Any, Any, Any]:
-        """The modules A, B and dropout of an adapter, at a tenth of the price of attributes."""
-        a, b, dropout = (self._modules[kind]._modules[name] for kind in ("lora_A", "lora_B", "lora_dropout"))  # type: ignore[union-attr]
-        return a, b, dropout
-
-    def _term(self, name: str) -> Term:
-        lora_a, lora_b, dropout = self._parts(name)
-        drops = isinstance(dropout, nn.Dropout) and dropout.training
+    def _term(self, name: str) -> Term | None:
+        """The tensors of an adapter; None where its parts are not what PEFT made them, so that calling them gives more."""
+        # PEFT's dicts are modules: by attributes this costs ten times as much, in every call of every layer.
+        dicts: Any = self._modules
+        lora_a, lora_b = dicts["lora_A"]._modules[name], dicts["lora_B"]._modules[name]
+        dropout = dicts["lora_dropout"]._modules[name]
+        if parts_refusal(lora_a, lora_b, dropout) is not None:
+            return None
+        a, b = lora_a._parameters, lora_b._parameters
         return Term(
-            lora_a=lora_a.weight,
-            lora_b=lora_b.weight,
-            scaling=self.scaling[name],
-            dropout_p=dropout.p if drops else 0.0,
-            bias=lora_b.bias,
-            dash_u=self.lora_dash_u[name],
-            dash_vt=self.lora_dash_vt[name],
-            dash_sigma=self._sigma(name),
+            a["weight"],
+            b["weight"],
+            self.scaling[name],
+            dropout.p if dropout.training and type(dropout) is nn.Dropout else 0.0,
+            b["bias"],
+            dicts["lora_dash_u"]._buffers[name],
+            dicts["lora_dash_vt"]._buffers[name],
+            self._sigma(name),
         )
 
     def _sigma(self, name: str) -> Tensor:
         """Δσ (s,) times the scale that was set on the adapter, beside the one that its settings give."""
-        sigma, scaling = self.lora_dash_sigma[name], self.scaling[name]
+        sigma, scaling = getattr(self._modules["lora_dash_sigma"], name), self.scaling[name]
         r, alpha = self.r[name], self.lora_alpha[name]
         initial = alpha / (math.sqrt(r) if self.use_rslora.get(name, False) else r)
         if not isinstance(scaling, Tensor) and scaling == initial:
@@ -217,6 +234,11 @@ class DashLoraLayer(Mergeable, LoraLayer):
                     "from a plain LoRA"
                 )
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+
+def _note_loaded(layer: DashLoraLayer, _: Any) -> None:
+    for adapter in layer.lora_dash_sigma:
+        layer.note_untrained(adapter)
 
 
 class Linear(DashLoraLayer, LoraLinear):

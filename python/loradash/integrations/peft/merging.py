@@ -3,6 +3,11 @@
 PEFT adds ΔW to such a layer's weight, whatever the layer does with it, and what it takes out of a quantised one again is
 rounded once more (an NF4 base is off by 8% of its norm after merge and unmerge). Here such a layer takes the update only
 where its products are those with its weight, or is quantised anew, with the error stated, and gets its own codes back.
+
+A plain base layer stays PEFT's: `unmerge` subtracts what `merge` added, in the weight's dtype, so that a part of the elements
+of a 16-bit weight is a last digit off after it, and more with every round. Having them back exactly would take a copy of every
+adapted weight while they are merged, which is what merging is done to save; a run that merges and unmerges often (to sample
+from the model while it trains) keeps the base in float32, or leaves the adapter beside it.
 """
 
 from __future__ import annotations

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -25,7 +26,7 @@ from .config import DashLoraConfig
 from .layer import FROZEN, DashLoraLayer, dash_class
 from .merging import checked_merge
 from .versions import warn_of_shards
-from .views import dash_layers_of, layers_with
+from .views import STATES, dash_layers_of, layers_with
 
 _NO_LINEAR = (
     nn.Embedding,
@@ -162,6 +163,19 @@ class DashLoraModel(LoraModel):
         for layer, train in zip(layers, trains, strict=True):
             layer.lora_dash_sigma[adapter_name].requires_grad_(train)
 
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
+        """PyTorch's, which every way of saving asks. Warns of adapters that are plain LoRA because nobody counts their steps."""
+        layers = dict(dash_layers_of(self.model))
+        for adapter in self.peft_config:
+            state = self.model.__dict__.get(STATES, {}).get(adapter)
+            own = [layer for layer in layers.values() if adapter in layer.lora_dash_sigma]
+            if (state is None or not state.schedules) and any(layer.is_plain_lora_by_mistake(adapter) for layer in own):
+                warnings.warn(
+                    f"loradash: adapter {adapter} was trained without DashSchedule or DashCallback: it is plain LoRA so far",
+                    stacklevel=2,
+                )
+        return super().state_dict(*args, **kwargs)
+
     def merge_adapter(self, *args: Any, **kwargs: Any) -> None:
         """PEFT's, for all layers or, where one cannot, none."""
         with checked_merge(dict(dash_layers_of(self.model))):
@@ -181,6 +195,8 @@ class DashLoraModel(LoraModel):
             raise ValueError(f"lora_bias: PEFT would leave the biases of {', '.join(biased)} out of the new adapter")
         with self._folded(adapters):
             super().add_weighted_adapter(adapters, weights, adapter_name, *args, **kwargs)
+        for _, layer in layers_with(self.model, adapter_name):
+            layer.note_untrained(adapter_name)
 
     @contextlib.contextmanager
     def _folded(self, adapters: list[str]) -> Iterator[None]:

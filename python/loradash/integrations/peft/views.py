@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -116,7 +117,7 @@ class AdapterState(DashState):
         self._root, self.adapter, self.settings = root, adapter, settings
         self.dash_only, self.schedules = False, 0
         self._layers: list[Any] = []
-        self._seen: list[tuple[Tensor, int]] = []
+        self._seen: list[tuple[Tensor, float]] = []
         self._step = 0
 
     @property
@@ -128,7 +129,7 @@ class AdapterState(DashState):
         # The tensors are read only after somebody else wrote them: on a GPU that waits for all that was queued.
         buffers = self._buffers()
         if len(buffers) != len(self._seen) or any(
-            b is not seen or b._version != version for b, (seen, version) in zip(buffers, self._seen, strict=True)
+            b is not seen or _version(b) != version for b, (seen, version) in zip(buffers, self._seen, strict=True)
         ):
             steps = {int(b) for b in buffers}
             if len(steps) > 1:
@@ -143,6 +144,10 @@ class AdapterState(DashState):
     @step.setter
     def step(self, value: int) -> None:
         buffers = self._buffers()
+        if not buffers:
+            raise RuntimeError(
+                f"adapter {self.adapter} was taken out of the model: its steps cannot be counted any more"
+            )
         with torch.no_grad():
             torch._foreach_zero_(buffers)
             torch._foreach_add_(buffers, value)
@@ -150,19 +155,24 @@ class AdapterState(DashState):
         self._note(buffers)
 
     def _note(self, buffers: list[Tensor]) -> None:
-        self._seen = [(b, b._version) for b in buffers]
+        self._seen = [(b, _version(b)) for b in buffers]
 
     def _buffers(self) -> list[Tensor]:
-        if not self._layers or any(self.adapter not in layer.lora_dash_step for layer in self._layers):
+        if not self._layers or not all(_has(layer, self.adapter) for layer in self._layers):
             self._layers = [layer for _, layer in layers_with(self._root, self.adapter)]
-        return [layer.lora_dash_step[self.adapter] for layer in self._layers]
+        return [layer._modules["lora_dash_step"]._buffers[self.adapter] for layer in self._layers]
+
+
+def _version(tensor: Tensor) -> float:
+    """What changes with every write; unlike itself for tensors made under inference_mode, which count none."""
+    return math.nan if tensor.is_inference() else tensor._version
 
 
 class PeftHost:
     """A model of PEFT's, seen through its active adapter: a `loradash.state.Host`."""
 
-    def __init__(self, root: nn.Module, adapter: str) -> None:
-        self._root, self.adapter = root, adapter
+    def __init__(self, root: nn.Module, adapter: str, layers: list[tuple[str, Any]]) -> None:
+        self._root, self.adapter, self._layers = root, adapter, [found for found in layers if _has(found[1], adapter)]
         self.settings: DashLoraConfig = root.__dict__["peft_config"][adapter]
 
     def root(self) -> nn.Module:
@@ -170,7 +180,7 @@ class PeftHost:
 
     def layers(self) -> dict[str, AdaptedLayer]:
         found: dict[str, AdaptedLayer] = {}
-        for name, layer in layers_with(self._root, self.adapter):
+        for name, layer in self._layers:
             found[name] = LayerView(layer, self.adapter, name, self.settings)
         return found
 
@@ -183,8 +193,7 @@ class PeftHost:
         return known
 
     def export_lora(self, folder: Path) -> None:
-        layers = dict(layers_with(self._root, self.adapter))
-        export_lora(self._root, self.adapter, layers, folder)
+        export_lora(self._root, self.adapter, dict(self._layers), folder)
 
 
 def host_of(model: nn.Module) -> PeftHost:
@@ -192,23 +201,20 @@ def host_of(model: nn.Module) -> PeftHost:
 
     Raises ValueError where it is a part of what PEFT adapted, and where not exactly one adapter is active.
     """
-    roots = [
-        m
-        for _, m in modules_outside(model)
-        if "peft_config" in m.__dict__ and not isinstance(m, BaseTuner) and next(dash_layers_of(m), None)
-    ]
+    # Asked after every step of training: each walk over the model counts.
+    candidates = [m for _, m in modules_outside(model) if "peft_config" in m.__dict__ and not isinstance(m, BaseTuner)]
+    roots = [(m, layers) for m in candidates if (layers := list(dash_layers_of(m)))]
     if len(roots) != 1:
-        found = ", ".join(type(root).__name__ for root in roots) or "none"
+        found = ", ".join(type(root).__name__ for root, _ in roots) or "none"
         raise ValueError(f"wanted a model that PEFT adapted once, as a whole; found in it: {found}")
-    (root,) = roots
-    active = [a for _, layer in dash_layers_of(root) for a in layer.active_adapters if a in layer.lora_dash_sigma]
-    names = list(dict.fromkeys(active))
+    ((root, layers),) = roots
+    names = list(dict.fromkeys(a for _, layer in layers for a in layer.active_adapters if _has(layer, a)))
     if len(names) != 1:
         raise ValueError(
             f"one LORADASH adapter at a time is trained, launched and exported; active: {', '.join(names) or 'none'}, present: "
             f"{', '.join(root.__dict__['peft_config'])}; model.set_adapter(name) first"
         )
-    return PeftHost(root, names[0])
+    return PeftHost(root, names[0], layers)
 
 
 def dash_layers_of(model: nn.Module) -> Iterator[tuple[str, Any]]:
@@ -220,4 +226,8 @@ def dash_layers_of(model: nn.Module) -> Iterator[tuple[str, Any]]:
 
 def layers_with(root: nn.Module, adapter: str) -> Iterator[tuple[str, Any]]:
     """The layers that have an adapter, by plain name."""
-    return ((name, layer) for name, layer in dash_layers_of(root) if adapter in layer.lora_dash_sigma)
+    return ((name, layer) for name, layer in dash_layers_of(root) if _has(layer, adapter))
+
+
+def _has(layer: Any, adapter: str) -> bool:
+    return adapter in layer._modules["lora_dash_step"]._buffers
