@@ -35,12 +35,11 @@ def main(
 ) -> None:
     switches = chosen(switch, list(ABOUT), "--switch")
     files = chosen(file, [suite.file for suite in SUITES], "--file")
-    suites = [suite for suite in SUITES if suite.file in files]
+    hub_is = "closed" if offline or not hub.reachable() else "open"
+    # A file that is named runs all the same.
+    suites = [suite for suite in SUITES if suite.file in files and (file or hub_is == "open" or not suite.hub)]
     try:
-        folder = sdist.unpacked(sdist_folder)
-        outcomes = gathered(
-            folder, suites, ["off", *switches], "closed" if offline or not hub.reachable() else "open", jobs
-        )
+        outcomes = gathered(sdist.unpacked(sdist_folder), suites, ["off", *switches], hub_is, jobs)
     except (sdist.NoSdist, runs.Broken) as error:
         console.print(str(error), style="red", markup=False)
         raise SystemExit(1) from None

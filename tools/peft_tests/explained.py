@@ -42,6 +42,12 @@ REASONS = (
     ),
     Reason(
         TUNER,
+        "modules registered for LoRA .* have no dash term",
+        "layers that somebody registered for LoRA would be plain LoRA in our place, and LORADASH refuses them",
+        "TestDynamicDispatch::",
+    ),
+    Reason(
+        TUNER,
         "peft_type` 'LORADASH' is not compatible with the `PeftMixedModel`",
         "`PeftMixedModel` makes layers of PEFT's own methods alone; it would put plain LoRA in our place",
     ),
