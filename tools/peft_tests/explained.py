@@ -69,4 +69,16 @@ REASONS = (
         "LORADASH refuses a convolution before PEFT warns of its bias",
         r"base_layer_has_no_bias_warns_and_raises\[conv2d",
     ),
+    Reason(
+        TUNER,
+        r"'DashLoraModel' == 'LoraModel'|'default': 'LORADASH'|adapter_model_type='DashLoraModel'|lora_dash_launched",
+        "the type has a name of its own, and more tensors, and these tests write down those of LoRA",
+        "TestModelAndLayerStatus::|TestTunerStateDictKeyPrefixes::",
+    ),
+    Reason(
+        TUNER,
+        "unsupported operand type.*'NoneType' and 'Tensor'",
+        "PEFT's LoRA-FA optimizer takes its parameters in pairs of A and B, and Δσ is a third; it is for plain LoRA",
+        r"test_lorafa\.py::",
+    ),
 )
