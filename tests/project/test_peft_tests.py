@@ -83,7 +83,7 @@ def test_rows_for_other_tuners_are_taken_out():
     from tools.peft_tests.switches import keep_plain_lora
 
     def left(*lists):
-        keep_plain_lora([pytest.mark.parametrize("a, b", rows).mark for rows in lists])
+        keep_plain_lora([pytest.mark.parametrize(("a", "b"), rows).mark for rows in lists])
         return list(lists)
 
     lora, other = ("a", peft.LoraConfig), ("b", peft.LoHaConfig)
