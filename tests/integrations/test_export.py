@@ -263,6 +263,8 @@ def test_parents_that_read_weights_are_refused(tmp_path):
 
 def test_a_quantised_layer(tmp_path):
     torchao = pytest.importorskip("torchao.quantization")
+    if peft.__version__.startswith("0.19."):
+        pytest.skip("PEFT 0.19 takes torchao's layers from transformers' quantiser alone")
 
     def build():
         torch.manual_seed(0)

@@ -194,5 +194,7 @@ def test_the_dtype_that_flash_attention_asks_for(model, door):
     assert len(found) == 2
     for module in found:
         assert attention.get_target_dtype(torch.zeros(1), module) == torch.bfloat16
-        with torch.autocast("cpu", torch.float16):
-            assert attention.get_target_dtype(torch.zeros(1), module) == torch.float16
+        # The oldest transformers asks for CUDA's autocast alone.
+        if "device_type" in attention.get_target_dtype.__code__.co_varnames:
+            with torch.autocast("cpu", torch.float16):
+                assert attention.get_target_dtype(torch.zeros(1), module) == torch.float16

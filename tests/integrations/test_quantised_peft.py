@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import warnings
 
 import loradash
@@ -134,6 +135,13 @@ def finegrained():
     layer = pytest.importorskip("transformers.integrations.finegrained_fp8").FP8Linear(K, N, block_size=(128, 128))
     layer.weight.data.copy_(torch.randn(N, K))
     layer.weight_scale_inv.data.fill_(0.5)
+    try:
+        # Newer ones say that its kernels are missing.
+        with contextlib.suppress(ImportError):
+            layer(torch.zeros(1, K))
+    except AttributeError:
+        # It asks PyTorch for the type of an accelerator, whether there is one or not.
+        pytest.skip("the FP8 layer of the oldest transformers needs an accelerator")
     return layer.requires_grad_(False)
 
 

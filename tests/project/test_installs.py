@@ -110,3 +110,11 @@ def test_an_integration_without_its_framework(bare_words, integration):
 def extras() -> set[str]:
     declared = (ROOT / "pyproject.toml").read_text().split("[project.optional-dependencies]")[1].split("\n[")[0]
     return set(re.findall(r"^(\w+) = \[", declared, re.M))
+
+
+def test_the_extra_of_peft_is_the_range_that_its_front_end_takes():
+    pytest.importorskip("peft")
+    from loradash.integrations.peft.versions import BELOW, OLDEST
+
+    oldest, below = (".".join(map(str, bound)) for bound in (OLDEST, BELOW))
+    assert f'peft = ["peft>={oldest},<{below}"]' in (ROOT / "pyproject.toml").read_text()

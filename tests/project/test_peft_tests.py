@@ -77,6 +77,22 @@ def test_a_hub_out_of_reach_is_told_at_once(monkeypatch):
     assert closed.asked
 
 
+def test_rows_for_other_tuners_are_taken_out():
+    """And no others: of one mark alone, of its own list, and never the last."""
+    peft = pytest.importorskip("peft")
+    from tools.peft_tests.switches import keep_plain_lora
+
+    def left(*lists):
+        keep_plain_lora([pytest.mark.parametrize(("a", "b"), rows).mark for rows in lists])
+        return list(lists)
+
+    lora, other = ("a", peft.LoraConfig), ("b", peft.LoHaConfig)
+    assert left([lora, other, ("c", 1)], [1, 2]) == [[lora, ("c", 1)], [1, 2]]
+    assert left([peft.LoHaConfig(), peft.LoraConfig]) == [[peft.LoraConfig]]
+    assert left([other]) == [[other]]
+    assert left([lora, other], [other, lora]) == [[lora, other], [other, lora]]
+
+
 def test_the_oldest_frameworks():
     """One version for each bound of a front end's extra, none for what others need."""
     declared = """

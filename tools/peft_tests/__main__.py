@@ -3,7 +3,8 @@
     python -m tools.peft_tests                                # everything; PEFT's sdist comes from PyPI
     python -m tools.peft_tests --switch accelerated --file test_mixed --sdist FOLDER
 
-Prints and, with --out, writes the table. Exit code 1 where a test ends otherwise without a reason in
+Prints and, with --out, writes the table. Where nothing is asked for, files that call few layers run under two switches of the
+four, and those that need models from the Hugging Face hub only where it is within reach. Exit code 1 where a test ends otherwise without a reason in
 tools/peft_tests/explained.py, where a reason there explains nothing, or where no call ran fused.
 """
 
@@ -35,12 +36,12 @@ def main(
 ) -> None:
     switches = chosen(switch, list(ABOUT), "--switch")
     files = chosen(file, [suite.file for suite in SUITES], "--file")
-    suites = [suite for suite in SUITES if suite.file in files]
+    hub_is = "closed" if offline or not hub.reachable() else "open"
+    # A file that is named runs all the same.
+    suites = [suite for suite in SUITES if suite.file in files and (file or hub_is == "open" or not suite.hub)]
     try:
-        folder = sdist.unpacked(sdist_folder)
-        outcomes = gathered(
-            folder, suites, ["off", *switches], "closed" if offline or not hub.reachable() else "open", jobs
-        )
+        wanted = [(one, on) for one in suites for on in ["off", *switches] if switch or on in ("off", *one.switches)]
+        outcomes = gathered(sdist.unpacked(sdist_folder), wanted, hub_is, jobs)
     except (sdist.NoSdist, runs.Broken) as error:
         console.print(str(error), style="red", markup=False)
         raise SystemExit(1) from None
@@ -63,8 +64,8 @@ def chosen(wanted: list[str] | None, known: list[str], option: str) -> list[str]
     return [name for name in known if not wanted or name in wanted]
 
 
-def gathered(folder: Path, suites: list[Suite], switches: list[str], hub_is: str, jobs: int) -> compare.Outcomes:
-    """The outcomes of every file under every switch, with a line of progress for each process."""
+def gathered(folder: Path, wanted: list[tuple[Suite, str]], hub_is: str, jobs: int) -> compare.Outcomes:
+    """The outcomes of every (file, switch), with a line of progress for each process."""
     outcomes: dict[tuple[str, str], list[runs.Test]] = {}
     columns = TextColumn("{task.description}"), MofNCompleteColumn(), TimeElapsedColumn()
     with Progress(*columns, console=console, transient=True) as progress:
@@ -76,12 +77,11 @@ def gathered(folder: Path, suites: list[Suite], switches: list[str], hub_is: str
                     tasks[run] = progress.add_task(f"{run.suite.file} ({run.switch})", total=None)
                 progress.update(tasks[run], completed=len(run.tests()), total=run.collected() or None)
 
-        wanted = [(suite, switch) for suite in suites for switch in switches]
         for run in runs.run(folder, wanted, hub_is, jobs, tell):
             tests = outcomes[run.suite.file, run.switch] = run.finished()
             progress.remove_task(tasks[run])
             console.print(f"{run.suite.file} ({run.switch}): {report.cell(tests)}, {fused(tests)} fused")
-    return {(suite.file, switch): outcomes[suite.file, switch] for suite in suites for switch in switches}
+    return {(suite.file, switch): outcomes[suite.file, switch] for suite, switch in wanted}
 
 
 def fused(tests: list[runs.Test]) -> int:

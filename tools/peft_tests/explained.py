@@ -42,6 +42,12 @@ REASONS = (
     ),
     Reason(
         TUNER,
+        "modules registered for LoRA .* have no dash term",
+        "layers that somebody registered for LoRA would be plain LoRA in our place, and LORADASH refuses them",
+        "TestDynamicDispatch::",
+    ),
+    Reason(
+        TUNER,
         "peft_type` 'LORADASH' is not compatible with the `PeftMixedModel`",
         "`PeftMixedModel` makes layers of PEFT's own methods alone; it would put plain LoRA in our place",
     ),
@@ -62,5 +68,17 @@ REASONS = (
         "DID NOT WARN",
         "LORADASH refuses a convolution before PEFT warns of its bias",
         r"base_layer_has_no_bias_warns_and_raises\[conv2d",
+    ),
+    Reason(
+        TUNER,
+        r"'DashLoraModel' == 'LoraModel'|'default': 'LORADASH'|adapter_model_type='DashLoraModel'|lora_dash_launched",
+        "the type has a name of its own, and more tensors, and these tests write down those of LoRA",
+        "TestModelAndLayerStatus::|TestTunerStateDictKeyPrefixes::",
+    ),
+    Reason(
+        TUNER,
+        "unsupported operand type.*'NoneType' and 'Tensor'",
+        "PEFT's LoRA-FA optimizer takes its parameters in pairs of A and B, and Δσ is a third; it is for plain LoRA",
+        r"test_lorafa\.py::",
     ),
 )

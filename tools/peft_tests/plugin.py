@@ -40,6 +40,10 @@ class Recorder:
         self.file.write(json.dumps(fields) + "\n")
         self.file.flush()
 
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_generate_tests(self, metafunc: pytest.Metafunc) -> None:
+        switches.keep_plain_lora(metafunc.definition.iter_markers("parametrize"))
+
     @pytest.hookimpl(trylast=True)
     def pytest_collection_modifyitems(self, config: pytest.Config, items: list[pytest.Item]) -> None:
         """What concerns other tuners alone is left out, and what is not wanted."""

@@ -46,8 +46,20 @@ def as_json(outcomes: Outcomes, found: list[Difference], about: dict[str, str]) 
         }
         for (file, switch), tests in outcomes.items()
     ]
-    differing = [{**one._asdict(), "reason": one.reason.why if one.reason else None} for one in found]
-    return json.dumps({"about": about, "files": rows, "differences": differing}, indent=1, ensure_ascii=False) + "\n"
+    explained = Counter((one.switch, one.reason.why) for one in found if one.reason)
+    return (
+        json.dumps(
+            {
+                "about": about,
+                "files": rows,
+                "explained": [{"switch": on, "why": why, "tests": count} for (on, why), count in explained.items()],
+                "not explained": [one._asdict() for one in found if one.reason is None],
+            },
+            indent=1,
+            ensure_ascii=False,
+        )
+        + "\n"
+    )
 
 
 def as_markdown(outcomes: Outcomes, found: list[Difference], about: dict[str, str]) -> str:

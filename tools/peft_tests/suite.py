@@ -16,6 +16,10 @@ ABOUT = {
 """What each switch of tools/peft_tests/switches.py turns on; "off" is PEFT alone."""
 
 
+# Where few layers are called, or none, the two that are left out would say the same again.
+BRIEFLY = ("accelerated", "loradash")
+
+
 class Suite(NamedTuple):
     file: str
     """Without its folder and ending."""
@@ -25,22 +29,24 @@ class Suite(NamedTuple):
     """Whether next to nothing of it runs without models from the Hugging Face hub."""
     only: str = ""
     """A regular expression that is found in the names of the tests that run; all run where it is empty."""
+    switches: tuple[str, ...] = tuple(ABOUT)
+    """Those that it runs under when none is asked for."""
 
 
 SUITES = (
     Suite("test_custom_models"),
     Suite("test_initialization"),
-    Suite("test_tuners_utils"),
-    Suite("test_lora_variants", fuses=False),
     Suite("test_mixed"),
     Suite("test_low_level_api"),
-    Suite("test_other"),
-    Suite("test_target_parameters"),
-    Suite("test_trainable_tokens"),
-    Suite("test_lora_conversion"),
-    Suite("test_loraplus"),
-    Suite("test_lorafa"),
-    Suite("test_config", fuses=False),
+    Suite("test_tuners_utils", fuses=False, switches=BRIEFLY),
+    Suite("test_lora_variants", fuses=False, switches=BRIEFLY),
+    Suite("test_other", switches=BRIEFLY),
+    Suite("test_loraplus", switches=BRIEFLY),
+    Suite("test_lorafa", switches=BRIEFLY),
+    Suite("test_config", fuses=False, switches=BRIEFLY),
+    Suite("test_target_parameters", fuses=False, hub=True, switches=BRIEFLY),
+    Suite("test_trainable_tokens", hub=True, switches=BRIEFLY),
+    Suite("test_lora_conversion", hub=True, switches=BRIEFLY),
     Suite("test_auto", hub=True),
     Suite("test_torch_compile", hub=True),
     Suite("test_decoder_models", hub=True),

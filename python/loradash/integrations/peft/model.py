@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
+import math
 import warnings
 from collections.abc import Iterator
 from typing import Any
@@ -188,8 +189,9 @@ class DashLoraModel(LoraModel):
     def add_weighted_adapter(
         self, adapters: list[str], weights: list[float], adapter_name: str, *args: Any, **kwargs: Any
     ) -> None:
-        """PEFT's, on the adapters as plain LoRA of rank r + s: the new adapter holds what theirs do, launched or not, and is
-        itself before launch. Its rank grows accordingly: with "cat" the sum of theirs, else the largest."""
+        """PEFT's. Adapters before launch combine as plain LoRA does. Where one of them is launched, each is taken as plain LoRA
+        of rank r + s, so that the new adapter holds their dash terms, and its rank grows accordingly: with "cat" it is the sum
+        of theirs, else the largest. The new adapter is itself before launch."""
         biased = [name for name in adapters if getattr(self.peft_config.get(name), "lora_bias", False)]
         if biased:
             raise ValueError(f"lora_bias: PEFT would leave the biases of {', '.join(biased)} out of the new adapter")
@@ -198,25 +200,39 @@ class DashLoraModel(LoraModel):
         for _, layer in layers_with(self.model, adapter_name):
             layer.note_untrained(adapter_name)
 
+    def _svd_generalized_task_arithmetic_weighted_adapter(self, *args: Any, **kwargs: Any) -> Any:
+        """PEFT's A and B, which have fewer rows and columns than the new adapter's rank in a layer that is smaller than it."""
+        combination, adapters, weights, rank, *rest = args
+        a, b = super()._svd_generalized_task_arithmetic_weighted_adapter(
+            combination, adapters, weights, rank, *rest, **kwargs
+        )
+        # Of a full decomposition, one of the two has more: those belong to singular values of zero.
+        least = min(a.shape[0], b.shape[1])
+        pad = nn.functional.pad
+        return pad(a[:least], (0, 0, 0, rank - least)), pad(b[:, :least], (0, rank - least))
+
     @contextlib.contextmanager
     def _folded(self, adapters: list[str]) -> Iterator[None]:
-        """Within the block these adapters are plain LoRA of one rank, the dash term folded in and Δσ zero."""
+        """Within the block these adapters are plain LoRA, of one rank each where one of them is launched."""
         present = [name for name in dict.fromkeys(adapters) if name in self.peft_config]
-        undo: list[Any] = []
+        layers = {name: [layer for _, layer in layers_with(self.model, name)] for name in present}
+        launched = any(layer.lora_dash_launched[name] for name in present for layer in layers[name])
         configs: dict[str, Any] = {name: self.peft_config[name] for name in present}
+        undo: list[Any] = []
         try:
             for name in present:
-                layers = [layer for _, layer in layers_with(self.model, name)]
-                folded = [layer.folded(name) for layer in layers]
-                rank = max((a.shape[0] for a, _ in folded), default=configs[name].r)
-                for layer, (a, b) in zip(layers, folded, strict=True):
+                # PEFT gives the new adapter the rank as its alpha, which is a scaling of 1 without rsLoRA.
+                self.peft_config[name] = dataclasses.replace(configs[name], use_rslora=False)
+                if not launched:
+                    continue
+                factors = [_factors(layer, name) for layer in layers[name]]
+                rank = max((a.shape[0] for a, _ in factors), default=configs[name].r)
+                for layer, (a, b) in zip(layers[name], factors, strict=True):
                     undo.append((layer, name, _parts(layer, name)))
                     more = rank - a.shape[0]
                     a, b = nn.functional.pad(a, (0, 0, 0, more)), nn.functional.pad(b, (0, more))
                     _replace_parts(layer, name, a, b)
-                self.peft_config[name] = dataclasses.replace(
-                    configs[name], r=rank, lora_alpha=rank, use_rslora=False, rank_pattern={}, alpha_pattern={}
-                )
+                self.peft_config[name].r, self.peft_config[name].rank_pattern = rank, {}
             yield
         finally:
             self.peft_config.update(configs)
@@ -295,39 +311,31 @@ def _hookable(model: nn.Module) -> Iterator[nn.Module]:
     return (m for m in model.modules() if isinstance(m, LoraLayer | AuxiliaryTrainingWrapper))
 
 
+def _factors(layer: DashLoraLayer, name: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """A (R, K) and B (N, R) of an adapter's whole update, R = r + s, with PEFT's share of the scaling on either."""
+    a, b = layer.folded(name)
+    # The sums of A and of B that "linear" multiplies are of such shares.
+    root, r = math.sqrt(abs(layer.scaling[name])), layer.r[name]
+    if root:
+        a[:r] *= root
+        b[:, :r] /= root
+    return a, b
+
+
 def _parts(layer: DashLoraLayer, name: str) -> tuple[Any, ...]:
-    return (
-        layer.lora_A[name],
-        layer.lora_B[name],
-        layer.scaling[name],
-        layer.r[name],
-        layer.lora_alpha[name],
-        layer.use_rslora[name],
-        layer.lora_dash_sigma[name],
-    )
+    return layer.lora_A[name], layer.lora_B[name], layer.scaling[name], layer.lora_dash_sigma[name]
 
 
 def _restore_parts(layer: DashLoraLayer, name: str, parts: tuple[Any, ...]) -> None:
-    dicts = (
-        layer.lora_A,
-        layer.lora_B,
-        layer.scaling,
-        layer.r,
-        layer.lora_alpha,
-        layer.use_rslora,
-        layer.lora_dash_sigma,
-    )
-    for values, part in zip(dicts, parts, strict=True):
-        values[name] = part
+    layer.lora_A[name], layer.lora_B[name], layer.scaling[name], layer.lora_dash_sigma[name] = parts
 
 
 def _replace_parts(layer: DashLoraLayer, name: str, a: torch.Tensor, b: torch.Tensor) -> None:
     """Makes an adapter of a layer plain LoRA with these A (R, K) and B (N, R) and a scaling of 1."""
-    dtype, rank = layer.lora_A[name].weight.dtype, a.shape[0]
+    dtype = layer.lora_A[name].weight.dtype
     linears = []
     for weight in (a, b):
         linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
         linear.weight = nn.Parameter(weight.to(dtype))
         linears.append(linear)
-    sigma = nn.Parameter(torch.zeros_like(layer.lora_dash_sigma[name]))
-    _restore_parts(layer, name, (*linears, 1.0, rank, rank, False, sigma))
+    _restore_parts(layer, name, (*linears, 1.0, nn.Parameter(torch.zeros_like(layer.lora_dash_sigma[name]))))
