@@ -44,7 +44,7 @@ def _decomposes(names: Namespace) -> None:
     assert names["schedule"].cache is names["cache"]
     # The process is ended with its cache, which lies in this test's folder.
     running = names["cache"].start(names["model"])
-    assert running.wait(timeout=60)
+    assert running.wait(timeout=240)
 
 
 def _finite(names: Namespace) -> None:

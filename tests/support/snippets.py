@@ -147,19 +147,29 @@ def peft_model() -> nn.Module:
     return get_peft_model(llama(), LoraConfig(r=4, target_modules=["q_proj", "v_proj"]))
 
 
+STEPS: dict[str, Any] = {
+    "output_dir": "out",
+    "max_steps": BATCHES,
+    "per_device_train_batch_size": 2,
+    "use_cpu": True,
+    "disable_tqdm": True,
+    "report_to": [],
+    "save_strategy": "no",
+}
+"""For a Trainer on the CPU: enough for a launch."""
+
+
 def arguments() -> Any:
-    """Three steps on the CPU."""
     from transformers import TrainingArguments
 
-    return TrainingArguments(
-        output_dir="out",
-        max_steps=3,
-        per_device_train_batch_size=2,
-        use_cpu=True,
-        disable_tqdm=True,
-        report_to=[],
-        save_strategy="no",
-    )
+    return TrainingArguments(**STEPS)
+
+
+def sft_arguments() -> Any:
+    """The same for TRL."""
+    from trl import SFTConfig
+
+    return SFTConfig(**STEPS, bf16=False, max_length=TOKENS)
 
 
 def saved_llama() -> str:

@@ -232,7 +232,7 @@ class DashLoraModel(LoraModel):
                     more = rank - a.shape[0]
                     a, b = nn.functional.pad(a, (0, 0, 0, more)), nn.functional.pad(b, (0, more))
                     _replace_parts(layer, name, a, b)
-                self.peft_config[name].r, self.peft_config[name].rank_pattern = rank, {}
+                self.peft_config[name] = dataclasses.replace(configs[name], use_rslora=False, r=rank, rank_pattern={})
             yield
         finally:
             self.peft_config.update(configs)
