@@ -24,6 +24,7 @@ import statistics
 import sys
 import tempfile
 import time
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -147,6 +148,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error(f"--seconds must be positive, got {options.seconds}")
     if "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(1)
+    # The arms that stand before launch never come to it.
+    warnings.filterwarnings("ignore", "loradash: training ended at step")
     one_arena()
     # A Trainer collects garbage when it starts, and there are many: what the libraries hold need not be looked through.
     gc.freeze()

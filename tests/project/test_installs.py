@@ -26,8 +26,8 @@ FRAMEWORKS = (
     "torchao",
 )
 INTEGRATIONS = sorted(found.name for found in pkgutil.iter_modules(loradash.integrations.__path__))
-# The authors' layers are plain PyTorch.
-NEEDS_NOTHING = {"subspace_tuning"}
+# The authors' layers, and what trainers' callbacks share, are plain PyTorch.
+NEEDS_NOTHING = {"callbacks", "subspace_tuning"}
 
 PURE = """
 import sys, warnings

@@ -81,4 +81,28 @@ REASONS = (
         "PEFT's LoRA-FA optimizer takes its parameters in pairs of A and B, and Δσ is a third; it is for plain LoRA",
         r"test_lorafa\.py::",
     ),
+    Reason(
+        TUNER,
+        "Hotswapping only supports LORA but LORADASH was passed|LORADASH and IA3|Expected regex: .*merged.*Hotswapping",
+        "PEFT swaps adapters of plain LoRA alone without loading them anew; `load_adapter` does it",
+        "TestHotSwapping::",
+    ),
+    Reason(
+        TUNER,
+        "ensure_weight_tying: an adapter of .* would have to be the embedding's too|DID NOT WARN",
+        "LORADASH refuses a target that is tied to an embedding, where PEFT would adapt or warn of both",
+        "TestWeightTying::",
+    ),
+    Reason(
+        TUNER,
+        "DID NOT WARN",
+        "LORADASH refuses a convolution before PEFT warns of its bias",
+        "test_lora_conv2d_with_bias_when_base_layer_has_no_bias_warns",
+    ),
+    Reason(
+        TUNER,
+        "Regex pattern did not match.*tuners.lora.layer",
+        "the layer's class, which PEFT's message names, is ours",
+        "test_modules_to_save_targets_lora_layer_raises",
+    ),
 )

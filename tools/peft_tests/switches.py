@@ -117,14 +117,13 @@ class Loradash(Switch):
     """PEFT's tests find `DashLoraConfig` under the name of LoraConfig: what they ask of that class, they ask of ours."""
 
     def __init__(self) -> None:
-        from loradash.integrations.peft import DashLoraConfig, fused, layer
+        from loradash.integrations.peft import DashLoraConfig, layer
 
         self.ways = Counter[str]()
         vars(peft).update(LoraConfig=DashLoraConfig)
         for owner, name, way in (
-            (fused, "with_base", "fused"),
-            (fused, "beside_base", "beside the base"),
-            (layer, "beside_base", "beside the base: an output that was there"),
+            (layer, "with_base", "fused"),
+            (layer, "beside_base", "beside the base"),
             (layer.DashLoraLayer, "_added", "PyTorch's operators"),
         ):
             setattr(owner, name, self.counted(getattr(owner, name), way))

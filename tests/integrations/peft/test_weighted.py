@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 
@@ -34,6 +36,22 @@ def test_a_rank_above_the_layers_own(full):
     for name, want in before.items():
         assert gap(update_of(model, name), want) < 1e-4, name
     train(model)
+
+
+@pytest.mark.parametrize("combination", ["svd", "cat"])
+def test_launched_adapters_of_a_rank_between_a_layers_sides(combination):
+    """r + s = 16 of a layer from 10 to 20 features; both combinations are exact sums of the updates."""
+    wide = config(r=8, directions=8, target_modules=["0"], init_lora_weights=False)
+    model = get_peft_model(nn.Sequential(nn.Linear(10, 20)), wide)
+    model.add_adapter("other", copy.deepcopy(wide))
+    (layer,) = layers_of(model).values()
+    for name in ("default", "other"):
+        layer.lora_dash_launched[name].fill_(True)
+        for tensor in (layer.lora_dash_sigma[name].data, layer.lora_dash_u[name], layer.lora_dash_vt[name]):
+            tensor.normal_()
+    model.add_weighted_adapter(["default", "other"], [1.0, 0.5], "sum", combination)
+    want = layer.get_delta_weight("default") + 0.5 * layer.get_delta_weight("other")
+    torch.testing.assert_close(layer.get_delta_weight("sum"), want, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("rslora", [False, True])

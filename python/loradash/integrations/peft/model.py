@@ -201,15 +201,14 @@ class DashLoraModel(LoraModel):
             layer.note_untrained(adapter_name)
 
     def _svd_generalized_task_arithmetic_weighted_adapter(self, *args: Any, **kwargs: Any) -> Any:
-        """PEFT's A and B, which have fewer rows and columns than the new adapter's rank in a layer that is smaller than it."""
-        combination, adapters, weights, rank, *rest = args
+        """PEFT's A and B; of a layer with a side below the new adapter's rank it can decompose no more than that side."""
+        combination, adapters, weights, rank, target, *rest = args
+        least = min(rank, target.in_features, target.out_features)
         a, b = super()._svd_generalized_task_arithmetic_weighted_adapter(
-            combination, adapters, weights, rank, *rest, **kwargs
+            combination, adapters, weights, least, target, *rest, **kwargs
         )
-        # Of a full decomposition, one of the two has more: those belong to singular values of zero.
-        least = min(a.shape[0], b.shape[1])
         pad = nn.functional.pad
-        return pad(a[:least], (0, 0, 0, rank - least)), pad(b[:, :least], (0, rank - least))
+        return pad(a, (0, 0, 0, rank - least)), pad(b, (0, rank - least))
 
     @contextlib.contextmanager
     def _folded(self, adapters: list[str]) -> Iterator[None]:
