@@ -133,7 +133,7 @@ def _casts_to(adapter: torch.dtype, dtype: torch.dtype) -> bool:
     return not (adapter in _HALVES and dtype in _HALVES)
 
 
-def with_base(x: Tensor, base: nn.Module, terms: Sequence[Term], training: bool = True) -> Tensor:
+def with_base(x: Tensor, base: nn.Module, terms: Sequence[Term]) -> Tensor:
     """The base product and the terms of the first dropout in one call, those of further ones after it."""
     weight: Tensor = base._parameters["weight"]  # type: ignore[assignment]
     if weight.requires_grad:
@@ -141,7 +141,7 @@ def with_base(x: Tensor, base: nn.Module, terms: Sequence[Term], training: bool 
         weight = weight.detach()
     if type(base) is not nn.Linear and isinstance(base, Conv1D):
         weight = weight.t()
-    first, *others = _grouped(terms, training)
+    first, *others = _grouped(terms)
     y = dash_linear(
         x,
         weight,
@@ -157,7 +157,7 @@ def with_base(x: Tensor, base: nn.Module, terms: Sequence[Term], training: bool 
     return _updated(y, x, others)
 
 
-def beside_base(y: Tensor, x: Tensor, terms: Sequence[Term], training: bool = True) -> Tensor:
+def beside_base(y: Tensor, x: Tensor, terms: Sequence[Term]) -> Tensor:
     """The output y (..., N) of a base layer plus the terms, in the dtype of y, which may be another than that of x."""
     dtype = y.dtype
     if dtype != x.dtype and autocast_dtype(x) is None:
@@ -166,7 +166,7 @@ def beside_base(y: Tensor, x: Tensor, terms: Sequence[Term], training: bool = Tr
     bias = _summed_bias(None, terms, y.dtype)
     if bias is not None:
         y = y + bias
-    return _updated(y, x, _grouped(terms, training)).to(dtype)
+    return _updated(y, x, _grouped(terms)).to(dtype)
 
 
 def _updated(y: Tensor, x: Tensor, terms: Sequence[Term]) -> Tensor:
@@ -185,13 +185,13 @@ def _updated(y: Tensor, x: Tensor, terms: Sequence[Term]) -> Tensor:
     return y
 
 
-def _grouped(terms: Sequence[Term], training: bool) -> list[Term]:
-    """One term for each dropout, in order, with a number for its scaling; outside training there is no dropout."""
-    if len(terms) == 1 and training and not isinstance(terms[0].scaling, Tensor):
+def _grouped(terms: Sequence[Term]) -> list[Term]:
+    """One term for each dropout, in order, with a number for its scaling."""
+    if len(terms) == 1 and not isinstance(terms[0].scaling, Tensor):
         return [terms[0]]
     groups: dict[float, list[Term]] = {}
     for term in terms:
-        groups.setdefault(term.dropout_p if training else 0.0, []).append(term)
+        groups.setdefault(term.dropout_p, []).append(term)
     return [_joined(group, p) for p, group in groups.items()]
 
 
