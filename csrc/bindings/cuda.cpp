@@ -57,7 +57,10 @@ class Request {
     a.rank = call.lora_a.size(0), a.directions = call.dash_sigma ? call.dash_sigma->size(0) : 0;
     a.scaling = static_cast<float>(call.scaling);
     problem.dropout.threshold = static_cast<uint32_t>(call.threshold);
-    if (call.seed && call.threshold > 0) problem.dropout.seed = call.seed->template const_data_ptr<int64_t>();
+    if (call.seed && call.threshold > 0) {
+      problem.dropout.seed = call.seed->template const_data_ptr<int64_t>();
+      if (call.seed->numel() == 4) problem.dropout.window = problem.dropout.seed + 2;
+    }
     problem.card = card;
   }
 

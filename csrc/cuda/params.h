@@ -33,6 +33,8 @@ struct GemmParams {
   const void* base;  // (m, n), contiguous, or null
   // Null: no dropout.
   const int64_t* seed;
+  // The first row and column of the window that the mask is that of; null: it begins with the mask.
+  const int64_t* window;
   // The mask falls on what the first segment gave (dx), which is then scaled by keep_scale.
   uint32_t threshold;
   float keep_scale;
@@ -74,6 +76,8 @@ struct PassParams {
   int32_t rows_per_cta, columns_per_cta, chunks, walk;
   // Null: no dropout.
   const int64_t* seed;
+  // The first row and column of the window that the mask is that of; null: it begins with the mask.
+  const int64_t* window;
   uint32_t threshold;
   float keep_scale;
   int32_t rank, directions, width;

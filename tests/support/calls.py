@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from loradash_kernels.calls import BackwardCall, ForwardCall
-from loradash_kernels.random import draw_seed, dropout_threshold
+from loradash_kernels.random import draw_seed, dropout_mask, dropout_threshold, window
 from loradash_kernels.testing import Case
 
 Outputs = dict[str, torch.Tensor | None]
@@ -13,10 +13,24 @@ ADAPTERS = ("lora_a", "lora_b", "dash_u", "dash_vt", "dash_sigma")
 GRADIENTS = ("x", "lora_a", "lora_b", "dash_sigma", "bias")
 
 
-def drawn_seed(case: Case) -> torch.Tensor | None:
-    """The seed of dropout that `testing.run` draws."""
+# Row and column of a larger matrix, of which x is the part that begins there.
+Place = tuple[int, int]
+
+
+def drawn_seed(case: Case, place: Place | None = None) -> torch.Tensor | None:
+    """The seed of dropout that `testing.run` draws, for the larger matrix where x has a place in one."""
     torch.manual_seed(case.seed)
-    return draw_seed(case.device) if case.dropout_p else None
+    if not case.dropout_p:
+        return None
+    return draw_seed(case.device) if place is None else window(draw_seed(case.device), *place)
+
+
+def mask_at(case: Case, place: Place) -> torch.Tensor:
+    """(M, K) bool: the part at this place of the mask that `testing.run` would draw for the whole."""
+    seed, (m, k) = drawn_seed(case), case.x.shape
+    assert seed is not None
+    whole = dropout_mask(seed, dropout_threshold(case.dropout_p), place[0] + m, place[1] + k)
+    return whole[place[0] :, place[1] :]
 
 
 def outputs(case: Case, base: bool = True) -> Outputs:

@@ -13,7 +13,7 @@ import torch
 from loradash_kernels.backends import extension
 from loradash_kernels.testing import Case
 
-from .calls import Outputs, base_product, calls, drawn_seed, outputs, results
+from .calls import Outputs, Place, base_product, calls, drawn_seed, outputs, results
 
 CSRC = Path(__file__).parents[2] / "csrc"
 PASSES = ("forward", "backward")
@@ -104,10 +104,11 @@ def emulated_run(
     processors: int = 0,
     only: str | None = None,
     weight: bool = True,
+    place: Place | None = None,
     **options: Any,
 ) -> dict[str, torch.Tensor]:
     """Output and gradients of a case (or `only` one of these), as `testing.run`; outputs are NaN before."""
-    seed, product = drawn_seed(case), None if base else base_product(case)
+    seed, product = drawn_seed(case, place), None if base else base_product(case)
     card = (processors or CARDS[architecture][0], CARDS[architecture][1])
     out = outputs(case, base)
     if only:

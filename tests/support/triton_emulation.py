@@ -24,7 +24,7 @@ from loradash_kernels.backends.triton.target import Target
 from loradash_kernels.backends.triton.tiles import TARGETS
 from loradash_kernels.testing import Case
 
-from .calls import Outputs, base_product, calls, drawn_seed, outputs, results
+from .calls import Outputs, Place, base_product, calls, drawn_seed, outputs, results
 
 # Kernels are Triton's, so only their plans need it; a test file that imports this one is skipped with `missing_tools`.
 if importlib.util.find_spec("triton"):
@@ -65,7 +65,12 @@ def _specialise(name: str, value: Any, launch: KernelLaunch) -> tuple[str, Any, 
 
 
 def problems_of(
-    case: Case, architecture: str, out: Outputs | None = None, base: torch.Tensor | None = None, processors: int = 0
+    case: Case,
+    architecture: str,
+    out: Outputs | None = None,
+    base: torch.Tensor | None = None,
+    processors: int = 0,
+    place: Place | None = None,
 ) -> tuple[Problem, Problem]:
     """What the backend would make of the forward and the backward call of a case, with the seed that `testing.run` draws.
 
@@ -74,7 +79,7 @@ def problems_of(
     target = TARGETS[architecture]
     if processors:
         target = replace(target, processors=processors)
-    found = calls(case, outputs(case) if out is None else out, drawn_seed(case), base)
+    found = calls(case, outputs(case) if out is None else out, drawn_seed(case, place), base)
     return Problem(found[0], target), Problem(found[1], target)
 
 
@@ -85,12 +90,13 @@ def emulated_run(
     backward: Strategy | None = None,
     base: bool = True,
     processors: int = 0,
+    place: Place | None = None,
     **options: Any,
 ) -> dict[str, torch.Tensor]:
     """Output and gradients of a case, every kernel executed from its PTX; outputs are NaN before. As `testing.run`, but that
     the product is a tile's and not the library's, unless told: that one is nothing to emulate."""
     out = outputs(case, base)
-    one, two = problems_of(case, architecture, out, None if base else base_product(case), processors)
+    one, two = problems_of(case, architecture, out, None if base else base_product(case), processors, place)
     forward, backward = forward or Strategy("fused"), backward or Strategy("fused")
     run_plan([*plan_forward(one, forward), *plan_backward(two, backward)], architecture, **options)
     return results(case, out, base)

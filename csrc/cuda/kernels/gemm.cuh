@@ -363,14 +363,14 @@ __device__ __forceinline__ void multiply(const GemmParams& p, char* shared, int 
       acc.add(fragments[part % 2]);
     });
     if (kSecond == Second::kGoesOn && step + 1 == first && p.seed) {
-      acc.mask(Dropout16(p.seed, p.threshold), p.keep_scale, warp_m0(), warp_n0());
+      acc.mask(Dropout16(p), p.keep_scale, warp_m0(), warp_n0());
     }
   }
   if constexpr (kSecond == Second::kMasked) {
     static_assert(kParts == 2);
     before_second();
     stream.begin(p.segments[1], m0, n0, p.m, p.n);
-    const Dropout16 dropout(p.seed, p.threshold);
+    const Dropout16 dropout(p);
     for (int step = 0; step < second; ++step) {
       wait_copies<0>();
       __syncthreads();

@@ -202,7 +202,7 @@ struct Pass {
       ahead_stage = ahead_stage == Tile::kStages - 1 ? 0 : ahead_stage + 1;
     };
     for (int i = 0; i < Tile::kStages - 1; ++i) prefetch();
-    const Dropout16 dropout(p.seed, p.threshold);
+    const Dropout16 dropout(p);
     int index = 0, slot = 0;
     for (int r = 0; r < row_blocks; ++r) {
       const int row = row0 + r * Tile::kM;

@@ -34,9 +34,17 @@ struct Dropout16 {
   uint32_t offset_high, offset_low, offset1;
   // The threshold is kept in two parts: its lower 15 bits, in both halves of a word, and whether bit 15 is set.
   uint32_t low_threshold, high_bit;
+  // Places are counted from here on.
+  uint32_t first_row, first_block;
   bool active;
 
-  __device__ __forceinline__ Dropout16(const int64_t* seed, uint32_t threshold) : active(seed && threshold) {
+  // `params` of a kernel: its seed, window and threshold.
+  template <typename Params>
+  __device__ __forceinline__ explicit Dropout16(const Params& params) : active(params.seed && params.threshold) {
+    const int64_t *seed = params.seed, *window = params.window;
+    const uint32_t threshold = params.threshold;
+    first_row = active && window ? static_cast<uint32_t>(window[0]) : 0;
+    first_block = active && window ? static_cast<uint32_t>(window[1] / kPhiloxElements) : 0;
     const uint64_t key = active ? static_cast<uint64_t>(seed[0]) : 0,
                    offset = active ? static_cast<uint64_t>(seed[1]) : 0;
 #pragma unroll
@@ -52,14 +60,14 @@ struct Dropout16 {
 
   __device__ __forceinline__ PhiloxColumn column(uint32_t block) const {
     uint32_t high, low, second_high, second_low, third_high, third_low;
-    multiply_wide(kPhiloxM0, block, high, low);
+    multiply_wide(kPhiloxM0, first_block + block, high, low);
     multiply_wide(kPhiloxM1, xor_three(high, offset1, key1[0]), second_high, second_low);
     multiply_wide(kPhiloxM0, xor_three(second_high, offset_low, key0[1]), third_high, third_low);
     return {low ^ key1[1], second_low ^ key0[2], third_high ^ key1[2], third_low};
   }
   __device__ __forceinline__ PhiloxRow row(uint32_t m) const {
     PhiloxRow r;
-    multiply_wide(kPhiloxM0, xor_three(offset_high, m, key0[0]), r.high, r.low);
+    multiply_wide(kPhiloxM0, xor_three(offset_high, first_row + m, key0[0]), r.high, r.low);
     return r;
   }
 

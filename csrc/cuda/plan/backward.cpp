@@ -40,7 +40,8 @@ class BackwardPlanner : Planner {
     const auto [m, k, n] = problem_.shape;
     const Weight& w = problem_.weight;
     gemm_.m = static_cast<int32_t>(m), gemm_.n = static_cast<int32_t>(k);
-    gemm_.out = out_.dx, gemm_.seed = problem_.dropout.seed, gemm_.threshold = problem_.dropout.threshold;
+    gemm_.out = out_.dx, gemm_.seed = problem_.dropout.seed, gemm_.window = problem_.dropout.window;
+    gemm_.threshold = problem_.dropout.threshold;
     gemm_.keep_scale = problem_.dropout.keep_scale();
     if (w.data) gemm_.segments[1] = segment(out_.dy, out_.lddy, w.data, columns_ ? w.stride_n : w.stride_k, n);
     if (right_columns_ > kOneLaunchDy.reduced()) return;
@@ -124,7 +125,8 @@ class BackwardPlanner : Planner {
     PassParams x = pass_params(problem_.x, problem_.ldx, k);
     x.rows_per_cta = static_cast<int32_t>(division.rows), x.columns_per_cta = kPassColumns;
     x.chunks = static_cast<int32_t>(division.chunks);
-    x.seed = problem_.dropout.seed, x.threshold = problem_.dropout.threshold;
+    x.seed = problem_.dropout.seed, x.window = problem_.dropout.window;
+    x.threshold = problem_.dropout.threshold;
     x.right = t_, x.ld_right = width_, x.right_columns = static_cast<int32_t>(rank_);
     x.reduced = workspace_.take<float>(splits * rank_ * k * sizeof(float));
     launch_pass(pass, x, splits, rank_);

@@ -35,7 +35,8 @@ class ForwardPlanner : Planner {
       packed_.q_columns = workspace_.take<void>(n * width_ * kElementBytes);
     down_ = pass_params(problem_.x, problem_.ldx, k);
     down_.rows_per_cta = kPassRows, down_.columns_per_cta = static_cast<int32_t>(std::max<int64_t>(1, k));
-    down_.seed = problem_.dropout.seed, down_.threshold = problem_.dropout.threshold;
+    down_.seed = problem_.dropout.seed, down_.window = problem_.dropout.window;
+    down_.threshold = problem_.dropout.threshold;
     down_.keep_scale = problem_.dropout.keep_scale();
     down_.factor = packed_.d_rows, down_.ldf = packed_.ldd;
     down_.sums = out_.p, down_.scaled = workspace_.take<void>(m * width_ * kElementBytes);

@@ -38,6 +38,8 @@ struct TypedMatrix {
 struct DeviceDropout {
   const int64_t* seed;
   uint32_t threshold;
+  // Null, or where x begins in the matrix whose mask is drawn: row and column.
+  const int64_t* window = nullptr;
 
   float keep_scale() const { return seed ? loradash::keep_scale(threshold) : 1.0f; }
 };

@@ -94,8 +94,9 @@ class Problem(Generic[C]):
         self.width = self.rank + self.directions
         self.r_block, self.rank_block = power_of_two(self.width), power_of_two(self.rank)
         self.itemsize = self.x.element_size()
-        self.dropout = call.threshold > 0 and call.seed is not None
-        self.seed = call.seed if self.dropout else None
+        self.seed = call.seed if call.threshold > 0 else None
+        # How many numbers the seed has; 0 without dropout.
+        self.dropout = 0 if self.seed is None else self.seed.numel()
         self.scaling, self.threshold = call.scaling, call.threshold
         self.keep_scale = keep_scale(self.threshold if self.dropout else 0)
         # Kernels read no dash tensor where there is no direction.

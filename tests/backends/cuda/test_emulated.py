@@ -9,6 +9,7 @@ from __future__ import annotations
 import pytest
 import torch
 from support import cuda_emulation as emulation
+from support.calls import mask_at
 from support.layouts import slices, transposed
 
 from loradash_kernels.random import draw_seed, dropout_mask, dropout_threshold, keep_scale
@@ -264,3 +265,13 @@ def test_offsets_beyond_two_to_the_31(tile):
             case.dy = far
     found = emulation.emulated_run(case, tile=tile)
     assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+@pytest.mark.parametrize(("tile", "weight"), [("", True), ("", False), (ONE_LAUNCH[0], True)])
+def test_windows_of_masks(tile, weight):
+    """The mask of a part, at a place that no tile begins at, in every kernel that draws one."""
+    case, place = make_case(140, 136, 144, 16, 8, BF16, adapter_dtype=FP32, dropout_p=0.3), (37, 200)
+    if not weight:
+        case.tensors["weight"].zero_()
+    found = emulation.emulated_run(case, tile=tile, weight=weight, place=place)
+    check_error_rule(case, found, mask_at(case, place))

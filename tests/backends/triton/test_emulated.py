@@ -9,7 +9,7 @@ from __future__ import annotations
 import pytest
 import torch
 from support import triton_emulation as emulation
-from support.calls import outputs
+from support.calls import mask_at, outputs
 from support.layouts import slices, transposed
 
 from loradash_kernels.backends.triton.target import TileConfig
@@ -164,3 +164,16 @@ def test_same_mask_as_the_reference():
     emulation.run_plan(plan_forward(problem, Strategy("fused")), "sm_80")
     kept = dropout_mask(problem.seed, problem.threshold, 50, 200).sum(1)
     assert torch.equal((problem.call.p[:, 0] / problem.keep_scale).round().long(), kept)
+
+
+@pytest.mark.parametrize(
+    ("kind", "architecture", "dtype"),
+    [("fused", "sm_80", BF16), ("fused", "sm_90", FP32), ("one_launch", "sm_80", FP16), ("descriptors", "sm_90", BF16)],
+)
+def test_windows_of_masks(kind, architecture, dtype):
+    """The mask of a part, at a place that no tile begins at, in every kernel that draws one."""
+    case, place = make_case(70, 128, 144, 8, 4, dtype, adapter_dtype=FP32, dropout_p=0.3), (37, 200)
+    backward = "descriptors" if kind == "descriptors" else "fused"
+    strategies = {"forward": Strategy(kind), "backward": Strategy(backward)}
+    found = emulation.emulated_run(case, architecture, place=place, **strategies)
+    check_error_rule(case, found, mask_at(case, place))

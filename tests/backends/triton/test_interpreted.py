@@ -48,6 +48,7 @@ def test_operator_in_the_interpreter():
         "operator/test_layouts.py",
         "operator/test_odd_inputs.py",
         "operator/test_dropout.py",
+        "operator/test_windows.py",
         "operator/test_bad_input.py",
         "gpu",
         "backends/triton/test_interpreted.py",

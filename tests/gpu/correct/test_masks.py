@@ -16,6 +16,8 @@ from loradash_kernels.testing import make_case
 # R = 16 columns of a mask are read at a time.
 RANK = 16
 ADAPTERS = (None, None, None)
+# Seeds of windows: near the whole's first element, and so far away that a sign could be lost.
+WINDOWS = ((5, 7, 3, 40), (5, 7, 2**31 - 5, 2**31 - 8), (5, 7, 2**32 - 17, 2**32 - 24))
 
 
 def masks_of(way: Way, m: int, k: int, seed: torch.Tensor, threshold: int) -> dict[str, torch.Tensor]:
@@ -58,9 +60,9 @@ def test_every_pass_draws_the_bits_of_the_cpu(way: Way, sizes, device):
 
 
 def test_extreme_seeds(backend, device):
-    """All bits of key and counter matter, the sign's too."""
+    """All bits of key and counter matter, the sign's too, and the place of a window."""
     way = Way(backend, torch.bfloat16)
-    for numbers in ((0, 0), (-1, 2**63 - 1), (3, -(2**63)), (0x1234_5678_9ABC_DEF0, -1)):
+    for numbers in ((0, 0), (-1, 2**63 - 1), (3, -(2**63)), (0x1234_5678_9ABC_DEF0, -1), *WINDOWS):
         seed = torch.tensor(numbers)
         wanted = dropout_mask(seed, 1 << 15, 17, 24)
         found = masks_of(way, 17, 24, seed.to(device), 1 << 15)

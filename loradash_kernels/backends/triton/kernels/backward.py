@@ -149,7 +149,7 @@ def _masked_low_rank(
         )
         acc = tl.dot(tl.trans(t_tile), d_tile, acc, input_precision=PRECISION)
     if DROPOUT:
-        acc = tl.where(keep_mask(seed, threshold, m0, k0, BLOCK_M, BLOCK_N), acc * keep_scale, 0.0)
+        acc = tl.where(keep_mask(seed, threshold, m0, k0, DROPOUT, BLOCK_M, BLOCK_N), acc * keep_scale, 0.0)
     return acc
 
 
@@ -220,7 +220,7 @@ def x_pass(
             t + m0 + tl.arange(0, RANK_BLOCK)[:, None] * tl.cast(m_padded, tl.int64) + tl.arange(0, BLOCK_M)[None, :]
         )
         if DROPOUT:
-            tile = tl.where(keep_mask(seed, threshold, m0, k0, BLOCK_M, BLOCK_K), tile, 0.0)
+            tile = tl.where(keep_mask(seed, threshold, m0, k0, DROPOUT, BLOCK_M, BLOCK_K), tile, 0.0)
         acc = tl.dot(t_tile, tile, acc, input_precision=PRECISION)
     out = da_part + (tl.cast(split, tl.int64) * RANK + ranks[:, None]) * K + k0 + columns
     tl.store(out, acc, mask=(ranks[:, None] < RANK) & (columns < K - k0))

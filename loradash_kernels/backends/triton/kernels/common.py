@@ -66,15 +66,18 @@ def philox(key, c0, c1, c2, c3):
 
 
 @triton.jit
-def keep_mask(seed, threshold, m0, k0, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr):
+def keep_mask(seed, threshold, m0, k0, NUMBERS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr):
     """Keep bits (BLOCK_M, BLOCK_K) of elements (m0 + i, k0 + j).
 
     Philox counter (k // 8, m, offset), key seed; half-word k % 8 of the block is compared with the threshold. k0 is a
-    multiple of 8.
+    multiple of 8. NUMBERS: those of the seed, 2, or 4 where m and k are counted from the place of a window.
     """
     key, offset = tl.load(seed), tl.load(seed + 1)
-    c0 = (tl.cast(k0 // 8, tl.uint32) + tl.arange(0, BLOCK_K // 8).to(tl.uint32))[None, :]
-    c1 = (tl.cast(m0, tl.uint32) + tl.arange(0, BLOCK_M).to(tl.uint32))[:, None]
+    block, row = tl.cast(k0 // 8, tl.uint32), tl.cast(m0, tl.uint32)
+    if NUMBERS == 4:
+        block, row = block + (tl.load(seed + 3) // 8).to(tl.uint32), row + tl.load(seed + 2).to(tl.uint32)
+    c0 = (block + tl.arange(0, BLOCK_K // 8).to(tl.uint32))[None, :]
+    c1 = (row + tl.arange(0, BLOCK_M).to(tl.uint32))[:, None]
     c0, c1, c2, c3 = philox(key, c0, c1, offset.to(tl.uint32), (offset >> 32).to(tl.uint32))
     words = tl.join(tl.join(c0, c2), tl.join(c1, c3))  # (.., .., 2, 2): words 0 1 / 2 3
     halves = tl.join(words & 0xFFFF, words >> 16)

@@ -81,7 +81,7 @@ def down_projection(
             stride_vs, stride_vk, ranks, ks[:, None], K - k0, RANK, DIRECTIONS, dtype,
         )  # fmt: skip
         if DROPOUT:
-            tile = tl.where(keep_mask(seed, threshold, m0, k0, BLOCK_M, BLOCK_K), tile, 0.0)
+            tile = tl.where(keep_mask(seed, threshold, m0, k0, DROPOUT, BLOCK_M, BLOCK_K), tile, 0.0)
         acc = tl.dot(tile, d, acc, input_precision=PRECISION)
     _store_low_rank(
         acc, p, t, dash_sigma, m0, M, scaling, keep_scale, RANK, DIRECTIONS, R_BLOCK, R_WIDTH, BLOCK_M
@@ -183,7 +183,7 @@ def one_launch_forward(
                 )  # fmt: skip
                 kept = a_tile
                 if DROPOUT:
-                    kept = tl.where(keep_mask(seed, threshold, m0, k0, BLOCK_M, BLOCK_K), a_tile, 0.0)
+                    kept = tl.where(keep_mask(seed, threshold, m0, k0, DROPOUT, BLOCK_M, BLOCK_K), a_tile, 0.0)
                 low = tl.dot(kept, d, low, input_precision=PRECISION)
                 acc = tl.dot(a_tile, b_tile, acc, input_precision=PRECISION)
             _store_low_rank(
