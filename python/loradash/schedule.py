@@ -17,6 +17,7 @@ from .distributed import gathered, is_sharded
 from .model import train_sigma_alone
 from .prelaunch import LayerReport, prelaunch
 from .state import AdaptedLayer, dash_layers, dash_state, parameter_of, state_and_layers
+from .units import Units, fsdp1_units
 
 
 class DashSchedule:
@@ -59,7 +60,9 @@ class DashSchedule:
 
     def _watch_training(self, gradients: bool) -> None:
         self._watch = _OptimizerWatch(self._layers, self._before_optimizer)
-        self._gradients = _GradientWatch(self._layers) if gradients else None
+        # FSDP1 and FSDP2 set the gradients of their parameters without calling hooks.
+        seen = gradients and not fsdp1_units(self.model)
+        self._gradients = _GradientWatch(self._layers) if seen else None
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy, made together with a copy of the model, watches that one."""
@@ -143,7 +146,12 @@ class DashSchedule:
         self._phase = None
 
     def _has_update(self) -> bool:
-        return any(bool(gathered(layer.lora_b).any()) for layer in self._layers.values())
+        units = Units(self.model)
+        for layer in self._layers.values():
+            with units.whole(layer):
+                if bool(gathered(layer.lora_b).any()):
+                    return True
+        return False
 
     def _is_settled(self) -> bool:
         """`launched`, but read from the device only after somebody wrote it: this is asked before every optimizer step.
@@ -269,7 +277,7 @@ def _only_makes_state(optimizer: torch.optim.Optimizer, kwargs: Mapping[str, Any
     still = all(float(group.get("lr", 0.0)) == 0.0 for group in groups)
     gradients = (p.grad for group in groups for p in group["params"] if p.grad is not None)
     # Of a sharded one this process's part tells enough: all of them are zero, or there is a step.
-    return still and not any(bool((g.to_local() if is_sharded(g) else g).any()) for g in gradients)  # type: ignore[attr-defined]
+    return still and not any(bool((g.to_local() if is_sharded(g) else g).any()) for g in gradients)
 
 
 def _call(watch: weakref.ref, method: str, optimizer: torch.optim.Optimizer, *arguments: Any) -> Any:
@@ -304,7 +312,7 @@ class _GradientWatch:
         # A finetuning callback may have thawed B since.
         if not self._layers and not any(layer.lora_b.requires_grad for layer in self._all.values()):
             warnings.warn("loradash: no adapter trains, every lora_b is frozen (requires_grad=False)", stacklevel=4)
-        # Loading may have frozen B since. FSDP2 sets the gradients of sharded parameters without calling hooks.
+        # Loading may have frozen B since. Of a sharded one nothing was heard.
         looked_at = {n: layer for n, layer in self._layers.items() if layer.lora_b.requires_grad}
         missing = [n for n, layer in looked_at.items() if n not in self._arrived and not is_sharded(layer.lora_b)]
         if missing and (trained or self._arrived):
