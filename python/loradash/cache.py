@@ -23,9 +23,10 @@ from loradash_kernels.directions.kept import KeptDecomposition, choose_direction
 from loradash_kernels.files import replace_bytes
 
 from .background import BackgroundDecomposition
-from .distributed import cost, is_sharded, place, share_out
+from .distributed import cost, is_sharded, place, reshard, share_out
 from .fingerprint import FORMAT, fingerprint
 from .state import dash_layers
+from .units import Units
 
 GB = 2**30
 # A file that is still half written after so long belongs to a process that was killed.
@@ -113,14 +114,16 @@ class SpectralCache:
         Layers with sharded parameters are left out, with a warning, as only all processes together can gather them; so are
         offloaded ones, which training brings in and sends away meanwhile.
         """
-        layers = dash_layers(model)
+        # What FSDP2 left gathered after a forward pass it will free.
+        reshard(model)
+        layers, units = dash_layers(model), Units(model)
         merged = [name for name, layer in layers.items() if layer.merged]
         if merged:
             raise ValueError(f"unmerge(model) before its weights are decomposed; merged: {', '.join(merged[:4])}")
         left_out = [
             n
             for n, layer in layers.items()
-            if layer.weight.is_meta or any(map(is_sharded, (layer.weight, layer.lora_a)))
+            if layer.weight.is_meta or any(map(is_sharded, (layer.weight, layer.lora_a))) or units.has(layer)
         ]
         if left_out:
             warnings.warn(

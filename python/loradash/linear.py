@@ -15,9 +15,9 @@ from .base_layers import features, is_transposed, treatment
 from .config import DashConfig
 from .distributed import gathered
 from .formats import keep_differentiable
-from .units import as_declared
 from .merging import TakesUpdate
 from .quantised import check_differentiable, compute_device, is_quantised
+from .units import as_declared
 
 
 def adapter_shapes(n: int, k: int, config: DashConfig) -> dict[str, tuple[int, ...]]:

@@ -15,9 +15,9 @@ from loradash_kernels import Directions, task_specific_directions
 from .batches import batch_elements, is_out_of_memory, no_memory, release
 from .cache import SpectralCache
 from .distributed import cost, exchange_directions, gather_in_turns, gathered, is_sharded, place, reshard, share_out
-from .units import Units
 from .meeting import Meeting
 from .state import AdaptedLayer, dash_layers, dash_state
+from .units import Units
 
 
 @dataclass(frozen=True)
@@ -223,7 +223,9 @@ def _find(finder: _Finder, shares: list[list[str]], rank: int, bar: tqdm) -> dic
     # Ctrl-C too is told to the other processes.
     try:
         if finder.is_sharded():
-            gather_in_turns(shares, rank, finder.whole_weight, lambda name, weight: take([name], lambda _: weight), meeting)
+            gather_in_turns(
+                shares, rank, finder.whole_weight, lambda name, weight: take([name], lambda _: weight), meeting
+            )
         else:
             for batch in finder.batches(shares[rank]):
                 if meeting.is_lost():

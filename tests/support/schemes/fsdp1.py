@@ -32,8 +32,8 @@ class FSDP1(Scheme):
         )
 
     @contextlib.contextmanager
-    def whole(self, model: nn.Module, writing: bool = False) -> Iterator[None]:
-        with FullyShardedDataParallel.summon_full_params(model, writeback=writing):
+    def reading(self, model: nn.Module) -> Iterator[None]:
+        with FullyShardedDataParallel.summon_full_params(model, writeback=False):
             yield
 
 
