@@ -23,7 +23,7 @@ from loradash_kernels.directions.kept import KeptDecomposition, choose_direction
 from loradash_kernels.files import replace_bytes
 
 from .background import BackgroundDecomposition
-from .distributed import cost, is_sharded, place, reshard, share_out
+from .distributed import Group, cost, is_sharded, place, reshard, share_out
 from .fingerprint import FORMAT, fingerprint
 from .state import dash_layers
 from .units import Units
@@ -107,10 +107,11 @@ class SpectralCache:
             )
         return found
 
-    def start(self, model: nn.Module) -> BackgroundDecomposition:
+    def start(self, model: nn.Module, group: Group = "world") -> BackgroundDecomposition:
         """Decomposes the adapted layers' weights in a process of its own, at the lowest priority, while training runs.
 
-        Under torch.distributed each process takes the share of the layers that launch will give it, where all have trained.
+        Under torch.distributed each process of a group (`DashSchedule`'s) takes the share of the layers that launch will give
+        it, where all have trained.
         Layers with sharded parameters are left out, with a warning, as only all processes together can gather them; so are
         offloaded ones, which training brings in and sends away meanwhile.
         """
@@ -131,7 +132,7 @@ class SpectralCache:
                 f"background; launch decomposes them: {', '.join(left_out[:4])}",
                 stacklevel=2,
             )
-        rank, processes = place()
+        rank, processes = place(group)
         costs = {n: cost(m.out_features, m.in_features) for n, m in layers.items() if m.dash_vt.shape[0]}
         read = [layers[name] for name in share_out(costs, processes)[rank] if name not in left_out]
         devices = [p.device for layer in read for p in (layer.weight, layer.lora_a)]

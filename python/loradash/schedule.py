@@ -13,7 +13,7 @@ from torch import nn
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from .cache import SpectralCache
-from .distributed import gathered, is_sharded
+from .distributed import Group, gathered, is_sharded
 from .model import train_sigma_alone
 from .prelaunch import LayerReport, prelaunch
 from .state import AdaptedLayer, dash_layers, dash_state, parameter_of, state_and_layers
@@ -35,12 +35,16 @@ class DashSchedule:
 
     Args:
         cache: decompositions of the frozen weights: `SpectralCache().start(model)` fills it while the first steps train.
+        group: the processes that have the same layers, which share the work of launching. All by default; "self" for a stage
+            of a pipeline that one process computes, a ProcessGroup for one that several do.
 
     Attributes:
         reports: what `prelaunch` found, once launched in this process.
     """
 
-    def __init__(self, model: nn.Module, progress: bool = True, cache: SpectralCache | None = None) -> None:
+    def __init__(
+        self, model: nn.Module, progress: bool = True, cache: SpectralCache | None = None, group: Group = "world"
+    ) -> None:
         if cache is not None and not isinstance(cache, SpectralCache):
             raise TypeError(
                 f"cache must be a SpectralCache (what its start returns runs beside), got {type(cache).__name__}"
@@ -49,6 +53,7 @@ class DashSchedule:
         self.model = model
         self.progress = progress
         self.cache = cache
+        self.group = group
         self.reports: list[LayerReport] = []
         self._number = self.state.claim()
         self._layers = dash_layers(model)
@@ -96,7 +101,7 @@ class DashSchedule:
         # A skipped step, or a learning rate of 0, leaves B at zero.
         if not self._has_update():
             return False
-        self.reports = prelaunch(self.model, self.progress, self.cache)
+        self.reports = prelaunch(self.model, self.progress, self.cache, group=self.group)
         self._settled = True
         return True
 

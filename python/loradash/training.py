@@ -21,7 +21,11 @@ _STEPPED = "sigma_stepped"
 
 
 def save_training(
-    folder: str | os.PathLike, model: nn.Module, optimizer: torch.optim.Optimizer, schedule: DashSchedule, **others: Any
+    folder: str | os.PathLike,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer | None,
+    schedule: DashSchedule | None,
+    **others: Any,
 ) -> None:
     """Writes what a run needs to go on, each process its own part: adapters and whatever else trains, buffers, the
     optimizer's state, the schedule's. The frozen weights are not written: they are the base model's.
@@ -31,6 +35,7 @@ def save_training(
 
     Args:
         folder: of torch.distributed.checkpoint's files.
+        optimizer, schedule: None, both, in a stage of a pipeline in which nothing trains.
         others: what else has state_dict and load_state_dict, by names of your own (a scheduler of learning rates).
 
     Raises RuntimeError between `optimizer.step()` and `schedule.step()`.
@@ -44,7 +49,11 @@ def save_training(
 
 
 def load_training(
-    folder: str | os.PathLike, model: nn.Module, optimizer: torch.optim.Optimizer, schedule: DashSchedule, **others: Any
+    folder: str | os.PathLike,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer | None,
+    schedule: DashSchedule | None,
+    **others: Any,
 ) -> None:
     """Goes on from `save_training`, in as many processes as there are now, under whatever scheme: a new model with the base
     model's weights and adapters of the same settings, wrapped, its optimizer, its `DashSchedule`. Every process must call
