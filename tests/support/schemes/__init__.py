@@ -28,7 +28,7 @@ FILES = {
 }
 """The file of a scheme, by what its name has before the first underscore."""
 
-# Of x's rows (ROWS, TOKENS, WIDTH); every part of a batch takes its share of the rows.
+# x is (ROWS, TOKENS, WIDTH); every part of a batch takes its share of the rows.
 ROWS, TOKENS, WIDTH, HIDDEN, CLASSES = 8, 3, 24, 32, 10
 STEPS, LAUNCH = 8, 4
 
