@@ -21,6 +21,7 @@ from .optimizer import dash_parameter_groups
 from .prelaunch import LayerReport, prelaunch
 from .schedule import DashSchedule
 from .state import dash_layers, dash_state
+from .training import load_training, save_training
 from .unload import merge_and_unload
 from .warming import WarmedUp, warm_up
 
@@ -42,10 +43,12 @@ __all__ = [
     "disable",
     "export_lora",
     "load_adapter",
+    "load_training",
     "merge",
     "merge_and_unload",
     "prelaunch",
     "save_adapter",
+    "save_training",
     "summary",
     "unmerge",
     "warm_up",

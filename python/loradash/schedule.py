@@ -197,6 +197,8 @@ class _OptimizerWatch:
         self.taken = 0
         self.assumed = 0
         self.seen = False
+        # Is the step that runs now one that only makes an optimizer's state?
+        self._empty = False
         watch = weakref.ref(self)
         handles = (
             register_optimizer_step_pre_hook(functools.partial(_call, watch, "_about_to_step")),
@@ -222,6 +224,9 @@ class _OptimizerWatch:
         before = self._before()
         if before is None or not self._is_ours(optimizer):
             return None
+        self._empty = _only_makes_state(optimizer, kwargs)
+        if self._empty:
+            return None
         before()
         # args holds the optimizer itself first, and then what its step was called with.
         closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
@@ -238,7 +243,7 @@ class _OptimizerWatch:
         return (args[0], followed, *args[2:]), kwargs
 
     def _stepped(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
-        if self._is_ours(optimizer):
+        if self._is_ours(optimizer) and not self._empty:
             self.seen = True
             # Fused optimizers skip steps themselves, by what GradScaler tells them.
             overflow = getattr(optimizer, "found_inf", None)
@@ -250,6 +255,21 @@ class _OptimizerWatch:
         parts = (p for layer in layers for p in (layer.lora_a, layer.lora_b, layer.dash_sigma))
         ours = {id(parameter_of(p)) for p in parts}
         return any(id(p) in ours for group in optimizer.param_groups for p in group["params"])
+
+
+def _only_makes_state(optimizer: torch.optim.Optimizer, kwargs: Mapping[str, Any]) -> bool:
+    """Is a step the one by which torch.distributed.checkpoint makes the state of an optimizer that it will load?
+
+    torch.distributed.checkpoint.state_dict calls step(closure=None) of an optimizer without state, with rates of zero and
+    zero gradients for all that trains. Δσ too gets its state by that, and nothing was trained.
+    """
+    if optimizer.state or kwargs.get("closure", optimizer) is not None:
+        return False
+    groups = optimizer.param_groups
+    still = all(float(group.get("lr", 0.0)) == 0.0 for group in groups)
+    gradients = (p.grad for group in groups for p in group["params"] if p.grad is not None)
+    # Of a sharded one this process's part tells enough: all of them are zero, or there is a step.
+    return still and not any(bool((g.to_local() if is_sharded(g) else g).any()) for g in gradients)  # type: ignore[attr-defined]
 
 
 def _call(watch: weakref.ref, method: str, optimizer: torch.optim.Optimizer, *arguments: Any) -> Any:

@@ -225,8 +225,8 @@ class Walk:
         cell.require(torch.equal(self.output(model), before), "unmerge did not bring back what was before")
 
     def resume(self, cell: Cell) -> None:
-        """Stopped before launch and after it, and gone on with in a model of other adapters."""
-        for stop in (LAUNCH - 2, LAUNCH + 2):
+        """Stopped before launch, at it and after it, and gone on with in a model of other adapters."""
+        for stop in (LAUNCH - 2, LAUNCH, LAUNCH + 2):
             run = self.begin()
             self.steps(run, 0, stop)
             folder = self.folder / f"checkpoint.{stop}"
@@ -234,7 +234,7 @@ class Walk:
             again = self.begin()
             with torch.no_grad():
                 # What is not loaded shows.
-                for parameter in again.model.parameters():
+                for parameter in filter(lambda p: p.requires_grad, again.model.parameters()):
                     parameter.mul_(0.5)
             self.way.load_checkpoint(again, folder)
             step, launched = dash_state(again.model).step, again.schedule.launched

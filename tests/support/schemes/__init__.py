@@ -11,12 +11,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import loradash
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from loradash import DashConfig, DashSchedule
 from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.nn import functional as F
 
 FILES = {
@@ -168,13 +167,10 @@ class Scheme:
 
     def save_checkpoint(self, run: Run, folder: Path) -> None:
         """Model, optimizer and schedule, to go on from."""
-        model, optimizer = get_state_dict(run.model, run.optimizer)
-        dcp.save({"model": model, "optimizer": optimizer, "schedule": run.schedule}, checkpoint_id=folder)
+        loradash.save_training(folder, *run)
 
     def load_checkpoint(self, run: Run, folder: Path) -> None:
-        model, optimizer = get_state_dict(run.model, run.optimizer)
-        dcp.load({"model": model, "optimizer": optimizer, "schedule": run.schedule}, checkpoint_id=folder)
-        set_state_dict(run.model, run.optimizer, model_state_dict=model, optim_state_dict=optimizer)
+        loradash.load_training(folder, *run)
 
 
 def scheme(name: str, rank: int) -> Scheme:
