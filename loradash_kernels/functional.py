@@ -146,7 +146,7 @@ def _call(operator: Operator, args: tuple) -> Tensor:
     training takes the Function, everything else neither."""
     if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() or torch._C._is_tracing():
         _refuse_mixed(operator, args)
-        return operator.packet(*args)[0]
+        return operator.dispatched(args)
     if not _PLAIN.issuperset(map(type, args)):
         _refuse_mixed(operator, args)
         return _call_with_subclasses(operator.packet, args)
@@ -155,7 +155,7 @@ def _call(operator: Operator, args: tuple) -> Tensor:
     if torch.is_grad_enabled():
         for tensor in operator.differentiable_of(args):
             if tensor is not None and tensor.requires_grad:
-                return operator.function.apply(*args)[0]
+                return operator.differentiated(args)
     return operator.run(*args)[0]
 
 
