@@ -16,6 +16,7 @@ from .directions.rates import (
     direction_recall,
     task_specific_directions,
 )
+from .checkpointing import keep_projections
 from .functional import dash_linear, low_rank_update
 from .packed_weights import enable_packed_weights, packed_weight_bytes
 
@@ -33,6 +34,7 @@ __all__ = [
     "direction_recall",
     "enable_packed_weights",
     "explain_backend",
+    "keep_projections",
     "low_rank_update",
     "packed_weight_bytes",
     "task_specific_directions",

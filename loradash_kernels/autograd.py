@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from . import ops
+from . import checkpointing, ops
 
 _TWICE = "loradash: second derivatives are not implemented; the gradients of dash_linear cannot be differentiated again"
 
@@ -61,18 +61,49 @@ class Operator:
             return tuple(names.index(name) if name in names else self.count for name in wanted)
 
         self.frozen = [(name, names.index(name)) for name in _FROZEN if name in names]
-        (self.seed, self.bias, self.base), self.leaves = places("seed", "bias", "y"), places(*_LEAVES)
+        (self.x, self.seed, self.bias, self.base) = places("x", "seed", "bias", "y")
+        self.leaves = places(*_LEAVES)
+        self.seed_of = itemgetter(self.seed)
         self.leaves_of, self.saved_of = itemgetter(*self.leaves), itemgetter(*places(*_SAVED))
         self.options_of = itemgetter(*places("scaling", "threshold", "backend"))
         self.differentiable_of = itemgetter(*(i for i in (*self.leaves, self.base) if i < self.count))
-        self.function = self._function()
+        self.function, self.saving = self._function(), self._saving()
         torch.library.register_autograd(
             packet._qualified_op_name, self.backward, setup_context=self.setup_context, lib=ops.LIBRARY
         )
 
+    def dispatched(self, args: tuple) -> Tensor:
+        """y, by the dispatcher."""
+        region = None if torch.compiler.is_compiling() else checkpointing.HERE.region
+        if region is None or not self.is_differentiated(args):
+            return self.packet(*args)[0]
+        return region.call(self, self.packet, args)[0]
+
+    def differentiated(self, args: tuple) -> Tensor:
+        """y of arguments that need gradients, without the dispatcher."""
+        region = checkpointing.HERE.region
+        return (self.function.apply(*args) if region is None else region.call(self, self.function.apply, args))[0]
+
+    def is_differentiated(self, args: tuple) -> bool:
+        """Will gradients of this call be asked for?"""
+        if torch.is_grad_enabled():
+            for tensor in self.differentiable_of(args):
+                if tensor is not None and tensor.requires_grad:
+                    return True
+        return False
+
+    def with_seed(self, args: tuple, seed: Tensor | None) -> tuple:
+        """The arguments with this seed."""
+        return (*args[: self.seed], seed, *args[self.seed + 1 :])
+
     def setup_context(self, ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
         """Saves what backward needs. Raises ValueError where a gradient is wanted that no kernel computes."""
-        needs, inputs, p = ctx.needs_input_grad, (*inputs, None), output[1]
+        self._save(ctx, inputs, output[1])
+        ctx.mark_non_differentiable(output[1])
+        ctx.set_materialize_grads(False)
+
+    def _save(self, ctx: Any, inputs: tuple, p: Tensor) -> None:
+        needs, inputs = ctx.needs_input_grad, (*inputs, None)
         for name, place in self.frozen:
             if needs[place]:
                 raise ValueError(
@@ -82,8 +113,6 @@ class Operator:
         ctx.options = self.options_of(inputs)
         bias = inputs[self.bias]
         ctx.bias_dtype = None if bias is None else bias.dtype
-        ctx.mark_non_differentiable(p)
-        ctx.set_materialize_grads(False)
 
     def backward(self, ctx: Any, dy: Tensor | None, dp: Tensor | None) -> tuple[Tensor | None, ...]:
         """A gradient for every argument, in the dtype of that argument, None where there is none or none is needed."""
@@ -117,9 +146,25 @@ class Operator:
         def backward(ctx: Any, dy: Tensor | None, dp: Tensor | None) -> tuple[Tensor | None, ...]:
             return self.backward(ctx, dy, dp)
 
+        return self._class("Function", forward, backward)
+
+    def _saving(self) -> Any:
+        """A function of the arguments and of their P that saves what `function` does, and computes nothing."""
+
+        def forward(ctx: Any, *args: Any) -> Tensor:
+            *inputs, p = args
+            self._save(ctx, tuple(inputs), p)
+            return p.new_empty(())
+
+        def backward(ctx: Any, *grads: Tensor) -> Any:
+            raise RuntimeError("loradash: gradients of a recomputation")
+
+        return self._class("Saving", forward, backward)
+
+    def _class(self, suffix: str, forward: Callable[..., Any], backward: Callable[..., Any]) -> Any:
         members = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
         name = "".join(part.title() for part in self.run.__name__.split("_"))
-        return type(f"{name}Function", (torch.autograd.Function,), members)
+        return type(f"{name}{suffix}", (torch.autograd.Function,), members)
 
 
 DASH_LINEAR = Operator(torch.ops.loradash.dash_linear, ops.dash_linear)

@@ -39,6 +39,11 @@ def _forward_flops(*fields: Any) -> int:
     return 2 * m * (base + (k + n) * (r + _directions(call)))
 
 
+def project_flops(x: Shape, lora_a: Shape, lora_b: Shape, dash_u: Shape | None, *arguments: Any, **_: Any) -> int:
+    """x D^T."""
+    return _forward_flops(x, None, None, lora_a, (0, lora_b[1]), dash_u, *arguments[:-1])
+
+
 def backward_flops(*arguments: Any, **_: Any) -> int:
     """G = dy Q as far as it is wanted, then dx = dy W + (G * c) D, dA = G^T x and dB = dy^T P."""
     *fields, needs, _backend = arguments
@@ -58,6 +63,9 @@ def _register(counter: ModuleType) -> None:
         ("dash_linear", dash_linear_flops),
         ("low_rank_update", low_rank_flops),
         ("dash_linear_backward", backward_flops),
+        ("project", project_flops),
+        ("dash_linear_after", lambda p, *arguments, **_: dash_linear_flops(*arguments)),
+        ("low_rank_update_after", lambda p, *arguments, **_: low_rank_flops(*arguments)),
     ):
         counter.register_flop_formula(getattr(torch.ops.loradash, name))(formula)
 

@@ -22,14 +22,19 @@ LIBRARY = torch.library.Library("loradash", "DEF")
 _ADAPTERS = "Tensor lora_a, Tensor lora_b, Tensor? dash_u, Tensor? dash_vt, Tensor? dash_sigma"
 _OPTIONS = "Tensor? seed, float scaling, int threshold"
 
-LIBRARY.define(
-    f"dash_linear(Tensor x, Tensor weight, Tensor? bias, {_ADAPTERS}, {_OPTIONS}, str? backend) -> (Tensor y, Tensor p)"
-)
-LIBRARY.define(f"low_rank_update(Tensor y, Tensor x, {_ADAPTERS}, {_OPTIONS}, str? backend) -> (Tensor out, Tensor p)")
+_OF_LINEAR = f"Tensor x, Tensor weight, Tensor? bias, {_ADAPTERS}, {_OPTIONS}, str? backend"
+_OF_UPDATE = f"Tensor y, Tensor x, {_ADAPTERS}, {_OPTIONS}, str? backend"
+
+LIBRARY.define(f"dash_linear({_OF_LINEAR}) -> (Tensor y, Tensor p)")
+LIBRARY.define(f"low_rank_update({_OF_UPDATE}) -> (Tensor out, Tensor p)")
 LIBRARY.define(
     f"dash_linear_backward(Tensor dy, Tensor x, Tensor? weight, {_ADAPTERS}, Tensor p, {_OPTIONS}, bool[] needs, "
     "str? backend) -> (Tensor dx, Tensor da, Tensor db_lora, Tensor dsigma, Tensor dbias)"
 )
+# The same layers in two steps, for a compiler that is to keep P and compute y again: `checkpointing` says when.
+LIBRARY.define(f"project(Tensor x, {_ADAPTERS}, {_OPTIONS}, str? backend) -> Tensor p")
+LIBRARY.define(f"dash_linear_after(Tensor p, {_OF_LINEAR}) -> Tensor y")
+LIBRARY.define(f"low_rank_update_after(Tensor p, {_OF_UPDATE}) -> Tensor out")
 
 Gradients = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 
@@ -100,6 +105,22 @@ def dash_linear_backward(*arguments: Any) -> Gradients:
     return grads
 
 
+def project(x: Tensor, lora_a: Tensor, lora_b: Tensor, dash_u: Tensor | None, *arguments: Any) -> Tensor:
+    """P, bit for bit that of `dash_linear`: it is the P of a layer without output features."""
+    nothing = x.new_empty(x.shape[0], 0)
+    return low_rank_update(nothing, x, lora_a, lora_b[:0], None if dash_u is None else dash_u[:0], *arguments)[1]
+
+
+def dash_linear_after(p: Tensor, *arguments: Any) -> Tensor:
+    """y of `dash_linear`, where P is known. The kernels make their own P, a matter of R / N of their work."""
+    return dash_linear(*arguments)[0]
+
+
+def low_rank_update_after(p: Tensor, *arguments: Any) -> Tensor:
+    """The sum of `low_rank_update`, where P is known."""
+    return low_rank_update(*arguments)[0]
+
+
 def _fake_dash_linear(*arguments: Any) -> tuple[Tensor, Tensor]:
     _check(arguments[_SEED], arguments[0])
     return allocate_forward(*_of_forward(arguments))
@@ -118,6 +139,9 @@ for _name, _real, _fake in (
     ("dash_linear", dash_linear, _fake_dash_linear),
     ("low_rank_update", low_rank_update, _fake_low_rank_update),
     ("dash_linear_backward", dash_linear_backward, _fake_backward),
+    ("project", project, lambda x, *arguments: _fake_low_rank_update(x, x, *arguments)[1]),
+    ("dash_linear_after", dash_linear_after, lambda p, *arguments: _fake_dash_linear(*arguments)[0]),
+    ("low_rank_update_after", low_rank_update_after, lambda p, *arguments: _fake_low_rank_update(*arguments)[0]),
 ):
     LIBRARY.impl(_name, _real, "CompositeExplicitAutograd")
     torch.library.register_fake(f"loradash::{_name}", _fake, lib=LIBRARY)

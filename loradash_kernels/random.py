@@ -12,6 +12,7 @@ _M0, _M1 = 0xD2511F53, 0xCD9E8D57
 _W0, _W1 = 0x9E3779B9, 0xBB67AE85
 _WORD = 0xFFFFFFFF
 _BLOCK = 8
+_LARGEST = 2**63 - 1
 
 
 def dropout_threshold(p: float) -> int:
@@ -30,8 +31,9 @@ def draw_seed(device: torch.device | str = "cpu") -> Tensor:
     """(2,) int64: the key of Philox and the offset of its counter, 63 random bits each, from torch's generator."""
     if torch.compiler.is_compiling():
         # The compiler knows no in-place draws.
-        return torch.randint(0, 2**63 - 1, (2,), dtype=torch.int64, device=device)
-    return torch.empty(2, dtype=torch.int64, device=device).random_()
+        return torch.randint(0, _LARGEST, (2,), dtype=torch.int64, device=device)
+    # The same bound, so that a generator gives the same seed here and there.
+    return torch.empty(2, dtype=torch.int64, device=device).random_(_LARGEST)
 
 
 def window(seed: Tensor, row: int, column: int) -> Tensor:
