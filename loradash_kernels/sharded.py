@@ -103,7 +103,7 @@ def split(threshold: int, tensors: dict[str, Any]) -> Split:
     mesh = x.device_mesh
     ways = [_way(tensors, mesh, dim) for dim in range(mesh.ndim)]
     shape = (*x.shape[:-1], tensors["lora_b"].shape[0])
-    local = {name: None if t is None else _local(name, t, ways) for name, t in tensors.items()}
+    local: dict[str, Any] = {name: None if t is None else _local(name, t, ways) for name, t in tensors.items()}
     if local.get("bias") is not None:
         local["bias"] = _once(local["bias"], mesh, ways)
     for dim, way in enumerate(ways):
@@ -247,6 +247,17 @@ def _place(x: Any, mesh: Any, ways: Sequence[Way]) -> tuple[int, int]:
         begin[place] += start
         size[place] = min(chunk, size[place] - start)
         largest[place] = -(-largest[place] // mesh.size(dim))
+    for entry in getattr(x._spec, "shard_order", ()) if mesh.ndim > 1 else ():
+        if tuple(entry.mesh_dims) != tuple(sorted(entry.mesh_dims)):
+            raise ValueError(
+                f"dropout: x is sharded along dimension {entry.tensor_dim} in the order {entry.mesh_dims} of the mesh's"
+            )
+    # Told by all processes, whose parts begin at other columns.
+    if largest[-1] < x.shape[-1] and largest[-1] % 8:
+        raise ValueError(
+            f"dropout: x {tuple(x.shape)} is sharded into parts of {largest[-1]} columns; wanted a multiple of 8, the neighbours that "
+            "share a draw of the mask"
+        )
     for place in range(1, x.dim() - 1):
         if largest[place] < x.shape[place] and math.prod(largest[:place]) > 1:
             raise ValueError(
