@@ -24,12 +24,7 @@ import torch
 from torch import Tensor
 
 from . import ops
-from .random import draw_seed
-
-
-def window(seed, row, column):
-    return torch.cat((seed, seed.new_tensor([row, column])))
-
+from .random import draw_seed, window
 
 LAST = "last"
 SUM = "partial sums"
@@ -45,13 +40,13 @@ class Way(NamedTuple):
     summed: tuple[str, ...] = ()
 
 
-_COLUMN = Way(
+COLUMN = Way(
     "column",
     {"weight": 0, "bias": 0, "lora_b": 0, "dash_u": 0, "y": LAST},
     LAST,
     ("lora_a", "dash_sigma"),
 )
-_ROW = Way(
+ROW = Way(
     "row",
     {"x": LAST, "weight": 1, "lora_a": 1, "dash_vt": 1, "y": SUM},
     SUM,
@@ -108,7 +103,7 @@ def split(threshold: int, tensors: dict[str, Any]) -> Split:
     mesh = x.device_mesh
     ways = [_way(tensors, mesh, dim) for dim in range(mesh.ndim)]
     shape = (*x.shape[:-1], tensors["lora_b"].shape[0])
-    local = {name: None if t is None else _local(name, t, ways) for name, t in tensors.items()}
+    local: dict[str, Any] = {name: None if t is None else _local(name, t, ways) for name, t in tensors.items()}
     if local.get("bias") is not None:
         local["bias"] = _once(local["bias"], mesh, ways)
     for dim, way in enumerate(ways):
@@ -126,11 +121,11 @@ def _way(tensors: dict[str, Any], mesh: Any, dim: int) -> Way:
     x = tensors["x"]
     found = _place_of(x, dim)
     if found == x.dim() - 1:
-        way = _ROW
+        way = ROW
     elif isinstance(found, int):
         way = _batch(found)
     else:
-        way = _COLUMN if found is None and _place_of(tensors["lora_b"], dim) == 0 else _WHOLE
+        way = COLUMN if found is None and _place_of(tensors["lora_b"], dim) == 0 else _WHOLE
     for name, t in tensors.items():
         if t is None:
             continue
@@ -169,7 +164,7 @@ def _place_of(t: Any, dim: int) -> int | str | None:
     return repr(placement)
 
 
-def _placement(place: int | str | None, dims: int) -> Any:
+def placement(place: int | str | None, dims: int) -> Any:
     from torch.distributed.tensor import Partial, Replicate, Shard
 
     if place is None:
@@ -183,17 +178,17 @@ def _local(name: str, t: Any, ways: Sequence[Way]) -> Tensor:
 
     gradients = list(t.placements)
     for dim, way in enumerate(ways):
-        if name == "x" and way is _COLUMN:
+        if name == "x" and way is COLUMN:
             gradients[dim] = Partial()
-        if name == "y" and way is _ROW:
+        if name == "y" and way is ROW:
             # Every process has the whole gradient of a sum.
-            gradients[dim] = _placement(None, t.dim())
+            gradients[dim] = placement(None, t.dim())
     return t.to_local(grad_placements=gradients)
 
 
 def _once(bias: Tensor, mesh: Any, ways: Sequence[Way]) -> Tensor | None:
     """The bias in the first of the processes whose results are summed. All of them have its gradient."""
-    if all(way is not _ROW or mesh.get_local_rank(dim) == 0 for dim, way in enumerate(ways)):
+    if all(way is not ROW or mesh.get_local_rank(dim) == 0 for dim, way in enumerate(ways)):
         return bias
     return bias - bias.detach() if bias.requires_grad and torch.is_grad_enabled() else None
 
@@ -228,7 +223,7 @@ class _Whole:
 
     def __init__(self, mesh: Any, ways: Sequence[Way], shape: tuple[int, ...]) -> None:
         self.mesh, self.shape = mesh, shape
-        self.placements = [_placement(way.out, len(shape)) for way in ways]
+        self.placements = [placement(way.out, len(shape)) for way in ways]
 
     def __call__(self, y: Tensor) -> Tensor:
         from torch.distributed.tensor import DTensor
@@ -252,6 +247,17 @@ def _place(x: Any, mesh: Any, ways: Sequence[Way]) -> tuple[int, int]:
         begin[place] += start
         size[place] = min(chunk, size[place] - start)
         largest[place] = -(-largest[place] // mesh.size(dim))
+    for entry in getattr(x._spec, "shard_order", ()) if mesh.ndim > 1 else ():
+        if tuple(entry.mesh_dims) != tuple(sorted(entry.mesh_dims)):
+            raise ValueError(
+                f"dropout: x is sharded along dimension {entry.tensor_dim} in the order {entry.mesh_dims} of the mesh's"
+            )
+    # Told by all processes, whose parts begin at other columns.
+    if largest[-1] < x.shape[-1] and largest[-1] % 8:
+        raise ValueError(
+            f"dropout: x {tuple(x.shape)} is sharded into parts of {largest[-1]} columns; wanted a multiple of 8, the neighbours that "
+            "share a draw of the mask"
+        )
     for place in range(1, x.dim() - 1):
         if largest[place] < x.shape[place] and math.prod(largest[:place]) > 1:
             raise ValueError(
