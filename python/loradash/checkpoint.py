@@ -16,11 +16,12 @@ from loradash_kernels.files import replace_file
 
 from .base_layers import features
 from .config import DashConfig
-from .distributed import gathered, reshard, shard_of
+from .distributed import assign, gathered, reshard, snapshot
 from .linear import DashLinear, adapter_shapes
-from .model import apply_dash, train_sigma_alone
+from .model import apply_dash, refuse_refreezing, train_sigma_alone
 from .state import STATE, dash_state, own_layers, unwrap
 from .targets import is_target, module_tensors, target_layers, trainable_modules
+from .zero import whole_shape
 
 FORMAT = "loradash-1"
 FILE_NAME = "loradash_adapter.safetensors"
@@ -85,8 +86,8 @@ def _check_whole(model: nn.Module, tensors: dict[str, Tensor]) -> None:
             found = tuple(tensors[f"{name}.{key}"].shape)
             if found != shape:
                 raise ValueError(
-                    f"{name}.{key} has shape {found}, wanted {shape}: not the whole parameter. Under FSDP1 or ZeRO-3 save "
-                    "inside FullyShardedDataParallel.summon_full_params or deepspeed.zero.GatheredParameters"
+                    f"{name}.{key} has shape {found}, wanted {shape}: not the whole parameter. Under FSDP1 save inside "
+                    "FullyShardedDataParallel.summon_full_params"
                 )
 
 
@@ -148,7 +149,7 @@ def _check_settings(file: Path, model: nn.Module, config: DashConfig, own: dict[
     for name, layer in own_layers(model).items():
         problems += [] if is_target(name, config) else [f"{name} is no target"]
         for key, shape in adapter_shapes(layer.out_features, layer.in_features, config.for_module(name)).items():
-            found = tuple(own[f"{name}.{key}"].shape)
+            found = tuple(whole_shape(own[f"{name}.{key}"]))
             problems += [] if found == shape else [f"{name}.{key} would have shape {shape}, the model's has {found}"]
     if problems:
         raise AdapterError(f"{file}: its settings do not fit the model: {'; '.join(sorted(problems)[:5])}")
@@ -170,8 +171,8 @@ def _fit(file: Path, found: dict[str, Tensor], wanted: dict[str, Tensor]) -> dic
     values: dict[str, Tensor] = {}
     for key in wanted.keys() & found.keys():
         theirs, ours = found[key], wanted[key]
-        if theirs.shape != ours.shape:
-            problems.append(f"{key} has shape {tuple(theirs.shape)}, the model wants {tuple(ours.shape)}")
+        if theirs.shape != whole_shape(ours):
+            problems.append(f"{key} has shape {tuple(theirs.shape)}, the model wants {tuple(whole_shape(ours))}")
             continue
         values[key] = theirs.to(ours.dtype)
         problem = _spoiled(key, theirs, values[key])
@@ -201,7 +202,7 @@ def _finite(tensor: Tensor) -> Tensor:
 @torch.no_grad()
 def _write(own: dict[str, Tensor], values: dict[str, Tensor]) -> None:
     for key, tensor in own.items():
-        tensor.copy_(shard_of(values[key], tensor))
+        assign(tensor, values[key])
 
 
 def _exchange(file: Path, model: nn.Module, values: dict[str, Tensor], config: DashConfig) -> None:
@@ -209,7 +210,7 @@ def _exchange(file: Path, model: nn.Module, values: dict[str, Tensor], config: D
     layers = own_layers(model)
     merged = [layer for layer in layers.values() if layer.merged]
     own = _adapter_tensors(model, dash_state(model).config)
-    before = {key: tensor.detach().clone() for key, tensor in own.items()} if merged else {}
+    before = {key: snapshot(tensor) for key, tensor in own.items()} if merged else {}
     settings = {name: layer.config for name, layer in layers.items()}
     _switch(layers, merged, own, values, {name: config.for_module(name) for name in layers})
     try:
@@ -260,6 +261,7 @@ def load_adapter(model: nn.Module, path: str | os.PathLike) -> nn.Module:
         _check_real(file, own)
         values = _fit(file, adapter.tensors, own)
         _check_settings(file, model, adapter.config, own)
+        refuse_refreezing(model, adapter.dash_only)
     _exchange(file, model, values, adapter.config)
     _resume(model, adapter)
     return model

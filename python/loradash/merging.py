@@ -8,9 +8,10 @@ from typing import Any, TypeVar, cast
 import torch
 from torch import Tensor, nn
 
+from . import zero
 from .base_layers import is_transposed
 from .config import DashConfig
-from .distributed import gathered, is_sharded, shard_of
+from .distributed import assign, gathered, is_sharded
 from .formats import keeping_codes, moved
 from .quantised import RequantisationError, can_take_update, is_quantised, requantise, restore, weight_of
 
@@ -122,9 +123,9 @@ class TakesUpdate(nn.Module):
         merged, holder = self.merged_weight(), self._holder()
         weight: Tensor = holder.weight  # type: ignore[assignment]
         if is_sharded(weight):
-            self._keep(weight.detach().clone())
+            self._keep(zero.own_part(weight) if zero.is_partitioned(weight) else weight.detach().clone())
             # One process's values for all, where machines round differently.
-            weight.copy_(shard_of(merged, weight, source=0))
+            assign(weight, merged, source=0)
         else:
             holder.weight = nn.Parameter(merged, requires_grad=False)
             self._keep(weight)
@@ -149,6 +150,8 @@ class TakesUpdate(nn.Module):
         self._keep(None)
         if isinstance(original, dict):
             restore(holder, original)
+        elif zero.is_partitioned(holder.weight):  # type: ignore[arg-type]
+            zero.put_back(holder.weight, original)
         elif is_sharded(original):
             holder.weight.copy_(original)  # type: ignore[operator]
         else:

@@ -63,7 +63,7 @@ def prelaunch(
         warnings.warn(
             f"loradash: no update yet in {len(idle)} layers, they stay plain LoRA: {', '.join(idle[:4])}", stacklevel=2
         )
-    names = [name for name, layer in layers.items() if name not in set(idle) and layer.dash_sigma.numel()]
+    names = [name for name, layer in layers.items() if name not in set(idle) and layer.dash_vt.shape[0]]
     finder = _Finder(layers, adapters, method, cache, device)
     rank, processes = place()
     shares = share_out({name: cost(layers[name].out_features, layers[name].in_features) for name in names}, processes)
@@ -117,7 +117,13 @@ class _Finder:
         groups: dict[tuple, list[str]] = {}
         for name in names:
             layer = self.layers[name]
-            key = (layer.dash_u.shape, layer.dash_vt.shape, layer.lora_a.shape, layer.scaling, layer.lora_a.device)
+            key = (
+                layer.dash_u.shape,
+                layer.dash_vt.shape,
+                self.adapters[name][0].shape,
+                layer.scaling,
+                layer.lora_a.device,
+            )
             groups.setdefault(key, []).append(name)
         for members in groups.values():
             start = 0
@@ -165,7 +171,7 @@ class _Finder:
     @torch.no_grad()
     def _decompose(self, names: Sequence[str], weight_of: Callable[[str], Tensor]) -> dict[str, Directions]:
         layer = self.layers[names[0]]
-        device, s, scaling = self.device_of(names[0]), layer.dash_sigma.numel(), layer.scaling
+        device, s, scaling = self.device_of(names[0]), layer.dash_vt.shape[0], layer.scaling
         if self.cache is not None:
             a, b = (t.to(device).float() for t in self.adapters[names[0]])
             weight = weight_of(names[0]).to(device)
