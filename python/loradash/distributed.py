@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from loradash_kernels import Directions
 
 from . import zero
-from .meeting import Meeting
+from .meeting import Meeting, global_rank
 
 
 def is_dtensor(t: Tensor) -> bool:
@@ -43,7 +43,7 @@ def shard_of(values: Tensor, like: Tensor, source: int | None = None) -> Tensor:
 
 @torch.no_grad()
 def assign(t: Tensor, values: Tensor, source: int | None = None) -> None:
-    """Writes whole values, or what `snapshot` gave, into a tensor in place, and into what an optimizer keeps of it.
+    """Writes whole values into a tensor in place, and into what an optimizer keeps of it.
 
     Every process must call this for a sharded one; each writes its own part, or that of process `source`'s values.
     """
@@ -54,11 +54,6 @@ def assign(t: Tensor, values: Tensor, source: int | None = None) -> None:
     zero.renew_copy(t)
 
 
-def snapshot(t: Tensor) -> Tensor:
-    """A copy of a tensor that `assign` takes back: of a DTensor this process's part, else whole."""
-    return gathered(t) if zero.is_partitioned(t) else t.detach().clone()
-
-
 def reshard(model: nn.Module) -> None:
     """Sends parameters that FSDP2 left gathered after a forward pass back to their shards, which are the ones that last."""
     for module in model.modules():
@@ -66,12 +61,36 @@ def reshard(model: nn.Module) -> None:
             module.reshard()  # type: ignore[operator]
 
 
-def place() -> tuple[int, int]:
-    """(rank, number of processes); (0, 1) without torch.distributed."""
+Group: TypeAlias = 'Literal["world", "self"] | torch.distributed.ProcessGroup'
+"""The processes that have the same layers: all, this one alone, or those of a group."""
+
+
+def place(group: Group = "world") -> tuple[int, int]:
+    """(rank, number of processes) in a group; (0, 1) without torch.distributed."""
     dist = torch.distributed
-    if dist.is_available() and dist.is_initialized():
-        return dist.get_rank(), dist.get_world_size()
+    if group != "self" and dist.is_available() and dist.is_initialized():
+        return dist.get_rank(process_group(group)), dist.get_world_size(process_group(group))
     return 0, 1
+
+
+def process_group(group: Group) -> torch.distributed.ProcessGroup | None:
+    """As torch.distributed's functions want it."""
+    return None if isinstance(group, str) else group
+
+
+def check_same_layers(shapes: Mapping[str, tuple[int, int]], group: Group) -> None:
+    """ValueError where the processes of a group have not all layers of the same names and shapes."""
+    processes = place(group)[1]
+    found: list[Any] = [None] * processes
+    torch.distributed.all_gather_object(found, dict(shapes), group=process_group(group))
+    for process, theirs in enumerate(found):
+        other = sorted(theirs.items() ^ found[0].items())
+        if other:
+            raise ValueError(
+                f"processes 0 and {process} have different adapted layers ({other[0][0]}), and launch shares the work of "
+                'same ones: give the processes that have them, DashSchedule(stage, group="self") for a stage of a pipeline '
+                "that one process computes, else group=their ProcessGroup"
+            )
 
 
 def cost(n: int, k: int) -> float:
@@ -120,7 +139,11 @@ def gather_in_turns(
 
 
 def exchange_directions(
-    found: Mapping[str, Directions], shares: list[list[str]], rank: int, buffers: Mapping[str, tuple[Tensor, Tensor]]
+    found: Mapping[str, Directions],
+    shares: list[list[str]],
+    rank: int,
+    buffers: Mapping[str, tuple[Tensor, Tensor]],
+    group: Group = "world",
 ) -> dict[str, Directions]:
     """The directions of all shares, each sent by the process that found them.
 
@@ -129,6 +152,7 @@ def exchange_directions(
         buffers: u (N, s) and vt (s, K) of every layer, for shapes and device.
     """
     everything: dict[str, Directions] = {}
+    members = process_group(group)
     for owner, share in enumerate(shares):
         for name in share:
             u, vt = buffers[name]
@@ -143,7 +167,7 @@ def exchange_directions(
                 tensors.append(torch.empty(vt.shape[0], dtype=torch.int64, device=u.device))
                 routes = [()]
             for tensor in tensors:
-                torch.distributed.broadcast(tensor, src=owner)
-            torch.distributed.broadcast_object_list(routes, src=owner)
+                torch.distributed.broadcast(tensor, src=global_rank(members, owner), group=members)
+            torch.distributed.broadcast_object_list(routes, src=global_rank(members, owner), group=members)
             everything[name] = Directions(*tensors, routes[0])  # type: ignore[arg-type, call-arg]
     return everything

@@ -18,6 +18,7 @@ from .distributed import assign, gathered
 from .formats import keep_differentiable
 from .merging import TakesUpdate
 from .quantised import check_differentiable, compute_device, is_quantised
+from .units import as_declared
 
 
 def adapter_shapes(n: int, k: int, config: DashConfig) -> dict[str, tuple[int, ...]]:
@@ -184,6 +185,8 @@ class DashLinear(TakesUpdate):
         if args or kwargs:
             raise TypeError(f"{self._label()} takes one tensor, got further arguments {[*args, *kwargs]}")
         weight, bias, lora_a, lora_b, dash_u, dash_vt, dash_sigma = self._tensors()
+        if weight.requires_grad:
+            weight, bias = as_declared(self, "weight", weight), as_declared(self, "bias", bias)
         weight = weight.t() if self.transposed else weight
         if not self.enabled or self._unmerged is not None:
             return F.linear(input, weight, bias)

@@ -105,7 +105,7 @@ class TakesUpdate(nn.Module):
         return merged
 
     @torch.no_grad()
-    def merge(self, requantise: bool = False) -> RequantisationError | None:
+    def merge(self, requantise: bool = False, part: Tensor | None = None) -> RequantisationError | None:
         """Adds ΔW to the weight, as a new tensor: weights tied to this one stay as they are. Again: no effect.
 
         A sharded weight is written in place, beside a copy of this process's part. Raises ValueError as `merged_weight`,
@@ -113,6 +113,7 @@ class TakesUpdate(nn.Module):
 
         Args:
             requantise: W + ΔW of a quantised layer is quantised anew in its own format, instead of refused.
+            part: a copy of this process's part of a weight that FSDP1 has gathered and will take back: it is written in place.
 
         Returns the error that quantising W + ΔW made, or None where nothing was quantised.
         """
@@ -126,6 +127,9 @@ class TakesUpdate(nn.Module):
             self._keep(zero.own_part(weight) if zero.is_partitioned(weight) else weight.detach().clone())
             # One process's values for all, where machines round differently.
             assign(weight, merged, source=0)
+        elif part is not None:
+            self._keep(part)
+            weight.copy_(merged)
         else:
             holder.weight = nn.Parameter(merged, requires_grad=False)
             self._keep(weight)
@@ -147,13 +151,21 @@ class TakesUpdate(nn.Module):
         if self._unmerged is None:
             return
         original, holder = self._unmerged, self if self.base is None else self.base
+        if zero.is_partitioned(holder.weight):  # type: ignore[arg-type]
+            zero.put_back(holder.weight, cast(Tensor, original))
+            self._keep(None)
+            return
+        if isinstance(original, Tensor) and not isinstance(original, nn.Parameter):
+            if holder.weight.shape != original.shape:
+                raise ValueError(
+                    f"{self._label()}: FSDP1 holds its weight whole; unmerge outside of summon_full_params"
+                )
+            holder.weight.copy_(original)  # type: ignore[operator]
+            self._keep(None)
+            return
         self._keep(None)
         if isinstance(original, dict):
             restore(holder, original)
-        elif zero.is_partitioned(holder.weight):  # type: ignore[arg-type]
-            zero.put_back(holder.weight, original)
-        elif is_sharded(original):
-            holder.weight.copy_(original)  # type: ignore[operator]
         else:
             holder.weight = cast(nn.Parameter, original)
 

@@ -14,11 +14,12 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 
 from . import zero
 from .cache import SpectralCache
-from .distributed import gathered, is_sharded
+from .distributed import Group, gathered, is_sharded
 from .linear import DashLinear
 from .model import train_sigma_alone
 from .prelaunch import LayerReport, prelaunch
 from .state import AdaptedLayer, dash_layers, dash_state, parameter_of, state_and_layers
+from .units import Units, fsdp1_units
 
 
 class DashSchedule:
@@ -39,12 +40,16 @@ class DashSchedule:
 
     Args:
         cache: decompositions of the frozen weights: `SpectralCache().start(model)` fills it while the first steps train.
+        group: the processes that have the same layers, which share the work of launching. All by default; "self" for a stage
+            of a pipeline that one process computes, a ProcessGroup for one that several do.
 
     Attributes:
         reports: what `prelaunch` found, once launched in this process.
     """
 
-    def __init__(self, model: nn.Module, progress: bool = True, cache: SpectralCache | None = None) -> None:
+    def __init__(
+        self, model: nn.Module, progress: bool = True, cache: SpectralCache | None = None, group: Group = "world"
+    ) -> None:
         if cache is not None and not isinstance(cache, SpectralCache):
             raise TypeError(
                 f"cache must be a SpectralCache (what its start returns runs beside), got {type(cache).__name__}"
@@ -53,6 +58,7 @@ class DashSchedule:
         self.model = model
         self.progress = progress
         self.cache = cache
+        self.group = group
         self.reports: list[LayerReport] = []
         self._number = self.state.claim()
         self._layers = dash_layers(model)
@@ -65,7 +71,9 @@ class DashSchedule:
     def _watch_training(self, gradients: bool) -> None:
         self._flat = self._flat_groups()
         self._watch = _OptimizerWatch(self._layers, self._before_optimizer, self._flat)
-        self._gradients = _GradientWatch(self._layers) if gradients else None
+        # FSDP1 and FSDP2 set the gradients of their parameters without calling hooks.
+        seen = gradients and not fsdp1_units(self.model)
+        self._gradients = _GradientWatch(self._layers) if seen else None
 
     def _flat_groups(self) -> zero.FlatGroups | None:
         """What a DeepSpeed engine around the model steps on, looked at."""
@@ -119,7 +127,7 @@ class DashSchedule:
         # A skipped step, or a learning rate of 0, leaves B at zero.
         if not self._has_update():
             return False
-        self.reports = prelaunch(self.model, self.progress, self.cache)
+        self.reports = prelaunch(self.model, self.progress, self.cache, group=self.group)
         self._settled = True
         return True
 
@@ -169,7 +177,12 @@ class DashSchedule:
         self._phase = None
 
     def _has_update(self) -> bool:
-        return any(bool(gathered(layer.lora_b).any()) for layer in self._layers.values())
+        units = Units(self.model)
+        for layer in self._layers.values():
+            with units.whole(layer):
+                if bool(gathered(layer.lora_b).any()):
+                    return True
+        return False
 
     def _is_settled(self) -> bool:
         """`launched`, but read from the device only after somebody wrote it: this is asked before every optimizer step.
@@ -313,7 +326,7 @@ def _only_makes_state(optimizer: torch.optim.Optimizer, kwargs: Mapping[str, Any
     still = all(float(group.get("lr", 0.0)) == 0.0 for group in groups)
     gradients = (p.grad for group in groups for p in group["params"] if p.grad is not None)
     # Of a sharded one this process's part tells enough: all of them are zero, or there is a step.
-    return still and not any(bool((g.to_local() if is_sharded(g) else g).any()) for g in gradients)  # type: ignore[attr-defined]
+    return still and not any(bool((g.to_local() if is_sharded(g) else g).any()) for g in gradients)
 
 
 def _call(watch: weakref.ref, method: str, optimizer: torch.optim.Optimizer, *arguments: Any) -> Any:
@@ -353,7 +366,7 @@ class _GradientWatch:
         # A finetuning callback may have thawed B since.
         if not self._layers and not any(layer.lora_b.requires_grad for layer in self._all.values()):
             warnings.warn("loradash: no adapter trains, every lora_b is frozen (requires_grad=False)", stacklevel=4)
-        # Loading may have frozen B since. FSDP2 sets the gradients of sharded parameters without calling hooks.
+        # Loading may have frozen B since. Of a sharded one nothing was heard.
         looked_at = {n: layer for n, layer in self._layers.items() if layer.lora_b.requires_grad}
         missing = [n for n, layer in looked_at.items() if n not in self._arrived and not is_sharded(layer.lora_b)]
         if missing and (trained or self._arrived):

@@ -125,10 +125,10 @@ def test_a_merge_that_fails_leaves_the_old_adapter_merged(tmp_path, monkeypatch)
     before, outputs, state = {k: v.clone() for k, v in model.state_dict().items()}, model(X), loradash.dash_state(model)
     whole, failures = loradash.DashLinear.merge, ["once"]
 
-    def failing(layer, requantise):
+    def failing(layer, *arguments):
         if layer is model[2] and failures:
             raise ValueError(f"overflows {failures.pop()}")
-        whole(layer, requantise)
+        whole(layer, *arguments)
 
     monkeypatch.setattr(loradash.DashLinear, "merge", failing)
     with pytest.raises(AdapterError, match=r"cannot be merged.*overflows once"):

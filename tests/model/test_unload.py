@@ -278,7 +278,8 @@ def test_sharded_models(tmp_path, process_group):
     model = fully_shard(apply_dash(network(), CONFIG), mesh=process_group)
     nn.init.normal_(model[0].lora_b)
     with pytest.raises(
-        ValueError, match=r"0 is sharded .*, then merge_and_unload\(load_adapter\(plain_model, path\)\)"
+        ValueError,
+        match=r"the model is wrapped in fully_shard .*, then merge_and_unload\(load_adapter\(plain_model, path\)\)",
     ):
         merge_and_unload(model)
     save_adapter(model, tmp_path)

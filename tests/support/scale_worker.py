@@ -132,7 +132,7 @@ class Walk:
     def tensors(self, model: nn.Module) -> dict[str, Tensor]:
         """What comes out of training, whole; of directions their projection, which has no signs."""
         found = {}
-        with self.way.whole(model):
+        with self.way.reading(model):
             for name, layer in dash_layers(self.way.trained(model)).items():
                 parts = {key: gathered(getattr(layer, key)).clone() for key in ("lora_a", "lora_b", "dash_sigma")}
                 found |= {f"{name}.{key}": t for key, t in parts.items()}

@@ -20,25 +20,13 @@ from torch.nn import functional as F
 
 FILES = {
     "ddp": "data_parallel",
-    "ddp_static": "data_parallel",
-    "ddp_view": "data_parallel",
-    "ddp_no_sync": "data_parallel",
-    "ddp_unused": "data_parallel",
     "fsdp1": "fsdp1",
-    "fsdp1_flat": "fsdp1",
     "fsdp2": "fsdp2",
-    "fsdp2_first": "fsdp2",
-    "fsdp2_layers": "fsdp2",
-    "fsdp2_kept": "fsdp2",
-    "fsdp2_bf16": "fsdp2",
-    "fsdp2_checkpointed": "fsdp2",
-    "fsdp2_offloaded": "fsdp2",
     "tp2": "tensor_parallel",
-    "tp2_fsdp2": "tensor_parallel",
     "zero2": "zero",
     "zero3": "zero",
 }
-"""The file of every scheme; a name that several of them share begins with the table's."""
+"""The file of a scheme, by what its name has before the first underscore."""
 
 # Of x's rows (ROWS, TOKENS, WIDTH); every part of a batch takes its share of the rows.
 ROWS, TOKENS, WIDTH, HIDDEN, CLASSES = 8, 3, 24, 32, 10
@@ -161,6 +149,12 @@ class Scheme:
         """Within the block parameters can be saved, and with `writing` written: for wrappers of which we ask it."""
         yield
 
+    @contextlib.contextmanager
+    def reading(self, model: nn.Module) -> Iterator[None]:
+        """Within the block parameters are whole, or DTensors, for the tests to look at."""
+        with self.whole(model):
+            yield
+
     def trained(self, model: nn.Module) -> nn.Module:
         """The model whose layers `dash_layers` names, inside `whole`."""
         return model
@@ -175,7 +169,7 @@ class Scheme:
 
 def scheme(name: str, rank: int) -> Scheme:
     """The scheme of a name: its file's `SCHEMES[name]`."""
-    file = importlib.import_module(f"support.schemes.{FILES[name]}")
+    file = importlib.import_module(f"support.schemes.{FILES[name.partition('_')[0]]}")
     return file.SCHEMES[name](name, rank)
 
 
