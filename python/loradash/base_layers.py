@@ -8,8 +8,9 @@ import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
 
-from .distributed import is_sharded
+from .distributed import is_dtensor
 from .formats import is_packed_bitnet, unready
+from .zero import whole_shape
 
 Treatment = Literal["adopted", "kept whole"]
 
@@ -75,7 +76,7 @@ def treatment(module: nn.Module) -> Treatment:
     weight = module._parameters.get("weight")
     if weight is not None and is_lazy(weight):
         raise ValueError(f"{type(module).__name__} has no weight yet; run the model once before adapting it")
-    if any(is_sharded(p) for p in module.parameters()):
+    if any(is_dtensor(p) for p in module.parameters()):
         raise ValueError(
             f"{type(module).__name__} is sharded (DTensor); adapt the model first, then fully_shard or parallelize it"
         )
@@ -94,7 +95,7 @@ def computes_plainly(module: nn.Module) -> bool:
         and not hasattr(module, "parametrizations")
         and type(weight) is nn.Parameter
         and weight.dtype in PLAIN
-        and weight.dim() == 2
+        and len(whole_shape(weight)) == 2
     )
 
 

@@ -18,12 +18,13 @@ from loradash_kernels.files import replace_file
 
 from .base_layers import features
 from .config import DashConfig
-from .distributed import gathered, reshard, shard_of
+from .distributed import assign, gathered, reshard
 from .linear import DashLinear, adapter_shapes
-from .model import apply_dash, merge_layers, train_sigma_alone
+from .model import apply_dash, merge_layers, refuse_refreezing, train_sigma_alone
 from .state import STATE, dash_state, own_layers, unwrap
 from .targets import is_target, module_tensors, target_layers, trainable_modules
 from .units import Units, whole
+from .zero import whole_shape
 
 FORMAT = "loradash-1"
 FILE_NAME = "loradash_adapter.safetensors"
@@ -104,10 +105,7 @@ def _check_whole(model: nn.Module, tensors: dict[str, Tensor]) -> None:
         for key, shape in adapter_shapes(layer.out_features, layer.in_features, layer.config).items():
             found = tuple(tensors[f"{name}.{key}"].shape)
             if found != shape:
-                raise ValueError(
-                    f"{name}.{key} has shape {found}, wanted {shape}: not the whole parameter. Under ZeRO-3 save inside "
-                    "deepspeed.zero.GatheredParameters"
-                )
+                raise ValueError(f"{name}.{key} has shape {found}, wanted {shape}: not the whole parameter")
 
 
 def read_safetensors(file: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
@@ -168,7 +166,7 @@ def _check_settings(file: Path, model: nn.Module, config: DashConfig, own: dict[
     for name, layer in own_layers(model).items():
         problems += [] if is_target(name, config) else [f"{name} is no target"]
         for key, shape in adapter_shapes(layer.out_features, layer.in_features, config.for_module(name)).items():
-            found = tuple(own[f"{name}.{key}"].shape)
+            found = tuple(whole_shape(own[f"{name}.{key}"]))
             problems += [] if found == shape else [f"{name}.{key} would have shape {shape}, the model's has {found}"]
     if problems:
         raise AdapterError(f"{file}: its settings do not fit the model: {'; '.join(sorted(problems)[:5])}")
@@ -190,8 +188,8 @@ def _fit(file: Path, found: dict[str, Tensor], wanted: dict[str, Tensor]) -> dic
     values: dict[str, Tensor] = {}
     for key in wanted.keys() & found.keys():
         theirs, ours = found[key], wanted[key]
-        if theirs.shape != ours.shape:
-            problems.append(f"{key} has shape {tuple(theirs.shape)}, the model wants {tuple(ours.shape)}")
+        if theirs.shape != whole_shape(ours):
+            problems.append(f"{key} has shape {tuple(theirs.shape)}, the model wants {tuple(whole_shape(ours))}")
             continue
         values[key] = theirs.to(ours.dtype)
         problem = _spoiled(key, theirs, values[key])
@@ -241,7 +239,7 @@ def _switch(
         layer.unmerge()
     with whole(model, write=True):
         for key, tensor in _adapter_tensors(model, dash_state(model).config).items():
-            tensor.copy_(shard_of(values[key], tensor))
+            assign(tensor, values[key])
     for name, layer in own_layers(model).items():
         layer.config = settings[name]
 
@@ -271,6 +269,7 @@ def load_adapter(model: nn.Module, path: str | os.PathLike) -> nn.Module:
             _check_real(file, own)
             values = _fit(file, adapter.tensors, own)
             _check_settings(file, model, adapter.config, own)
+        refuse_refreezing(model, adapter.dash_only)
     _exchange(file, model, values, adapter.config)
     _resume(model, adapter)
     return model

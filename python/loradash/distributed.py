@@ -1,4 +1,4 @@
-"""Parameters sharded over processes (FSDP2, DTensor), and one job shared out among processes."""
+"""Parameters sharded over processes (FSDP2, DTensor, ZeRO-3), and one job shared out among processes."""
 
 from __future__ import annotations
 
@@ -11,27 +11,48 @@ from torch import Tensor, nn
 from loradash_kernels import Directions
 from loradash_kernels.sharded import compare_seeds
 
+from . import zero
 from .meeting import Meeting, global_rank
 
 
-def is_sharded(t: Tensor) -> bool:
-    """Is a tensor one of torch.distributed's, of which this process holds a part (DTensor)?"""
+def is_dtensor(t: Tensor) -> bool:
+    """Is a tensor one of torch.distributed's (DTensor)?"""
     return hasattr(t, "device_mesh")
+
+
+def is_sharded(t: Tensor) -> bool:
+    """Does this process hold a part of a tensor only: of a DTensor, or of a parameter of ZeRO-3?"""
+    return is_dtensor(t) or zero.is_partitioned(t)
 
 
 def gathered(t: Tensor) -> Tensor:
     """A detached tensor, whole: a sharded one is gathered, for which every process must call this."""
-    return t.full_tensor().detach() if is_sharded(t) else t.detach()  # type: ignore[attr-defined]
+    if zero.is_partitioned(t):
+        return zero.gather(t)
+    return t.full_tensor().detach() if is_dtensor(t) else t.detach()  # type: ignore[attr-defined]
 
 
 def shard_of(values: Tensor, like: Tensor, source: int | None = None) -> Tensor:
     """A whole tensor as `like` holds it: each process takes its own part, or that of process `source`'s values."""
-    if not is_sharded(like) or is_sharded(values):
+    if not is_dtensor(like) or is_dtensor(values):
         return values
     from torch.distributed.tensor import distribute_tensor
 
     sharded: Any = like
     return distribute_tensor(values.to(like.device), sharded.device_mesh, sharded.placements, src_data_rank=source)
+
+
+@torch.no_grad()
+def assign(t: Tensor, values: Tensor, source: int | None = None) -> None:
+    """Writes whole values into a tensor in place, and into what an optimizer keeps of it.
+
+    Every process must call this for a sharded one; each writes its own part, or that of process `source`'s values.
+    """
+    if zero.is_partitioned(t):
+        zero.write(t, values)
+    else:
+        t.copy_(shard_of(values, t, source))
+    zero.renew_copy(t)
 
 
 def reshard(model: nn.Module) -> None:

@@ -11,9 +11,10 @@ from torch.nn import functional as F
 
 from loradash_kernels import Directions, dash_linear, low_rank_update
 
+from . import zero
 from .base_layers import features, is_transposed, treatment
 from .config import DashConfig
-from .distributed import gathered, shard_of
+from .distributed import assign, gathered, shard_of
 from .formats import keep_differentiable
 from .merging import TakesUpdate
 from .quantised import check_differentiable, compute_device, is_quantised
@@ -47,7 +48,10 @@ def take_directions(layer: Any, directions: Directions) -> None:
         raise ValueError(f"{label} is launched, and its trained dash_sigma would be lost; zero it to launch anew")
     layer.dash_u.copy_(shard_of(directions.u, layer.dash_u))
     layer.dash_vt.copy_(shard_of(directions.vt, layer.dash_vt))
-    layer.dash_sigma.zero_()
+    if zero.is_trained_by_zero(layer.dash_sigma):
+        assign(layer.dash_sigma, torch.zeros(layer.dash_vt.shape[:1]))
+    else:
+        layer.dash_sigma.zero_()
     layer.launched.fill_(True)
 
 

@@ -8,9 +8,10 @@ from typing import Any, TypeVar, cast
 import torch
 from torch import Tensor, nn
 
+from . import zero
 from .base_layers import is_transposed
 from .config import DashConfig
-from .distributed import gathered, is_sharded, shard_of
+from .distributed import assign, gathered, is_sharded
 from .formats import keeping_codes, moved
 from .quantised import RequantisationError, can_take_update, is_quantised, requantise, restore, weight_of
 
@@ -123,9 +124,9 @@ class TakesUpdate(nn.Module):
         merged, holder = self.merged_weight(), self._holder()
         weight: Tensor = holder.weight  # type: ignore[assignment]
         if is_sharded(weight):
-            self._keep(weight.detach().clone())
+            self._keep(zero.own_part(weight) if zero.is_partitioned(weight) else weight.detach().clone())
             # One process's values for all, where machines round differently.
-            weight.copy_(shard_of(merged, weight, source=0))
+            assign(weight, merged, source=0)
         elif part is not None:
             self._keep(part)
             weight.copy_(merged)
@@ -150,6 +151,10 @@ class TakesUpdate(nn.Module):
         if self._unmerged is None:
             return
         original, holder = self._unmerged, self if self.base is None else self.base
+        if zero.is_partitioned(holder.weight):  # type: ignore[arg-type]
+            zero.put_back(holder.weight, cast(Tensor, original))
+            self._keep(None)
+            return
         if isinstance(original, Tensor) and not isinstance(original, nn.Parameter):
             if holder.weight.shape != original.shape:
                 raise ValueError(

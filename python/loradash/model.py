@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from . import zero
 from .attention import call_adapted_layers
 from .base_layers import is_linear
 from .bypass import bypassed_children, child_at, refuse_fusing
@@ -88,6 +89,10 @@ def _check_model(model: nn.Module) -> None:
             raise ValueError(f"{name} has an adapter of PEFT; merge_and_unload it first")
         if wrapper := wrapper_of(module):
             raise ValueError(f"{name or 'the model'} is wrapped in {wrapper}; apply_dash comes before it")
+    if any(map(zero.is_trained_by_zero, model.parameters())):
+        raise ValueError(
+            "deepspeed.initialize has this model's parameters in its optimizer; apply_dash comes before it"
+        )
 
 
 def wrapper_of(module: nn.Module) -> str | None:
@@ -98,6 +103,7 @@ def wrapper_of(module: nn.Module) -> str | None:
         from torch.distributed import fsdp
 
         found += [fsdp.FullyShardedDataParallel, fsdp.FSDPModule]
+    found += zero.engines()
     if isinstance(module, tuple(found)):
         sharded = is_fsdp2(module)
         return f"fully_shard ({type(module).__name__})" if sharded else type(module).__name__
@@ -228,11 +234,25 @@ def dash_only(model: nn.Module) -> None:
 
 
 def train_sigma_alone(model: nn.Module, alone: bool) -> None:
-    """Freezes A and B, or has them train again, whatever the phase: a resumed run learns of that by its own ways."""
+    """Freezes A and B, or has them train again, whatever the phase: a resumed run learns of that by its own ways.
+
+    Raises ValueError, with nothing changed, once deepspeed.initialize has put them together with others.
+    """
+    refuse_refreezing(model, alone)
     for layer in dash_layers(model).values():
         layer.lora_a.requires_grad_(not alone)
         layer.lora_b.requires_grad_(not alone)
     dash_state(model).dash_only = alone
+
+
+def refuse_refreezing(model: nn.Module, alone: bool) -> None:
+    """ZeRO steps on whatever deepspeed.initialize gave it: frozen later, A and B would go on by their momentum."""
+    held = any(zero.is_trained_by_zero(layer.lora_a) for layer in dash_layers(model).values())
+    if held and alone != dash_state(model).dash_only:
+        raise ValueError(
+            "DeepSpeed's optimizer has the adapters as they trained when it was made: freeze or thaw A and B (dash_only, or "
+            "load_adapter of such a file) before deepspeed.initialize"
+        )
 
 
 @dataclass(frozen=True)
@@ -257,6 +277,7 @@ def summary(model: nn.Module) -> Summary:
     layers = dash_layers(model)
     ours = {id(parameter_of(p)) for m in layers.values() for p in (m.lora_a, m.lora_b, m.dash_sigma)}
     parameters = list(unwrap(model).parameters())
-    adapters = sum(p.numel() for p in parameters if id(p) in ours and p.requires_grad)
-    other = sum(p.numel() for p in parameters if id(p) not in ours and p.requires_grad)
-    return Summary(len(layers), adapters, other, sum(p.numel() for p in parameters))
+    sizes = [(p, zero.number_of_elements(p)) for p in parameters]
+    adapters = sum(size for p, size in sizes if id(p) in ours and p.requires_grad)
+    other = sum(size for p, size in sizes if id(p) not in ours and p.requires_grad)
+    return Summary(len(layers), adapters, other, sum(size for _, size in sizes))

@@ -15,6 +15,7 @@ from .bypass import child_at, mended_children
 from .linear import DashLinear
 from .state import dash_state, own_layers, plain_name
 from .targets import trainable_modules
+from .zero import whole_shape
 
 PREFIX = "base_model.model."
 """PeftModel puts it before every name."""
@@ -90,7 +91,7 @@ class Layout:
     @property
     def rank(self) -> int:
         """The largest r + s of a layer: PEFT gets one rank for all."""
-        return max(layer.lora_a.shape[0] + layer.dash_sigma.shape[0] for layer in self.adapted.values())
+        return max(whole_shape(layer.lora_a)[0] + layer.dash_vt.shape[0] for layer in self.adapted.values())
 
 
 def task_of(root: nn.Module) -> str | None:

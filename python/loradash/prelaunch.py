@@ -160,7 +160,13 @@ class _Finder:
         groups: dict[tuple, list[str]] = {}
         for name in names:
             layer = self.layers[name]
-            key = (layer.dash_u.shape, layer.dash_vt.shape, layer.lora_a.shape, layer.scaling, layer.lora_a.device)
+            key = (
+                layer.dash_u.shape,
+                layer.dash_vt.shape,
+                self.adapters[name][0].shape,
+                layer.scaling,
+                layer.lora_a.device,
+            )
             groups.setdefault(key, []).append(name)
         for members in groups.values():
             start = 0

@@ -12,8 +12,10 @@ import torch
 from torch import nn
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
+from . import zero
 from .cache import SpectralCache
 from .distributed import Group, gathered, is_sharded
+from .linear import DashLinear
 from .model import train_sigma_alone
 from .prelaunch import LayerReport, prelaunch
 from .state import AdaptedLayer, dash_layers, dash_state, parameter_of, state_and_layers
@@ -32,6 +34,9 @@ class DashSchedule:
     Optimizers of torch.optim are watched: a step that GradScaler skipped, or a call in the middle of gradient
     accumulation, does not count. Steps of any other kind of optimizer are counted by the calls alone. After the first
     step, layers whose B got no gradient are named in a warning.
+
+    Under DeepSpeed's ZeRO it is made of the engine, `DashSchedule(engine)`, after deepspeed.initialize, whose optimizer has
+    Δσ in a parameter group of its own (`dash_parameter_groups`): ValueError otherwise.
 
     Args:
         cache: decompositions of the frozen weights: `SpectralCache().start(model)` fills it while the first steps train.
@@ -64,12 +69,33 @@ class DashSchedule:
         self._watch_training(gradients=not self._settled)
 
     def _watch_training(self, gradients: bool) -> None:
-        self._watch = _OptimizerWatch(self._layers, self._before_optimizer)
+        self._flat = self._flat_groups()
+        self._watch = _OptimizerWatch(self._layers, self._before_optimizer, self._flat)
         self._gradients = _GradientWatch(self._layers) if gradients else None
+
+    def _flat_groups(self) -> zero.FlatGroups | None:
+        """What a DeepSpeed engine around the model steps on, looked at."""
+        found = zero.FlatGroups.of(zero.engine_in(self.model))
+        if found is None:
+            return None
+        kept = [n for n, m in self._layers.items() if not _is_gathered_in_forward(m)]
+        if kept:
+            raise ValueError(
+                f"ZeRO-3 gathers the weights of {', '.join(kept[:4])} for these layers alone, where pre-launch cannot read them "
+                "(layers kept whole, and PEFT's): train with ZeRO-2 or FSDP2"
+            )
+        adapters = {
+            f"{n}.{key}": parameter_of(getattr(m, key)) for n, m in self._layers.items() for key in ("lora_a", "lora_b")
+        }
+        found.check(adapters, self._sigmas(), self._settled)
+        return found
+
+    def _sigmas(self) -> dict[str, torch.Tensor]:
+        return {f"{n}.dash_sigma": parameter_of(layer.dash_sigma) for n, layer in self._layers.items()}
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy, made together with a copy of the model, watches that one."""
-        return {**vars(self), "_watch": None, "_gradients": self._gradients is not None}
+        return {**vars(self), "_watch": None, "_flat": None, "_gradients": self._gradients is not None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -174,6 +200,8 @@ class DashSchedule:
             return
         for layer in self._layers.values():
             parameter_of(layer.dash_sigma).grad = None
+        if self._flat is not None:
+            self._flat.hold_back(self._sigmas())
 
     def _look_after_layers(self) -> None:
         state, layers = state_and_layers(self.model)
@@ -201,8 +229,11 @@ class DashSchedule:
 class _OptimizerWatch:
     """Counts the steps that torch.optim's optimizers take on the adapters, by hooks on all of them."""
 
-    def __init__(self, layers: dict[str, AdaptedLayer], before: Callable[[], None]) -> None:
+    def __init__(
+        self, layers: dict[str, AdaptedLayer], before: Callable[[], None], flat: zero.FlatGroups | None
+    ) -> None:
         self._layers = layers
+        self._flat = flat
         self._before = weakref.WeakMethod(before)
         # Steps since the last call, calls that were taken for steps, and whether any optimizer showed itself.
         self.taken = 0
@@ -234,6 +265,7 @@ class _OptimizerWatch:
         """What happens before the step, and again after every call of its closure, which makes new gradients."""
         before = self._before()
         if before is None or not self._is_ours(optimizer):
+            self._check_seen()
             return None
         self._empty = _only_makes_state(optimizer, kwargs)
         if self._empty:
@@ -260,7 +292,19 @@ class _OptimizerWatch:
             overflow = getattr(optimizer, "found_inf", None)
             self.taken += overflow is None or not bool(overflow)
 
+    def _check_seen(self) -> None:
+        """Under ZeRO no optimizer has the adapters themselves: it would go unseen, and step on Δσ from the start."""
+        held = self._flat is None and any(
+            zero.is_trained_by_zero(a) for m in self._layers.values() if (a := getattr(m, "lora_a", None)) is not None
+        )
+        if held:
+            raise RuntimeError(
+                "DeepSpeed's ZeRO trains this model: make its DashSchedule of the engine, DashSchedule(engine)"
+            )
+
     def _is_ours(self, optimizer: torch.optim.Optimizer) -> bool:
+        if self._flat is not None:
+            return optimizer is self._flat.optimizer
         # A layer that another framework took back has none.
         layers = [layer for layer in self._layers.values() if hasattr(layer, "lora_a")]
         parts = (p for layer in layers for p in (layer.lora_a, layer.lora_b, layer.dash_sigma))
@@ -292,6 +336,11 @@ def _call(watch: weakref.ref, method: str, optimizer: torch.optim.Optimizer, *ar
 def _remove(handles: tuple) -> None:
     for handle in handles:
         handle.remove()
+
+
+def _is_gathered_in_forward(layer: AdaptedLayer) -> bool:
+    """Is its weight, where ZeRO-3 keeps it in parts, one of a `DashLinear`'s own?"""
+    return not zero.is_partitioned(layer.weight) or (isinstance(layer, DashLinear) and layer.base is None)
 
 
 class _GradientWatch:

@@ -61,9 +61,9 @@ def trainable_modules(model: nn.Module, config: DashConfig) -> dict[str, nn.Modu
 
 
 def module_tensors(name: str, module: nn.Module) -> dict[str, Tensor]:
-    """The state of a module that trains as a whole, under its name. Raises ValueError for state that is no tensor."""
+    """The state of a module that trains as a whole, under its name, parameters themselves. ValueError for state that is no tensor."""
     tensors: dict[str, Tensor] = {}
-    for key, value in module.state_dict().items():
+    for key, value in module.state_dict(keep_vars=True).items():
         if not isinstance(value, Tensor):
             raise ValueError(f"{name}.{key} is a {type(value).__name__}; only tensors can be saved")
         tensors[f"{name}.{plain_name(key)}"] = value

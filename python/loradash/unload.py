@@ -81,7 +81,7 @@ def _check(model: nn.Module, layers: Mapping[str, DashLinear]) -> None:
             )
         if any(is_sharded(p) for p in layer.parameters()):
             raise ValueError(
-                f"{name} is sharded (DTensor), and its parts belong to the sharded model: save_adapter(model, path) in every "
+                f"{name} is sharded (DTensor, ZeRO-3), and its parts belong to the sharded model: save_adapter(model, path) in every "
                 "process, then merge_and_unload(load_adapter(plain_model, path))"
             )
         if "forward" in layer.__dict__:

@@ -1,0 +1,206 @@
+"""One of two processes that look at ZeRO's own ways: RANK STORE SCHEME FOLDER."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import sys
+from contextlib import nullcontext
+from pathlib import Path
+
+import deepspeed
+import pytest
+import torch
+import torch.distributed as dist
+from loradash import (
+    DashLinear,
+    DashSchedule,
+    apply_dash,
+    dash_layers,
+    dash_only,
+    dash_state,
+    load_adapter,
+    merge,
+    save_adapter,
+    summary,
+    unmerge,
+)
+from loradash.distributed import gathered
+from safetensors.torch import load_file
+from support.schemes import Run, batch, network, of_part, scheme
+from support.schemes.zero import settings
+from torch import nn
+
+rank, store, name = int(sys.argv[1]), sys.argv[2], sys.argv[3]
+folder = Path(store).parent
+dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+way = scheme(name, rank)
+way.set_up()
+config = dataclasses.replace(way.config, dropout=0.0)
+
+
+def fresh() -> nn.Module:
+    return apply_dash(network(), config)
+
+
+def step(run: Run, number: int) -> float:
+    x, target = (of_part(t, rank, 2) for t in batch(number))
+    return way.step(run, x, target).item()
+
+
+def alone(model: nn.Module, steps: range) -> nn.Module:
+    optimizer, schedule = way.optimizer(model), DashSchedule(model, progress=False)
+    for number in steps:
+        x, target = batch(number)
+        way.loss(model(x), target).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        schedule.step()
+    return model
+
+
+def values(model: nn.Module) -> dict[str, torch.Tensor]:
+    layers = dash_layers(model).items()
+    return {f"{n}.{key}": gathered(getattr(layer, key)).clone() for n, layer in layers for key in PARTS}
+
+
+PARTS = ("lora_a", "lora_b", "dash_sigma", "dash_u", "dash_vt")
+
+
+def check_equal(ours: nn.Module, theirs: nn.Module) -> None:
+    wanted = values(theirs)
+    for key, tensor in values(ours).items():
+        torch.testing.assert_close(
+            tensor, wanted[key], rtol=1e-5, atol=1e-6, msg=lambda text, key=key: f"{key}: {text}"
+        )
+
+
+def engine_of(model: nn.Module, groups: object = None, **more: object) -> deepspeed.DeepSpeedEngine:
+    optimizer = torch.optim.AdamW(groups, lr=1e-2) if groups is not None else way.optimizer(model)
+    configuration = {**settings(way.stage), **more}
+    return deepspeed.initialize(model=model, optimizer=optimizer, config=configuration, dist_init_required=False)[0]
+
+
+# Δσ together with others: refused when the schedule is made, unless the directions are in place.
+model = fresh()
+mixed = engine_of(model, list(model.head.parameters()))
+with pytest.raises(ValueError, match=r"has not got blocks\.0\.up\.lora_a.*apply_dash, then make the optimizer"):
+    DashSchedule(mixed, progress=False)
+model = fresh()
+mixed = engine_of(model, [p for p in model.parameters() if p.requires_grad])
+with pytest.raises(ValueError, match=r"Δσ shares a parameter group.*dash_parameter_groups"):
+    DashSchedule(mixed, progress=False)
+
+# The module inside tells nothing of the engine.
+model = fresh()
+before = values(model)
+engine = engine_of(model)
+blind = DashSchedule(model, progress=False)
+x, target = (of_part(t, rank, 2) for t in batch(0))
+engine.backward(way.loss(engine(x), target))
+with pytest.raises(RuntimeError, match=r"DashSchedule\(engine\)"):
+    engine.step()
+assert all(torch.equal(t, before[key]) for key, t in values(model).items()), "a refused step changed something"
+del blind
+
+for made, words in ((engine, "wrapped in DeepSpeedEngine"), (engine.module, "adapters already")):
+    with pytest.raises(ValueError, match=words):
+        apply_dash(made, config)
+plain = network()
+late = deepspeed.initialize(
+    model=plain,
+    optimizer=torch.optim.SGD(plain.parameters(), 0.1),
+    config=settings(way.stage),
+    dist_init_required=False,
+)[0]
+with pytest.raises(ValueError, match=r"deepspeed\.initialize has this model's parameters"):
+    apply_dash(late.module, config)
+
+# An adapter loaded into an engine is what its next step starts from, and what it launches from.
+single = alone(fresh(), range(3))
+file = save_adapter(single, folder / f"three.{rank}.safetensors")
+engine = engine_of(fresh())
+schedule = DashSchedule(engine, progress=False)
+load_adapter(engine, file)
+again = load_adapter(network(), file)
+alone(again, range(3, 7))
+run = Run(engine, engine.optimizer, schedule)
+for number in range(3, 7):
+    step(run, number)
+assert schedule.launched
+check_equal(engine, again)
+assert str(summary(engine)) == str(summary(again))
+assert "directions=3, phase=dash" in repr(dash_layers(engine)["blocks.0.up"])
+
+# Frozen now, A and B would go on by their momentum.
+with pytest.raises(ValueError, match=r"before deepspeed\.initialize"):
+    dash_only(engine)
+assert not dash_state(engine).dash_only
+dash_only(again)
+frozen = save_adapter(again, folder / f"frozen.{rank}.safetensors")
+with pytest.raises(ValueError, match=r"before deepspeed\.initialize"):
+    load_adapter(engine, frozen)
+engine.eval()
+y = engine(batch(9)[0])
+merge(engine)
+torch.testing.assert_close(engine(batch(9)[0]), y)
+load_adapter(engine, file)
+with torch.no_grad():
+    torch.testing.assert_close(engine(batch(9)[0]), load_adapter(network(), file).eval()(batch(9)[0]))
+unmerge(engine)
+assert all(
+    torch.equal(gathered(layer.weight), network().get_submodule(n).weight) for n, layer in dash_layers(engine).items()
+)
+
+# A user's own gathering: reading is right inside it, writing is refused.
+inside = deepspeed.zero.GatheredParameters(list(engine.parameters())) if way.stage == 3 else nullcontext()
+with inside:
+    whole = load_file(save_adapter(engine, folder / f"inside.{rank}.safetensors"))
+    if way.stage == 3:
+        with pytest.raises(RuntimeError, match="outside of deepspeed"):
+            load_adapter(engine, file)
+assert all(torch.equal(t, load_file(file)[key]) for key, t in whole.items())
+
+# Small parameters that stage 3 keeps gathered; two batches a step, of which one counts.
+engine = engine_of(
+    fresh(), zero_optimization={"stage": way.stage}, gradient_accumulation_steps=2, train_micro_batch_size_per_gpu=2
+)
+run = Run(engine, engine.optimizer, DashSchedule(engine, progress=False))
+for number in range(6):
+    x, target = (of_part(t, rank, 2) for t in batch(number))
+    for inputs, wanted in zip(x.chunk(2), target.chunk(2), strict=True):
+        way.step(run, inputs, wanted)
+assert dash_state(engine).step == 6 and run.schedule.launched
+single = alone(fresh(), range(6))
+check_equal(engine, single)
+merge(engine)
+engine.eval()
+torch.testing.assert_close(engine(batch(9)[0]), single(batch(9)[0]))
+unmerge(engine)
+torch.testing.assert_close(engine(batch(9)[0]), single(batch(9)[0]))
+
+# A base model that was partitioned while it was built.
+if way.stage == 3:
+    with deepspeed.zero.Init(config_dict_or_path=settings(3)):
+        base = network()
+    apply_dash(base, config)
+    assert isinstance(base.blocks[0].up, DashLinear) and base.blocks[0].up.base is None
+    engine = engine_of(base)
+    run = Run(engine, engine.optimizer, DashSchedule(engine, progress=False))
+    for number in range(6):
+        step(run, number)
+    assert run.schedule.launched and all(gathered(m.dash_sigma).any() for m in dash_layers(engine).values())
+
+# bfloat16 weights and adapters, float32 copies.
+engine = engine_of(fresh(), bf16={"enabled": True})
+run = Run(engine, engine.optimizer, DashSchedule(engine, progress=False))
+losses = []
+for number in range(6):
+    x, target = (of_part(t, rank, 2) for t in batch(number))
+    losses.append(way.step(run, x.bfloat16(), target).item())
+assert run.schedule.launched and all(gathered(m.dash_sigma).any() for m in dash_layers(engine).values())
+
+print("done", flush=True)
+dist.barrier()
+# The interpreter's exit now and then aborts in gloo's threads.
+os._exit(0)
