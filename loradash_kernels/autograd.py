@@ -54,7 +54,7 @@ class Operator:
     the options.
     """
 
-    saved = _SAVED
+    saved: tuple[str, ...] = _SAVED
     backward_packet: torch._ops.OpOverloadPacket = torch.ops.loradash.dash_linear_backward
     run_backward = staticmethod(ops.dash_linear_backward)
 

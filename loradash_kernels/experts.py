@@ -17,13 +17,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from . import arguments, composite, functional, ops
 from .autograd import Operator, no_second_derivative
 from .backends import registry
 from .calls import BackwardCall, ForwardCall, accumulator
-from .random import draw_seed  # window TEMP
+from .random import draw_seed, window
 
 _SCHEMA_ADAPTERS = "Tensor lora_a, Tensor lora_b, Tensor? dash_u, Tensor? dash_vt, Tensor? dash_sigma"
 _SCHEMA_OPTIONS = "Tensor? seed, float scaling, int threshold"
@@ -103,17 +102,15 @@ def _check(x: Tensor, weight: Tensor, offsets: Tensor, bias: Tensor | None, adap
     """Checks everything but the values of offsets, which the host may not know."""
     names = ("weight", "bias", "lora_a", "lora_b", "dash_u", "dash_vt", "dash_sigma")
     stacked = dict(zip(names, (weight, bias, *adapters), strict=True))
-    given = {"x": x, "offsets": offsets, **stacked}
-    wrapped = [f"{n} is a {type(t).__name__}" for n, t in given.items() if is_traceable_wrapper_subclass(t)]
-    if wrapped and not torch.compiler.is_compiling() and not _is_fake(x):
-        raise ValueError(f"{', '.join(wrapped)}, which dash_experts does not take; wanted plain tensors")
     if weight.dim() != 3 or weight.shape[0] == 0:
         raise ValueError(f"weight has shape {tuple(weight.shape)}; wanted (E, N, K) with at least one expert")
     experts = weight.shape[0]
     for name, t in stacked.items():
         wanted = 2 if name in ("bias", "dash_sigma") else 3
         if t is not None and (t.dim() != wanted or t.shape[0] != experts):
-            raise ValueError(f"{name} has shape {tuple(t.shape)}; wanted {wanted} dimensions, the first of {experts} experts")
+            raise ValueError(
+                f"{name} has shape {tuple(t.shape)}; wanted {wanted} dimensions, the first of {experts} experts"
+            )
     if x.dim() != 2:
         raise ValueError(f"x has shape {tuple(x.shape)}; wanted (M, K), rows sorted by expert")
     if offsets.shape != (experts,) or offsets.dtype not in (torch.int32, torch.int64):
@@ -124,15 +121,13 @@ def _check(x: Tensor, weight: Tensor, offsets: Tensor, bias: Tensor | None, adap
         raise ValueError(f"offsets is on {offsets.device}, x is on {x.device}; they must be on one device")
     frozen = [n for n in ("weight", "dash_u", "dash_vt") if (t := stacked[n]) is not None and t.requires_grad]
     if frozen:
-        raise ValueError(f"{frozen[0]} requires grad, and is frozen in a LoRA-Dash layer: {frozen[0]}.requires_grad_(False)")
+        raise ValueError(
+            f"{frozen[0]} requires grad, and is frozen in a LoRA-Dash layer: {frozen[0]}.requires_grad_(False)"
+        )
     with torch.no_grad():
         one = [None if t is None else t[0] for t in stacked.values()]
     arguments.check_adapters(x, one[0].shape, *one[2:])  # type: ignore[union-attr, arg-type]
     arguments.check_base(x, one[0], one[1])  # type: ignore[arg-type]
-
-
-def _is_fake(x: Tensor) -> bool:
-    return isinstance(x, torch._subclasses.FakeTensor)
 
 
 def _spans(offsets: Tensor, m: int) -> list[int]:
@@ -144,7 +139,9 @@ def _spans(offsets: Tensor, m: int) -> list[int]:
     return counts
 
 
-def _hit(offsets: Tensor, seed: Tensor | None, threshold: int, m: int) -> tuple[list[int], list[tuple[int, Tensor | None]]]:
+def _hit(
+    offsets: Tensor, seed: Tensor | None, threshold: int, m: int
+) -> tuple[list[int], list[tuple[int, Tensor | None]]]:
     """The M_e, and of every expert with rows its number and the seed of its part of the mask."""
     counts, start, hit = _spans(offsets, m), 0, []
     for expert, count in enumerate(counts):
@@ -171,9 +168,7 @@ def _rows(t: Tensor | None, counts: list[int]) -> Any:
     return _Nothing() if t is None else t.split(counts)
 
 
-def _allocate(
-    x: Tensor, weight: Tensor, lora_a: Tensor, dash_sigma: Tensor | None
-) -> tuple[Tensor, Tensor]:
+def _allocate(x: Tensor, weight: Tensor, lora_a: Tensor, dash_sigma: Tensor | None) -> tuple[Tensor, Tensor]:
     """y (M, N) in the dtype of x, P (M, R) in the accumulator's."""
     width = lora_a.shape[1] + (0 if dash_sigma is None else dash_sigma.shape[1])
     return x.new_empty(x.shape[0], weight.shape[1]), x.new_empty(x.shape[0], width, dtype=accumulator(x.dtype))
@@ -215,7 +210,8 @@ def _dash_experts(
     xs, ys, ps = (_rows(t, counts) for t in (x, y, p))
     parts = [_each(t) for t in (weight, bias, lora_a, lora_b, dash_u, dash_vt, dash_sigma)]
     for e, mask in hit:
-        call = ForwardCall(xs[e], *(part[e] for part in parts), mask, scaling, threshold, None, ys[e], ps[e])
+        tensors = (xs[e], *(part[e] for part in parts), mask)
+        call = ForwardCall(*tensors, scaling, threshold, None, ys[e], ps[e])  # type: ignore[call-arg]
         registry.pick(call, backend).forward(call)
     return y, p
 
@@ -246,7 +242,7 @@ def _dash_experts_backward(
     slices = [_each(t) for t in wanted[1:]]
     for e, mask in hit:
         tensors = (dys[e], xs[e], *(part[e] for part in parts), ps[e], mask)
-        call = BackwardCall(*tensors, scaling, threshold, dxs[e], *(part[e] for part in slices))
+        call = BackwardCall(*tensors, scaling, threshold, dxs[e], *(part[e] for part in slices))  # type: ignore[call-arg]
         registry.pick(call, backend).backward(call)
     return grads
 
@@ -277,7 +273,3 @@ class _Experts(Operator):
 
 EXPERTS = _Experts(torch.ops.loradash.dash_experts, _dash_experts)
 torch.library.register_autograd("loradash::dash_experts_backward", no_second_derivative, lib=ops.LIBRARY)
-
-
-def window(seed, row, column):  # TEMP
-    return seed

@@ -77,7 +77,9 @@ def refusal(module: nn.Module, parameter: str) -> str | None:
     if is_sharded(tensor):
         return "is sharded (DTensor); adapt the model first, then fully_shard it"
     if type(tensor) is not nn.Parameter or tensor.dtype not in PLAIN:
-        return f"is a {type(tensor).__name__} of {tensor.dtype}; wanted a plain parameter of {', '.join(map(str, PLAIN))}"
+        return (
+            f"is a {type(tensor).__name__} of {tensor.dtype}; wanted a plain parameter of {', '.join(map(str, PLAIN))}"
+        )
     if "forward" in module.__dict__:
         return f"belongs to a {type(module).__name__} whose forward was replaced"
     return _call_refusal(module)
@@ -173,12 +175,12 @@ class DashExperts(nn.Module):
 
 
 @functools.cache
-def _adapted(kind: type[nn.Module], how: _Kind) -> type[nn.Module]:
+def _adapted(kind: Any, how: _Kind) -> Any:
     return type(f"Dash{kind.__name__}", (DashExperts, kind), {"kind": kind, "how": how, "__module__": kind.__module__})
 
 
-def _blank(kind: type[nn.Module], how: _Kind) -> nn.Module:
-    cls = _adapted(kind, how)
+def _blank(kind: type[nn.Module], how: _Kind) -> DashExperts:
+    cls = _adapted(kind, how)  # type: ignore[arg-type]
     return cls.__new__(cls)
 
 
@@ -253,7 +255,7 @@ class ExpertParameter:
             else:
                 module.register_buffer(name, tensor)
         if not isinstance(module, DashExperts):
-            module.__class__ = _adapted(type(module), self.how)
+            module.__class__ = _adapted(type(module), self.how)  # type: ignore[arg-type]
         module.__dict__.setdefault(HANDLES, {})[self.parameter] = self
         self.freeze_base()
 
@@ -271,7 +273,7 @@ class ExpertParameter:
         del handles[self.parameter]
         if not handles and isinstance(self.module, DashExperts):
             del self.module.__dict__[HANDLES]
-            self.module.__class__ = self.module.kind
+            self.module.__class__ = self.module.kind  # type: ignore[assignment]
 
     def _part(self, part: str) -> Tensor:
         return getattr(self.module, f"{self.parameter}_{part}")

@@ -21,10 +21,10 @@ from .quantised import RequantisationError
 from .state import (
     STATE,
     DashState,
+    OwnLayer,
     dash_layers,
     dash_state,
     is_adapted_by_peft,
-    OwnLayer,
     own_layers,
     parameter_of,
     plain_name,

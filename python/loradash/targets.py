@@ -44,7 +44,9 @@ def is_target_parameter(name: str, config: DashConfig) -> bool:
 
 def _parameters(model: nn.Module) -> dict[str, tuple[nn.Module, str]]:
     return {
-        plain_name(f"{name}.{key}"): (module, key) for name, module in model.named_modules() for key in module._parameters
+        plain_name(f"{name}.{key}"): (module, key)
+        for name, module in model.named_modules()
+        for key in module._parameters
     }
 
 

@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from .attention import compute_as_before
 from .bypass import allow_fusing
 from .distributed import is_sharded
+from .experts import ExpertParameter
 from .linear import DashLinear, adapter_shapes
 from .model import wrappers
-from .experts import ExpertParameter
 from .state import STATE, OwnLayer, experts_of, linears_of, own_layers, plain_name, unwrap
 
 _OURS = {"base", "config", "name", "enabled", "transposed", "adopted", "_unmerged"}
@@ -70,8 +70,8 @@ def _check(model: nn.Module, layers: Mapping[str, OwnLayer]) -> None:
         if isinstance(module, wrappers()):
             raise ValueError(f"{module_name or 'the model'} is a {type(module).__name__}; pass the model inside it")
     places = set(model.modules())
-    for name, layer in linears_of(layers).items():
-        if layer not in places or (layer.base is None and layer.adopted is None):
+    for name, linear in linears_of(layers).items():
+        if linear not in places or (linear.base is None and linear.adopted is None):
             raise ValueError(
                 f"{name} is a layer of another framework's class, which has no plain one to come back to: "
                 "save_adapter(model, path), then merge_and_unload(load_adapter(plain_model, path))"

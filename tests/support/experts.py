@@ -24,7 +24,13 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "Mixtral": ("MixtralForCausalLM", {"num_local_experts": 4, "num_experts_per_tok": 2, "intermediate_size": 24}),
     "Qwen3Moe": (
         "Qwen3MoeForCausalLM",
-        {"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 12, "intermediate_size": 24, "head_dim": 8},
+        {
+            "num_experts": 6,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 12,
+            "intermediate_size": 24,
+            "head_dim": 8,
+        },
     ),
     "DeepseekV3": (
         "DeepseekV3ForCausalLM",
@@ -49,7 +55,13 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "Llama4": (
         "Llama4ForCausalLM",
-        {"num_local_experts": 4, "num_experts_per_tok": 1, "intermediate_size": 12, "intermediate_size_mlp": 12, "head_dim": 8},
+        {
+            "num_local_experts": 4,
+            "num_experts_per_tok": 1,
+            "intermediate_size": 12,
+            "intermediate_size_mlp": 12,
+            "head_dim": 8,
+        },
     ),
 }
 BOTH = ["experts.gate_up_proj", "experts.down_proj"]
@@ -76,7 +88,14 @@ def moe(kind: str = "Mixtral", implementation: str | None = None, **settings: An
 
 def adapted(model: nn.Module, **settings: Any) -> nn.Module:
     """Both parameters of every experts module with adapters, nothing else."""
-    values = {"r": 3, "directions": 2, "prelaunch_steps": 2, "target_modules": [], "target_parameters": BOTH, **settings}
+    values = {
+        "r": 3,
+        "directions": 2,
+        "prelaunch_steps": 2,
+        "target_modules": [],
+        "target_parameters": BOTH,
+        **settings,
+    }
     return apply_dash(model, DashConfig(**values))
 
 
