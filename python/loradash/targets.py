@@ -86,7 +86,9 @@ def check_patterns(model: nn.Module, config: DashConfig) -> None:
             f"target_modules={config.target_modules!r} matches none of the {len(linears)} linear layers: "
             f"{', '.join(list(linears)[:8])}{', ...' if len(linears) > 8 else ''}"
         )
-    problems = unmatched(config, [*linears, *experts], [plain_name(name) for name, _ in model.named_modules()])
+    # What is left out of them is named too.
+    stacked = [name for name in parameters if matches(name, config.target_parameters)]
+    problems = unmatched(config, [*linears, *stacked], [plain_name(name) for name, _ in model.named_modules()])
     if problems:
         raise ValueError("; ".join(problems))
 

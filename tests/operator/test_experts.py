@@ -119,7 +119,7 @@ def test_expert_offsets(device):
 
 
 def test_what_is_refused(device):
-    cases, tensors, offsets, _ = problem((3, 5), device=device)
+    _, tensors, offsets, _ = problem((3, 5), device=device)
     x, weight, bias = (tensors[name] for name in NAMES[:3])
     adapters = {name: tensors[name] for name in NAMES[3:]}
 
@@ -142,7 +142,7 @@ def test_what_is_refused(device):
     refused("one dtype", x=x.double(), weight=weight)
     refused("dropout_p must be", dropout_p=1.5)
     refused("backend must be one of", backend="nothing")
-    with pytest.raises(RuntimeError, match="torch.func"):
+    with pytest.raises(RuntimeError, match=r"torch\.func"):
         torch.func.grad(lambda x: dash_experts(x, weight, offsets, bias, **adapters).sum())(x)
     leaf = x.clone().requires_grad_()
     (dx,) = torch.autograd.grad(
@@ -154,7 +154,7 @@ def test_what_is_refused(device):
 
 @pytest.mark.parametrize("grad", [False, True])
 def test_opcheck(grad):
-    cases, tensors, offsets, dy = problem((3, 0, 5))
+    _, tensors, offsets, dy = problem((3, 0, 5))
     given = [
         t.clone().requires_grad_() if grad and n in GRADIENTS else t for n, t in tensors.items() if n not in NAMES[:3]
     ]
@@ -175,7 +175,7 @@ def test_opcheck(grad):
 def test_compiled_once_for_every_route():
     """One graph; other counts, and other numbers of rows, are no reason to compile again."""
     torch._dynamo.reset()
-    cases, tensors, _, _ = problem((6, 0, 10))
+    _, tensors, _, _ = problem((6, 0, 10))
     adapters = {name: tensors[name].clone().requires_grad_(name in GRADIENTS) for name in NAMES[3:]}
     graphs = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
 
