@@ -447,6 +447,14 @@ def stacked_shapes(experts: int, n: int, k: int, config: DashConfig) -> dict[str
     }
 
 
+def stacked_names(model: nn.Module) -> Iterator[str]:
+    """The parameters of a model that could have adapters, by their names in it."""
+    for name, module in model.named_modules():
+        for key in module._parameters:
+            if refusal(module, key) is None:
+                yield f"{name}.{key}"
+
+
 def expert_parameters(module: nn.Module) -> Iterator[ExpertParameter]:
     """The adapted parameters of a module, none for one without."""
     if isinstance(module, DashExperts):

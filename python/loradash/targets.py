@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from .base_layers import is_linear
 from .config import DashConfig, matches, unmatched, without_match
-from .experts import refusal
+from .experts import refusal, stacked_names
 from .state import plain_name, unwrap
 
 
@@ -75,7 +75,7 @@ def check_patterns(model: nn.Module, config: DashConfig) -> None:
     parameters = _parameters(model) if config.target_parameters is not None else {}
     lost = without_match(config.target_parameters, list(parameters))
     if lost:
-        stacked = [name for name, (module, key) in parameters.items() if not refusal(module, key)]
+        stacked = list(map(plain_name, stacked_names(model)))
         raise ValueError(
             f"target_parameters: {lost[0]!r} matches no parameter; experts' parameters that can be adapted: "
             f"{', '.join(stacked[:8]) or 'none'}{', ...' if len(stacked) > 8 else ''}"

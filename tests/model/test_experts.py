@@ -33,7 +33,7 @@ from loradash_kernels import task_specific_directions
 
 pytest.importorskip("transformers", minversion="5")
 
-from support.experts import BOTH, IDS, MODELS, adapted, filled, loss_of, moe, update_of  # noqa: E402
+from support.experts import BOTH, IDS, MODELS, adapted, filled, loss_of, moe, update_of
 
 NAMES = ["model.layers.0.mlp.experts.gate_up_proj", "model.layers.0.mlp.experts.down_proj"]
 
