@@ -50,13 +50,13 @@ def backward_flops(*arguments: Any, **_: Any) -> int:
 
 
 def experts_flops(x: Shape, weight: Shape, offsets: Shape, *arguments: Any, **_: Any) -> int:
-    """Those of one expert with all rows."""
+    """What one expert with all rows costs."""
     stacked, rest = arguments[:6], arguments[6:]
     return dash_linear_flops(x, weight[1:], *map(_one, stacked), *rest)
 
 
 def experts_backward_flops(dy: Shape, x: Shape, weight: Shape, *arguments: Any, **_: Any) -> int:
-    """Those of one expert with all rows."""
+    """What one expert with all rows costs."""
     stacked, _offsets, *rest = arguments[:5], *arguments[5:]
     return backward_flops(dy, x, weight[1:], *map(_one, stacked), *rest)
 

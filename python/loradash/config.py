@@ -116,7 +116,7 @@ def matches(name: str, patterns: str | Iterable[str] | None) -> bool:
 
 
 def without_match(patterns: str | Iterable[str] | None, names: Sequence[str]) -> list[str]:
-    """Those of the patterns that match none of the names."""
+    """Which of the patterns match none of the names."""
     each = [patterns] if isinstance(patterns, str) else [[p] for p in patterns or ()]
     return [p if isinstance(p, str) else p[0] for p in each if not any(matches(name, p) for name in names)]
 

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from .base_layers import is_linear
 from .config import DashConfig, matches, unmatched, without_match
-from .experts import refusal, stacked_names
+from .expert_modules import refusal, stacked_names
 from .state import plain_name, unwrap
 
 

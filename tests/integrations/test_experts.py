@@ -14,15 +14,10 @@ peft = pytest.importorskip("peft")
 pytest.importorskip("transformers", minversion="5")
 
 from loradash.integrations.peft import DashLoraConfig  # noqa: E402
-from support.experts import BOTH, IDS, MODELS, adapted, filled, moe  # noqa: E402
+from support.experts import BOTH, MODELS, adapted, filled, logits, moe  # noqa: E402
 from support.processes import run_processes  # noqa: E402
 
 TESTS = str(Path(__file__).parents[1])
-
-
-def logits(model):
-    with torch.no_grad():
-        return model(input_ids=IDS).logits
 
 
 @pytest.mark.parametrize("kind", MODELS)

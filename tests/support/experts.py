@@ -99,6 +99,11 @@ def adapted(model: nn.Module, **settings: Any) -> nn.Module:
     return apply_dash(model, DashConfig(**values))
 
 
+def logits(model: nn.Module, ids: torch.Tensor = IDS) -> torch.Tensor:
+    with torch.no_grad():
+        return model(input_ids=ids).logits
+
+
 def loss_of(model: nn.Module, ids: torch.Tensor = IDS) -> torch.Tensor:
     return model(input_ids=ids, labels=ids).loss
 

@@ -20,7 +20,7 @@ from torch import nn
 from loradash.attention import call_adapted_layers
 from loradash.bypass import bypassed_children, child_at, refuse_fusing
 from loradash.distributed import gathered, is_sharded
-from loradash.experts import stacked_names
+from loradash.expert_modules import stacked_names
 from loradash.formats import keep_differentiable, unready
 from loradash.linear import DashLinear
 from loradash.peft_layout import EXPERT_NAMES
