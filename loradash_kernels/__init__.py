@@ -6,6 +6,7 @@ LoRA-Dash: Si et al., "Unleashing the Power of Task-Specific Directions in Param
 from . import flops
 from ._version import __version__
 from .backends.registry import BackendChoice, available_backends, explain_backend
+from .checkpointing import keep_projections
 from .directions.linalg import Triplets
 from .directions.randomized_svd import batched_randomized_svd
 from .directions.rates import (
@@ -16,7 +17,7 @@ from .directions.rates import (
     direction_recall,
     task_specific_directions,
 )
-from .checkpointing import keep_projections
+from .experts import dash_experts, expert_offsets
 from .functional import dash_linear, low_rank_update
 from .packed_weights import enable_packed_weights, packed_weight_bytes
 
@@ -29,10 +30,12 @@ __all__ = [
     "available_backends",
     "batched_randomized_svd",
     "change_rates",
+    "dash_experts",
     "dash_linear",
     "direction_accuracy",
     "direction_recall",
     "enable_packed_weights",
+    "expert_offsets",
     "explain_backend",
     "keep_projections",
     "low_rank_update",

@@ -24,6 +24,7 @@ from loradash_kernels.files import replace_bytes
 
 from .background import BackgroundDecomposition
 from .distributed import Group, cost, is_sharded, place, reshard, share_out
+from .experts import matrices
 from .fingerprint import FORMAT, fingerprint
 from .state import dash_layers
 from .units import Units
@@ -117,7 +118,7 @@ class SpectralCache:
         """
         # What FSDP2 left gathered after a forward pass it will free.
         reshard(model)
-        layers, units = dash_layers(model), Units(model)
+        layers, units = matrices(dash_layers(model)), Units(model)
         merged = [name for name, layer in layers.items() if layer.merged]
         if merged:
             raise ValueError(f"unmerge(model) before its weights are decomposed; merged: {', '.join(merged[:4])}")

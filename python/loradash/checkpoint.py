@@ -19,10 +19,18 @@ from loradash_kernels.files import replace_file
 from .base_layers import features
 from .config import DashConfig
 from .distributed import assign, gathered, reshard
-from .linear import DashLinear, adapter_shapes
+from .experts import ExpertParameter
+from .linear import adapter_shapes
 from .model import apply_dash, merge_layers, refuse_refreezing, train_sigma_alone
-from .state import STATE, dash_state, own_layers, unwrap
-from .targets import is_target, module_tensors, target_layers, trainable_modules
+from .state import STATE, OwnLayer, dash_state, own_layers, unwrap
+from .targets import (
+    is_target,
+    is_target_parameter,
+    module_tensors,
+    target_layers,
+    target_parameters,
+    trainable_modules,
+)
 from .units import Units, whole
 from .zero import whole_shape
 
@@ -53,15 +61,15 @@ def _adapter_tensors(model: nn.Module, config: DashConfig) -> dict[str, Tensor]:
     return {key: t for _, tensors in _by_module(model, config) for key, t in tensors().items()}
 
 
-def _by_module(model: nn.Module, config: DashConfig) -> Iterator[tuple[nn.Module, Callable[[], dict[str, Tensor]]]]:
-    """Every module that the file has something of, and what gives that."""
+def _by_module(model: nn.Module, config: DashConfig) -> Iterator[tuple[Any, Callable[[], dict[str, Tensor]]]]:
+    """Every layer and module that the file has something of, and what gives that."""
     for name, layer in own_layers(model).items():
         yield layer, partial(_of_layer, name, layer, config)
     for name, module in trainable_modules(model, config).items():
         yield module, partial(module_tensors, name, module)
 
 
-def _of_layer(name: str, layer: DashLinear, config: DashConfig) -> dict[str, Tensor]:
+def _of_layer(name: str, layer: OwnLayer, config: DashConfig) -> dict[str, Tensor]:
     tensors = {f"{name}.{key}": getattr(layer, key) for key in _TENSORS}
     if config.train_bias and layer.bias is not None:
         tensors[f"{name}.bias"] = layer.bias
@@ -102,7 +110,7 @@ def save_adapter(model: nn.Module, path: str | os.PathLike) -> Path:
 
 def _check_whole(model: nn.Module, tensors: dict[str, Tensor]) -> None:
     for name, layer in own_layers(model).items():
-        for key, shape in adapter_shapes(layer.out_features, layer.in_features, layer.config).items():
+        for key, shape in layer.shapes(layer.config).items():
             found = tuple(tensors[f"{name}.{key}"].shape)
             if found != shape:
                 raise ValueError(f"{name}.{key} has shape {found}, wanted {shape}: not the whole parameter")
@@ -147,12 +155,16 @@ def _wanted(file: Path, model: nn.Module, config: DashConfig) -> dict[str, Tenso
     wanted: dict[str, Tensor] = {}
     for name, linear in target_layers(model, config).items():
         k, n = features(linear)
-        for key, shape in adapter_shapes(n, k, config.for_module(name)).items():
-            dtype = torch.bool if key == "launched" else torch.float32
-            wanted[f"{name}.{key}"] = torch.empty(shape, dtype=dtype, device="meta")
+        wanted |= _new_tensors(name, adapter_shapes(n, k, config.for_module(name)))
         if config.train_bias and linear.bias is not None:
             wanted[f"{name}.bias"] = linear.bias  # type: ignore[assignment]
         _check_real(file, {f"{name}.{key}": t for key, t in linear.state_dict().items() if isinstance(t, Tensor)})
+    for name, (module, key) in target_parameters(model, config).items():
+        layer = ExpertParameter(module, key, config.for_module(name), name)
+        wanted |= _new_tensors(name, layer.shapes(layer.config))
+        if config.train_bias and layer.bias is not None:
+            wanted[f"{name}.bias"] = layer.bias
+        _check_real(file, {name: layer.weight})
     for name, module in trainable_modules(model, config).items():
         kept = module_tensors(name, module)
         _check_real(file, kept)
@@ -160,12 +172,21 @@ def _wanted(file: Path, model: nn.Module, config: DashConfig) -> dict[str, Tenso
     return wanted
 
 
+def _new_tensors(name: str, shapes: dict[str, tuple[int, ...]]) -> dict[str, Tensor]:
+    """What an adapted layer adds, on meta."""
+    return {
+        f"{name}.{key}": torch.empty(shape, dtype=torch.bool if key == "launched" else torch.float32, device="meta")
+        for key, shape in shapes.items()
+    }
+
+
 def _check_settings(file: Path, model: nn.Module, config: DashConfig, own: dict[str, Tensor]) -> None:
     """Do the settings of a file describe these adapters? Their tensors may have the right shapes all the same."""
     problems = [f"{key} is kept by one alone" for key in own.keys() ^ _adapter_tensors(model, config).keys()]
     for name, layer in own_layers(model).items():
-        problems += [] if is_target(name, config) else [f"{name} is no target"]
-        for key, shape in adapter_shapes(layer.out_features, layer.in_features, config.for_module(name)).items():
+        is_one = is_target_parameter if isinstance(layer, ExpertParameter) else is_target
+        problems += [] if is_one(name, config) else [f"{name} is no target"]
+        for key, shape in layer.shapes(config.for_module(name)).items():
             found = tuple(whole_shape(own[f"{name}.{key}"]))
             problems += [] if found == shape else [f"{name}.{key} would have shape {shape}, the model's has {found}"]
     if problems:
@@ -233,7 +254,7 @@ def _exchange(file: Path, model: nn.Module, values: dict[str, Tensor], config: D
 
 @torch.no_grad()
 def _switch(
-    model: nn.Module, merged: dict[str, DashLinear], values: dict[str, Tensor], settings: dict[str, DashConfig]
+    model: nn.Module, merged: dict[str, OwnLayer], values: dict[str, Tensor], settings: dict[str, DashConfig]
 ) -> None:
     for layer in merged.values():
         layer.unmerge()

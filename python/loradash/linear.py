@@ -143,6 +143,10 @@ class DashLinear(TakesUpdate):
                 self.register_buffer(name, tensor)
         nn.init.kaiming_uniform_(self.lora_a, a=math.sqrt(5))
 
+    def shapes(self, config: DashConfig) -> dict[str, tuple[int, ...]]:
+        """Shapes of the adapter's tensors for these settings, by name."""
+        return adapter_shapes(self.out_features, self.in_features, config)
+
     def freeze_base(self) -> None:
         """Freezes the base layer, but for a bias that `config.train_bias` wants trained."""
         if self.base is not None:

@@ -17,11 +17,13 @@ from .base_layers import is_linear
 from .bypass import bypassed_children, child_at, refuse_fusing
 from .config import DashConfig
 from .distributed import reshard
+from .experts import DashExperts, ExpertParameter
 from .linear import DashLinear
 from .quantised import RequantisationError
 from .state import (
     STATE,
     DashState,
+    OwnLayer,
     dash_layers,
     dash_state,
     is_adapted_by_peft,
@@ -30,12 +32,13 @@ from .state import (
     plain_name,
     unwrap,
 )
-from .targets import check_patterns, target_layers, trainable_modules
+from .targets import check_patterns, target_layers, target_parameters, trainable_modules
 from .units import Units, is_fsdp2
 
 
 def apply_dash(model: nn.Module, config: DashConfig | None = None) -> nn.Module:
-    """Replaces linear layers by `DashLinear` around them, in place, and freezes everything else.
+    """Replaces linear layers by `DashLinear` around them, in place, and freezes everything else. Experts' parameters that
+    `config.target_parameters` names get adapters beside them (docs/experts.md).
 
     nn.Linear and transformers' Conv1D give up their weight and bias; subclasses, quantised, hooked and offloaded layers
     are kept whole (docs/layers.md has the table). A module that occurs twice becomes one adapted layer; a weight tied to
@@ -53,8 +56,12 @@ def apply_dash(model: nn.Module, config: DashConfig | None = None) -> nn.Module:
     chosen = target_layers(model, config)
     _check_parents(model, chosen, config)
     adapted = {module: _around(name, module, config) for name, module in chosen.items()}
+    experts = [
+        ExpertParameter(module, key, config.for_module(name), name)
+        for name, (module, key) in target_parameters(model, config).items()
+    ]
     trained = _trained_parameters(model, config)
-    _check_ties(adapted.values(), trained)
+    _check_ties([*adapted.values(), *experts], trained)
     parameters = model.named_parameters(remove_duplicate=False)
     trained_before = frozenset(plain_name(name) for name, p in parameters if p.requires_grad)
 
@@ -62,6 +69,8 @@ def apply_dash(model: nn.Module, config: DashConfig | None = None) -> nn.Module:
         parameter.requires_grad_(False)
     for layer in adapted.values():
         layer.freeze_base()
+    for whole in experts:
+        whole.install()
     for parent in list(model.modules()):
         # named_children would skip a module's second name.
         for child, module in parent._modules.items():
@@ -83,7 +92,7 @@ def _check_model(model: nn.Module) -> None:
             f"the model is itself one layer, {type(model).__name__}; adapt it by DashLinear.from_linear(layer, config)"
         )
     for name, module in model.named_modules():
-        if isinstance(module, DashLinear) or STATE in module.__dict__:
+        if isinstance(module, DashLinear | DashExperts) or STATE in module.__dict__:
             raise ValueError(f"the model has LoRA-Dash adapters already{f', in {name}' if name else ''}")
         if is_adapted_by_peft(module):
             raise ValueError(f"{name} has an adapter of PEFT; merge_and_unload it first")
@@ -153,7 +162,7 @@ def _trained_parameters(model: nn.Module, config: DashConfig) -> list[nn.Paramet
     return found
 
 
-def _check_ties(adapted: Iterable[DashLinear], trained: list[nn.Parameter]) -> None:
+def _check_ties(adapted: Iterable[OwnLayer], trained: list[nn.Parameter]) -> None:
     """An adapted layer's own weight is frozen: it cannot be one that trains elsewhere."""
     training = {id(p) for p in trained}
     tied = [layer.name for layer in adapted if id(layer.weight) in training]
@@ -178,12 +187,10 @@ def merge(model: nn.Module, requantise: bool = False) -> dict[str, Requantisatio
     return merge_layers(model, own_layers(model, "model.merge_adapter()"), requantise)
 
 
-def merge_layers(
-    model: nn.Module, layers: Mapping[str, DashLinear], requantise: bool
-) -> dict[str, RequantisationError]:
+def merge_layers(model: nn.Module, layers: Mapping[str, OwnLayer], requantise: bool) -> dict[str, RequantisationError]:
     """`merge` for some layers of a model."""
     units = Units(model)
-    done: list[DashLinear] = []
+    done: list[OwnLayer] = []
     errors: dict[str, RequantisationError] = {}
     try:
         for name, layer in layers.items():

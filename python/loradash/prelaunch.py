@@ -27,6 +27,7 @@ from .distributed import (
     reshard,
     share_out,
 )
+from .experts import matrices
 from .meeting import Meeting
 from .state import AdaptedLayer, dash_layers, dash_state
 from .units import Units
@@ -52,7 +53,7 @@ def prelaunch(
 ) -> list[LayerReport]:
     """Chooses every layer's directions by change rate (paper, section 4) and starts the dash phase.
 
-    Layers of one shape are decomposed together, with the method `config.svd`, as many as memory holds: where it does not,
+    Layers of one shape, experts of one parameter among them, are decomposed together, with the method `config.svd`, as many as memory holds: where it does not,
     half of them. Nothing is written before all are found: a failure or an interrupt leaves the model in pre-launch. Layers
     whose ΔW is still zero (unused ones) stay plain LoRA, with a warning. Under torch.distributed every process must call
     this: the layers are shared out by cost, and all processes end with the same directions, or all raise; they wait for
@@ -70,7 +71,7 @@ def prelaunch(
     torch.OutOfMemoryError, naming the layer, where one alone is too much.
     """
     method = dash_state(model).config.svd
-    layers = dash_layers(model)
+    layers = matrices(dash_layers(model))
     rank, processes = place(group)
     if processes > 1:
         check_same_layers({name: (layer.out_features, layer.in_features) for name, layer in layers.items()}, group)

@@ -6,7 +6,7 @@ Models that another framework adapted (PEFT) are found too: they tell of their a
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from loradash_kernels import Directions
 
 from .config import DashConfig
+from .experts import ExpertParameter, expert_parameters
 from .linear import DashLinear
 
 STATE = "_loradash_state"
@@ -56,7 +57,8 @@ class DashState:
 class AdaptedLayer(Protocol):
     """A linear layer (N, K) with one LoRA-Dash adapter: a `DashLinear`, or a view of a layer that another framework made.
 
-    Equal and of one hash where layer and adapter are the same.
+    An experts' parameter is one layer (E, N, K): all tensors but `launched` have a leading dimension of E, and
+    `experts.matrices` gives its experts' as layers of their own. Equal and of one hash where layer and adapter are the same.
 
     Attributes:
         name: the layer's name in the model.
@@ -227,13 +229,32 @@ def parameter_of(tensor: Tensor) -> Tensor:
     return tensor if tensor._base is None else tensor._base
 
 
-def own_layers(model: nn.Module, instead: str = "its own functions") -> dict[str, DashLinear]:
-    """The layers that `apply_dash` made. Raises TypeError for a PEFT model, which has a call of its own: `instead`."""
+OwnLayer = DashLinear | ExpertParameter
+
+
+def own_layers(model: nn.Module, instead: str = "its own functions") -> dict[str, OwnLayer]:
+    """The layers, experts' parameters among them, that `apply_dash` made. Raises TypeError for a PEFT model, which has a call of its own: `instead`."""
     if host_of(model) is not None:
         raise TypeError(f"the adapters of this model are PEFT's; call {instead}")
     return _own(unwrap(model))
 
 
-def _own(root: nn.Module) -> dict[str, DashLinear]:
-    found = {plain_name(name): m.__dict__.get(VIEW, m) for name, m in root.named_modules()}
-    return {name: m for name, m in found.items() if isinstance(m, DashLinear)}
+def _own(root: nn.Module) -> dict[str, OwnLayer]:
+    found: dict[str, OwnLayer] = {}
+    for name, m in root.named_modules():
+        layer = m.__dict__.get(VIEW, m)
+        if isinstance(layer, DashLinear):
+            found[plain_name(name)] = layer
+        else:
+            found |= {plain_name(f"{name}.{whole.parameter}"): whole for whole in expert_parameters(layer)}
+    return found
+
+
+def linears_of(layers: Mapping[str, OwnLayer]) -> dict[str, DashLinear]:
+    """The linear layers among adapted ones."""
+    return {name: layer for name, layer in layers.items() if isinstance(layer, DashLinear)}
+
+
+def experts_of(layers: Mapping[str, OwnLayer]) -> dict[str, ExpertParameter]:
+    """The experts' parameters among adapted layers."""
+    return {name: layer for name, layer in layers.items() if isinstance(layer, ExpertParameter)}

@@ -5,14 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import cast
 
-from torch import nn
+from torch import Tensor, nn
 
 from .attention import compute_as_before
 from .bypass import allow_fusing
 from .distributed import is_sharded
+from .experts import ExpertParameter
 from .linear import DashLinear, adapter_shapes
 from .model import wrapper_of
-from .state import STATE, own_layers, plain_name, unwrap
+from .state import STATE, OwnLayer, experts_of, linears_of, own_layers, plain_name, unwrap
 from .units import fsdp1_units, is_fsdp2
 
 _OURS = {"base", "config", "name", "enabled", "transposed", "adopted", "_unmerged"}
@@ -41,8 +42,12 @@ def merge_and_unload(model: nn.Module) -> nn.Module:
     if not layers:
         raise ValueError("the model has no LoRA-Dash adapters; there is nothing to merge")
     _check(model, layers)
+    for whole in experts_of(layers).values():
+        if _has_update(whole):
+            whole.merge()
+        whole.remove()
     plain: dict[nn.Module, nn.Module] = {}
-    for layer in layers.values():
+    for layer in linears_of(layers).values():
         # Without an update the weight itself stays, and what is tied to it.
         if _has_update(layer):
             layer.merge()
@@ -61,7 +66,7 @@ def merge_and_unload(model: nn.Module) -> nn.Module:
     return plain.get(model, model)
 
 
-def _check(model: nn.Module, layers: Mapping[str, DashLinear]) -> None:
+def _check(model: nn.Module, layers: Mapping[str, OwnLayer]) -> None:
     for module_name, module in model.named_modules():
         wrapper = wrapper_of(module)
         if wrapper and (is_fsdp2(module) or fsdp1_units(module)):
@@ -73,18 +78,20 @@ def _check(model: nn.Module, layers: Mapping[str, DashLinear]) -> None:
         if wrapper:
             raise ValueError(f"{module_name or 'the model'} is wrapped in {wrapper}; pass the model inside it")
     places = set(model.modules())
-    for name, layer in layers.items():
-        if layer not in places or (layer.base is None and layer.adopted is None):
+    for name, linear in linears_of(layers).items():
+        if linear not in places or (linear.base is None and linear.adopted is None):
             raise ValueError(
                 f"{name} is a layer of another framework's class, which has no plain one to come back to: "
                 "save_adapter(model, path), then merge_and_unload(load_adapter(plain_model, path))"
             )
-        if any(is_sharded(p) for p in layer.parameters()):
+    for name, layer in layers.items():
+        module = layer.module if isinstance(layer, ExpertParameter) else layer
+        if any(is_sharded(p) for p in module.parameters()):
             raise ValueError(
                 f"{name} is sharded (DTensor, ZeRO-3), and its parts belong to the sharded model: save_adapter(model, path) in every "
                 "process, then merge_and_unload(load_adapter(plain_model, path))"
             )
-        if "forward" in layer.__dict__:
+        if "forward" in module.__dict__:
             raise ValueError(
                 f"{name}: its forward was replaced since it was adapted; take that off first (accelerate: "
                 "remove_hook_from_module(model, recurse=True))"
@@ -92,8 +99,7 @@ def _check(model: nn.Module, layers: Mapping[str, DashLinear]) -> None:
     owners = _owners(model)
     for name, layer in layers.items():
         holder = _holder(layer)
-        original = layer._unmerged if layer.merged else holder.weight
-        original = original.get("weight") if isinstance(original, dict) else original
+        original = _original(layer)
         tied = [other for other, module in owners.get(id(original), {}).items() if module is not holder]
         if tied and _has_update(layer):
             raise ValueError(
@@ -106,12 +112,23 @@ def _check(model: nn.Module, layers: Mapping[str, DashLinear]) -> None:
             layer.merged_weight()
 
 
-def _has_update(layer: DashLinear) -> bool:
+def _original(layer: OwnLayer) -> Tensor | None:
+    """The weight without the update, as the module had it."""
+    if isinstance(layer, ExpertParameter):
+        return layer.unmerged if layer.merged else layer.weight
+    original = layer._unmerged if layer.merged else _holder(layer).weight
+    return original.get("weight") if isinstance(original, dict) else cast(Tensor, original)
+
+
+def _has_update(layer: OwnLayer) -> bool:
     # On meta nobody knows.
     return layer.lora_b.is_meta or bool(layer.lora_b.any()) or bool(layer.dash_sigma.any())
 
 
-def _holder(layer: DashLinear) -> nn.Module:
+def _holder(layer: OwnLayer) -> nn.Module:
+    """The module that has the weight."""
+    if isinstance(layer, ExpertParameter):
+        return layer.module
     return layer if layer.base is None else layer.base
 
 
