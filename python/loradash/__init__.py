@@ -10,6 +10,15 @@ save_adapter(model, "adapter")
 from loradash_kernels import __version__
 
 from . import data_parallel as _data_parallel  # noqa: F401
+from .adapters import (
+    active_adapter,
+    adapter_names,
+    add_adapter,
+    delete_adapter,
+    mixed_batch,
+    set_adapter,
+    train_adapters,
+)
 from .background import BackgroundDecomposition
 from .cache import SpectralCache
 from .checkpoint import AdapterError, load_adapter, save_adapter
@@ -34,19 +43,26 @@ __all__ = [
     "SpectralCache",
     "WarmedUp",
     "__version__",
+    "active_adapter",
+    "adapter_names",
+    "add_adapter",
     "apply_dash",
     "dash_layers",
     "dash_only",
     "dash_parameter_groups",
     "dash_state",
+    "delete_adapter",
     "disable",
     "export_lora",
     "load_adapter",
     "merge",
     "merge_and_unload",
+    "mixed_batch",
     "prelaunch",
     "save_adapter",
+    "set_adapter",
     "summary",
+    "train_adapters",
     "unmerge",
     "warm_up",
 ]

@@ -17,8 +17,9 @@ from loradash_kernels.files import replace_file
 from .base_layers import features
 from .config import DashConfig
 from .distributed import gathered, reshard, shard_of
-from .linear import DashLinear, adapter_shapes
+from .linear import DashLinear
 from .model import apply_dash, train_sigma_alone
+from .parked import adapter_shapes
 from .state import STATE, dash_state, own_layers, unwrap
 from .targets import is_target, module_tensors, target_layers, trainable_modules
 

@@ -6,7 +6,7 @@ import functools
 import warnings
 import weakref
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -14,9 +14,10 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 
 from .cache import SpectralCache
 from .distributed import gathered, is_sharded
+from .linear import DashLinear
 from .model import train_sigma_alone
 from .prelaunch import LayerReport, prelaunch
-from .state import AdaptedLayer, dash_layers, dash_state, parameter_of, state_and_layers
+from .state import AdaptedLayer, OneAdapter, dash_layers, dash_state, parameter_of, state_and_layers
 
 
 class DashSchedule:
@@ -50,7 +51,7 @@ class DashSchedule:
         self.cache = cache
         self.reports: list[LayerReport] = []
         self._number = self.state.claim()
-        self._layers = dash_layers(model)
+        self._layers = _as_now(dash_layers(model))
         self._settled = self.launched
         self._flags: list[tuple[int, int]] = []
         # The phase that a loaded state speaks of, until the model was seen in it.
@@ -72,7 +73,7 @@ class DashSchedule:
     @property
     def launched(self) -> bool:
         """Has any layer its directions?"""
-        return any(bool(layer.launched) for layer in self._layers.values())
+        return any(bool(layer.launched) for layer in _with_adapter(self._layers))
 
     def step(self) -> bool:
         """Counts one optimizer step. Returns True at the step that launches.
@@ -151,7 +152,7 @@ class DashSchedule:
         Prelaunch, load_adapter and load_state_dict may write it at any time. A prelaunch that found nothing to launch
         settles the matter too.
         """
-        flags = [(id(layer.launched), layer.launched._version) for layer in self._layers.values()]
+        flags = [(id(layer.launched), layer.launched._version) for layer in _with_adapter(self._layers)]
         if flags != self._flags:
             self._flags, self._settled = flags, self.launched
         return self._settled
@@ -161,7 +162,7 @@ class DashSchedule:
         self._check_phase()
         if self._is_settled():
             return
-        for layer in self._layers.values():
+        for layer in _with_adapter(self._layers):
             parameter_of(layer.dash_sigma).grad = None
 
     def _look_after_layers(self) -> None:
@@ -175,7 +176,7 @@ class DashSchedule:
                 "another adapter is active than the one that this DashSchedule was made for; each has a schedule of its own, and "
                 "is stepped while it is the active one"
             )
-        present = set(layers.values())
+        present = set(_as_now(layers).values())
         lost = [name for name, layer in self._layers.items() if layer not in present]
         if lost:
             raise RuntimeError(
@@ -185,6 +186,20 @@ class DashSchedule:
         if self._gradients is not None:
             self._gradients.report(trained=self._watch.seen)
             self._gradients = None
+
+
+def _as_now(layers: dict[str, AdaptedLayer]) -> dict[str, AdaptedLayer]:
+    """The layers with the adapters that are active now, whichever are later."""
+    found = {
+        name: OneAdapter(layer, layer.adapter) if isinstance(layer, DashLinear) and layer.adapter is not None else layer
+        for name, layer in layers.items()
+    }
+    return cast("dict[str, AdaptedLayer]", found)
+
+
+def _with_adapter(layers: dict[str, AdaptedLayer]) -> list[AdaptedLayer]:
+    """The layers that still have it: one that was deleted, or that another framework took back, is nowhere."""
+    return [layer for layer in layers.values() if hasattr(layer, "lora_a")]
 
 
 class _OptimizerWatch:
@@ -245,9 +260,7 @@ class _OptimizerWatch:
             self.taken += overflow is None or not bool(overflow)
 
     def _is_ours(self, optimizer: torch.optim.Optimizer) -> bool:
-        # A layer that another framework took back has none.
-        layers = [layer for layer in self._layers.values() if hasattr(layer, "lora_a")]
-        parts = (p for layer in layers for p in (layer.lora_a, layer.lora_b, layer.dash_sigma))
+        parts = (p for layer in _with_adapter(self._layers) for p in (layer.lora_a, layer.lora_b, layer.dash_sigma))
         ours = {id(parameter_of(p)) for p in parts}
         return any(id(p) in ours for group in optimizer.param_groups for p in group["params"])
 

@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol, cast
 
 from torch import Tensor, nn
 
@@ -17,9 +17,13 @@ from loradash_kernels import Directions
 
 from .config import DashConfig
 from .linear import DashLinear
+from .parked import DEFAULT, PARTS, Parked
 
 STATE = "_loradash_state"
-"""The attribute of the adapted model that holds its `DashState`."""
+"""The attribute of the adapted model that holds the `DashState` of its active adapter."""
+
+WAITING = "_loradash_waiting"
+"""The attribute of a model with several adapters that holds the states of the others, by name."""
 
 HOST = "_loradash_host"
 """An attribute of the class of layers that another framework made: a function of the model that gives its `Host`."""
@@ -39,6 +43,7 @@ class DashState:
         dash_only: are A and B frozen?
         schedules: how many were made for this model; the last one counts.
         trained_before: names of the parameters that trained before the model was adapted.
+        name: the adapter's.
     """
 
     config: DashConfig
@@ -46,6 +51,7 @@ class DashState:
     dash_only: bool = False
     schedules: int = 0
     trained_before: frozenset[str] = frozenset()
+    name: str = DEFAULT
 
     def claim(self) -> int:
         """The number of a new schedule."""
@@ -235,5 +241,53 @@ def own_layers(model: nn.Module, instead: str = "its own functions") -> dict[str
 
 
 def _own(root: nn.Module) -> dict[str, DashLinear]:
+    return {name: layer for name, layer in _all_own(root).items() if layer.adapter is not None}
+
+
+def _all_own(root: nn.Module) -> dict[str, DashLinear]:
     found = {plain_name(name): m.__dict__.get(VIEW, m) for name, m in root.named_modules()}
     return {name: m for name, m in found.items() if isinstance(m, DashLinear)}
+
+
+def all_layers(model: nn.Module, instead: str = "its own functions") -> dict[str, DashLinear]:
+    """`own_layers`, and those of which only other adapters than the active one are part."""
+    own_layers(model, instead)
+    return _all_own(unwrap(model))
+
+
+def states(model: nn.Module) -> dict[str, DashState]:
+    """The states of all adapters of a model of `apply_dash`, by name, the active one's first. ValueError where there is none."""
+    active = dash_state(model)
+    return {active.name: active, **unwrap(model).__dict__.get(WAITING, {})}
+
+
+class OneAdapter:
+    """A layer of ours with the adapter that was active when this was made, whichever is later: an `AdaptedLayer`."""
+
+    def __init__(self, layer: DashLinear, adapter: str) -> None:
+        self.layer, self.adapter = layer, adapter
+
+    def __getattr__(self, name: str) -> Any:
+        # A copy is asked before it has any attribute.
+        if name in ("layer", "adapter") or name.startswith("__"):
+            raise AttributeError(name)
+        return self.layer.part(self.adapter, name) if name in PARTS else getattr(self.layer, name)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, OneAdapter) and (other.layer is self.layer and other.adapter == self.adapter)
+
+    def __hash__(self) -> int:
+        return hash((id(self.layer), self.adapter))
+
+
+def layers_with(model: nn.Module, adapter: str) -> dict[str, AdaptedLayer]:
+    """The layers of a model of `apply_dash` that have an adapter, active or not, each as that one."""
+    layers = all_layers(model).items()
+    return {name: cast(AdaptedLayer, OneAdapter(layer, adapter)) for name, layer in layers if adapter in layer.adapters}
+
+
+def parked_parameters(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """The parameters of all adapters of ours that are not active, each with its name in PARTS."""
+    for module in unwrap(model).modules():
+        if isinstance(module, Parked):
+            yield from module.named_parameters(recurse=False)
