@@ -16,6 +16,7 @@ from .directions.rates import (
     direction_recall,
     task_specific_directions,
 )
+from .experts import dash_experts, expert_offsets
 from .functional import dash_linear, low_rank_update
 from .packed_weights import enable_packed_weights, packed_weight_bytes
 
@@ -28,10 +29,12 @@ __all__ = [
     "available_backends",
     "batched_randomized_svd",
     "change_rates",
+    "dash_experts",
     "dash_linear",
     "direction_accuracy",
     "direction_recall",
     "enable_packed_weights",
+    "expert_offsets",
     "explain_backend",
     "low_rank_update",
     "packed_weight_bytes",

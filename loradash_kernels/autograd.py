@@ -25,7 +25,7 @@ _SAVED = ("x", "weight", "lora_a", "lora_b", "dash_u", "dash_vt", "dash_sigma")
 _FROZEN = ("weight", "dash_u", "dash_vt")
 
 
-def _gradients(direct: bool, *args: Any) -> tuple[Tensor, ...]:
+def _gradients(operator: Operator, direct: bool, *args: Any) -> tuple[Tensor, ...]:
     """The backward operator: called directly where forward was and dy is plain, through the dispatcher where something must
     see it."""
     dy, x = args[0], args[1]
@@ -42,15 +42,21 @@ def _gradients(direct: bool, *args: Any) -> tuple[Tensor, ...]:
         or torch._C._are_functorch_transforms_active()
         or torch._C._functorch.is_legacy_batchedtensor(dy)
     ):
-        return torch.ops.loradash.dash_linear_backward(*args)
-    return ops.dash_linear_backward(*args)
+        return operator.backward_packet(*args)
+    return operator.run_backward(*args)
 
 
 class Operator:
     """A forward operator with its gradients. Its arguments are found by their names in the schema.
 
     packet: what the dispatcher calls. run: the same without the dispatcher. function: `run` as a torch.autograd.Function.
+    backward_packet, run_backward: the same two of the backward operator, which takes dy, what `saved` names, P, the seed and
+    the options.
     """
+
+    saved: tuple[str, ...] = _SAVED
+    backward_packet: torch._ops.OpOverloadPacket = torch.ops.loradash.dash_linear_backward
+    run_backward = staticmethod(ops.dash_linear_backward)
 
     def __init__(self, packet: torch._ops.OpOverloadPacket, run: Callable[..., tuple[Tensor, Tensor]]) -> None:
         names = [argument.name for argument in packet.default._schema.arguments]
@@ -62,7 +68,7 @@ class Operator:
 
         self.frozen = [(name, names.index(name)) for name in _FROZEN if name in names]
         (self.seed, self.bias, self.base), self.leaves = places("seed", "bias", "y"), places(*_LEAVES)
-        self.leaves_of, self.saved_of = itemgetter(*self.leaves), itemgetter(*places(*_SAVED))
+        self.leaves_of, self.saved_of = itemgetter(*self.leaves), itemgetter(*places(*self.saved))
         self.options_of = itemgetter(*places("scaling", "threshold", "backend"))
         self.differentiable_of = itemgetter(*(i for i in (*self.leaves, self.base) if i < self.count))
         self.function = self._function()
@@ -91,11 +97,12 @@ class Operator:
         if dy is None:
             return tuple(found[:-1])
         *tensors, seed = ctx.saved_tensors
-        x, _, lora_a, lora_b, _, _, dash_sigma, _ = tensors
+        x, _, lora_a, lora_b, _, _, dash_sigma, *_ = tensors
         scaling, threshold, backend = ctx.options
         needed = (*ctx.needs_input_grad, False)
         needs = list(self.leaves_of(needed))
-        grads = _gradients(getattr(ctx, "direct", False), dy, *tensors, seed, scaling, threshold, needs, backend)
+        direct = getattr(ctx, "direct", False)
+        grads = _gradients(self, direct, dy, *tensors, seed, scaling, threshold, needs, backend)
         sigma_dtype = None if dash_sigma is None else dash_sigma.dtype
         dtypes = (x.dtype, lora_a.dtype, lora_b.dtype, sigma_dtype, ctx.bias_dtype)
         for place, grad, dtype, need in zip(self.leaves, grads, dtypes, needs, strict=True):
@@ -126,8 +133,9 @@ DASH_LINEAR = Operator(torch.ops.loradash.dash_linear, ops.dash_linear)
 LOW_RANK_UPDATE = Operator(torch.ops.loradash.low_rank_update, ops.low_rank_update)
 
 
-def _no_second_derivative(ctx: Any, *grads: Tensor) -> tuple[None, ...]:
+def no_second_derivative(ctx: Any, *grads: Tensor) -> tuple[None, ...]:
+    """The gradients of a backward operator: RuntimeError."""
     raise RuntimeError(_TWICE)
 
 
-torch.library.register_autograd("loradash::dash_linear_backward", _no_second_derivative, lib=ops.LIBRARY)
+torch.library.register_autograd("loradash::dash_linear_backward", no_second_derivative, lib=ops.LIBRARY)

@@ -24,6 +24,7 @@ from loradash_kernels.files import replace_bytes
 
 from .background import BackgroundDecomposition
 from .distributed import cost, is_sharded, place, share_out
+from .experts import matrices
 from .fingerprint import FORMAT, fingerprint
 from .state import dash_layers
 
@@ -113,7 +114,7 @@ class SpectralCache:
         Layers with sharded parameters are left out, with a warning, as only all processes together can gather them; so are
         offloaded ones, which training brings in and sends away meanwhile.
         """
-        layers = dash_layers(model)
+        layers = matrices(dash_layers(model))
         merged = [name for name, layer in layers.items() if layer.merged]
         if merged:
             raise ValueError(f"unmerge(model) before its weights are decomposed; merged: {', '.join(merged[:4])}")

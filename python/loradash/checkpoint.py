@@ -17,11 +17,18 @@ from loradash_kernels.files import replace_file
 from .base_layers import features
 from .config import DashConfig
 from .distributed import gathered, reshard, shard_of
-from .linear import DashLinear
+from .experts import ExpertParameter
 from .model import apply_dash, train_sigma_alone
 from .parked import adapter_shapes
-from .state import STATE, dash_state, own_layers, unwrap
-from .targets import is_target, module_tensors, target_layers, trainable_modules
+from .state import STATE, OwnLayer, dash_state, own_layers, unwrap
+from .targets import (
+    is_target,
+    is_target_parameter,
+    module_tensors,
+    target_layers,
+    target_parameters,
+    trainable_modules,
+)
 
 FORMAT = "loradash-1"
 FILE_NAME = "loradash_adapter.safetensors"
@@ -82,7 +89,7 @@ def save_adapter(model: nn.Module, path: str | os.PathLike) -> Path:
 
 def _check_whole(model: nn.Module, tensors: dict[str, Tensor]) -> None:
     for name, layer in own_layers(model).items():
-        for key, shape in adapter_shapes(layer.out_features, layer.in_features, layer.config).items():
+        for key, shape in layer.shapes(layer.config).items():
             found = tuple(tensors[f"{name}.{key}"].shape)
             if found != shape:
                 raise ValueError(
@@ -130,12 +137,16 @@ def _wanted(file: Path, model: nn.Module, config: DashConfig) -> dict[str, Tenso
     wanted: dict[str, Tensor] = {}
     for name, linear in target_layers(model, config).items():
         k, n = features(linear)
-        for key, shape in adapter_shapes(n, k, config.for_module(name)).items():
-            dtype = torch.bool if key == "launched" else torch.float32
-            wanted[f"{name}.{key}"] = torch.empty(shape, dtype=dtype, device="meta")
+        wanted |= _new_tensors(name, adapter_shapes(n, k, config.for_module(name)))
         if config.train_bias and linear.bias is not None:
             wanted[f"{name}.bias"] = linear.bias  # type: ignore[assignment]
         _check_real(file, {f"{name}.{key}": t for key, t in linear.state_dict().items() if isinstance(t, Tensor)})
+    for name, (module, key) in target_parameters(model, config).items():
+        layer = ExpertParameter(module, key, config.for_module(name), name)
+        wanted |= _new_tensors(name, layer.shapes(layer.config))
+        if config.train_bias and layer.bias is not None:
+            wanted[f"{name}.bias"] = layer.bias
+        _check_real(file, {name: layer.weight})
     for name, module in trainable_modules(model, config).items():
         kept = module_tensors(name, module)
         _check_real(file, kept)
@@ -143,12 +154,21 @@ def _wanted(file: Path, model: nn.Module, config: DashConfig) -> dict[str, Tenso
     return wanted
 
 
+def _new_tensors(name: str, shapes: dict[str, tuple[int, ...]]) -> dict[str, Tensor]:
+    """What an adapted layer adds, on meta."""
+    return {
+        f"{name}.{key}": torch.empty(shape, dtype=torch.bool if key == "launched" else torch.float32, device="meta")
+        for key, shape in shapes.items()
+    }
+
+
 def _check_settings(file: Path, model: nn.Module, config: DashConfig, own: dict[str, Tensor]) -> None:
     """Do the settings of a file describe these adapters? Their tensors may have the right shapes all the same."""
     problems = [f"{key} is kept by one alone" for key in own.keys() ^ _adapter_tensors(model, config).keys()]
     for name, layer in own_layers(model).items():
-        problems += [] if is_target(name, config) else [f"{name} is no target"]
-        for key, shape in adapter_shapes(layer.out_features, layer.in_features, config.for_module(name)).items():
+        is_one = is_target_parameter if isinstance(layer, ExpertParameter) else is_target
+        problems += [] if is_one(name, config) else [f"{name} is no target"]
+        for key, shape in layer.shapes(config.for_module(name)).items():
             found = tuple(own[f"{name}.{key}"].shape)
             problems += [] if found == shape else [f"{name}.{key} would have shape {shape}, the model's has {found}"]
     if problems:
@@ -224,8 +244,8 @@ def _exchange(file: Path, model: nn.Module, values: dict[str, Tensor], config: D
 
 
 def _switch(
-    layers: dict[str, DashLinear],
-    merged: list[DashLinear],
+    layers: dict[str, OwnLayer],
+    merged: list[OwnLayer],
     own: dict[str, Tensor],
     values: dict[str, Tensor],
     settings: dict[str, DashConfig],

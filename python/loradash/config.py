@@ -41,6 +41,8 @@ class DashConfig:
         train_bias: train the biases of adapted layers.
         bypassed: what to do where a parent's own code multiplies by a layer's weight without calling the layer: "refuse",
             or "warn" where that code never runs.
+        target_parameters: names or dotted suffixes of experts' stacked parameters ("mlp.experts.gate_up_proj"), or a regular
+            expression as above: one adapter an expert. None takes none; `target_modules=[]` adapts them alone.
 
     Raises:
         ValueError: a value of the wrong kind or out of range, named.
@@ -59,6 +61,7 @@ class DashConfig:
     svd: str = "auto"
     train_bias: bool = False
     bypassed: str = "refuse"
+    target_parameters: str | Iterable[str] | None = None
 
     def __post_init__(self) -> None:
         for name, check in _CHECKS.items():
@@ -112,6 +115,12 @@ def matches(name: str, patterns: str | Iterable[str] | None) -> bool:
     return any(name == p or name.endswith("." + p) for p in patterns)
 
 
+def without_match(patterns: str | Iterable[str] | None, names: Sequence[str]) -> list[str]:
+    """Those of the patterns that match none of the names."""
+    each = [patterns] if isinstance(patterns, str) else [[p] for p in patterns or ()]
+    return [p if isinstance(p, str) else p[0] for p in each if not any(matches(name, p) for name in names)]
+
+
 def _overrides(pattern: str, name: str) -> bool:
     return matches(name, [pattern]) or matches(name, pattern)
 
@@ -130,11 +139,7 @@ def unmatched(config: DashConfig, linear_names: Sequence[str], module_names: Seq
         ("exclude_modules", linear_names, "linear layer"),
         ("trainable_modules", module_names, "module"),
     ):
-        patterns = getattr(config, setting)
-        each = [patterns] if isinstance(patterns, str) else [(p,) for p in patterns or ()]
-        for one in each:
-            if not any(matches(name, one) for name in names):
-                problems.append(f"{setting}: {one if isinstance(one, str) else one[0]!r} matches no {kind}")
+        problems += [f"{setting}: {p!r} matches no {kind}" for p in without_match(getattr(config, setting), names)]
     for pattern in config.overrides:
         if not any(_overrides(pattern, name) for name in linear_names):
             problems.append(f"overrides: {pattern!r} matches no linear layer")
@@ -247,5 +252,6 @@ _CHECKS: dict[str, Callable[[str, Any], Any]] = {
     "svd": _one_of(METHODS),
     "train_bias": _boolean,
     "bypassed": _one_of(("refuse", "warn")),
+    "target_parameters": _patterns,
 }
 """One check for each field of `DashConfig`: (name of the setting, its value) to the value in its one form."""

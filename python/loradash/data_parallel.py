@@ -20,6 +20,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_module_registration_hook
 
+from .experts import expert_parameters
 from .linear import DashLinear
 from .parked import BUFFERS, Parked
 
@@ -50,6 +51,7 @@ def frozen_buffers(module: nn.Module) -> set[str]:
     for name, m in module.named_modules(remove_duplicate=False):
         if isinstance(m, DashLinear | Parked):
             found |= {f"{name}.{buffer}" for buffer in BUFFERS if buffer in m._buffers}
+        found |= {f"{name}.{whole.parameter}_{buffer}" for whole in expert_parameters(m) for buffer in BUFFERS}
         for parts in getattr(type(m), FOREIGN, ()):
             found |= {f"{name}.{parts}.{adapter}" for adapter in m._modules[parts]._buffers}
     return {name.lstrip(".") for name in found}

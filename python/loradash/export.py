@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from loradash_kernels.files import replace_bytes, replace_file
 
 from .distributed import gathered, reshard
+from .experts import ExpertParameter
 from .linear import DashLinear
 from .model import disable
 from .peft_layout import (
@@ -28,7 +29,7 @@ from .peft_layout import (
     view_of,
     warn_of_tied_targets,
 )
-from .state import dash_state, host_of, own_layers, plain_name, unwrap
+from .state import OwnLayer, dash_state, host_of, own_layers, plain_name, unwrap
 from .targets import module_tensors
 
 
@@ -37,7 +38,8 @@ def export_lora(model: nn.Module, path: str | os.PathLike) -> Path:
 
     scaling · B A + U diag(Δσ) Vᵀ = [scaling · B | U diag(Δσ)] [A; Vᵀ], with PEFT's own scaling set to 1. All layers get the
     same rank, short ones zeros, in float32. Modules that train as a whole go along as `modules_to_save`, and so does a head
-    that PEFT keeps as a whole for the task of a transformers model, with its adapters merged.
+    that PEFT keeps as a whole for the task of a transformers model, with its adapters merged. Experts' parameters become
+    PEFT's target_parameters, which take no dropout: lora_dropout is 0 then.
 
     Sharded parameters are gathered: every process must call this, with a folder of its own or the same.
 
@@ -84,12 +86,12 @@ def _contents(model: nn.Module, root: nn.Module) -> tuple[Layout, dict[str, Tens
 
 
 @torch.no_grad()
-def _folded(layer: DashLinear) -> tuple[Tensor, Tensor]:
-    """A (R, K) and B (N, R) of the whole update, float32, R = r + s."""
+def _folded(layer: OwnLayer) -> tuple[Tensor, Tensor]:
+    """A (..., R, K) and B (..., N, R) of the whole update, float32, R = r + s."""
     lora_a, lora_b, sigma, u, vt = (
         gathered(t).float() for t in (layer.lora_a, layer.lora_b, layer.dash_sigma, layer.dash_u, layer.dash_vt)
     )
-    return torch.cat((lora_a, vt)), torch.cat((layer.scaling * lora_b, u * sigma), 1)
+    return torch.cat((lora_a, vt), -2), torch.cat((layer.scaling * lora_b, u * sigma.unsqueeze(-2)), -1)
 
 
 def _tensors(layout: Layout) -> dict[str, Tensor]:
@@ -100,9 +102,32 @@ def _tensors(layout: Layout) -> dict[str, Tensor]:
         more = layout.rank - a.shape[0]
         tensors[f"{PREFIX}{name}.lora_A.weight"] = nn.functional.pad(a, (0, 0, 0, more)).contiguous()
         tensors[f"{PREFIX}{name}.lora_B.weight"] = nn.functional.pad(b, (0, more)).contiguous()
+    for name, whole in layout.experts.items():
+        tensors |= _expert_tensors(name, whole, layout)
     for name, module in layout.whole.items():
         tensors |= {PREFIX + key: t for key, t in _plain_tensors(name, module).items()}
     return tensors
+
+
+def _expert_tensors(name: str, whole: ExpertParameter, layout: Layout) -> dict[str, Tensor]:
+    """A and B of an experts' parameter as PEFT has them: (E R, K), expert by expert, and (N, R E), rank by rank.
+
+    PEFT wraps a module once a parameter, the first one innermost: its tensors are behind as many names `base_layer` as there
+    are wrappers around it. What the module does not say to be stored as (E, K, N) it takes for (E, N, K).
+    """
+    a, b = (t.cpu() for t in _folded(whole))
+    more = layout.rank - a.shape[1]
+    a, b = nn.functional.pad(a, (0, 0, 0, more)), nn.functional.pad(b, (0, more))
+    if whole.how.transposed and not getattr(whole.module, "is_transposed", False):
+        a, b = b.mT, a.mT
+    targeted = {other.parameter for other in layout.experts.values() if other.module is whole.module}
+    order = [key for key in whole.module._parameters if key in targeted]
+    around = len(order) - 1 - order.index(whole.parameter)
+    place = f"{PREFIX}{name.rpartition('.')[0]}.{'base_layer.' * around}"
+    return {
+        f"{place}lora_A.weight": a.reshape(-1, a.shape[2]).contiguous(),
+        f"{place}lora_B.weight": b.permute(1, 2, 0).reshape(b.shape[1], -1).contiguous(),
+    }
 
 
 def _plain_tensors(name: str, module: nn.Module) -> dict[str, Tensor]:
@@ -133,6 +158,7 @@ def _settings(root: nn.Module, layout: Layout, dropout: float) -> dict[str, Any]
     rank, about = layout.rank, getattr(root, "config", None)
     transformers = hasattr(about, "model_type")
     mapping = {"base_model_class": type(root).__name__, "parent_library": type(root).__module__}
+    experts = {"target_parameters": sorted(layout.experts)} if layout.experts else {}
     return {
         "peft_type": "LORA",
         "task_type": layout.task,
@@ -144,9 +170,10 @@ def _settings(root: nn.Module, layout: Layout, dropout: float) -> dict[str, Any]
         "alpha_pattern": {},
         "target_modules": layout.targets,
         "modules_to_save": sorted(layout.whole) or None,
-        "lora_dropout": dropout,
+        "lora_dropout": 0.0 if layout.experts else dropout,
         "bias": "none",
         "use_rslora": False,
         "fan_in_fan_out": any(layer.transposed for layer in layout.adapted.values()),
         "inference_mode": True,
+        **experts,
     }

@@ -15,7 +15,7 @@ from .base_layers import features, is_transposed, treatment
 from .config import DashConfig
 from .distributed import gathered
 from .formats import keep_differentiable
-from .parked import DEFAULT, HasAdapters, MixedRows, new_parts, watch_backward
+from .parked import DEFAULT, HasAdapters, MixedRows, adapter_shapes, new_parts, watch_backward
 from .quantised import check_differentiable, compute_device, is_quantised
 
 
@@ -115,6 +115,10 @@ class DashLinear(HasAdapters):
             self.base = linear
         else:
             self.__dict__.update({key: value for key, value in vars(linear).items() if key not in self.__dict__})
+
+    def shapes(self, config: DashConfig) -> dict[str, tuple[int, ...]]:
+        """Shapes of the adapter's tensors for these settings, by name."""
+        return adapter_shapes(self.out_features, self.in_features, config)
 
     def freeze_base(self) -> None:
         """Freezes the base layer, but for a bias that `config.train_bias` wants trained."""

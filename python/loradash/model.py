@@ -17,15 +17,18 @@ from .base_layers import is_linear
 from .bypass import bypassed_children, child_at, refuse_fusing
 from .config import DashConfig
 from .distributed import reshard
+from .experts import DashExperts, ExpertParameter
 from .linear import DashLinear
 from .parked import DEFAULT
 from .quantised import RequantisationError
 from .state import (
     STATE,
     DashState,
+    OwnLayer,
     all_layers,
     dash_layers,
     dash_state,
+    experts_of,
     is_adapted_by_peft,
     own_layers,
     parameter_of,
@@ -34,14 +37,15 @@ from .state import (
     states,
     unwrap,
 )
-from .targets import check_patterns, target_layers, trainable_modules
+from .targets import check_patterns, target_layers, target_parameters, trainable_modules
 
 NO_ADAPTER = "base"
 """In a mixed batch: this row gets the base model's output."""
 
 
 def apply_dash(model: nn.Module, config: DashConfig | None = None, adapter: str = DEFAULT) -> nn.Module:
-    """Replaces linear layers by `DashLinear` around them, in place, and freezes everything else.
+    """Replaces linear layers by `DashLinear` around them, in place, and freezes everything else. Experts' parameters that
+    `config.target_parameters` names get adapters beside them (docs/experts.md).
 
     nn.Linear and transformers' Conv1D give up their weight and bias; subclasses, quantised, hooked and offloaded layers
     are kept whole (docs/layers.md has the table). A module that occurs twice becomes one adapted layer; a weight tied to
@@ -61,14 +65,20 @@ def apply_dash(model: nn.Module, config: DashConfig | None = None, adapter: str 
     _check_model(model)
     check_patterns(model, config)
     adapted = adapted_layers(model, target_layers(model, config), config, adapter)
+    experts = [
+        ExpertParameter(module, key, config.for_module(name), name)
+        for name, (module, key) in target_parameters(model, config).items()
+    ]
     trained = _trained_parameters(model, config)
-    _check_ties(adapted.values(), trained)
+    _check_ties([*adapted.values(), *experts], trained)
     parameters = model.named_parameters(remove_duplicate=False)
     trained_before = frozenset(plain_name(name) for name, p in parameters if p.requires_grad)
 
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     put_in_place(model, adapted)
+    for whole in experts:
+        whole.install()
     for parameter in trained:
         parameter.requires_grad_(True)
     setattr(model, STATE, DashState(config, trained_before=trained_before, name=adapter))
@@ -111,7 +121,7 @@ def _check_model(model: nn.Module) -> None:
             f"the model is itself one layer, {type(model).__name__}; adapt it by DashLinear.from_linear(layer, config)"
         )
     for name, module in model.named_modules():
-        if isinstance(module, DashLinear) or STATE in module.__dict__:
+        if isinstance(module, DashLinear | DashExperts) or STATE in module.__dict__:
             raise ValueError(f"the model has LoRA-Dash adapters already{f', in {name}' if name else ''}")
         if is_adapted_by_peft(module):
             raise ValueError(f"{name} has an adapter of PEFT; merge_and_unload it first")
@@ -170,7 +180,7 @@ def _trained_parameters(model: nn.Module, config: DashConfig) -> list[nn.Paramet
     return found
 
 
-def _check_ties(adapted: Iterable[DashLinear], trained: list[nn.Parameter]) -> None:
+def _check_ties(adapted: Iterable[OwnLayer], trained: list[nn.Parameter]) -> None:
     """An adapted layer's own weight is frozen: it cannot be one that trains elsewhere."""
     training = {id(p) for p in trained}
     tied = [layer.name for layer in adapted if id(layer.weight) in training]
@@ -198,13 +208,18 @@ def merge(
     if adapters is not None:
         adapters = check_factors(model, adapters)
         layers = all_layers(model)
+        if experts_of(layers):
+            raise ValueError("adapters: experts' parameters have one adapter, which merge(model) takes")
+    other = [n for n, layer in layers.items() if layer.merged and _factors(layer) != adapters]
+    if other:
+        raise ValueError(f"unmerge(model) first; with other adapters or factors are merged: {', '.join(other[:4])}")
     reshard(model)
-    done: list[DashLinear] = []
+    done: list[OwnLayer] = []
     errors: dict[str, RequantisationError] = {}
     try:
         for name, layer in layers.items():
             if not layer.merged:
-                error = layer.merge(requantise, adapters)
+                error = _merge(layer, requantise, adapters)
                 done.append(layer)
                 errors |= {} if error is None else {name: error}
     except BaseException:
@@ -239,7 +254,7 @@ def unmerge(model: nn.Module) -> None:
 def disable(model: nn.Module) -> Iterator[nn.Module]:
     """Within the block the model is the frozen base model. Merged layers are unmerged for its length."""
     layers = list(all_layers(model, "model.disable_adapter()").values())
-    before = [(layer.enabled, layer.merged, layer._weights) for layer in layers]
+    before = [(layer.enabled, layer.merged, _factors(layer)) for layer in layers]
     for layer in layers:
         layer.unmerge()
         layer.enabled = False
@@ -249,7 +264,18 @@ def disable(model: nn.Module) -> Iterator[nn.Module]:
         for layer, (enabled, merged, adapters) in zip(layers, before, strict=True):
             layer.enabled = enabled
             if merged:
-                layer.merge(requantise=True, adapters=adapters)
+                _merge(layer, True, adapters)
+
+
+def _merge(layer: OwnLayer, requantise: bool, adapters: Mapping[str, float] | None) -> RequantisationError | None:
+    if isinstance(layer, DashLinear):
+        return layer.merge(requantise, adapters)
+    return layer.merge(requantise)
+
+
+def _factors(layer: OwnLayer) -> Mapping[str, float] | None:
+    """What of which adapters is in a merged layer's weight; None for the active one, once."""
+    return layer._weights if isinstance(layer, DashLinear) else None
 
 
 def dash_only(model: nn.Module) -> None:

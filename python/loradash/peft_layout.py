@@ -12,8 +12,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from .bypass import child_at, mended_children
+from .experts import ExpertParameter
 from .linear import DashLinear
-from .state import dash_state, own_layers, plain_name
+from .state import OwnLayer, dash_state, experts_of, linears_of, own_layers, plain_name
 from .targets import trainable_modules
 
 PREFIX = "base_model.model."
@@ -43,11 +44,13 @@ class View:
     """A model as PEFT will meet it: without our wrappers, layers as plain ones.
 
     modules: every module under every name. adapted, whole: those that carry what was trained, under their first names.
+    experts: adapted parameters of experts, likewise.
     """
 
     modules: dict[str, nn.Module]
     adapted: dict[str, DashLinear]
     whole: dict[str, nn.Module]
+    experts: dict[str, ExpertParameter]
 
     def names_of(self, module: nn.Module) -> list[str]:
         return [name for name, m in self.modules.items() if m is module]
@@ -73,9 +76,9 @@ def view_of(model: nn.Module, root: nn.Module) -> View:
         modules[name] = module
         if isinstance(module, DashLinear):
             layer = name
-    adapted = own_layers(model)
+    layers = own_layers(model)
     whole = {n: modules[n] for n in trainable_modules(model, dash_state(model).config)}
-    return View(modules, adapted, whole)
+    return View(modules, linears_of(layers), whole, experts_of(layers))
 
 
 @dataclass(frozen=True)
@@ -86,11 +89,13 @@ class Layout:
     adapted: dict[str, DashLinear]
     whole: dict[str, nn.Module]
     targets: list[str] | str
+    experts: dict[str, ExpertParameter]
 
     @property
     def rank(self) -> int:
         """The largest r + s of a layer: PEFT gets one rank for all."""
-        return max(layer.lora_a.shape[0] + layer.dash_sigma.shape[0] for layer in self.adapted.values())
+        layers: list[OwnLayer] = [*self.adapted.values(), *self.experts.values()]
+        return max(layer.lora_a.shape[-2] + layer.dash_sigma.shape[-1] for layer in layers)
 
 
 def task_of(root: nn.Module) -> str | None:
@@ -151,6 +156,7 @@ def warn_of_tied_targets(view: View) -> None:
     for module, _, parameter in _parameters(view):
         users.setdefault(_memory(parameter), set()).add(id(module))
     frozen = {name: layer.weight if layer.base is None else layer.base.weight for name, layer in view.adapted.items()}
+    frozen |= {name: whole.weight for name, whole in view.experts.items()}
     tied = [name for name, weight in frozen.items() if len(users.get(_memory(weight), ())) > 1]  # type: ignore[arg-type]
     if tied:
         warnings.warn(
@@ -194,9 +200,10 @@ def layout_for(view: View, task: str | None) -> Layout:
     kept = {name: view.modules[name] for name in first if (PREFIX + name).endswith(heads)} if heads else {}
     whole = _outermost({**view.whole, **kept})
     adapted = {n: layer for n, layer in view.adapted.items() if not any(_within(n, w) for w in whole)}
-    if not adapted:
+    if not adapted and not view.experts:
         raise Unfaithful("PEFT needs an adapted layer outside of the modules that are kept whole")
-    _refuse_second_names(view, (*adapted.values(), *whole.values()))
+    _refuse_experts(view, whole)
+    _refuse_second_names(view, (*adapted.values(), *(e.module for e in view.experts.values()), *whole.values()))
     for name, module in whole.items():
         _refuse_mistaken(view, name, module)
     reached = {name for name in _peft_keys(view) if name.endswith(heads)} if heads else set()
@@ -205,7 +212,25 @@ def layout_for(view: View, task: str | None) -> Layout:
         raise Unfaithful(
             f"PEFT keeps {', '.join(heads)} whole for {task}, which also matches {', '.join(sorted(lost))}"
         )
-    return Layout(task, adapted, whole, _target_names(first, adapted, [*whole, *heads]))
+    return Layout(task, adapted, whole, _target_names(first, adapted, [*whole, *heads]), view.experts)
+
+
+def _refuse_experts(view: View, whole: Iterable[str]) -> None:
+    """Raises Unfaithful for experts that PEFT would not adapt as they are."""
+    names = [f"{name}.{key}" for name, module in view.modules.items() for key in module._parameters]
+    for name, layer in view.experts.items():
+        inside = [module for module in whole if _within(name, module)]
+        if inside:
+            raise Unfaithful(
+                f"{name} is adapted within {inside[0]}, which is kept whole; merge(model) and save the weights"
+            )
+        if layer.experts == 1 and layer.how.transposed:
+            raise Unfaithful(
+                f"{name} has one expert, stored as (1, K, N), which PEFT adds (N, K) to; merge(model) and save it"
+            )
+        others = [other for other in names if other != name and other.endswith(f".{name}")]
+        if others:
+            raise Unfaithful(f"PEFT takes the name of {name} for {others[0]} too; merge(model) and save the weights")
 
 
 def _within(name: str, module: str) -> bool:

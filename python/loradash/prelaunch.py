@@ -15,6 +15,7 @@ from loradash_kernels import Directions, task_specific_directions
 from .batches import batch_elements, is_out_of_memory, no_memory, release
 from .cache import SpectralCache
 from .distributed import cost, exchange_directions, gather_in_turns, gathered, is_sharded, place, reshard, share_out
+from .experts import matrices
 from .meeting import Meeting
 from .state import AdaptedLayer, dash_layers, dash_state
 
@@ -38,7 +39,7 @@ def prelaunch(
 ) -> list[LayerReport]:
     """Chooses every layer's directions by change rate (paper, section 4) and starts the dash phase.
 
-    Layers of one shape are decomposed together, with the method `config.svd`, as many as memory holds: where it does not,
+    Layers of one shape, experts of one parameter among them, are decomposed together, with the method `config.svd`, as many as memory holds: where it does not,
     half of them. Nothing is written before all are found: a failure or an interrupt leaves the model in pre-launch. Layers
     whose ΔW is still zero (unused ones) stay plain LoRA, with a warning. Under torch.distributed every process must call
     this: the layers are shared out by cost, and all processes end with the same directions, or all raise; they wait for
@@ -54,7 +55,7 @@ def prelaunch(
     torch.OutOfMemoryError, naming the layer, where one alone is too much.
     """
     method = dash_state(model).config.svd
-    layers = dash_layers(model)
+    layers = matrices(dash_layers(model))
     reshard(model)
     _check_phase(layers)
     adapters = {name: (gathered(layer.lora_a), gathered(layer.lora_b)) for name, layer in layers.items()}

@@ -12,12 +12,13 @@ import torch
 from torch import nn
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
+from .adapters import as_active
 from .cache import SpectralCache
 from .distributed import gathered, is_sharded
 from .linear import DashLinear
 from .model import train_sigma_alone
 from .prelaunch import LayerReport, prelaunch
-from .state import AdaptedLayer, OneAdapter, dash_layers, dash_state, parameter_of, state_and_layers
+from .state import AdaptedLayer, OneAdapter, dash_layers, dash_state, parameter_of, state_and_layers, training_parked
 
 
 class DashSchedule:
@@ -50,6 +51,8 @@ class DashSchedule:
         self.progress = progress
         self.cache = cache
         self.reports: list[LayerReport] = []
+        # Was another adapter active in the last step?
+        self._is_parked = False
         self._number = self.state.claim()
         self._layers = _as_now(dash_layers(model))
         self._settled = self.launched
@@ -86,15 +89,17 @@ class DashSchedule:
         self._check_phase()
         stepped, correction = self._watch.since_last()
         self.state.step += int(stepped) - correction
+        layers = self._layers_now()
         if not stepped:
             return False
-        self._look_after_layers()
+        self._look_after_layers(layers)
         if self.state.step < self.state.config.prelaunch_steps or self._is_settled():
             return False
         # A skipped step, or a learning rate of 0, leaves B at zero.
         if not self._has_update():
             return False
-        self.reports = prelaunch(self.model, self.progress, self.cache)
+        with as_active(self.model, self.state.name if self._is_parked else None):
+            self.reports = prelaunch(self.model, self.progress, self.cache)
         self._settled = True
         return True
 
@@ -165,18 +170,25 @@ class DashSchedule:
         for layer in _with_adapter(self._layers):
             parameter_of(layer.dash_sigma).grad = None
 
-    def _look_after_layers(self) -> None:
+    def _layers_now(self) -> dict[str, AdaptedLayer]:
+        """The layers that have the adapter. Raises RuntimeError where it is neither active nor trains in mixed batches."""
         state, layers = state_and_layers(self.model)
         if state is None:
             raise RuntimeError(
                 "the model has no LoRA-Dash adapters any more; count its steps no longer, or adapt it and make a new DashSchedule"
             )
-        if state is not self.state:
+        self._is_parked = state is not self.state
+        if self._is_parked:
+            layers = training_parked(self.model, self.state.name)
+        if not layers:
             raise RuntimeError(
                 "another adapter is active than the one that this DashSchedule was made for; each has a schedule of its own, and "
-                "is stepped while it is the active one"
+                "is stepped while it is the active one, or trains in mixed batches"
             )
-        present = set(_as_now(layers).values())
+        return _as_now(layers)
+
+    def _look_after_layers(self, layers: dict[str, AdaptedLayer]) -> None:
+        present = set(layers.values())
         lost = [name for name, layer in self._layers.items() if layer not in present]
         if lost:
             raise RuntimeError(

@@ -6,7 +6,7 @@ Models that another framework adapted (PEFT) are found too: they tell of their a
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, cast
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from loradash_kernels import Directions
 
 from .config import DashConfig
+from .experts import ExpertParameter, expert_parameters
 from .linear import DashLinear
 from .parked import DEFAULT, PARTS, Parked
 
@@ -62,7 +63,8 @@ class DashState:
 class AdaptedLayer(Protocol):
     """A linear layer (N, K) with one LoRA-Dash adapter: a `DashLinear`, or a view of a layer that another framework made.
 
-    Equal and of one hash where layer and adapter are the same.
+    An experts' parameter is one layer (E, N, K): all tensors but `launched` have a leading dimension of E, and
+    `experts.matrices` gives its experts' as layers of their own. Equal and of one hash where layer and adapter are the same.
 
     Attributes:
         name: the layer's name in the model.
@@ -233,23 +235,43 @@ def parameter_of(tensor: Tensor) -> Tensor:
     return tensor if tensor._base is None else tensor._base
 
 
-def own_layers(model: nn.Module, instead: str = "its own functions") -> dict[str, DashLinear]:
-    """The layers that `apply_dash` made. Raises TypeError for a PEFT model, which has a call of its own: `instead`."""
+OwnLayer = DashLinear | ExpertParameter
+
+
+def own_layers(model: nn.Module, instead: str = "its own functions") -> dict[str, OwnLayer]:
+    """The layers, experts' parameters among them, that `apply_dash` made. Raises TypeError for a PEFT model, which has a call of its own: `instead`."""
     if host_of(model) is not None:
         raise TypeError(f"the adapters of this model are PEFT's; call {instead}")
     return _own(unwrap(model))
 
 
-def _own(root: nn.Module) -> dict[str, DashLinear]:
-    return {name: layer for name, layer in _all_own(root).items() if layer.adapter is not None}
+def _own(root: nn.Module) -> dict[str, OwnLayer]:
+    layers = _all_own(root).items()
+    return {name: m for name, m in layers if not isinstance(m, DashLinear) or m.adapter is not None}
 
 
-def _all_own(root: nn.Module) -> dict[str, DashLinear]:
-    found = {plain_name(name): m.__dict__.get(VIEW, m) for name, m in root.named_modules()}
-    return {name: m for name, m in found.items() if isinstance(m, DashLinear)}
+def _all_own(root: nn.Module) -> dict[str, OwnLayer]:
+    found: dict[str, OwnLayer] = {}
+    for name, m in root.named_modules():
+        layer = m.__dict__.get(VIEW, m)
+        if isinstance(layer, DashLinear):
+            found[plain_name(name)] = layer
+        else:
+            found |= {plain_name(f"{name}.{whole.parameter}"): whole for whole in expert_parameters(layer)}
+    return found
 
 
-def all_layers(model: nn.Module, instead: str = "its own functions") -> dict[str, DashLinear]:
+def linears_of(layers: Mapping[str, OwnLayer]) -> dict[str, DashLinear]:
+    """The linear layers among adapted ones."""
+    return {name: layer for name, layer in layers.items() if isinstance(layer, DashLinear)}
+
+
+def experts_of(layers: Mapping[str, OwnLayer]) -> dict[str, ExpertParameter]:
+    """The experts' parameters among adapted layers."""
+    return {name: layer for name, layer in layers.items() if isinstance(layer, ExpertParameter)}
+
+
+def all_layers(model: nn.Module, instead: str = "its own functions") -> dict[str, OwnLayer]:
     """`own_layers`, and those of which only other adapters than the active one are part."""
     own_layers(model, instead)
     return _all_own(unwrap(model))
@@ -280,10 +302,16 @@ class OneAdapter:
         return hash((id(self.layer), self.adapter))
 
 
-def layers_with(model: nn.Module, adapter: str) -> dict[str, AdaptedLayer]:
-    """The layers of a model of `apply_dash` that have an adapter, active or not, each as that one."""
-    layers = all_layers(model).items()
-    return {name: cast(AdaptedLayer, OneAdapter(layer, adapter)) for name, layer in layers if adapter in layer.adapters}
+def training_parked(model: nn.Module, adapter: str) -> dict[str, AdaptedLayer]:
+    """The layers of an adapter that is not active and trains all the same, in mixed batches, each as that one; else none."""
+    layers = linears_of(_all_own(unwrap(model)))
+    return {
+        name: cast(AdaptedLayer, OneAdapter(layer, adapter))
+        for name, layer in layers.items()
+        if any(
+            n == adapter and any(p.requires_grad for p in parked.parameters()) for n, parked in layer.parked_adapters()
+        )
+    }
 
 
 def parked_parameters(model: nn.Module) -> Iterator[tuple[str, Tensor]]:

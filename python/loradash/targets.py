@@ -5,7 +5,8 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from .base_layers import is_linear
-from .config import DashConfig, matches, unmatched
+from .config import DashConfig, matches, unmatched, without_match
+from .experts import refusal
 from .linear import DashLinear
 from .state import plain_name, unwrap
 
@@ -22,10 +23,42 @@ def target_layers(model: nn.Module, config: DashConfig) -> dict[str, nn.Module]:
     return found
 
 
+def target_parameters(model: nn.Module, config: DashConfig) -> dict[str, tuple[nn.Module, str]]:
+    """The experts' parameters that these settings adapt, by plain name: the module and the parameter's name in it.
+
+    A module that occurs twice is found under its first name. Raises ValueError for one that cannot be adapted.
+    """
+    found: dict[str, tuple[nn.Module, str]] = {}
+    for name, place in _parameters(model).items():
+        if is_target_parameter(name, config):
+            problem = refusal(*place)
+            if problem:
+                raise ValueError(f"target_parameters: {name} {problem}")
+            found[name] = place
+    return found
+
+
+def is_target_parameter(name: str, config: DashConfig) -> bool:
+    """Do these settings adapt an experts' parameter of this name?"""
+    return matches(name, config.target_parameters) and _is_left_to_adapt(name, config)
+
+
+def _parameters(model: nn.Module) -> dict[str, tuple[nn.Module, str]]:
+    return {
+        plain_name(f"{name}.{key}"): (module, key)
+        for name, module in model.named_modules()
+        for key in module._parameters
+    }
+
+
 def is_target(name: str, config: DashConfig) -> bool:
     """Do these settings adapt a linear layer of this name?"""
     wanted = config.target_modules is None or matches(name, config.target_modules)
-    return wanted and not matches(name, config.exclude_modules) and not _trains_whole(name, config)
+    return wanted and _is_left_to_adapt(name, config)
+
+
+def _is_left_to_adapt(name: str, config: DashConfig) -> bool:
+    return not matches(name, config.exclude_modules) and not _trains_whole(name, config)
 
 
 def _linear_layers(model: nn.Module) -> dict[str, nn.Module]:
@@ -42,12 +75,21 @@ def _trains_whole(name: str, config: DashConfig) -> bool:
 def check_patterns(model: nn.Module, config: DashConfig) -> None:
     """Raises ValueError where the settings adapt nothing, or a pattern of theirs matches nothing in the model."""
     linears = _linear_layers(model)
-    if not target_layers(model, config):
+    parameters = _parameters(model) if config.target_parameters is not None else {}
+    lost = without_match(config.target_parameters, list(parameters))
+    if lost:
+        stacked = [name for name, (module, key) in parameters.items() if not refusal(module, key)]
+        raise ValueError(
+            f"target_parameters: {lost[0]!r} matches no parameter; experts' parameters that can be adapted: "
+            f"{', '.join(stacked[:8]) or 'none'}{', ...' if len(stacked) > 8 else ''}"
+        )
+    experts = target_parameters(model, config)
+    if not target_layers(model, config) and not experts:
         raise ValueError(
             f"target_modules={config.target_modules!r} matches none of the {len(linears)} linear layers: "
             f"{', '.join(list(linears)[:8])}{', ...' if len(linears) > 8 else ''}"
         )
-    problems = unmatched(config, list(linears), [plain_name(name) for name, _ in model.named_modules()])
+    problems = unmatched(config, [*linears, *experts], [plain_name(name) for name, _ in model.named_modules()])
     if problems:
         raise ValueError("; ".join(problems))
 

@@ -5,15 +5,16 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import cast
 
-from torch import nn
+from torch import Tensor, nn
 
 from .attention import compute_as_before
 from .bypass import allow_fusing
 from .distributed import is_sharded
+from .experts import ExpertParameter
 from .linear import DashLinear
 from .model import wrappers
 from .parked import PARTS, PLACE
-from .state import STATE, WAITING, all_layers, plain_name, unwrap
+from .state import STATE, WAITING, OwnLayer, all_layers, experts_of, linears_of, plain_name, unwrap
 
 _OURS = {
     "base",
@@ -54,8 +55,12 @@ def merge_and_unload(model: nn.Module) -> nn.Module:
     if not layers:
         raise ValueError("the model has no LoRA-Dash adapters; there is nothing to merge")
     _check(model, layers)
+    for whole in experts_of(layers).values():
+        if _has_update(whole):
+            whole.merge()
+        whole.remove()
     plain: dict[nn.Module, nn.Module] = {}
-    for layer in layers.values():
+    for layer in linears_of(layers).values():
         # Without an update the weight itself stays, and what is tied to it.
         if _has_update(layer):
             layer.merge()
@@ -75,23 +80,25 @@ def merge_and_unload(model: nn.Module) -> nn.Module:
     return plain.get(model, model)
 
 
-def _check(model: nn.Module, layers: Mapping[str, DashLinear]) -> None:
+def _check(model: nn.Module, layers: Mapping[str, OwnLayer]) -> None:
     for module_name, module in model.named_modules():
         if isinstance(module, wrappers()):
             raise ValueError(f"{module_name or 'the model'} is a {type(module).__name__}; pass the model inside it")
     places = set(model.modules())
-    for name, layer in layers.items():
-        if layer not in places or (layer.base is None and layer.adopted is None):
+    for name, linear in linears_of(layers).items():
+        if linear not in places or (linear.base is None and linear.adopted is None):
             raise ValueError(
                 f"{name} is a layer of another framework's class, which has no plain one to come back to: "
                 "save_adapter(model, path), then merge_and_unload(load_adapter(plain_model, path))"
             )
-        if any(is_sharded(p) for p in layer.parameters()):
+    for name, layer in layers.items():
+        module = layer.module if isinstance(layer, ExpertParameter) else layer
+        if any(is_sharded(p) for p in module.parameters()):
             raise ValueError(
                 f"{name} is sharded (DTensor), and its parts belong to the sharded model: save_adapter(model, path) in every "
                 "process, then merge_and_unload(load_adapter(plain_model, path))"
             )
-        if "forward" in layer.__dict__:
+        if "forward" in module.__dict__:
             raise ValueError(
                 f"{name}: its forward was replaced since it was adapted; take that off first (accelerate: "
                 "remove_hook_from_module(model, recurse=True))"
@@ -99,8 +106,7 @@ def _check(model: nn.Module, layers: Mapping[str, DashLinear]) -> None:
     owners = _owners(model)
     for name, layer in layers.items():
         holder = _holder(layer)
-        original = layer._unmerged if layer.merged else holder.weight
-        original = original.get("weight") if isinstance(original, dict) else original
+        original = _original(layer)
         tied = [other for other, module in owners.get(id(original), {}).items() if module is not holder]
         if tied and _has_update(layer):
             raise ValueError(
@@ -113,14 +119,25 @@ def _check(model: nn.Module, layers: Mapping[str, DashLinear]) -> None:
             layer.merged_weight()
 
 
-def _has_update(layer: DashLinear) -> bool:
-    if layer.adapter is None or layer._weights is not None:
+def _original(layer: OwnLayer) -> Tensor | None:
+    """The weight without the update, as the module had it."""
+    if isinstance(layer, ExpertParameter):
+        return layer.unmerged if layer.merged else layer.weight
+    original = layer._unmerged if layer.merged else _holder(layer).weight
+    return original.get("weight") if isinstance(original, dict) else cast(Tensor, original)
+
+
+def _has_update(layer: OwnLayer) -> bool:
+    if isinstance(layer, DashLinear) and (layer.adapter is None or layer._weights is not None):
         return layer.merged
     # On meta nobody knows.
     return layer.lora_b.is_meta or bool(layer.lora_b.any()) or bool(layer.dash_sigma.any())
 
 
-def _holder(layer: DashLinear) -> nn.Module:
+def _holder(layer: OwnLayer) -> nn.Module:
+    """The module that has the weight."""
+    if isinstance(layer, ExpertParameter):
+        return layer.module
     return layer if layer.base is None else layer.base
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import time
+import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -13,7 +14,7 @@ from tqdm.auto import tqdm
 
 from .distributed import is_sharded
 from .linear import DashLinear
-from .state import own_layers
+from .state import experts_of, linears_of, own_layers
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,14 @@ def warm_up(
     counts = list(dict.fromkeys(rows))
     if not counts or any(type(count) is not int or count < 1 for count in counts):
         raise ValueError(f"rows must be positive integers, at least one, got {counts}")
-    layers = own_layers(model, "it with a batch: layers of PEFT's are warmed up by a step")
+    adapted = own_layers(model, "it with a batch: layers of PEFT's are warmed up by a step")
+    layers, left_out = linears_of(adapted), experts_of(adapted)
+    if left_out:
+        warnings.warn(
+            f"loradash: warm_up leaves out {len(left_out)} experts' parameters, whose rows the router decides: warm them up by "
+            "a step",
+            stacklevel=2,
+        )
     if not layers:
         raise ValueError("the model has no LoRA-Dash adapters; call apply_dash(model, config) first")
     _check(layers)
