@@ -22,8 +22,10 @@ from .adapters import (
 from .background import BackgroundDecomposition
 from .cache import SpectralCache
 from .checkpoint import AdapterError, load_adapter, save_adapter
+from .combining import merge_adapters
 from .config import DashConfig
 from .export import export_lora
+from .hotswap import hotswap_adapter
 from .linear import DashLinear
 from .model import apply_dash, dash_only, disable, merge, summary, unmerge
 from .optimizer import dash_parameter_groups
@@ -54,8 +56,10 @@ __all__ = [
     "delete_adapter",
     "disable",
     "export_lora",
+    "hotswap_adapter",
     "load_adapter",
     "merge",
+    "merge_adapters",
     "merge_and_unload",
     "mixed_batch",
     "prelaunch",

@@ -49,7 +49,7 @@ def add_adapter(model: nn.Module, name: str, config: DashConfig | None = None) -
     model that all adapters share; a layer that cannot be adapted; merged layers; a sharded model. TypeError for a PEFT model.
     """
     config = config or DashConfig()
-    layers = _linears(model, "model.add_adapter(name, config)")
+    layers = linear_layers(model, "model.add_adapter(name, config)")
     known = states(model)
     check_adapter_name(name)
     if name in known:
@@ -95,7 +95,7 @@ def set_adapter(model: nn.Module, name: str) -> None:
     parallelize_module, which knows each parameter by its place (`hotswap_adapter` copies into the places); one inside a
     DistributedDataParallel that was made while the adapter was parked. TypeError for a PEFT model.
     """
-    layers = _linears(model, "model.set_adapter(name)")
+    layers = linear_layers(model, "model.set_adapter(name)")
     state = _state_of(model, name)
     if state is dash_state(model):
         return
@@ -132,7 +132,7 @@ def as_active(model: nn.Module, name: str | None) -> Iterator[None]:
     if _state_of(model, name) is before:
         yield
         return
-    layers = _linears(model, "its own functions")
+    layers = linear_layers(model, "its own functions")
     _check_movable(model, layers)
     trained = {n for n in states(model) if n != before.name and _trains_parked(layers, n)}
     _switch(model, layers, name)
@@ -162,7 +162,7 @@ def train_adapters(model: nn.Module, names: Iterable[str]) -> None:
     Raises ValueError, with nothing changed, for a name that the model lacks, and for a model inside a DistributedDataParallel that
     was made while the adapter was frozen.
     """
-    layers = _linears(model, "model.set_requires_grad(names)")
+    layers = linear_layers(model, "model.set_requires_grad(names)")
     wanted = {_state_of(model, name).name for name in names}
     for name in wanted:
         to_train = [layer.part(name, key) for layer in layers.values() for key in _trained_keys(layer, name)]
@@ -175,7 +175,7 @@ def delete_adapter(model: nn.Module, name: str) -> None:
 
     Raises ValueError for the active one and for a name that the model lacks; TypeError for a PEFT model.
     """
-    layers = _linears(model, "model.delete_adapter(name)")
+    layers = linear_layers(model, "model.delete_adapter(name)")
     if _state_of(model, name) is dash_state(model):
         raise ValueError(f"adapter {name!r} is the active one; set_adapter(model, another) before it is deleted")
     _check_movable(model, layers)
@@ -206,7 +206,7 @@ def mixed_batch(model: nn.Module, names: Sequence[str | None]) -> Iterator[nn.Mo
     rows (layers whose caller puts the batch and the tokens into one dimension, or the tokens first). RuntimeError for a backward
     pass after the block, and in reentrant checkpoints. TypeError for a PEFT model, whose calls take `adapter_names`.
     """
-    layers = _linears(model, "model(..., adapter_names=names)")
+    layers = linear_layers(model, "model(..., adapter_names=names)")
     known = states(model)
     wanted = [None if name is None or name == NO_ADAPTER else name for name in names]
     for name in wanted:
@@ -231,7 +231,7 @@ def _device(layer: DashLinear) -> torch.device:
     return found.device
 
 
-def _linears(model: nn.Module, instead: str) -> dict[str, DashLinear]:
+def linear_layers(model: nn.Module, instead: str) -> dict[str, DashLinear]:
     """All adapted layers. Raises ValueError for a model with adapted experts, and TypeError for a PEFT model."""
     layers = all_layers(model, instead)
     experts = list(experts_of(layers))
