@@ -32,6 +32,7 @@ from .optimizer import dash_parameter_groups
 from .prelaunch import LayerReport, prelaunch
 from .schedule import DashSchedule
 from .state import dash_layers, dash_state
+from .training import load_training, save_training
 from .unload import merge_and_unload
 from .warming import WarmedUp, warm_up
 
@@ -58,12 +59,14 @@ __all__ = [
     "export_lora",
     "hotswap_adapter",
     "load_adapter",
+    "load_training",
     "merge",
     "merge_adapters",
     "merge_and_unload",
     "mixed_batch",
     "prelaunch",
     "save_adapter",
+    "save_training",
     "set_adapter",
     "summary",
     "train_adapters",

@@ -130,7 +130,7 @@ class SpectralCache:
                 stacklevel=2,
             )
         rank, processes = place()
-        costs = {n: cost(m.out_features, m.in_features) for n, m in layers.items() if m.dash_sigma.numel()}
+        costs = {n: cost(m.out_features, m.in_features) for n, m in layers.items() if m.dash_vt.shape[0]}
         read = [layers[name] for name in share_out(costs, processes)[rank] if name not in left_out]
         devices = [p.device for layer in read for p in (layer.weight, layer.lora_a)]
         return BackgroundDecomposition(self, [layer.weight_nk for layer in read], devices)

@@ -18,6 +18,7 @@ from .distributed import cost, exchange_directions, gather_in_turns, gathered, i
 from .experts import matrices
 from .meeting import Meeting
 from .state import AdaptedLayer, dash_layers, dash_state
+from .units import Units
 
 
 @dataclass(frozen=True)
@@ -58,14 +59,15 @@ def prelaunch(
     layers = matrices(dash_layers(model))
     reshard(model)
     _check_phase(layers)
-    adapters = {name: (gathered(layer.lora_a), gathered(layer.lora_b)) for name, layer in layers.items()}
+    units = Units(model)
+    adapters = _adapters(layers, units)
     idle = [name for name, (a, b) in adapters.items() if not bool(a.any()) or not bool(b.any())]
     if idle:
         warnings.warn(
             f"loradash: no update yet in {len(idle)} layers, they stay plain LoRA: {', '.join(idle[:4])}", stacklevel=2
         )
-    names = [name for name, layer in layers.items() if name not in set(idle) and layer.dash_sigma.numel()]
-    finder = _Finder(layers, adapters, method, cache, device)
+    names = [name for name, layer in layers.items() if name not in set(idle) and layer.dash_vt.shape[0]]
+    finder = _Finder(layers, adapters, method, cache, device, units)
     rank, processes = place()
     shares = share_out({name: cost(layers[name].out_features, layers[name].in_features) for name in names}, processes)
     with tqdm(total=len(names), desc="pre-launch", unit="layer", disable=not progress or rank != 0) as bar:
@@ -76,6 +78,16 @@ def prelaunch(
     for name in names:
         layers[name].launch(found[name])
     return [LayerReport(n, found[n].routes[0], found[n].rate, found[n].sigma, found[n].index) for n in names]
+
+
+def _adapters(layers: dict[str, AdaptedLayer], units: Units) -> dict[str, tuple[Tensor, Tensor]]:
+    """A and B of every layer, whole."""
+    found = {}
+    for name, layer in layers.items():
+        with units.whole(layer) as gathers:
+            a, b = gathered(layer.lora_a), gathered(layer.lora_b)
+            found[name] = (a.clone(), b.clone()) if gathers else (a, b)
+    return found
 
 
 def _check_phase(layers: dict[str, AdaptedLayer]) -> None:
@@ -102,13 +114,27 @@ class _Finder:
         method: str,
         cache: SpectralCache | None,
         device: torch.device | str | None,
+        units: Units,
     ) -> None:
         self.layers, self.adapters, self.method, self.cache, self.device = layers, adapters, method, cache, device
+        self.units = units
         # Elements of a batch that once was too large for a device, halved.
         self.bounds: dict[torch.device, int] = {}
 
     def device_of(self, name: str) -> torch.device:
         return torch.device(self.device or self.layers[name].lora_a.device)
+
+    def is_sharded(self) -> bool:
+        """Are there weights that only all processes together can gather?"""
+        return any(is_sharded(layer.weight) or self.units.has(layer) for layer in self.layers.values())
+
+    def whole_weight(self, name: str) -> Tensor:
+        """W (N, K) of a layer; every process must ask for the same one."""
+        layer = self.layers[name]
+        with self.units.whole(layer) as gathers:
+            if is_sharded(layer.weight):
+                return layer.oriented(gathered(layer.weight))
+            return layer.weight_nk().detach().clone() if gathers else layer.weight_nk()
 
     def batches(self, names: Sequence[str]) -> Iterator[list[str]]:
         """Layers of one shape, rank and device together, in batches of bounded size; with a cache one at a time.
@@ -166,7 +192,7 @@ class _Finder:
     @torch.no_grad()
     def _decompose(self, names: Sequence[str], weight_of: Callable[[str], Tensor]) -> dict[str, Directions]:
         layer = self.layers[names[0]]
-        device, s, scaling = self.device_of(names[0]), layer.dash_sigma.numel(), layer.scaling
+        device, s, scaling = self.device_of(names[0]), layer.dash_vt.shape[0], layer.scaling
         if self.cache is not None:
             a, b = (t.to(device).float() for t in self.adapters[names[0]])
             weight = weight_of(names[0]).to(device)
@@ -195,14 +221,12 @@ def _find(finder: _Finder, shares: list[list[str]], rank: int, bar: tqdm) -> dic
         found.update(finder.find(names, weight_of))
         meeting.advance(len(names))
 
-    def whole_weight(name: str) -> Tensor:
-        layer = finder.layers[name]
-        return layer.oriented(gathered(layer.weight)) if is_sharded(layer.weight) else layer.weight_nk()
-
     # Ctrl-C too is told to the other processes.
     try:
-        if any(layer.base is None and is_sharded(layer.weight) for layer in finder.layers.values()):
-            gather_in_turns(shares, rank, whole_weight, lambda name, weight: take([name], lambda _: weight), meeting)
+        if finder.is_sharded():
+            gather_in_turns(
+                shares, rank, finder.whole_weight, lambda name, weight: take([name], lambda _: weight), meeting
+            )
         else:
             for batch in finder.batches(shares[rank]):
                 if meeting.is_lost():

@@ -19,6 +19,7 @@ from .linear import DashLinear
 from .model import train_sigma_alone
 from .prelaunch import LayerReport, prelaunch
 from .state import AdaptedLayer, OneAdapter, dash_layers, dash_state, parameter_of, state_and_layers, training_parked
+from .units import Units, fsdp1_units
 
 
 class DashSchedule:
@@ -63,7 +64,9 @@ class DashSchedule:
 
     def _watch_training(self, gradients: bool) -> None:
         self._watch = _OptimizerWatch(self._layers, self._before_optimizer)
-        self._gradients = _GradientWatch(self._layers) if gradients else None
+        # FSDP1 and FSDP2 set the gradients of their parameters without calling hooks.
+        seen = gradients and not fsdp1_units(self.model)
+        self._gradients = _GradientWatch(self._layers) if seen else None
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy, made together with a copy of the model, watches that one."""
@@ -149,7 +152,12 @@ class DashSchedule:
         self._phase = None
 
     def _has_update(self) -> bool:
-        return any(bool(gathered(layer.lora_b).any()) for layer in self._layers.values())
+        units = Units(self.model)
+        for layer in self._layers.values():
+            with units.whole(layer):
+                if bool(gathered(layer.lora_b).any()):
+                    return True
+        return False
 
     def _is_settled(self) -> bool:
         """`launched`, but read from the device only after somebody wrote it: this is asked before every optimizer step.
@@ -224,6 +232,8 @@ class _OptimizerWatch:
         self.taken = 0
         self.assumed = 0
         self.seen = False
+        # Is the step that runs now one that only makes an optimizer's state?
+        self._empty = False
         watch = weakref.ref(self)
         handles = (
             register_optimizer_step_pre_hook(functools.partial(_call, watch, "_about_to_step")),
@@ -249,6 +259,9 @@ class _OptimizerWatch:
         before = self._before()
         if before is None or not self._is_ours(optimizer):
             return None
+        self._empty = _only_makes_state(optimizer, kwargs)
+        if self._empty:
+            return None
         before()
         # args holds the optimizer itself first, and then what its step was called with.
         closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
@@ -265,7 +278,7 @@ class _OptimizerWatch:
         return (args[0], followed, *args[2:]), kwargs
 
     def _stepped(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
-        if self._is_ours(optimizer):
+        if self._is_ours(optimizer) and not self._empty:
             self.seen = True
             # Fused optimizers skip steps themselves, by what GradScaler tells them.
             overflow = getattr(optimizer, "found_inf", None)
@@ -275,6 +288,21 @@ class _OptimizerWatch:
         parts = (p for layer in _with_adapter(self._layers) for p in (layer.lora_a, layer.lora_b, layer.dash_sigma))
         ours = {id(parameter_of(p)) for p in parts}
         return any(id(p) in ours for group in optimizer.param_groups for p in group["params"])
+
+
+def _only_makes_state(optimizer: torch.optim.Optimizer, kwargs: Mapping[str, Any]) -> bool:
+    """Is a step the one by which torch.distributed.checkpoint makes the state of an optimizer that it will load?
+
+    torch.distributed.checkpoint.state_dict calls step(closure=None) of an optimizer without state, with rates of zero and
+    zero gradients for all that trains. Δσ too gets its state by that, and nothing was trained.
+    """
+    if optimizer.state or kwargs.get("closure", optimizer) is not None:
+        return False
+    groups = optimizer.param_groups
+    still = all(float(group.get("lr", 0.0)) == 0.0 for group in groups)
+    gradients = (p.grad for group in groups for p in group["params"] if p.grad is not None)
+    # Of a sharded one this process's part tells enough: all of them are zero, or there is a step.
+    return still and not any(bool((g.to_local() if is_sharded(g) else g).any()) for g in gradients)
 
 
 def _call(watch: weakref.ref, method: str, optimizer: torch.optim.Optimizer, *arguments: Any) -> Any:
@@ -309,7 +337,7 @@ class _GradientWatch:
         # A finetuning callback may have thawed B since.
         if not self._layers and not any(layer.lora_b.requires_grad for layer in self._all.values()):
             warnings.warn("loradash: no adapter trains, every lora_b is frozen (requires_grad=False)", stacklevel=4)
-        # Loading may have frozen B since. FSDP2 sets the gradients of sharded parameters without calling hooks.
+        # Loading may have frozen B since. Of a sharded one nothing was heard.
         looked_at = {n: layer for n, layer in self._layers.items() if layer.lora_b.requires_grad}
         missing = [n for n, layer in looked_at.items() if n not in self._arrived and not is_sharded(layer.lora_b)]
         if missing and (trained or self._arrived):

@@ -33,7 +33,7 @@ FLOORS = {
     "python/loradash": (
         "presets", "config", "meeting", "distributed", "formats", "base_layers", "quantised", "merging", "parked", "linear", "data_parallel", "state",
         "targets", "attention", "bypass", "model", "adapters", "combining", "unload", "warming", "checkpoint", "hotswap", "peft_layout", "export", "streams", "background",
-        "fingerprint", "cache", "background_process", "batches", "prelaunch", "schedule", "optimizer", "plots", "analysis", "integrations",
+        "fingerprint", "cache", "background_process", "batches", "prelaunch", "schedule", "training", "optimizer", "plots", "analysis", "integrations",
         "devices", "machine", "cli", "__init__",
     ),
     "python/loradash/integrations": ("__init__", "callbacks", "lightning", "peft", "subspace_tuning", "transformers"),

@@ -1,0 +1,141 @@
+"""A run on disk, to go on from in any number of processes: torch.distributed.checkpoint, told of our two phases."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections import defaultdict
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .distributed import place
+from .schedule import DashSchedule
+from .state import dash_layers, parameter_of, plain_name
+from .units import fsdp1_units
+
+# The phase that an optimizer is in, beside what DashSchedule knows: has it stepped any Δσ?
+_STEPPED = "sigma_stepped"
+
+
+def save_training(
+    folder: str | os.PathLike, model: nn.Module, optimizer: torch.optim.Optimizer, schedule: DashSchedule, **others: Any
+) -> None:
+    """Writes what a run needs to go on, each process its own part: adapters and whatever else trains, buffers, the
+    optimizer's state, the schedule's. The frozen weights are not written: they are the base model's.
+
+    For a model as it is, in DistributedDataParallel, sharded by FSDP2 or FSDP1, by DTensors of any mesh, or one stage of a
+    pipeline, whose parameters have names of their own; every process must call this.
+
+    Args:
+        folder: of torch.distributed.checkpoint's files.
+        others: what else has state_dict and load_state_dict, by names of your own (a scheduler of learning rates).
+
+    Raises RuntimeError between `optimizer.step()` and `schedule.step()`.
+    """
+    import torch.distributed.checkpoint as dcp
+
+    model = _inside(model)
+    state = {**others, "model": _model_state(model), "schedule": schedule, _STEPPED: _has_stepped(model, optimizer)}
+    with _complete(model, optimizer) as optimizer_state:
+        dcp.save({**state, "optimizer": optimizer_state}, checkpoint_id=folder)
+
+
+def load_training(
+    folder: str | os.PathLike, model: nn.Module, optimizer: torch.optim.Optimizer, schedule: DashSchedule, **others: Any
+) -> None:
+    """Goes on from `save_training`, in as many processes as there are now, under whatever scheme: a new model with the base
+    model's weights and adapters of the same settings, wrapped, its optimizer, its `DashSchedule`. Every process must call
+    this.
+
+    Raises torch.distributed.checkpoint's CheckpointException where a tensor or the folder is not there or does not fit, and
+    ValueError as `DashSchedule.load_state_dict`.
+    """
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.state_dict import (
+        StateDictOptions,
+        get_model_state_dict,
+        set_model_state_dict,
+        set_optimizer_state_dict,
+    )
+
+    model, flat = _inside(model), StateDictOptions(flatten_optimizer_state_dict=True)
+    with _complete(model, optimizer) as optimizer_state:
+        values = _model_state(model)
+        state = {**others, "schedule": schedule, "model": values, "optimizer": optimizer_state, _STEPPED: False}
+        dcp.load(state, checkpoint_id=folder)
+    # FSDP1 warns of each weight that is not set.
+    values = get_model_state_dict(model) | values if fsdp1_units(model) else values
+    set_model_state_dict(model, values, options=StateDictOptions(strict=False))
+    set_optimizer_state_dict(model, optimizer, optimizer_state, options=flat)
+    if not state[_STEPPED]:
+        for sigma in _sigmas(model):
+            optimizer.state.pop(sigma, None)
+
+
+def _inside(model: nn.Module) -> nn.Module:
+    return model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
+
+
+def _model_state(model: nn.Module) -> dict[str, Any]:
+    """Everything but frozen weights. A and B are frozen too once Δσ trains alone."""
+    from torch.distributed.checkpoint.state_dict import get_model_state_dict
+
+    layers = dash_layers(model).values()
+    ours = {id(parameter_of(p)) for layer in layers for p in (layer.lora_a, layer.lora_b, layer.dash_sigma)}
+    parameters = model.named_parameters(remove_duplicate=False)
+    frozen = {plain_name(name) for name, p in parameters if not p.requires_grad and id(p) not in ours}
+    return {name: value for name, value in get_model_state_dict(model).items() if name not in frozen}
+
+
+def _sigmas(model: nn.Module) -> list[Tensor]:
+    return [parameter_of(layer.dash_sigma) for layer in dash_layers(model).values()]
+
+
+def _has_stepped(model: nn.Module, optimizer: torch.optim.Optimizer) -> bool:
+    """Has an optimizer state of any Δσ, in any process?"""
+    ours = any(optimizer.state.get(sigma) for sigma in _sigmas(model))
+    processes = place()[1]
+    if processes == 1:
+        return ours
+    found = [ours] * processes
+    torch.distributed.all_gather_object(found, ours)
+    return any(found)
+
+
+@contextlib.contextmanager
+def _complete(model: nn.Module, optimizer: torch.optim.Optimizer) -> Iterator[dict[str, Any]]:
+    """The optimizer's state by the parameters' names, in which Δσ has its place in either phase, so that any checkpoint fits
+    any run. Afterwards the optimizer is what it was before."""
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict
+
+    before = dict(optimizer.state)
+    if before:
+        optimizer.state.update(_new_state(optimizer, [s for s in _sigmas(model) if not before.get(s)]))
+    try:
+        yield get_optimizer_state_dict(model, optimizer, options=StateDictOptions(flatten_optimizer_state_dict=True))
+    finally:
+        for parameter in optimizer.state.keys() - before.keys():
+            del optimizer.state[parameter]
+
+
+def _new_state(optimizer: torch.optim.Optimizer, parameters: list[Tensor]) -> dict[Tensor, Any]:
+    """The state that an optimizer makes for parameters at its first step, which changes none: gradients and rates are 0."""
+    new = {id(p) for p in parameters}
+    groups = [{**g, "lr": 0.0, "params": [p for p in g["params"] if id(p) in new]} for g in optimizer.param_groups]
+    scratch = type(optimizer).__new__(type(optimizer))
+    scratch.__setstate__(
+        {"defaults": optimizer.defaults, "state": defaultdict(dict), "param_groups": [g for g in groups if g["params"]]}
+    )
+    gradients = [p.grad for p in parameters]
+    try:
+        for p in parameters:
+            p.grad = torch.zeros_like(p)
+        # As torch.distributed.checkpoint calls it, and as DashSchedule knows it.
+        scratch.step(closure=None)
+    finally:
+        for p, gradient in zip(parameters, gradients, strict=True):
+            p.grad = gradient
+    return dict(scratch.state)

@@ -1,0 +1,279 @@
+"""One process of `support.scale`: python -m support.scale_worker SCHEMES RANK STORE FOLDER CELLS PROCESSES
+
+Every cell is compared with what one process makes of the same batches, computed here before the processes meet. It writes
+FOLDER/SCHEME/result.RANK.json after every cell, so that nothing is lost where a later one hangs.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+import sys
+import traceback
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import loradash
+import torch
+import torch.distributed as dist
+from loradash import DashSchedule, apply_dash, dash_layers, dash_state
+from loradash.distributed import gathered
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from .schemes import LAUNCH, STEPS, Run, Scheme, batch, mean_over_processes, network, of_part, scheme
+
+
+def seeded(step: int, part: int) -> None:
+    """Before a part of a step: all of its dropout masks follow from it."""
+    torch.manual_seed(10_000 * step + part)
+
+
+class Reference(NamedTuple):
+    """What one process makes of it: losses of every step, the trained model, its output, and its files."""
+
+    losses: list[float]
+    model: nn.Module
+    output: Tensor
+    adapter: Path
+    exported: Path
+
+
+def reference(way: Scheme, folder: Path) -> Reference:
+    """A batch's parts one after the other, their gradients summed as the processes' are averaged."""
+    model = apply_dash(network(), way.config)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    schedule = DashSchedule(model, progress=False)
+    losses = []
+    for step in range(STEPS):
+        parts = []
+        for part in range(way.parts):
+            seeded(step, part)
+            x, target = (of_part(t, part, way.parts) for t in batch(step))
+            loss = way.loss(model(x), target) / way.parts
+            loss.backward()
+            parts.append(loss.item())
+        optimizer.step()
+        optimizer.zero_grad()
+        schedule.step()
+        losses.append(sum(parts))
+    model.eval()
+    with torch.no_grad():
+        output = model(batch(STEPS)[0])
+    model.train()
+    exported = loradash.export_lora(model, folder / "exported")
+    return Reference(losses, model, output, loradash.save_adapter(model, folder / "adapter"), exported)
+
+
+class Cell:
+    """Collects comparisons; the worst is its result."""
+
+    def __init__(self) -> None:
+        self._found: list[dict[str, Any]] = []
+
+    def compare(self, what: str, ours: Tensor, theirs: Tensor, tolerance: float, relative: bool = True) -> None:
+        """The largest difference, relative to theirs' largest element."""
+        if ours.shape != theirs.shape:
+            raise AssertionError(f"{what}: shape {tuple(ours.shape)}, wanted {tuple(theirs.shape)}")
+        scale = theirs.double().abs().max().item() if relative else 1.0
+        gap = (ours.double() - theirs.double()).abs().max().item() / (scale or 1.0)
+        # NaN is no number that JSON has, and compares as no gap.
+        gap = math.inf if math.isnan(gap) else gap
+        self._found.append({"compared": what, "gap": gap, "tolerance": tolerance, "error": None})
+
+    def require(self, condition: bool, what: str) -> None:
+        if not condition:
+            raise AssertionError(what)
+
+    def result(self) -> dict[str, Any]:
+        return max(self._found, key=lambda found: found["gap"] / (found["tolerance"] or 1e-30))
+
+
+class Walk:
+    """The cells of one scheme, in an order in which none spoils the next."""
+
+    def __init__(self, way: Scheme, single: Reference, folder: Path) -> None:
+        self.way, self.single, self.folder, self.rank = way, single, folder, dist.get_rank()
+        self.run: Run | None = None
+
+    def cell(self, name: str) -> dict[str, Any]:
+        cell = Cell()
+        try:
+            getattr(self, name)(cell)
+            return cell.result()
+        # Whatever it is, the other cells have their turn.
+        except Exception as error:
+            text = f"{type(error).__name__}: {error}"
+            print(f"--- {self.way.name}, {name}\n{traceback.format_exc()}", flush=True)
+            return {"compared": name, "gap": math.inf, "tolerance": 0.0, "error": text}
+
+    def trained(self) -> Run:
+        if self.run is None:
+            raise RuntimeError("not reached: training failed")
+        return self.run
+
+    def begin(self) -> Run:
+        return self.way.begin(apply_dash(network(), self.way.config))
+
+    def steps(self, run: Run, first: int, last: int) -> list[float]:
+        losses = []
+        for step in range(first, last):
+            seeded(step, self.way.part())
+            x, target = (of_part(t, self.way.part(), self.way.parts) for t in batch(step))
+            losses.append(mean_over_processes(self.way.step(run, x, target)))
+        return losses
+
+    def output(self, model: nn.Module) -> Tensor:
+        return self.way.forward(model, batch(STEPS)[0])
+
+    def tensors(self, model: nn.Module) -> dict[str, Tensor]:
+        """What comes out of training, whole; of directions their projection, which has no signs."""
+        found = {}
+        with self.way.whole(model):
+            for name, layer in dash_layers(self.way.trained(model)).items():
+                parts = {key: gathered(getattr(layer, key)).clone() for key in ("lora_a", "lora_b", "dash_sigma")}
+                found |= {f"{name}.{key}": t for key, t in parts.items()}
+                u, vt = gathered(layer.dash_u), gathered(layer.dash_vt)
+                found[f"{name}.directions"] = u @ vt
+        return found
+
+    def train(self, cell: Cell) -> None:
+        run = self.begin()
+        losses = self.steps(run, 0, STEPS)
+        self.run = run
+        cell.compare(
+            "losses", torch.tensor(losses), torch.tensor(self.single.losses), self.way.loss_tolerance, relative=False
+        )
+        cell.compare("output", self.output(run.model), self.single.output, self.way.tolerance)
+
+    def launch(self, cell: Cell) -> None:
+        run = self.trained()
+        cell.require(run.schedule.launched, "the schedule did not launch")
+        cell.require(dash_state(run.model).step == STEPS, f"step {dash_state(run.model).step}, wanted {STEPS}")
+        ours, theirs = self.tensors(run.model), self.tensors_of_one()
+        cell.require(ours.keys() == theirs.keys(), f"layers {sorted(ours)}, wanted {sorted(theirs)}")
+        for name, tensor in theirs.items():
+            cell.compare(name, ours[name], tensor, self.way.tolerance)
+
+    def tensors_of_one(self) -> dict[str, Tensor]:
+        found = {}
+        for name, layer in dash_layers(self.single.model).items():
+            found |= {f"{name}.{key}": getattr(layer, key).detach() for key in ("lora_a", "lora_b", "dash_sigma")}
+            found[f"{name}.directions"] = layer.dash_u @ layer.dash_vt
+        return found
+
+    def save(self, cell: Cell) -> None:
+        run = self.trained()
+        with self.way.whole(run.model):
+            file = loradash.save_adapter(run.model, self.folder / f"adapter.{self.rank}.safetensors")
+        dist.barrier()
+        first = load_file(self.folder / "adapter.0.safetensors")
+        for name, tensor in load_file(file).items():
+            cell.require(torch.equal(tensor, first[name]), f"{name} differs between the processes' files")
+        wanted = load_file(self.single.adapter)
+        cell.require(first.keys() == wanted.keys(), f"the file has {sorted(first)}, wanted {sorted(wanted)}")
+        # A direction's two vectors may have turned their signs together.
+        for name, tensor in wanted.items():
+            turned = name.endswith(("dash_u", "dash_vt"))
+            ours, theirs = (t.float().abs() if turned else t.float() for t in (first[name], tensor))
+            cell.compare(name, ours, theirs, self.way.tolerance)
+
+    def load(self, cell: Cell) -> None:
+        """Their file in one process, and that of one process here, in a model that never trained."""
+        plain = loradash.load_adapter(network(), self.saved())
+        plain.eval()
+        with torch.no_grad():
+            y = plain(batch(STEPS)[0])
+        cell.compare("here to one process", y, self.output(self.trained().model), self.way.tolerance)
+        model = self.begin().model
+        with self.way.whole(model, writing=True):
+            loradash.load_adapter(model, self.single.adapter)
+        cell.compare("one process to here", self.output(model), self.single.output, self.way.tolerance)
+        cell.require(dash_state(model).step == STEPS, "the step was not loaded")
+
+    def saved(self) -> Path:
+        file = self.folder / "adapter.0.safetensors"
+        if not file.is_file():
+            raise RuntimeError("not reached: saving failed")
+        return file
+
+    def export(self, cell: Cell) -> None:
+        run = self.trained()
+        with self.way.whole(run.model):
+            exported = loradash.export_lora(run.model, self.folder / f"exported.{self.rank}")
+        ours, theirs = (load_file(folder / "adapter_model.safetensors") for folder in (exported, self.single.exported))
+        cell.require(ours.keys() == theirs.keys(), f"the file has {sorted(ours)}, wanted {sorted(theirs)}")
+        for name in theirs:
+            if name.endswith("lora_A.weight"):
+                other = name.replace("lora_A", "lora_B")
+                cell.compare(name, ours[other] @ ours[name], theirs[other] @ theirs[name], self.way.tolerance)
+
+    def merge(self, cell: Cell) -> None:
+        """Merged the output stays; unmerged it is that of before, bit for bit; then merged for good."""
+        model = self.trained().model
+        before = self.output(model)
+        with self.way.whole(model, writing=True):
+            loradash.merge(model)
+        cell.compare("merged", self.output(model), before, self.way.tolerance)
+        layers = dash_layers(self.way.trained(model)).values()
+        cell.require(all(layer.merged for layer in layers), "a layer was not merged")
+        with self.way.whole(model, writing=True):
+            loradash.unmerge(model)
+        cell.require(torch.equal(self.output(model), before), "unmerge did not bring back what was before")
+
+    def resume(self, cell: Cell) -> None:
+        """Stopped before launch, at it and after it, and gone on with in a model of other adapters."""
+        for stop in (LAUNCH - 2, LAUNCH, LAUNCH + 2):
+            run = self.begin()
+            self.steps(run, 0, stop)
+            folder = self.folder / f"checkpoint.{stop}"
+            self.way.save_checkpoint(run, folder)
+            again = self.begin()
+            with torch.no_grad():
+                # What is not loaded shows.
+                for parameter in filter(lambda p: p.requires_grad, again.model.parameters()):
+                    parameter.mul_(0.5)
+            self.way.load_checkpoint(again, folder)
+            step, launched = dash_state(again.model).step, again.schedule.launched
+            cell.require(step == stop, f"resumed at step {step}, wanted {stop}")
+            cell.require(launched == (stop >= LAUNCH), f"launched is {launched} at step {step}")
+            rest = torch.tensor(self.steps(again, stop, STEPS))
+            wanted = torch.tensor(self.single.losses[stop:])
+            cell.compare(f"losses from step {stop}", rest, wanted, self.way.loss_tolerance, relative=False)
+            cell.require(again.schedule.launched, f"resumed at step {stop} it never launched")
+
+
+def main(names: str, rank: str, store: str, folder: str, cells: str, processes: str) -> None:
+    ways = [scheme(name, int(rank)) for name in names.split(",")]
+    places = {way.name: Path(folder) / way.name for way in ways}
+    for way in ways:
+        if way.processes != int(processes):
+            raise ValueError(f"{way.name} takes {way.processes} processes, not {processes}")
+        places[way.name].mkdir(exist_ok=True)
+    single = {way.name: reference(way, places[way.name] / f"one.{rank}") for way in ways}
+    dist.init_process_group(
+        "gloo",
+        init_method=f"file://{store}",
+        rank=int(rank),
+        world_size=int(processes),
+        timeout=timedelta(seconds=60),
+    )
+    for way in ways:
+        way.set_up()
+        walk = Walk(way, single[way.name], places[way.name])
+        results = {}
+        for cell in cells.split(","):
+            results[cell] = walk.cell(cell)
+            (places[way.name] / f"result.{rank}.json").write_text(json.dumps(results))
+    sys.stdout.flush()
+    with contextlib.suppress(RuntimeError):
+        dist.barrier()
+    # The interpreter's exit now and then aborts in gloo's threads.
+    os._exit(0)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,190 @@
+"""The ways of training one model in several processes that tests/distributed holds against one process.
+
+A scheme is a class in a file of this folder, named in `FILES`; `support.scale_worker` runs it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import loradash
+import torch
+import torch.distributed as dist
+from loradash import DashConfig, DashSchedule
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+FILES = {
+    "ddp": "data_parallel",
+    "ddp_static": "data_parallel",
+    "ddp_view": "data_parallel",
+    "ddp_no_sync": "data_parallel",
+    "ddp_unused": "data_parallel",
+    "fsdp1": "fsdp1",
+    "fsdp1_flat": "fsdp1",
+    "fsdp2": "fsdp2",
+    "fsdp2_first": "fsdp2",
+    "fsdp2_layers": "fsdp2",
+    "fsdp2_kept": "fsdp2",
+    "fsdp2_bf16": "fsdp2",
+    "fsdp2_checkpointed": "fsdp2",
+    "fsdp2_offloaded": "fsdp2",
+    "tp2": "tensor_parallel",
+    "tp2_fsdp2": "tensor_parallel",
+    "zero2": "zero",
+    "zero3": "zero",
+}
+"""The file of every scheme; a name that several of them share begins with the table's."""
+
+# Of x's rows (ROWS, TOKENS, WIDTH); every part of a batch takes its share of the rows.
+ROWS, TOKENS, WIDTH, HIDDEN, CLASSES = 8, 3, 24, 32, 10
+STEPS, LAUNCH = 8, 4
+
+
+class Block(nn.Module):
+    """A residual block of two rectangular layers: `up` may be sharded by columns and `down` by rows, in multiples of 8."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up = nn.Linear(WIDTH, HIDDEN)
+        self.down = nn.Linear(HIDDEN, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.down(torch.tanh(self.up(x)))
+
+
+class Network(nn.Module):
+    """Two blocks and a head, the same in every process."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList([Block(), Block()])
+        self.head = nn.Linear(WIDTH, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = block(x)
+        return self.head(x)
+
+
+def network() -> Network:
+    """A new base model, of one seed."""
+    torch.manual_seed(0)
+    return Network()
+
+
+def batch(step: int) -> tuple[Tensor, Tensor]:
+    """x (ROWS, TOKENS, WIDTH) and the target (ROWS, TOKENS, CLASSES) of a step."""
+    draw = torch.Generator().manual_seed(1000 + step)
+    return torch.randn(ROWS, TOKENS, WIDTH, generator=draw), torch.randn(ROWS, TOKENS, CLASSES, generator=draw)
+
+
+class Run(NamedTuple):
+    """What a training program holds."""
+
+    model: Any
+    optimizer: Any
+    schedule: DashSchedule
+
+
+class Scheme:
+    """One way of training. A subclass says `wrap` at least; everything else has a default that suits torch's own wrappers.
+
+    Attributes:
+        processes: how many it takes.
+        parts: into how many parts a batch is split. Processes of one part draw the same dropout mask.
+        dropout: of the adapters. The one process draws for every part as the part's own processes do.
+        loss_tolerance: allowed gap of losses, absolute; they are near 1.
+        tolerance: allowed gap of trained tensors and outputs after 8 steps, relative to the largest.
+    """
+
+    processes = 2
+    parts = 2
+    dropout = 0.25
+    loss_tolerance = 1e-5
+    tolerance = 1e-4
+
+    def __init__(self, name: str, rank: int) -> None:
+        self.name, self.rank = name, rank
+
+    @property
+    def config(self) -> DashConfig:
+        # 3 rows over 2 processes make uneven shards; a head trains as a whole.
+        return DashConfig(r=3, directions=3, prelaunch_steps=LAUNCH, dropout=self.dropout, trainable_modules=["head"])
+
+    def part(self) -> int:
+        """Which part of a batch this process computes."""
+        return self.rank * self.parts // self.processes
+
+    def set_up(self) -> None:
+        """Called once, in every process, when the group is there: meshes are made here."""
+
+    def wrap(self, model: nn.Module) -> nn.Module:
+        """A model, adapted or not, as this scheme trains it."""
+        raise NotImplementedError
+
+    def begin(self, model: nn.Module) -> Run:
+        """A training program of a model of `apply_dash`."""
+        wrapped = self.wrap(model)
+        return Run(wrapped, self.optimizer(wrapped), DashSchedule(wrapped, progress=False))
+
+    def optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
+        return torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+
+    def forward(self, model: nn.Module, x: Tensor) -> Tensor:
+        """The whole output of a model in evaluation, as a plain tensor."""
+        training = model.training
+        model.eval()
+        with torch.no_grad():
+            y = model(x)
+        model.train(training)
+        return y
+
+    def loss(self, y: Tensor, target: Tensor) -> Tensor:
+        return F.mse_loss(y.float(), target)
+
+    def step(self, run: Run, x: Tensor, target: Tensor) -> Tensor:
+        """One step on this process's part of a batch; the seed for dropout is set. Returns the part's loss."""
+        loss = self.loss(run.model(x), target)
+        loss.backward()
+        run.optimizer.step()
+        run.optimizer.zero_grad()
+        run.schedule.step()
+        return loss.detach()
+
+    @contextlib.contextmanager
+    def whole(self, model: nn.Module, writing: bool = False) -> Iterator[None]:
+        """Within the block parameters can be saved, and with `writing` written: for wrappers of which we ask it."""
+        yield
+
+    def trained(self, model: nn.Module) -> nn.Module:
+        """The model whose layers `dash_layers` names, inside `whole`."""
+        return model
+
+    def save_checkpoint(self, run: Run, folder: Path) -> None:
+        """Model, optimizer and schedule, to go on from."""
+        loradash.save_training(folder, *run)
+
+    def load_checkpoint(self, run: Run, folder: Path) -> None:
+        loradash.load_training(folder, *run)
+
+
+def scheme(name: str, rank: int) -> Scheme:
+    """The scheme of a name: its file's `SCHEMES[name]`."""
+    file = importlib.import_module(f"support.schemes.{FILES[name]}")
+    return file.SCHEMES[name](name, rank)
+
+
+def of_part(tensor: Tensor, part: int, parts: int) -> Tensor:
+    """A part's rows."""
+    return tensor.chunk(parts)[part]
+
+
+def mean_over_processes(value: Tensor) -> float:
+    total = value.detach().double().reshape(1).clone()
+    dist.all_reduce(total)
+    return total.item() / dist.get_world_size()
