@@ -213,17 +213,18 @@ def mixed_batch(model: nn.Module, names: Sequence[str | None]) -> Iterator[nn.Mo
         if name is not None and name not in known:
             raise ValueError(f"the model has no adapter {name!r}; it has {', '.join(known)}")
     _check_unmerged(layers)
-    present = tuple(dict.fromkeys(name for name in wanted if name is not None))
-    index = [NONE_OF_ROWS if name is None else present.index(name) for name in wanted]
-    rows = {device: MixedRows(present, group_rows(index, device)) for device in set(map(_device, layers.values()))}
+    # In an order that is the same for all batches, so that what is compiled serves the next one.
+    order = tuple(sorted(known))
+    index = [NONE_OF_ROWS if name is None else order.index(name) for name in wanted]
+    rows = {device: MixedRows(order, group_rows(index, device)) for device in set(map(_device, layers.values()))}
     before = {layer: layer._mixed_rows for layer in layers.values()}
     try:
         for layer in layers.values():
             layer._mixed_rows = rows[_device(layer)]
         yield model
     finally:
-        for layer, rows_before in before.items():
-            layer._mixed_rows = rows_before
+        for layer, outer in before.items():
+            layer.leave_mixed_batch(outer)
 
 
 def _device(layer: DashLinear) -> torch.device:

@@ -111,6 +111,13 @@ class HasAdapters(TakesUpdate):
         enabled: bool = self.enabled  # type: ignore[assignment]
         return enabled and self._unmerged is None and self._mixed_rows is None and self.adapter is not None
 
+    def leave_mixed_batch(self, outer: MixedRows | None) -> None:
+        """Goes back to the batch around it, or to none: as before there ever was one, which is what compiled code looks at."""
+        if outer is None:
+            self.__dict__.pop("_mixed_rows", None)
+        else:
+            self._mixed_rows = outer
+
     @property
     def adapters(self) -> list[str]:
         """The names of all adapters that this layer has, the active one first."""
@@ -135,8 +142,12 @@ class HasAdapters(TakesUpdate):
             raise AttributeError(f"{self._label()} has no adapter {adapter!r}")
         return getattr(holder, key)
 
-    def kernel_adapter(self, adapter: str) -> Adapter | None:
-        """What kernels need of an adapter; None where the layer lacks it."""
+    def kernel_adapters(self, rows: MixedRows) -> list[Adapter | None]:
+        """What kernels need of the adapters of a mixed batch, by number; None for one without rows, or that the layer lacks."""
+        present = set(rows.groups.numbers)
+        return [self._kernel_adapter(name) if i in present else None for i, name in enumerate(rows.names)]
+
+    def _kernel_adapter(self, adapter: str) -> Adapter | None:
         if adapter != self.adapter and adapter not in self._waiting():
             return None
         config = self.config_of(adapter)
