@@ -49,6 +49,26 @@ def add_adapter(model: nn.Module, name: str, config: DashConfig | None = None) -
     model that all adapters share; a layer that cannot be adapted; merged layers; a sharded model. TypeError for a PEFT model.
     """
     config = config or DashConfig()
+    check_new_adapter(model, name, config)
+    root, active = unwrap(model), dash_state(model)
+    chosen = target_layers(root, config)
+    plain = {n: module for n, module in chosen.items() if not isinstance(module, DashLinear)}
+    adapted = adapted_layers(root, plain, config, name)
+
+    put_in_place(root, adapted)
+    for layer in adapted.values():
+        layer.activate(active.name)
+    for layer_name, module in chosen.items():
+        if isinstance(module, DashLinear):
+            device = compute_device(module.base) if module.base is not None else module.weight.device
+            module.park_new(name, config.for_module(layer_name), device)
+    waiting = root.__dict__.setdefault(WAITING, {})
+    waiting[name] = DashState(config, trained_before=active.trained_before, name=name)
+    return model
+
+
+def check_new_adapter(model: nn.Module, name: str, config: DashConfig) -> None:
+    """Raises what `add_adapter` raises, but for a layer that cannot be adapted."""
     layers = linear_layers(model, "model.add_adapter(name, config)")
     known = states(model)
     check_adapter_name(name)
@@ -63,26 +83,12 @@ def add_adapter(model: nn.Module, name: str, config: DashConfig | None = None) -
                 "such an adapter must be a model's only one"
             )
     _check_movable(model, layers)
-    root, active = unwrap(model), dash_state(model)
+    root = unwrap(model)
     check_patterns(root, config)
-    chosen = target_layers(root, config)
     places = set(root.modules())
     foreign = [n for n, layer in layers.items() if layer not in places]
     if foreign:
         raise ValueError(f"{foreign[0]} is a layer of another framework's class, which has one adapter")
-    plain = {n: module for n, module in chosen.items() if not isinstance(module, DashLinear)}
-    adapted = adapted_layers(root, plain, config, name)
-
-    put_in_place(root, adapted)
-    for layer in adapted.values():
-        layer.activate(active.name)
-    for layer_name, module in chosen.items():
-        if isinstance(module, DashLinear):
-            device = compute_device(module.base) if module.base is not None else module.weight.device
-            module.park_new(name, config.for_module(layer_name), device)
-    waiting = root.__dict__.setdefault(WAITING, {})
-    waiting[name] = DashState(config, trained_before=active.trained_before, name=name)
-    return model
 
 
 def set_adapter(model: nn.Module, name: str) -> None:

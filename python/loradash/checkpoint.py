@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from loradash_kernels.files import replace_file
 
-from .adapters import add_adapter, as_active
+from .adapters import add_adapter, as_active, check_new_adapter
 from .base_layers import features
 from .config import DashConfig
 from .distributed import gathered, reshard, shard_of
@@ -304,9 +304,12 @@ def _load_beside(model: nn.Module, file: Path, name: str) -> nn.Module:
         with as_active(model, name):
             return load_adapter(model, file)
     found = read_adapter(file)
-    values = fitted(file, found.tensors, _wanted(file, unwrap(model), found.config))
     try:
+        check_new_adapter(model, name, found.config)
+        values = fitted(file, found.tensors, _wanted(file, unwrap(model), found.config))
         add_adapter(model, name, found.config)
+    except AdapterError:
+        raise
     except (ValueError, RuntimeError) as error:
         raise AdapterError(f"{file}: the adapter does not fit the model: {error}") from error
     with as_active(model, name):

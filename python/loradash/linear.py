@@ -251,7 +251,11 @@ class DashLinear(HasAdapters):
         self, rows: MixedRows, y: Tensor | None, x: Tensor, weight: Tensor | None, bias: Tensor | None
     ) -> Tensor:
         """A mixed batch: beside y, the output of a layer kept whole, or beside the product with the weight."""
-        options: dict[str, Any] = {"adapters": self.kernel_adapters(rows), "rows": rows.groups, "training": self.training}
+        options: dict[str, Any] = {
+            "adapters": self.kernel_adapters(rows),
+            "rows": rows.groups,
+            "training": self.training,
+        }
         try:
             if weight is None or (type(weight) not in (nn.Parameter, Tensor) and is_quantised(weight)):
                 y = F.linear(x, cast(Tensor, weight), bias) if y is None else y
