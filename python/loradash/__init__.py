@@ -10,11 +10,22 @@ save_adapter(model, "adapter")
 from loradash_kernels import __version__
 
 from . import data_parallel as _data_parallel  # noqa: F401
+from .adapters import (
+    active_adapter,
+    adapter_names,
+    add_adapter,
+    delete_adapter,
+    mixed_batch,
+    set_adapter,
+    train_adapters,
+)
 from .background import BackgroundDecomposition
 from .cache import SpectralCache
 from .checkpoint import AdapterError, load_adapter, save_adapter
+from .combining import merge_adapters
 from .config import DashConfig
 from .export import export_lora
+from .hotswap import hotswap_adapter
 from .linear import DashLinear
 from .model import apply_dash, dash_only, disable, merge, summary, unmerge
 from .optimizer import dash_parameter_groups
@@ -35,21 +46,30 @@ __all__ = [
     "SpectralCache",
     "WarmedUp",
     "__version__",
+    "active_adapter",
+    "adapter_names",
+    "add_adapter",
     "apply_dash",
     "dash_layers",
     "dash_only",
     "dash_parameter_groups",
     "dash_state",
+    "delete_adapter",
     "disable",
     "export_lora",
+    "hotswap_adapter",
     "load_adapter",
     "load_training",
     "merge",
+    "merge_adapters",
     "merge_and_unload",
+    "mixed_batch",
     "prelaunch",
     "save_adapter",
     "save_training",
+    "set_adapter",
     "summary",
+    "train_adapters",
     "unmerge",
     "warm_up",
 ]

@@ -16,13 +16,14 @@ from torch import Tensor, nn
 
 from loradash_kernels.files import replace_file
 
+from .adapters import add_adapter, as_active, check_new_adapter
 from .base_layers import features
 from .config import DashConfig
 from .distributed import assign, gathered, reshard
 from .experts import ExpertParameter
-from .linear import adapter_shapes
 from .model import apply_dash, merge_layers, refuse_refreezing, train_sigma_alone
-from .state import STATE, OwnLayer, dash_state, own_layers, unwrap
+from .parked import DEFAULT, adapter_shapes
+from .state import STATE, OwnLayer, dash_state, own_layers, states, unwrap
 from .targets import (
     is_target,
     is_target_parameter,
@@ -52,12 +53,12 @@ class Adapter(NamedTuple):
     dash_only: bool
 
 
-def _file(path: str | os.PathLike) -> Path:
+def file_of(path: str | os.PathLike) -> Path:
     path = Path(path)
     return path if path.suffix == ".safetensors" else path / FILE_NAME
 
 
-def _adapter_tensors(model: nn.Module, config: DashConfig) -> dict[str, Tensor]:
+def adapter_tensors(model: nn.Module, config: DashConfig) -> dict[str, Tensor]:
     return {key: t for _, tensors in _by_module(model, config) for key, t in tensors().items()}
 
 
@@ -86,16 +87,20 @@ def _gathered(model: nn.Module, config: DashConfig) -> dict[str, Tensor]:
     return found
 
 
-def save_adapter(model: nn.Module, path: str | os.PathLike) -> Path:
+def save_adapter(model: nn.Module, path: str | os.PathLike, adapter: str | None = None) -> Path:
     """Writes everything that training changed, the phase and the step to one safetensors file, replaced atomically.
 
     Sharded parameters (FSDP2, FSDP1, DTensor) are gathered: every process must call this, with a path of its own or the same.
 
     Args:
         path: a file ending in .safetensors, or a folder, which then gets `loradash_adapter.safetensors`.
+        adapter: a name of `adapter_names(model)`; None takes the active one. Its name is not in the file.
 
     Returns the file. The settings are JSON in its header, under "loradash".
     """
+    if adapter is not None:
+        with as_active(model, adapter):
+            return save_adapter(model, path)
     own_layers(model, "model.save_pretrained(path)")
     state = dash_state(model)
     reshard(model)
@@ -103,7 +108,7 @@ def save_adapter(model: nn.Module, path: str | os.PathLike) -> Path:
     _check_whole(model, tensors)
     about = {"config": state.config.to_dict(), "step": state.step, "dash_only": state.dash_only}
     header = {"format": FORMAT, "loradash": json.dumps(about)}
-    file = _file(path)
+    file = file_of(path)
     replace_file(file, lambda temporary: save_file(tensors, temporary, metadata=header))
     return file
 
@@ -122,7 +127,7 @@ def read_safetensors(file: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
         return opened.metadata() or {}, {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118
 
 
-def _read(file: Path) -> Adapter:
+def read_adapter(file: Path) -> Adapter:
     try:
         header, tensors = read_safetensors(file)
         if header.get("format") != FORMAT:
@@ -182,7 +187,7 @@ def _new_tensors(name: str, shapes: dict[str, tuple[int, ...]]) -> dict[str, Ten
 
 def _check_settings(file: Path, model: nn.Module, config: DashConfig, own: dict[str, Tensor]) -> None:
     """Do the settings of a file describe these adapters? Their tensors may have the right shapes all the same."""
-    problems = [f"{key} is kept by one alone" for key in own.keys() ^ _adapter_tensors(model, config).keys()]
+    problems = [f"{key} is kept by one alone" for key in own.keys() ^ adapter_tensors(model, config).keys()]
     for name, layer in own_layers(model).items():
         is_one = is_target_parameter if isinstance(layer, ExpertParameter) else is_target
         problems += [] if is_one(name, config) else [f"{name} is no target"]
@@ -202,7 +207,7 @@ def _check_real(file: Path, tensors: dict[str, Tensor]) -> None:
         )
 
 
-def _fit(file: Path, found: dict[str, Tensor], wanted: dict[str, Tensor]) -> dict[str, Tensor]:
+def fitted(file: Path, found: dict[str, Tensor], wanted: dict[str, Tensor]) -> dict[str, Tensor]:
     """The file's tensors in the dtypes of the model. Raises AdapterError for whatever does not fit."""
     problems = [f"{k} is missing" for k in wanted.keys() - found.keys()]
     problems += [f"{k} has no place in the model" for k in found.keys() - wanted.keys()]
@@ -237,6 +242,14 @@ def _finite(tensor: Tensor) -> Tensor:
     return (tensor.float() if torch.finfo(tensor.dtype).bits < 16 else tensor).isfinite()
 
 
+@torch.no_grad()
+def write_tensors(model: nn.Module, values: dict[str, Tensor]) -> None:
+    """Writes whole tensors into the active adapter's, in place."""
+    with whole(model, write=True):
+        for key, tensor in adapter_tensors(model, dash_state(model).config).items():
+            assign(tensor, values[key])
+
+
 def _exchange(file: Path, model: nn.Module, values: dict[str, Tensor], config: DashConfig) -> None:
     """Writes values and settings of all layers, merged ones too. If the new adapter cannot be merged, the old one stays."""
     layers = own_layers(model)
@@ -258,41 +271,66 @@ def _switch(
 ) -> None:
     for layer in merged.values():
         layer.unmerge()
-    with whole(model, write=True):
-        for key, tensor in _adapter_tensors(model, dash_state(model).config).items():
-            assign(tensor, values[key])
+    write_tensors(model, values)
     for name, layer in own_layers(model).items():
         layer.config = settings[name]
 
 
-def load_adapter(model: nn.Module, path: str | os.PathLike) -> nn.Module:
+def load_adapter(model: nn.Module, path: str | os.PathLike, adapter: str | None = None) -> nn.Module:
     """Puts an adapter of `save_adapter` into a model, adapted already or not; training can go on at its step and phase.
 
     Everything is checked before anything is written. A merged model is merged again, with the new adapter. Where
     parameters are sharded each process writes its own part: every process must call this, on the same file.
 
+    Args:
+        adapter: the name of the adapter that takes it; one that an adapted model lacks is added, beside the others, and is
+            parked. None takes the active one.
+
     Raises AdapterError, with the file's name, for a file that is missing, truncated or foreign, for tensors that are
     missing, left over, of another shape, not finite or too large for the model's dtype, and for a model on the meta device.
     """
     own_layers(model, "model.load_adapter(path, adapter_name)")
-    file = _file(path)
-    adapter = _read(file)
+    adapted = getattr(unwrap(model), STATE, None) is not None
+    if adapted and adapter is not None:
+        return _load_beside(model, file_of(path), adapter)
+    file = file_of(path)
+    found = read_adapter(file)
     reshard(model)
-    if getattr(unwrap(model), STATE, None) is None:
-        values = _fit(file, adapter.tensors, _wanted(file, unwrap(model), adapter.config))
+    if not adapted:
+        values = fitted(file, found.tensors, _wanted(file, unwrap(model), found.config))
         try:
-            apply_dash(unwrap(model), adapter.config)
+            apply_dash(unwrap(model), found.config, DEFAULT if adapter is None else adapter)
         except (ValueError, TypeError, RuntimeError) as error:
             raise AdapterError(f"{file}: the adapter does not fit the model: {error}") from error
     else:
         with whole(model):
-            own = _adapter_tensors(model, dash_state(model).config)
+            own = adapter_tensors(model, dash_state(model).config)
             _check_real(file, own)
-            values = _fit(file, adapter.tensors, own)
-            _check_settings(file, model, adapter.config, own)
-        refuse_refreezing(model, adapter.dash_only)
-    _exchange(file, model, values, adapter.config)
-    _resume(model, adapter)
+            values = fitted(file, found.tensors, own)
+            _check_settings(file, model, found.config, own)
+        refuse_refreezing(model, found.dash_only)
+    _exchange(file, model, values, found.config)
+    _resume(model, found)
+    return model
+
+
+def _load_beside(model: nn.Module, file: Path, name: str) -> nn.Module:
+    """Into one of several adapters, or a new one."""
+    if name in states(model):
+        with as_active(model, name):
+            return load_adapter(model, file)
+    found = read_adapter(file)
+    try:
+        check_new_adapter(model, name, found.config)
+        values = fitted(file, found.tensors, _wanted(file, unwrap(model), found.config))
+        add_adapter(model, name, found.config)
+    except AdapterError:
+        raise
+    except (ValueError, RuntimeError) as error:
+        raise AdapterError(f"{file}: the adapter does not fit the model: {error}") from error
+    with as_active(model, name):
+        _exchange(file, model, values, found.config)
+        _resume(model, found)
     return model
 
 

@@ -12,29 +12,46 @@ DDP's. It is made on import, as a model may come out of a pickle; where DDP has 
 
 from __future__ import annotations
 
+import weakref
+from collections.abc import Iterable
 from functools import partial
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.module import register_module_module_registration_hook
 
 from .experts import expert_parameters
 from .linear import DashLinear
+from .parked import BUFFERS, Parked
 
-FROZEN = ("dash_u", "dash_vt", "launched")
 FOREIGN = "_loradash_frozen"
 """An attribute of the class of layers that another framework made: the names of their dicts of such buffers, one an adapter."""
 # DDP calls this at the end of its construction, after it has sent all parameters and buffers.
 _LAST_STEP = "_ddp_init_helper"
 
 
+_WRAPPED: weakref.WeakKeyDictionary[nn.Module, list[nn.Parameter]] = weakref.WeakKeyDictionary()
+"""Every DistributedDataParallel there is, with the parameters that trained when it was made: it averages their gradients alone."""
+
+
+def refuse_unaveraged(model: nn.Module, parameters: Iterable[Tensor], adapter: str) -> None:
+    """Raises ValueError where a model is part of a DistributedDataParallel that knows nothing of these parameters."""
+    wanted = {id(p) for p in parameters}
+    for ddp, known in list(_WRAPPED.items()):
+        if wanted - {id(p) for p in known} and model in set(ddp.modules()):
+            raise ValueError(
+                f"adapter {adapter!r} did not train when DistributedDataParallel was made, which would leave its gradients as "
+                "they are in each process: make that anew, after set_adapter or train_adapters on the model inside"
+            )
+
+
 def frozen_buffers(module: nn.Module) -> set[str]:
     """Full names of the adapters' buffers in a module; all the names of a layer that occurs twice."""
     found: set[str] = set()
     for name, m in module.named_modules(remove_duplicate=False):
-        if isinstance(m, DashLinear):
-            found |= {f"{name}.{buffer}" for buffer in FROZEN if buffer in m._buffers}
-        found |= {f"{name}.{whole.parameter}_{buffer}" for whole in expert_parameters(m) for buffer in FROZEN}
+        if isinstance(m, DashLinear | Parked):
+            found |= {f"{name}.{buffer}" for buffer in BUFFERS if buffer in m._buffers}
+        found |= {f"{name}.{whole.parameter}_{buffer}" for whole in expert_parameters(m) for buffer in BUFFERS}
         for parts in getattr(type(m), FOREIGN, ()):
             found |= {f"{name}.{parts}.{adapter}" for adapter in m._modules[parts]._buffers}
     return {name.lstrip(".") for name in found}
@@ -44,6 +61,7 @@ def _when_wrapped(parent: nn.Module, name: str, child: nn.Module | None) -> None
     """A hook on every registration of a submodule: DDP's own is where it takes the model in."""
     # The name is compared first, which costs all other modules least.
     if name == "module" and isinstance(parent, nn.parallel.DistributedDataParallel) and child is not None:
+        _WRAPPED[parent] = [p for p in child.parameters() if p.requires_grad]
         names = frozen_buffers(child)
         if names:
             parent.__dict__[_LAST_STEP] = partial(_finish, parent, names)

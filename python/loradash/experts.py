@@ -26,7 +26,8 @@ from . import zero
 from .config import DashConfig
 from .distributed import assign, gathered, is_sharded
 from .expert_modules import HOW, Kind, call_refusal, kind_of
-from .linear import adapter_shapes, take_directions
+from .linear import take_directions
+from .parked import adapter_shapes
 
 HANDLES = "_loradash_parameters"
 """The attribute of an experts module that holds its `ExpertParameter`s, by parameter name."""

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from loradash_kernels.files import replace_bytes, replace_file
 
+from .adapters import as_active
 from .distributed import gathered, reshard
 from .experts import ExpertParameter
 from .linear import DashLinear
@@ -34,7 +35,7 @@ from .targets import module_tensors
 from .units import whole
 
 
-def export_lora(model: nn.Module, path: str | os.PathLike) -> Path:
+def export_lora(model: nn.Module, path: str | os.PathLike, adapter: str | None = None) -> Path:
     """Folds the dash term into a LoRA of rank r + s, in PEFT's file format: served by whatever serves LoRA.
 
     scaling · B A + U diag(Δσ) Vᵀ = [scaling · B | U diag(Δσ)] [A; Vᵀ], with PEFT's own scaling set to 1. All layers get the
@@ -46,11 +47,15 @@ def export_lora(model: nn.Module, path: str | os.PathLike) -> Path:
 
     Args:
         path: a folder; gets adapter_config.json and adapter_model.safetensors.
+        adapter: a name of `adapter_names(model)`; None takes the active one.
 
     Raises ValueError, before anything is written, where PEFT has no place for what was trained: biases (train_bias), a module
     under two names, a module trained as a whole whose weight is tied to another's, layers whose parent reads their weight,
     names that PEFT cannot tell apart.
     """
+    if adapter is not None:
+        with as_active(model, adapter):
+            return export_lora(model, path)
     host = host_of(model)
     if host is not None:
         host.export_lora(Path(path))

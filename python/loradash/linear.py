@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any, NoReturn, cast
 
 import torch
@@ -10,28 +9,16 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from loradash_kernels import Directions, dash_linear, low_rank_update
+from loradash_kernels.rows import dash_linear_rows, low_rank_update_rows
 
 from . import zero
 from .base_layers import features, is_transposed, treatment
 from .config import DashConfig
 from .distributed import assign, gathered, shard_of
 from .formats import keep_differentiable
-from .merging import TakesUpdate
+from .parked import DEFAULT, HasAdapters, MixedRows, adapter_shapes, new_parts, watch_backward
 from .quantised import check_differentiable, compute_device, is_quantised
 from .units import as_declared
-
-
-def adapter_shapes(n: int, k: int, config: DashConfig) -> dict[str, tuple[int, ...]]:
-    """Shapes of what `DashLinear` adds to a layer (N, K), by name; all are float32 but `launched`, which is bool."""
-    r, s = config.r, min(config.directions, n, k)
-    return {
-        "lora_a": (r, k),
-        "lora_b": (n, r),
-        "dash_sigma": (s,),
-        "dash_u": (n, s),
-        "dash_vt": (s, k),
-        "launched": (),
-    }
 
 
 @torch.no_grad()
@@ -55,7 +42,7 @@ def take_directions(layer: Any, directions: Directions) -> None:
     layer.launched.fill_(True)
 
 
-class DashLinear(TakesUpdate):
+class DashLinear(HasAdapters):
     """A linear layer with frozen weight and LoRA-Dash adapters (Si et al., ICLR 2025); drop-in for nn.Linear.
 
     y = x Wᵀ + b + scaling · x̃ Aᵀ Bᵀ + Σ_i Δσ_i (x̃ · v_i) u_iᵀ. Until `launch`, u and v are zero and the layer is LoRA.
@@ -121,27 +108,18 @@ class DashLinear(TakesUpdate):
         self.transposed = is_transposed(linear) and not kept
         self.in_features, self.out_features = features(linear)
         self.config, self.name, self.enabled = config, "", True
+        self.adapter = DEFAULT
         self.adopted = None if kept else type(linear)
         self._keep(None)
         if not kept:
             self.register_parameter("weight", cast(nn.Parameter, linear.weight))
             self.register_parameter("bias", cast("nn.Parameter | None", linear.bias))
-        self._add_adapters(compute_device(linear))
+        new_parts(self, self.out_features, self.in_features, config, compute_device(linear))
         if kept:
             # This comes last: from here on the base layer answers for names that are not ours.
             self.base = linear
         else:
             self.__dict__.update({key: value for key, value in vars(linear).items() if key not in self.__dict__})
-
-    def _add_adapters(self, device: torch.device) -> None:
-        for name, shape in adapter_shapes(self.out_features, self.in_features, self.config).items():
-            dtype = torch.bool if name == "launched" else torch.float32
-            tensor = torch.zeros(shape, dtype=dtype, device=device)
-            if name in ("lora_a", "lora_b", "dash_sigma"):
-                self.register_parameter(name, nn.Parameter(tensor))
-            else:
-                self.register_buffer(name, tensor)
-        nn.init.kaiming_uniform_(self.lora_a, a=math.sqrt(5))
 
     def shapes(self, config: DashConfig) -> dict[str, tuple[int, ...]]:
         """Shapes of the adapter's tensors for these settings, by name."""
@@ -194,6 +172,11 @@ class DashLinear(TakesUpdate):
         weight = weight.t() if self.transposed else weight
         if not self.enabled or self._unmerged is not None:
             return F.linear(input, weight, bias)
+        rows = self._mixed_rows
+        if rows is not None:
+            return self._mixed(rows, None, input, weight, bias)
+        if lora_a is None:
+            return F.linear(input, weight, bias)
         # Somebody may have quantised the weight since `apply_dash`.
         if type(weight) not in (nn.Parameter, Tensor) and is_quantised(weight):
             return self._add_low_rank(F.linear(input, weight, bias), input)
@@ -226,6 +209,8 @@ class DashLinear(TakesUpdate):
             a, b, sigma = own["lora_a"], own["lora_b"], own["dash_sigma"]
             return weight, bias, a, b, buffers["dash_u"], buffers["dash_vt"], sigma
         except KeyError:
+            if self.adapter is None:
+                return self.weight, self.bias, None, None, None, None, None
             return self.weight, self.bias, self.lora_a, self.lora_b, self.dash_u, self.dash_vt, self.dash_sigma
 
     def _called(self, base: nn.Module, x: Tensor, args: tuple, kwargs: dict[str, Any]) -> Tensor:
@@ -245,6 +230,11 @@ class DashLinear(TakesUpdate):
         # The result is what the base layer alone would give, in dtype too.
         if x.dtype != y.dtype and x.is_floating_point() and y.is_floating_point():
             x = x.to(y.dtype)
+        rows = self._mixed_rows
+        if rows is not None:
+            return self._mixed(rows, y, x, None, None)
+        if self.adapter is None:
+            return y
         try:
             return low_rank_update(
                 y,
@@ -260,6 +250,25 @@ class DashLinear(TakesUpdate):
             )
         except ValueError as error:
             self._fail(error, None)
+
+    def _mixed(
+        self, rows: MixedRows, y: Tensor | None, x: Tensor, weight: Tensor | None, bias: Tensor | None
+    ) -> Tensor:
+        """A mixed batch: beside y, the output of a layer kept whole, or beside the product with the weight."""
+        options: dict[str, Any] = {
+            "adapters": self.kernel_adapters(rows),
+            "rows": rows.groups,
+            "training": self.training,
+        }
+        try:
+            if weight is None or (type(weight) not in (nn.Parameter, Tensor) and is_quantised(weight)):
+                y = F.linear(x, cast(Tensor, weight), bias) if y is None else y
+                out = low_rank_update_rows(y, x, **options)
+            else:
+                out = dash_linear_rows(x, weight, bias, **options)
+        except ValueError as error:
+            self._fail(error, weight)
+        return watch_backward(self, rows, out)
 
     def _fail(self, error: ValueError, weight: Tensor | None) -> NoReturn:
         hint = ""
@@ -280,9 +289,12 @@ class DashLinear(TakesUpdate):
         take_directions(self, directions)
 
     def extra_repr(self) -> str:
+        if self.adapter is None:
+            return f"in_features={self.in_features}, out_features={self.out_features}, without the active adapter"
         phase = "on meta" if self.launched.is_meta else "dash" if bool(self.launched) else "pre-launch"
         bias = getattr(self, "bias", None) is not None
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, bias={bias}, "
             f"r={self.config.r}, directions={self.dash_vt.shape[0]}, phase={phase}"
+            + (f", adapters={', '.join(self.adapters)}" if len(self.adapters) > 1 else "")
         )

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import math
+import numbers
 import sys
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from . import zero
 from .attention import call_adapted_layers
@@ -19,30 +21,41 @@ from .config import DashConfig
 from .distributed import reshard
 from .experts import DashExperts, ExpertParameter
 from .linear import DashLinear
+from .parked import DEFAULT
 from .quantised import RequantisationError
 from .state import (
     STATE,
     DashState,
     OwnLayer,
+    all_layers,
     dash_layers,
     dash_state,
+    experts_of,
     is_adapted_by_peft,
     own_layers,
     parameter_of,
+    parked_parameters,
     plain_name,
+    states,
     unwrap,
 )
 from .targets import check_patterns, target_layers, target_parameters, trainable_modules
 from .units import Units, is_fsdp2
 
+NO_ADAPTER = "base"
+"""In a mixed batch: this row gets the base model's output."""
 
-def apply_dash(model: nn.Module, config: DashConfig | None = None) -> nn.Module:
+
+def apply_dash(model: nn.Module, config: DashConfig | None = None, adapter: str = DEFAULT) -> nn.Module:
     """Replaces linear layers by `DashLinear` around them, in place, and freezes everything else. Experts' parameters that
     `config.target_parameters` names get adapters beside them (docs/experts.md).
 
     nn.Linear and transformers' Conv1D give up their weight and bias; subclasses, quantised, hooked and offloaded layers
     are kept whole (docs/layers.md has the table). A module that occurs twice becomes one adapted layer; a weight tied to
     another module's stays tied. Modules in `config.trainable_modules` keep training as they are.
+
+    Args:
+        adapter: the name of this adapter, beside others of `add_adapter`.
 
     Returns the model. Raises ValueError, with the model unchanged: nothing matches, or a setting does not; adapted or
     wrapped (DistributedDataParallel, fully_shard, FSDP1) already; a layer that cannot be adapted, or that its parent passes by.
@@ -51,11 +64,10 @@ def apply_dash(model: nn.Module, config: DashConfig | None = None) -> nn.Module:
     given = model
     # torch.compile traces the changed module anew.
     model = model._modules.get("_orig_mod") or model
+    check_adapter_name(adapter)
     _check_model(model)
     check_patterns(model, config)
-    chosen = target_layers(model, config)
-    _check_parents(model, chosen, config)
-    adapted = {module: _around(name, module, config) for name, module in chosen.items()}
+    adapted = adapted_layers(model, target_layers(model, config), config, adapter)
     experts = [
         ExpertParameter(module, key, config.for_module(name), name)
         for name, (module, key) in target_parameters(model, config).items()
@@ -67,10 +79,34 @@ def apply_dash(model: nn.Module, config: DashConfig | None = None) -> nn.Module:
 
     for parameter in model.parameters():
         parameter.requires_grad_(False)
-    for layer in adapted.values():
-        layer.freeze_base()
+    put_in_place(model, adapted)
     for whole in experts:
         whole.install()
+    for parameter in trained:
+        parameter.requires_grad_(True)
+    setattr(model, STATE, DashState(config, trained_before=trained_before, name=adapter))
+    return given
+
+
+def check_adapter_name(name: str) -> None:
+    """Raises ValueError for what cannot be a part of a tensor's name, and for the name that stands for no adapter."""
+    if not isinstance(name, str) or not name or "." in name or name == NO_ADAPTER:
+        raise ValueError(f"an adapter's name must be a string without dots, not empty nor {NO_ADAPTER!r}, got {name!r}")
+
+
+def adapted_layers(
+    model: nn.Module, chosen: dict[str, nn.Module], config: DashConfig, adapter: str
+) -> dict[nn.Module, DashLinear]:
+    """For plain layers, given by name, those that take their place. Nothing is changed. Raises ValueError, naming the layer, for
+    one that cannot be adapted or that its parent passes by."""
+    _check_parents(model, chosen, config)
+    return {module: _around(name, module, config, adapter) for name, module in chosen.items()}
+
+
+def put_in_place(model: nn.Module, adapted: dict[nn.Module, DashLinear]) -> None:
+    """Freezes adapted layers and puts each where its plain one was."""
+    for layer in adapted.values():
+        layer.freeze_base()
     for parent in list(model.modules()):
         # named_children would skip a module's second name.
         for child, module in parent._modules.items():
@@ -80,10 +116,6 @@ def apply_dash(model: nn.Module, config: DashConfig | None = None) -> nn.Module:
         if any(isinstance(module, DashLinear) for module in parent.modules()):
             call_adapted_layers(parent)
             refuse_fusing(parent)
-    for parameter in trained:
-        parameter.requires_grad_(True)
-    setattr(model, STATE, DashState(config, trained_before=trained_before))
-    return given
 
 
 def _check_model(model: nn.Module) -> None:
@@ -142,12 +174,12 @@ def _check_parents(model: nn.Module, chosen: dict[str, nn.Module], config: DashC
     warnings.warn(f"loradash: {text}", stacklevel=3)
 
 
-def _around(name: str, module: nn.Module, config: DashConfig) -> DashLinear:
+def _around(name: str, module: nn.Module, config: DashConfig, adapter: str) -> DashLinear:
     try:
         layer = DashLinear.around(module, config.for_module(name))
     except (TypeError, ValueError) as error:
         raise ValueError(f"{name}: {error}") from error
-    layer.name = name
+    layer.name, layer.adapter = name, adapter
     return layer
 
 
@@ -173,23 +205,40 @@ def _check_ties(adapted: Iterable[OwnLayer], trained: list[nn.Parameter]) -> Non
         )
 
 
-def merge(model: nn.Module, requantise: bool = False) -> dict[str, RequantisationError]:
+def merge(
+    model: nn.Module, requantise: bool = False, adapters: Mapping[str, float] | None = None
+) -> dict[str, RequantisationError]:
     """Adds every layer's ΔW to its weight, for inference without adapters. All layers or, where one cannot, none.
 
     Every process must call this for a model sharded by FSDP2 or FSDP1. Raises ValueError, naming the layer (`DashLinear.merge`).
 
     Args:
         requantise: quantised layers are quantised anew with their update, instead of refused.
+        adapters: name -> factor; the weights get the sum of factor · ΔW over these, instead of the active adapter's ΔW.
 
     Returns the error that this made, for every layer that was quantised anew.
     """
+    layers = own_layers(model, "model.merge_adapter()")
+    if adapters is not None:
+        adapters = check_factors(model, adapters)
+        layers = all_layers(model)
+        if experts_of(layers):
+            raise ValueError("adapters: experts' parameters have one adapter, which merge(model) takes")
+    other = [n for n, layer in layers.items() if layer.merged and _factors(layer) != adapters]
+    if other:
+        raise ValueError(f"unmerge(model) first; with other adapters or factors are merged: {', '.join(other[:4])}")
     reshard(model)
-    return merge_layers(model, own_layers(model, "model.merge_adapter()"), requantise)
+    return merge_layers(model, layers, requantise, dict.fromkeys(layers, adapters))
 
 
-def merge_layers(model: nn.Module, layers: Mapping[str, OwnLayer], requantise: bool) -> dict[str, RequantisationError]:
-    """`merge` for some layers of a model."""
-    units = Units(model)
+def merge_layers(
+    model: nn.Module,
+    layers: Mapping[str, OwnLayer],
+    requantise: bool,
+    adapters: Mapping[str, Mapping[str, float] | None] | None = None,
+) -> dict[str, RequantisationError]:
+    """`merge` for some layers of a model, with the factors of the adapters of each by the layer's name."""
+    units, adapters = Units(model), adapters or {}
     done: list[OwnLayer] = []
     errors: dict[str, RequantisationError] = {}
     try:
@@ -197,7 +246,7 @@ def merge_layers(model: nn.Module, layers: Mapping[str, OwnLayer], requantise: b
             if not layer.merged:
                 part = layer.weight.detach().clone() if units.has(layer) else None
                 with units.whole(layer, write=True):
-                    error = layer.merge(requantise, part)
+                    error = _merge(layer, requantise, part, adapters.get(name))
                 done.append(layer)
                 errors |= {} if error is None else {name: error}
     except BaseException:
@@ -207,19 +256,34 @@ def merge_layers(model: nn.Module, layers: Mapping[str, OwnLayer], requantise: b
     return errors
 
 
+def check_factors(model: nn.Module, adapters: Mapping[str, float]) -> dict[str, float]:
+    """Names of adapters with their factors, checked. ValueError for what is no finite number or no adapter of the model."""
+    known, found = states(model), dict[str, float]()
+    for name, factor in adapters.items():
+        if name not in known:
+            raise ValueError(f"the model has no adapter {name!r}; it has {', '.join(known)}")
+        if isinstance(factor, bool) or not isinstance(factor, numbers.Real) or not math.isfinite(factor):
+            raise ValueError(f"the factor of {name!r} must be a finite number, got {factor!r}")
+        found[name] = float(factor)
+    if not found:
+        raise ValueError("adapters names none; wanted a dict of name -> factor")
+    return found
+
+
 def unmerge(model: nn.Module) -> None:
     """Undoes `merge`, bit for bit."""
     reshard(model)
-    for layer in own_layers(model, "model.unmerge_adapter()").values():
+    for layer in all_layers(model, "model.unmerge_adapter()").values():
         layer.unmerge()
 
 
 @contextlib.contextmanager
 def disable(model: nn.Module) -> Iterator[nn.Module]:
     """Within the block the model is the frozen base model. Merged layers are unmerged for its length."""
-    layers = own_layers(model, "model.disable_adapter()")
+    layers = all_layers(model, "model.disable_adapter()")
     enabled = {name: layer.enabled for name, layer in layers.items()}
     merged = {name: layer for name, layer in layers.items() if layer.merged}
+    adapters = {name: _factors(layer) for name, layer in merged.items()}
     for layer in layers.values():
         layer.unmerge()
         layer.enabled = False
@@ -228,7 +292,20 @@ def disable(model: nn.Module) -> Iterator[nn.Module]:
     finally:
         for name, layer in layers.items():
             layer.enabled = enabled[name]
-        merge_layers(model, merged, requantise=True)
+        merge_layers(model, merged, requantise=True, adapters=adapters)
+
+
+def _merge(
+    layer: OwnLayer, requantise: bool, part: Tensor | None, adapters: Mapping[str, float] | None
+) -> RequantisationError | None:
+    if isinstance(layer, DashLinear):
+        return layer.merge(requantise, part, adapters)
+    return layer.merge(requantise, part)
+
+
+def _factors(layer: OwnLayer) -> Mapping[str, float] | None:
+    """What of which adapters is in a merged layer's weight; None for the active one, once."""
+    return layer._weights if isinstance(layer, DashLinear) else None
 
 
 def dash_only(model: nn.Module) -> None:
@@ -283,6 +360,7 @@ def summary(model: nn.Module) -> Summary:
     """How many parameters train, and where."""
     layers = dash_layers(model)
     ours = {id(parameter_of(p)) for m in layers.values() for p in (m.lora_a, m.lora_b, m.dash_sigma)}
+    ours |= {id(p) for _, p in parked_parameters(model)}
     parameters = list(unwrap(model).parameters())
     sizes = [(p, zero.number_of_elements(p)) for p in parameters]
     adapters = sum(size for p, size in sizes if id(p) in ours and p.requires_grad)

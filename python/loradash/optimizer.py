@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from .state import dash_layers, dash_state, parameter_of, plain_name
+from .state import dash_layers, dash_state, parameter_of, parked_parameters, plain_name
 
 
 def dash_parameter_groups(
@@ -75,6 +75,8 @@ def dash_parameter_groups(
             id(layer.lora_b): "adapters",
             id(parameter_of(layer.dash_sigma)): "sigma",
         }
+    # Parked ones train in mixed batches, where train_adapters asked for that.
+    ours |= {id(p): "sigma" if key == "dash_sigma" else "adapters" for key, p in parked_parameters(model)}
     undecayed = _undecayed(model)
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:

@@ -6,19 +6,20 @@ import functools
 import warnings
 import weakref
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from . import zero
+from .adapters import as_active
 from .cache import SpectralCache
 from .distributed import Group, gathered, is_sharded
 from .linear import DashLinear
 from .model import train_sigma_alone
 from .prelaunch import LayerReport, prelaunch
-from .state import AdaptedLayer, dash_layers, dash_state, parameter_of, state_and_layers
+from .state import AdaptedLayer, OneAdapter, dash_layers, dash_state, parameter_of, state_and_layers, training_parked
 from .units import Units, fsdp1_units
 
 
@@ -60,8 +61,10 @@ class DashSchedule:
         self.cache = cache
         self.group = group
         self.reports: list[LayerReport] = []
+        # Was another adapter active in the last step?
+        self._is_parked = False
         self._number = self.state.claim()
-        self._layers = dash_layers(model)
+        self._layers = _as_now(dash_layers(model))
         self._settled = self.launched
         self._flags: list[tuple[int, int]] = []
         # The phase that a loaded state speaks of, until the model was seen in it.
@@ -104,7 +107,7 @@ class DashSchedule:
     @property
     def launched(self) -> bool:
         """Has any layer its directions?"""
-        return any(bool(layer.launched) for layer in self._layers.values())
+        return any(bool(layer.launched) for layer in _with_adapter(self._layers))
 
     def step(self) -> bool:
         """Counts one optimizer step. Returns True at the step that launches.
@@ -117,15 +120,17 @@ class DashSchedule:
         self._check_phase()
         stepped, correction = self._watch.since_last()
         self.state.step += int(stepped) - correction
+        layers = self._layers_now()
         if not stepped:
             return False
-        self._look_after_layers()
+        self._look_after_layers(layers)
         if self.state.step < self.state.config.prelaunch_steps or self._is_settled():
             return False
         # A skipped step, or a learning rate of 0, leaves B at zero.
         if not self._has_update():
             return False
-        self.reports = prelaunch(self.model, self.progress, self.cache, group=self.group)
+        with as_active(self.model, self.state.name if self._is_parked else None):
+            self.reports = prelaunch(self.model, self.progress, self.cache, group=self.group)
         self._settled = True
         return True
 
@@ -188,7 +193,7 @@ class DashSchedule:
         Prelaunch, load_adapter and load_state_dict may write it at any time. A prelaunch that found nothing to launch
         settles the matter too.
         """
-        flags = [(id(layer.launched), layer.launched._version) for layer in self._layers.values()]
+        flags = [(id(layer.launched), layer.launched._version) for layer in _with_adapter(self._layers)]
         if flags != self._flags:
             self._flags, self._settled = flags, self.launched
         return self._settled
@@ -198,22 +203,29 @@ class DashSchedule:
         self._check_phase()
         if self._is_settled():
             return
-        for layer in self._layers.values():
+        for layer in _with_adapter(self._layers):
             parameter_of(layer.dash_sigma).grad = None
         if self._flat is not None:
             self._flat.hold_back(self._sigmas())
 
-    def _look_after_layers(self) -> None:
+    def _layers_now(self) -> dict[str, AdaptedLayer]:
+        """The layers that have the adapter. Raises RuntimeError where it is neither active nor trains in mixed batches."""
         state, layers = state_and_layers(self.model)
         if state is None:
             raise RuntimeError(
                 "the model has no LoRA-Dash adapters any more; count its steps no longer, or adapt it and make a new DashSchedule"
             )
-        if state is not self.state:
+        self._is_parked = state is not self.state
+        if self._is_parked:
+            layers = training_parked(self.model, self.state.name)
+        if not layers:
             raise RuntimeError(
                 "another adapter is active than the one that this DashSchedule was made for; each has a schedule of its own, and "
-                "is stepped while it is the active one"
+                "is stepped while it is the active one, or trains in mixed batches"
             )
+        return _as_now(layers)
+
+    def _look_after_layers(self, layers: dict[str, AdaptedLayer]) -> None:
         present = set(layers.values())
         lost = [name for name, layer in self._layers.items() if layer not in present]
         if lost:
@@ -224,6 +236,20 @@ class DashSchedule:
         if self._gradients is not None:
             self._gradients.report(trained=self._watch.seen, flat=bool(fsdp1_units(self.model)))
             self._gradients = None
+
+
+def _as_now(layers: dict[str, AdaptedLayer]) -> dict[str, AdaptedLayer]:
+    """The layers with the adapters that are active now, whichever are later."""
+    found = {
+        name: OneAdapter(layer, layer.adapter) if isinstance(layer, DashLinear) and layer.adapter is not None else layer
+        for name, layer in layers.items()
+    }
+    return cast("dict[str, AdaptedLayer]", found)
+
+
+def _with_adapter(layers: dict[str, AdaptedLayer]) -> list[AdaptedLayer]:
+    """The layers that still have it: one that was deleted, or that another framework took back, is nowhere."""
+    return [layer for layer in layers.values() if hasattr(layer, "lora_a")]
 
 
 class _OptimizerWatch:
@@ -305,9 +331,7 @@ class _OptimizerWatch:
     def _is_ours(self, optimizer: torch.optim.Optimizer) -> bool:
         if self._flat is not None:
             return optimizer is self._flat.optimizer
-        # A layer that another framework took back has none.
-        layers = [layer for layer in self._layers.values() if hasattr(layer, "lora_a")]
-        parts = (p for layer in layers for p in (layer.lora_a, layer.lora_b, layer.dash_sigma))
+        parts = (p for layer in _with_adapter(self._layers) for p in (layer.lora_a, layer.lora_b, layer.dash_sigma))
         ours = {id(parameter_of(p)) for p in parts}
         return any(id(p) in ours for group in optimizer.param_groups for p in group["params"])
 

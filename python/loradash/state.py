@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol, cast
 
 from torch import Tensor, nn
 
@@ -18,9 +18,13 @@ from loradash_kernels import Directions
 from .config import DashConfig
 from .experts import ExpertParameter, expert_parameters
 from .linear import DashLinear
+from .parked import DEFAULT, PARTS, Parked
 
 STATE = "_loradash_state"
-"""The attribute of the adapted model that holds its `DashState`."""
+"""The attribute of the adapted model that holds the `DashState` of its active adapter."""
+
+WAITING = "_loradash_waiting"
+"""The attribute of a model with several adapters that holds the states of the others, by name."""
 
 HOST = "_loradash_host"
 """An attribute of the class of layers that another framework made: a function of the model that gives its `Host`."""
@@ -40,6 +44,7 @@ class DashState:
         dash_only: are A and B frozen?
         schedules: how many were made for this model; the last one counts.
         trained_before: names of the parameters that trained before the model was adapted.
+        name: the adapter's.
     """
 
     config: DashConfig
@@ -47,6 +52,7 @@ class DashState:
     dash_only: bool = False
     schedules: int = 0
     trained_before: frozenset[str] = frozenset()
+    name: str = DEFAULT
 
     def claim(self) -> int:
         """The number of a new schedule."""
@@ -240,6 +246,11 @@ def own_layers(model: nn.Module, instead: str = "its own functions") -> dict[str
 
 
 def _own(root: nn.Module) -> dict[str, OwnLayer]:
+    layers = _all_own(root).items()
+    return {name: m for name, m in layers if not isinstance(m, DashLinear) or m.adapter is not None}
+
+
+def _all_own(root: nn.Module) -> dict[str, OwnLayer]:
     found: dict[str, OwnLayer] = {}
     for name, m in root.named_modules():
         layer = m.__dict__.get(VIEW, m)
@@ -258,3 +269,53 @@ def linears_of(layers: Mapping[str, OwnLayer]) -> dict[str, DashLinear]:
 def experts_of(layers: Mapping[str, OwnLayer]) -> dict[str, ExpertParameter]:
     """The experts' parameters among adapted layers."""
     return {name: layer for name, layer in layers.items() if isinstance(layer, ExpertParameter)}
+
+
+def all_layers(model: nn.Module, instead: str = "its own functions") -> dict[str, OwnLayer]:
+    """`own_layers`, and those of which only other adapters than the active one are part."""
+    own_layers(model, instead)
+    return _all_own(unwrap(model))
+
+
+def states(model: nn.Module) -> dict[str, DashState]:
+    """The states of all adapters of a model of `apply_dash`, by name, the active one's first. ValueError where there is none."""
+    active = dash_state(model)
+    return {active.name: active, **unwrap(model).__dict__.get(WAITING, {})}
+
+
+class OneAdapter:
+    """A layer of ours with the adapter that was active when this was made, whichever is later: an `AdaptedLayer`."""
+
+    def __init__(self, layer: DashLinear, adapter: str) -> None:
+        self.layer, self.adapter = layer, adapter
+
+    def __getattr__(self, name: str) -> Any:
+        # A copy is asked before it has any attribute.
+        if name in ("layer", "adapter") or name.startswith("__"):
+            raise AttributeError(name)
+        return self.layer.part(self.adapter, name) if name in PARTS else getattr(self.layer, name)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, OneAdapter) and (other.layer is self.layer and other.adapter == self.adapter)
+
+    def __hash__(self) -> int:
+        return hash((id(self.layer), self.adapter))
+
+
+def training_parked(model: nn.Module, adapter: str) -> dict[str, AdaptedLayer]:
+    """The layers of an adapter that is not active and trains all the same, in mixed batches, each as that one; else none."""
+    layers = linears_of(_all_own(unwrap(model)))
+    return {
+        name: cast(AdaptedLayer, OneAdapter(layer, adapter))
+        for name, layer in layers.items()
+        if any(
+            n == adapter and any(p.requires_grad for p in parked.parameters()) for n, parked in layer.parked_adapters()
+        )
+    }
+
+
+def parked_parameters(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """The parameters of all adapters of ours that are not active, each with its name in PARTS."""
+    for module in unwrap(model).modules():
+        if isinstance(module, Parked):
+            yield from module.named_parameters(recurse=False)

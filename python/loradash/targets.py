@@ -7,11 +7,12 @@ from torch import Tensor, nn
 from .base_layers import is_linear
 from .config import DashConfig, matches, unmatched, without_match
 from .expert_modules import refusal, stacked_names
+from .linear import DashLinear
 from .state import plain_name, unwrap
 
 
 def target_layers(model: nn.Module, config: DashConfig) -> dict[str, nn.Module]:
-    """The layers that these settings adapt in a model without adapters, by plain name. Not what is part of another one."""
+    """The layers that these settings adapt, by plain name, adapted by others already or not. Not what is part of another one."""
     found: dict[str, nn.Module] = {}
     inside: set[nn.Module] = set()
     # A layer comes before its own parts.
@@ -61,7 +62,9 @@ def _is_left_to_adapt(name: str, config: DashConfig) -> bool:
 
 
 def _linear_layers(model: nn.Module) -> dict[str, nn.Module]:
-    return {plain_name(name): module for name, module in model.named_modules() if is_linear(module)}
+    found = {plain_name(name): m for name, m in model.named_modules() if isinstance(m, DashLinear) or is_linear(m)}
+    inside = {part for m in found.values() if isinstance(m, DashLinear) for part in m.modules() if part is not m}
+    return {name: m for name, m in found.items() if m not in inside}
 
 
 def _trains_whole(name: str, config: DashConfig) -> bool:

@@ -11,18 +11,32 @@ from .attention import compute_as_before
 from .bypass import allow_fusing
 from .distributed import is_sharded
 from .experts import ExpertParameter
-from .linear import DashLinear, adapter_shapes
+from .linear import DashLinear
 from .model import wrapper_of
-from .state import STATE, OwnLayer, experts_of, linears_of, own_layers, plain_name, unwrap
+from .parked import PARTS, PLACE
+from .state import STATE, WAITING, OwnLayer, all_layers, experts_of, linears_of, plain_name, unwrap
 from .units import fsdp1_units, is_fsdp2
 
-_OURS = {"base", "config", "name", "enabled", "transposed", "adopted", "_unmerged"}
+_OURS = {
+    "base",
+    "config",
+    "name",
+    "enabled",
+    "adapter",
+    "transposed",
+    "adopted",
+    "_unmerged",
+    "_weights",
+    "_mixed_rows",
+}
 # Modules of their own kind have their own; a compiled call is the adapted layer's.
 _OF_ANY_MODULE = {"_parameters", "_buffers", "_modules", "_compiled_call_impl"}
 
 
 def merge_and_unload(model: nn.Module) -> nn.Module:
     """Adds every layer's ΔW to its weight and takes the adapters out, in place: a model of the classes it had before.
+
+    Of several adapters the active one is merged, or what `merge(model, adapters=...)` merged before; the others are gone.
 
     Its outputs are those of `merge(model)`, its state dict has the keys of the model before `apply_dash`, and parameters
     train that trained then. Layers that gave up their weight come back as layers of their class, layers kept whole come back
@@ -38,7 +52,7 @@ def merge_and_unload(model: nn.Module) -> nn.Module:
         a layer whose `forward` was replaced since (accelerate's hooks).
     TypeError for a PEFT model, which has a merge_and_unload of its own.
     """
-    layers = own_layers(model, "model.merge_and_unload()")
+    layers = all_layers(model, "model.merge_and_unload()")
     if not layers:
         raise ValueError("the model has no LoRA-Dash adapters; there is nothing to merge")
     _check(model, layers)
@@ -60,6 +74,7 @@ def merge_and_unload(model: nn.Module) -> nn.Module:
         compute_as_before(parent)
         allow_fusing(parent)
     state = root.__dict__.pop(STATE, None)
+    root.__dict__.pop(WAITING, None)
     for name, parameter in root.named_parameters(remove_duplicate=False):
         if state is not None and plain_name(name) in state.trained_before:
             parameter.requires_grad_(True)
@@ -121,6 +136,8 @@ def _original(layer: OwnLayer) -> Tensor | None:
 
 
 def _has_update(layer: OwnLayer) -> bool:
+    if isinstance(layer, DashLinear) and (layer.adapter is None or layer._weights is not None):
+        return layer.merged
     # On meta nobody knows.
     return layer.lora_b.is_meta or bool(layer.lora_b.any()) or bool(layer.dash_sigma.any())
 
@@ -152,10 +169,10 @@ def _plain(layer: DashLinear) -> nn.Module:
     # Conv1D has other names for them.
     foreign = {"in_features", "out_features"} if layer.transposed else set()
     plain.__dict__.update({k: v for k, v in vars(layer).items() if k not in _OURS | _OF_ANY_MODULE | foreign})
-    adapter = adapter_shapes(layer.out_features, layer.in_features, layer.config)
+    adapter = {*PARTS, PLACE, "base"}
     for kind_of_part in ("_parameters", "_buffers", "_modules"):
         parts = vars(layer)[kind_of_part]
-        vars(plain)[kind_of_part].update({k: v for k, v in parts.items() if k not in adapter and k != "base"})
+        vars(plain)[kind_of_part].update({k: v for k, v in parts.items() if k not in adapter})
     return plain
 
 

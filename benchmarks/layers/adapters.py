@@ -1,0 +1,109 @@
+"""A mixed batch beside one call for each adapter, one adapter for all, and the frozen layer: python -m benchmarks.layers.adapters
+
+Eight sequences over four adapters, one layer, one thread: `benchmarks/results/adapters.csv`. A separate call gets its rows gathered
+already and its adapter made active beforehand, so it pays for neither. Ratios are those of one run, variants in turn, medians.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from typing import Any
+
+import loradash
+import torch
+from torch import Tensor, nn
+
+from benchmarks.support.measure import ROOT, interleaved, write_csv
+
+SEQUENCES = 8
+NAMES = ("a", "b", "c", "d")
+ORDERS = {"sorted": [n for n in NAMES for _ in range(2)], "turns": [*NAMES, *NAMES]}
+RESULTS = "benchmarks/results/adapters.csv"
+
+
+def model_of(width: int) -> nn.Module:
+    """One layer width x width with four adapters of rank 8 and 8 directions, each with something in every term."""
+    torch.manual_seed(0)
+    config = loradash.DashConfig(r=8, directions=8)
+    model = loradash.apply_dash(nn.Sequential(nn.Linear(width, width)), config, adapter=NAMES[0])
+    for name in NAMES[1:]:
+        loradash.add_adapter(model, name, config)
+    for module in model.modules():
+        for key in ("lora_b", "dash_sigma", "dash_u", "dash_vt"):
+            tensor = module._parameters.get(key, module._buffers.get(key))
+            if tensor is not None:
+                nn.init.normal_(tensor, std=0.02)
+    return model
+
+
+def separate(model: nn.Module, name: str) -> nn.Module:
+    """The same layer with one adapter, active."""
+    loradash.set_adapter(model, name)
+    return model
+
+
+def variants(tokens: int, width: int, order: str, backward: bool) -> dict[str, Callable[[], Any]]:
+    """A step of each variant on 8 sequences of so many tokens."""
+    x, names = torch.randn(SEQUENCES, tokens, width), ORDERS[order]
+    model = model_of(width)
+    apart = {name: separate(model_of(width), name) for name in NAMES}
+    rows = {name: x[[i for i, n in enumerate(names) if n == name]].clone() for name in NAMES}
+    if backward:
+        loradash.train_adapters(model, NAMES[1:])
+    dy = torch.randn(SEQUENCES, tokens, width)
+
+    def step(one: nn.Module, given: Tensor) -> None:
+        if not backward:
+            with torch.no_grad():
+                one(given)
+            return
+        given = given.requires_grad_()
+        one(given).backward(dy[: given.shape[0]])
+
+    def mixed() -> None:
+        with loradash.mixed_batch(model, names):
+            step(model, x)
+
+    def one_by_one() -> None:
+        for name in NAMES:
+            step(apart[name], rows[name])
+
+    frozen = nn.Linear(width, width).requires_grad_(False)
+    return {
+        "mixed": mixed,
+        "separate": one_by_one,
+        "one adapter": lambda: step(apart["a"], x),
+        "frozen": lambda: step(frozen, x),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rounds", type=int, default=15)
+    rounds = parser.parse_args().rounds
+    torch.set_num_threads(1)
+    lines = []
+    for width in (1024, 2048):
+        for tokens, order, backward in (
+            (1, "sorted", False),
+            (1, "turns", False),
+            (64, "sorted", False),
+            (64, "turns", False),
+            (64, "turns", True),
+        ):
+            times = interleaved(variants(tokens, width, order, backward), rounds, 20 if tokens == 1 else 3)
+            line = {
+                "width": width,
+                "tokens a sequence": tokens,
+                "order": order,
+                "pass": "forward + backward" if backward else "forward",
+                **{f"mixed / {name}": round(times["mixed"] / times[name], 3) for name in times if name != "mixed"},
+            }
+            print(line, flush=True)
+            lines.append(line)
+    write_csv(ROOT / RESULTS, lines)
+
+
+if __name__ == "__main__":
+    main()
