@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from .calls import BackwardCall, ForwardCall
+from .calls import BackwardCall, ForwardCall, GroupBackwardCall, GroupForwardCall
 
 COUNTER = "torch.utils.flop_counter"
 Shape = Sequence[int]
@@ -70,6 +70,27 @@ def _one(stacked: Shape | None) -> Shape | None:
     return None if stacked is None else stacked[1:]
 
 
+def group_flops(*arguments: Any, **_: Any) -> int:
+    """Those of every member."""
+    call: Any = GroupForwardCall(*arguments[:-1], [], None)
+    return sum(_forward_flops(*call.member(i, None)[:-3]) for i in range(len(call.weight)))
+
+
+def group_backward_flops(*arguments: Any, **_: Any) -> int:
+    """Those of every member; the sum of their dx is no product."""
+    *fields, needs, _backend = arguments
+    call: Any = GroupBackwardCall(*fields, None, [], [], [], [])
+    count = len(call.weight)
+    return sum(
+        backward_flops(
+            *GroupBackwardCall(*fields, None, *[[None] * count] * 4).member(i, None, None)[:-5],
+            [needs[0], *needs[1 + i :: count]],
+            None,
+        )
+        for i in range(count)
+    )
+
+
 def _directions(call: Any) -> int:
     return 0 if call.dash_sigma is None else call.dash_sigma[0]
 
@@ -84,6 +105,8 @@ def _register(counter: ModuleType) -> None:
         ("low_rank_update_after", lambda p, *arguments, **_: low_rank_flops(*arguments)),
         ("dash_experts", experts_flops),
         ("dash_experts_backward", experts_backward_flops),
+        ("dash_linear_group", group_flops),
+        ("dash_linear_group_backward", group_backward_flops),
     ):
         counter.register_flop_formula(getattr(torch.ops.loradash, name))(formula)
 

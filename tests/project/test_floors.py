@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[2]
 FLOORS = {
     "loradash_kernels": (
         "_version", "files", "notices", "timing", "random", "calls", "backends", "packed_weights", "composite", "ops", "flops",
-        "autograd", "sharded", "arguments", "functional", "rows", "experts", "directions", "testing", "__init__",
+        "autograd", "group_autograd", "sharded", "arguments", "functional", "checkpointing", "group", "rows", "experts", "directions", "testing", "__init__",
     ),
     "loradash_kernels/backends": (
         "__init__", "extension", "cards", "measurements", "tuning", "fused_dropout", "products", "reference", "cpu", "cuda",
