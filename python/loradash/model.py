@@ -11,9 +11,10 @@ import torch
 from torch import nn
 
 from .attention import call_adapted_layers
-from .base_layers import is_linear
+from .base_layers import CONVOLUTIONS, is_linear
 from .bypass import bypassed_children, child_at, refuse_fusing
 from .config import DashConfig
+from .convolution import DashConvolution
 from .distributed import reshard
 from .linear import DashLinear
 from .quantised import RequantisationError
@@ -121,7 +122,8 @@ def _check_parents(model: nn.Module, chosen: dict[str, nn.Module], config: DashC
 
 def _around(name: str, module: nn.Module, config: DashConfig) -> DashLinear:
     try:
-        layer = DashLinear.around(module, config.for_module(name))
+        kind = DashConvolution if isinstance(module, CONVOLUTIONS) else DashLinear
+        layer = kind.around(module, config.for_module(name))
     except (TypeError, ValueError) as error:
         raise ValueError(f"{name}: {error}") from error
     layer.name = name
