@@ -39,7 +39,8 @@ class DashConvolution(DashLinear):
         if not self.enabled or self.merged:
             return y
         space = len(base.stride)
-        pixels = input[(..., *(slice(None, None, step) for step in base.stride))]
-        out = self._add_low_rank(y.movedim(-1 - space, -1), pixels.movedim(-1 - space, -1)).movedim(-1, -1 - space)
+        taken: Any = (..., *(slice(None, None, step) for step in base.stride))
+        channels = -1 - space
+        out = self._add_low_rank(y.movedim(channels, -1), input[taken].movedim(channels, -1)).movedim(-1, channels)
         # Code behind a convolution may count on how its output lies in memory.
         return out.contiguous() if y.is_contiguous() else out

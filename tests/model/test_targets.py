@@ -6,8 +6,8 @@ import inspect
 
 import pytest
 from loradash import DashConfig, apply_dash, dash_layers
+from support.layers import NAMED
 from torch import nn
-from torch.nn.utils.parametrizations import weight_norm
 
 ADAPTED = {"Linear", "Conv1d", "Conv2d", "Conv3d"}
 
@@ -44,21 +44,17 @@ def test_every_layer_of_torch():
         assert model["layer"] is layer and type(model["other"]) is nn.Linear
 
 
-@pytest.mark.parametrize(
-    "layer",
-    [
-        nn.Conv2d(8, 8, 3),
-        nn.Conv2d(8, 8, (1, 3)),
-        nn.Conv2d(8, 8, 1, groups=2),
-        nn.Conv2d(8, 8, 1, padding=1),
-        weight_norm(nn.Conv2d(8, 8, 1, bias=False)),
-        type("Standardised", (nn.Conv2d,), {"forward": lambda self, x: 2 * super().forward(x)})(8, 8, 1),
-    ],
-)
-def test_convolutions_that_are_no_linear_layers(layer):
-    model = nn.ModuleDict({"layer": layer, "other": nn.Linear(8, 8)})
-    with pytest.raises(ValueError, match=rf"layer \({type(layer).__name__}\(8, 8, kernel_size"):
-        apply_dash(model, DashConfig(target_modules=["layer"]))
+@pytest.mark.parametrize("row", NAMED)
+def test_the_rows_of_the_table(row):
+    make, outcome = NAMED[row]
+    for layer in make():
+        model = nn.ModuleDict({"layer": layer, "other": nn.Linear(8, 8)})
+        config = DashConfig(r=2, directions=2, target_modules=["layer"])
+        if outcome == "adapted":
+            assert {*dash_layers(apply_dash(model, config))} == {"layer"}
+            continue
+        with pytest.raises(ValueError, match=rf"layer \({type(layer).__name__}"):
+            apply_dash(model, config)
 
 
 def tree() -> nn.ModuleDict:

@@ -31,8 +31,9 @@ FLOORS = {
         "decompose", "rates", "kept",
     ),
     "python/loradash": (
-        "presets", "config", "meeting", "distributed", "formats", "base_layers", "quantised", "merging", "linear", "convolution", "data_parallel", "state",
-        "targets", "attention", "bypass", "model", "unload", "warming", "checkpoint", "peft_layout", "export", "streams", "background",
+        "presets", "config", "meeting", "distributed", "formats", "base_layers", "quantised", "merging", "linear", "convolution",
+        "data_parallel", "state", "targets", "attention", "bypass", "model", "unload", "warming", "checkpoint", "peft_layout", "export",
+        "streams", "background",
         "fingerprint", "cache", "background_process", "batches", "prelaunch", "schedule", "optimizer", "plots", "analysis", "integrations",
         "devices", "machine", "cli", "__init__",
     ),
