@@ -1,11 +1,11 @@
-"""The linear layers of a model: which give their weight to `DashLinear`, which are kept whole inside it, which are refused."""
+"""The layers of a model: which give their weight to `DashLinear`, which are kept whole inside it, which are refused."""
 
 from __future__ import annotations
 
 from typing import Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from .distributed import is_dtensor
@@ -16,6 +16,8 @@ Treatment = Literal["adopted", "kept whole"]
 
 PLAIN = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 """Dtypes whose numbers are the weight's own, not codes for others."""
+
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 _HOOKS = (
     "_forward_hooks",
@@ -33,18 +35,48 @@ _TRIFLES = {"__init__", "__module__", "__qualname__", "__doc__", "__annotations_
 
 def is_linear(module: nn.Module) -> bool:
     """Is it nn.Linear, transformers' Conv1D (whose weight is (K, N)), a subclass of either, or transformers' BitLinear?"""
-    return _kind(module) is not None or is_packed_bitnet(module)
+    return _kind(module) not in (None, *CONVOLUTIONS) or is_packed_bitnet(module)
+
+
+def is_pointwise(module: nn.Module) -> bool:
+    """Is it a linear layer over channels that `DashConvolution` can adapt?"""
+    return isinstance(module, CONVOLUTIONS) and pointwise_refusal(module) is None
+
+
+def pointwise_refusal(module: nn.Module) -> str | None:
+    """Why a module is no linear layer over channels, or none that can be adapted; or None.
+
+    Such a layer is nn.Conv1d, nn.Conv2d or nn.Conv3d with a kernel of one element, one group and no padding; any stride.
+    """
+    if not isinstance(module, CONVOLUTIONS):
+        return f"{type(module).__name__} is no linear layer"
+    padding = module.padding if isinstance(module.padding, str) else max(module.padding)
+    if max(module.kernel_size) > 1 or module.groups > 1 or padding not in (0, "valid", "same"):
+        return f"{type(module).__name__}({module.extra_repr()}) is no linear layer over channels"
+    weight = module._parameters.get("weight")
+    if weight is not None and is_lazy(weight):
+        return f"{type(module).__name__} has no weight yet; run the model once before adapting it"
+    if any(is_dtensor(p) for p in module.parameters()):
+        return f"{type(module).__name__} is sharded (DTensor); adapt the model first"
+    return None if computes_plainly(module) else f"{type(module).__name__} computes in a way of its own"
 
 
 def is_transposed(module: nn.Module) -> bool:
     """Is the weight stored as (K, N)?"""
-    return _kind(module) not in (None, nn.Linear)
+    return _kind(module) not in (None, nn.Linear, *CONVOLUTIONS)
+
+
+def oriented(module: nn.Module, weight: Tensor) -> Tensor:
+    """A tensor of the shape of a layer's weight as (N, K), a view where memory allows it."""
+    return weight.t() if is_transposed(module) else weight.flatten(1)
 
 
 def _kind(module: nn.Module) -> type[nn.Module] | None:
-    """nn.Linear or transformers' Conv1D, whichever a module is; found by its name, without importing transformers."""
-    if isinstance(module, nn.Linear):
-        return nn.Linear
+    """nn.Linear, transformers' Conv1D or a convolution, whichever a module is; Conv1D is found by its name, without importing
+    transformers."""
+    for kind in (nn.Linear, *CONVOLUTIONS):
+        if isinstance(module, kind):
+            return kind
     classes = type(module).__mro__
     return next((c for c in classes if c.__name__ == "Conv1D" and c.__module__ == "transformers.pytorch_utils"), None)
 
@@ -52,6 +84,7 @@ def _kind(module: nn.Module) -> type[nn.Module] | None:
 def features(module: nn.Module) -> tuple[int, int]:
     """(K, N) of a linear layer. Raises ValueError for one that does not tell."""
     names = ("nx", "nf") if is_transposed(module) else ("in_features", "out_features")
+    names = ("in_channels", "out_channels") if isinstance(module, CONVOLUTIONS) else names
     k, n = (getattr(module, name, None) for name in names)
     if not isinstance(k, int) or not isinstance(n, int):
         raise ValueError(f"{type(module).__name__} does not tell its {' and '.join(names)}: {k}, {n}")
@@ -85,7 +118,7 @@ def treatment(module: nn.Module) -> Treatment:
 
 
 def computes_plainly(module: nn.Module) -> bool:
-    """Does the layer, its hooks aside, compute x Wᵀ + b with a floating weight of its own?"""
+    """Does the layer, its hooks aside, compute x Wᵀ + b (or its convolution) with a floating weight of its own?"""
     kind, weight = _kind(module), module._parameters.get("weight")
     return (
         kind is not None
@@ -95,7 +128,7 @@ def computes_plainly(module: nn.Module) -> bool:
         and not hasattr(module, "parametrizations")
         and type(weight) is nn.Parameter
         and weight.dtype in PLAIN
-        and len(whole_shape(weight)) == 2
+        and (len(whole_shape(weight)) == 2 or kind in CONVOLUTIONS)
     )
 
 

@@ -106,8 +106,11 @@ def _tensors(layout: Layout) -> dict[str, Tensor]:
     for name, layer in layout.adapted.items():
         a, b = (t.cpu() for t in _folded(layer))
         more = layout.rank - a.shape[0]
-        tensors[f"{PREFIX}{name}.lora_A.weight"] = nn.functional.pad(a, (0, 0, 0, more)).contiguous()
-        tensors[f"{PREFIX}{name}.lora_B.weight"] = nn.functional.pad(b, (0, more)).contiguous()
+        for key, factor in (("A", nn.functional.pad(a, (0, 0, 0, more))), ("B", nn.functional.pad(b, (0, more)))):
+            # PEFT's factors of a convolution are convolutions.
+            tensors[f"{PREFIX}{name}.lora_{key}.weight"] = factor.reshape(
+                *factor.shape, *layer.unit_kernel
+            ).contiguous()
     for name, stacked in layout.experts.items():
         tensors |= _expert_tensors(name, stacked, layout)
     for name, module in layout.whole.items():

@@ -66,6 +66,9 @@ class DashLinear(HasAdapters):
 
     bias: Tensor | None
     launched: Tensor
+    # Sizes that the weight has beside (N, K).
+    unit_kernel: tuple[int, ...] = ()
+    _treatment = staticmethod(treatment)
 
     def __init__(
         self,
@@ -101,7 +104,7 @@ class DashLinear(HasAdapters):
         return layer.train(linear.training)
 
     def _wrap(self, linear: nn.Module, config: DashConfig) -> None:
-        kept = treatment(linear) == "kept whole"
+        kept = self._treatment(linear) == "kept whole"
         self.base = None
         if kept and config.train_bias and getattr(linear, "bias", None) is not None:
             raise ValueError(f"train_bias=True: the bias of {type(linear).__name__} belongs to the layer kept whole")

@@ -96,7 +96,8 @@ class TakesUpdate(nn.Module):
         weight = gathered(self._holder().weight)  # type: ignore[arg-type]
         delta = self.delta()
         delta = delta.t() if self.transposed or (self.base is not None and is_transposed(self.base)) else delta
-        wide = weight.to(torch.promote_types(weight.dtype, torch.float32)) + delta
+        # That of a convolution has dimensions of size one besides.
+        wide = weight.to(torch.promote_types(weight.dtype, torch.float32)) + delta.reshape(weight.shape)
         merged = wide.to(weight.dtype)
         if not bool(merged.isfinite().all()) and bool(weight.isfinite().all()):
             raise ValueError(

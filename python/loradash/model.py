@@ -15,9 +15,10 @@ from torch import Tensor, nn
 
 from . import zero
 from .attention import call_adapted_layers
-from .base_layers import is_linear
+from .base_layers import CONVOLUTIONS, is_linear
 from .bypass import bypassed_children, child_at, refuse_fusing
 from .config import DashConfig
+from .convolution import DashConvolution
 from .distributed import reshard
 from .experts import DashExperts, ExpertParameter
 from .linear import DashLinear
@@ -176,7 +177,8 @@ def _check_parents(model: nn.Module, chosen: dict[str, nn.Module], config: DashC
 
 def _around(name: str, module: nn.Module, config: DashConfig, adapter: str) -> DashLinear:
     try:
-        layer = DashLinear.around(module, config.for_module(name))
+        kind = DashConvolution if isinstance(module, CONVOLUTIONS) else DashLinear
+        layer = kind.around(module, config.for_module(name))
     except (TypeError, ValueError) as error:
         raise ValueError(f"{name}: {error}") from error
     layer.name, layer.adapter = name, adapter

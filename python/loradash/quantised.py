@@ -7,7 +7,7 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
-from .base_layers import PLAIN, computes_plainly, features, is_transposed
+from .base_layers import PLAIN, computes_plainly, features, oriented
 from .formats import Format, format_of
 
 ROWS = 1024
@@ -50,7 +50,7 @@ def weight_of(module: nn.Module) -> Tensor:
     """
     weight = cast(Tensor, module.weight)
     if computes_plainly(module) and not weight.is_meta:
-        return weight.t() if is_transposed(module) else weight
+        return oriented(module, weight)
     kept = format_of(module)
     if kept is not None:
         found = _dequantised(module, kept)
@@ -127,12 +127,12 @@ def check_differentiable(name: str, module: nn.Module, x: Tensor, y: Tensor) -> 
 
 def can_take_update(module: nn.Module) -> bool:
     """Is adding to a layer's weight adding to its products? A layer with a forward of its own is asked for these."""
+    if computes_plainly(module):
+        return True
     weight = module._parameters.get("weight")
     if type(weight) is not nn.Parameter or weight.dtype not in PLAIN or weight.dim() != 2:
         return False
-    if computes_plainly(module):
-        return True
-    own = weight.t() if is_transposed(module) else weight
+    own = oriented(module, weight)
     rounding = 2 * torch.finfo(weight.dtype).eps
     return torch.allclose(weight_of(module).double(), own.double(), rtol=rounding, atol=rounding)
 

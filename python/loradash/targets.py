@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
-from .base_layers import is_linear
+from .base_layers import is_linear, is_pointwise
 from .config import DashConfig, matches, unmatched, without_match
 from .expert_modules import refusal, stacked_names
 from .linear import DashLinear
@@ -16,7 +17,7 @@ def target_layers(model: nn.Module, config: DashConfig) -> dict[str, nn.Module]:
     found: dict[str, nn.Module] = {}
     inside: set[nn.Module] = set()
     # A layer comes before its own parts.
-    for name, module in _linear_layers(model).items():
+    for name, module in _adaptable(model, config).items():
         if is_target(name, config) and module not in inside:
             found[name] = module
             inside.update(module.modules())
@@ -52,7 +53,7 @@ def _parameters(model: nn.Module) -> dict[str, tuple[nn.Module, str]]:
 
 
 def is_target(name: str, config: DashConfig) -> bool:
-    """Do these settings adapt a linear layer of this name?"""
+    """Do these settings adapt a layer of this name, which can be adapted?"""
     wanted = config.target_modules is None or matches(name, config.target_modules)
     return wanted and _is_left_to_adapt(name, config)
 
@@ -61,10 +62,38 @@ def _is_left_to_adapt(name: str, config: DashConfig) -> bool:
     return not matches(name, config.exclude_modules) and not _trains_whole(name, config)
 
 
-def _linear_layers(model: nn.Module) -> dict[str, nn.Module]:
-    found = {plain_name(name): m for name, m in model.named_modules() if isinstance(m, DashLinear) or is_linear(m)}
+def _adaptable(model: nn.Module, config: DashConfig) -> dict[str, nn.Module]:
+    """Linear layers, and where target_modules names any layers convolutions that are linear ones over channels."""
+    named = config.target_modules is not None
+    modules = {plain_name(name): module for name, module in model.named_modules()}
+    found = {
+        name: m
+        for name, m in modules.items()
+        if isinstance(m, DashLinear) or is_linear(m) or (named and is_pointwise(m))
+    }
     inside = {part for m in found.values() if isinstance(m, DashLinear) for part in m.modules() if part is not m}
     return {name: m for name, m in found.items() if m not in inside}
+
+
+def _refused(model: nn.Module, config: DashConfig) -> dict[str, nn.Module]:
+    """Layers that target_modules names and that cannot be adapted, and have numbers of their own that could have been meant.
+
+    A name in a list means a layer, whatever its numbers are. A regular expression means a part of a model, where vectors
+    (norms, gates) come along: of these it means the layers with matrices.
+    """
+    if config.target_modules is None:
+        return {}
+    adaptable = _adaptable(model, config)
+    inside = {part for module in adaptable.values() for part in module.modules()}
+    least = 2 if isinstance(config.target_modules, str) else 0
+    modules = {plain_name(name): module for name, module in model.named_modules() if module not in inside}
+    return {name: m for name, m in modules.items() if is_target(name, config) and _has_numbers(m, least)}
+
+
+def _has_numbers(module: nn.Module, least: int) -> bool:
+    """Has a module itself a parameter of so many dimensions?"""
+    own = [p for p in module._parameters.values() if p is not None]
+    return hasattr(module, "parametrizations") or any(is_lazy(p) or p.dim() >= least for p in own)
 
 
 def _trains_whole(name: str, config: DashConfig) -> bool:
@@ -74,7 +103,13 @@ def _trains_whole(name: str, config: DashConfig) -> bool:
 
 def check_patterns(model: nn.Module, config: DashConfig) -> None:
     """Raises ValueError where the settings adapt nothing, or a pattern of theirs matches nothing in the model."""
-    linears = _linear_layers(model)
+    linears, refused = _adaptable(model, config), _refused(model, config)
+    if refused:
+        raise ValueError(
+            f"target_modules={config.target_modules!r} names layers that cannot be adapted: {_described(refused)}. LoRA-Dash is "
+            "for linear layers, and for convolutions that are such over channels (kernel 1, one group, no padding). Leave others "
+            "out by exclude_modules, or train them whole by trainable_modules; target_modules=None takes every linear layer"
+        )
     parameters = _parameters(model) if config.target_parameters is not None else {}
     lost = without_match(config.target_parameters, list(parameters))
     if lost:
@@ -91,9 +126,17 @@ def check_patterns(model: nn.Module, config: DashConfig) -> None:
         )
     # What is left out of them is named too.
     stacked = [name for name in parameters if matches(name, config.target_parameters)]
-    problems = unmatched(config, [*linears, *stacked], [plain_name(name) for name, _ in model.named_modules()])
+    modules = {plain_name(name): module for name, module in model.named_modules()}
+    # What could be refused can be left out.
+    others = [] if config.target_modules is None else [name for name, m in modules.items() if _has_numbers(m, 0)]
+    problems = unmatched(config, [*linears, *stacked, *others], list(modules))
     if problems:
         raise ValueError("; ".join(problems))
+
+
+def _described(modules: dict[str, nn.Module]) -> str:
+    shown = [f"{name or 'the model'} ({type(m).__name__}({m.extra_repr()}))" for name, m in list(modules.items())[:4]]
+    return ", ".join(shown) + (", ..." if len(modules) > 4 else "")
 
 
 def trainable_modules(model: nn.Module, config: DashConfig) -> dict[str, nn.Module]:

@@ -140,7 +140,7 @@ def _run(name: str, layer: DashLinear, rows: int, dtype: torch.dtype | None, ali
 
 def _passes(twin: DashLinear, rows: int, dtype: torch.dtype) -> tuple[str, ...]:
     """Runs a layer, and its backward pass towards x and all that trains. Returns what was run."""
-    x = torch.randn(rows, twin.in_features, device=twin.lora_a.device).to(dtype)
+    x = torch.randn(rows, twin.in_features, *twin.unit_kernel, device=twin.lora_a.device).to(dtype)
     leaves = [p for p in twin._parameters.values() if p is not None and p.requires_grad]
     if not (twin.training and leaves and torch.is_grad_enabled()):
         twin.forward(x)

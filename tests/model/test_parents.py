@@ -10,7 +10,7 @@ import pytest
 import torch
 from loradash import apply_dash, dash_layers, merge, merge_and_unload
 from loradash.bypass import bypassed_children
-from support.layers import LAYERS, WIDTH, config, linear
+from support.layers import LAYERS, NAMED, WIDTH, config, linear
 from torch import nn
 from torch.nn import functional as F
 
@@ -114,7 +114,7 @@ def test_the_table_in_the_documents():
         [cell.strip() for cell in line.strip("|").split("|")] for line in TABLE.read_text().splitlines() if "|" in line
     ]
     said = {cells[0]: cells[1] for cells in rows if cells[1] in ("adopted", "kept whole", "refused", "adapted")}
-    assert said == {name: outcome for name, (_, outcome) in {**LAYERS, **PARENTS}.items()}
+    assert said == {name: outcome for name, (_, outcome) in {**LAYERS, **PARENTS, **NAMED}.items()}
 
 
 def test_what_a_parent_uses_is_read_from_its_code():

@@ -8,7 +8,7 @@ from loradash import DashConfig
 from support.quantised import quantised
 from torch import nn
 from torch.nn import functional as F
-from torch.nn.utils import prune
+from torch.nn.utils import parametrizations, prune
 
 WIDTH = 32
 
@@ -131,4 +131,46 @@ LAYERS = {
     "parametrized layer (`weight_norm`, ...)": (parametrized, "kept whole"),
     "pruned layer (`torch.nn.utils.prune`)": (pruned, "kept whole"),
     "`nn.LazyLinear` before its first call": (lambda: nn.LazyLinear(WIDTH), "refused"),
+}
+
+
+def standardised():
+    """A convolution with a forward of its own."""
+    return type("Standardised", (nn.Conv2d,), {"forward": lambda self, x: 2 * super().forward(x)})(8, 8, 1)
+
+
+# Named layers that are not linear, by their rows in the table of docs/layers.md: instances, and what becomes of them.
+NAMED = {
+    "`nn.Conv1d`, `nn.Conv2d`, `nn.Conv3d` with kernel 1, one group and no padding": (
+        lambda: [nn.Conv1d(8, 8, 1), nn.Conv2d(8, 8, 1, stride=2), nn.Conv3d(8, 8, 1, padding="same")],
+        "adapted",
+    ),
+    "any other convolution, transposed ones too": (
+        lambda: [
+            nn.Conv2d(8, 8, 3),
+            nn.Conv2d(8, 8, (1, 3)),
+            nn.Conv2d(8, 8, 1, groups=2),
+            nn.Conv1d(8, 8, 1, padding=1),
+            nn.ConvTranspose2d(8, 8, 1),
+            parametrizations.weight_norm(nn.Conv2d(8, 8, 1, bias=False)),
+            standardised(),
+        ],
+        "refused",
+    ),
+    "`nn.Embedding`, `nn.EmbeddingBag`, `nn.Bilinear`": (
+        lambda: [nn.Embedding(8, 8), nn.EmbeddingBag(8, 8), nn.Bilinear(8, 8, 8)],
+        "refused",
+    ),
+    "`nn.LSTM`, `nn.GRU`, `nn.RNN` and their cells": (
+        lambda: [kind(8, 8) for kind in (nn.LSTM, nn.GRU, nn.RNN, nn.LSTMCell, nn.GRUCell, nn.RNNCell)],
+        "refused",
+    ),
+    "`nn.MultiheadAttention` itself, whose `in_proj_weight` is one matrix for three": (
+        lambda: [nn.MultiheadAttention(8, 2)],
+        "refused",
+    ),
+    "norms and whatever has parameters of its own": (
+        lambda: [nn.LayerNorm(8), nn.BatchNorm2d(8), nn.PReLU()],
+        "refused",
+    ),
 }
