@@ -172,6 +172,8 @@ def test_beside_linear_layers():
     )
     with pytest.warns(UserWarning, match="leaves out 2 experts' parameters"):
         assert {run.name for run in warm_up(model, [4], progress=False)} == {"model.layers.0.self_attn.q_proj"}
+    with pytest.warns(UserWarning, match="leaves out 2 experts' parameters"):
+        assert warm_up(adapted(moe()), [4], progress=False) == []
 
 
 def test_biases_train_where_they_are_wanted(tmp_path):
