@@ -7,7 +7,7 @@ import pytest
 pytest.importorskip("peft")
 pytest.importorskip("transformers", minversion="5")
 
-from benchmarks.layers import experts  # noqa: E402
+from benchmarks.layers import experts
 
 
 def test_a_rehearsal(monkeypatch):
