@@ -112,7 +112,7 @@ def _routed(self: Any, hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor
     y = y * weights.reshape(-1)[order].unsqueeze(-1)
     # Back in the order of the tokens, where a sum over each one's experts adds in the same order every time.
     back = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
-    return y[back].view(hidden.shape[0], chosen, -1).sum(1).to(hidden.dtype)
+    return y[back].view(hidden.shape[0], chosen, y.shape[1]).sum(1).to(hidden.dtype)
 
 
 def _every_expert(self: Any, hidden: Tensor) -> Tensor:

@@ -8,13 +8,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from loradash import export_lora
+from loradash import dash_layers, dash_state, export_lora
 
 peft = pytest.importorskip("peft")
 pytest.importorskip("transformers", minversion="5")
 
 from loradash.integrations.peft import DashLoraConfig  # noqa: E402
-from support.experts import BOTH, MODELS, adapted, filled, logits, moe  # noqa: E402
+from support.experts import BOTH, IDS, MODELS, adapted, filled, logits, moe  # noqa: E402
 from support.processes import run_processes  # noqa: E402
 
 TESTS = str(Path(__file__).parents[1])
@@ -135,3 +135,25 @@ def test_two_processes(tmp_path):
         assert losses == pytest.approx(alone, abs=1e-5), scheme
         assert merged < 1e-4 and loaded < 1e-5
         torch.testing.assert_close(torch.tensor(found), torch.tensor(wanted), rtol=1e-3, atol=1e-3)
+
+
+def test_trainer_launches_and_resumes_them(tmp_path):
+    from loradash.integrations.transformers import DashCallback
+    from transformers import Trainer, TrainingArguments
+
+    rows = [{"input_ids": ids, "labels": ids} for ids in IDS.repeat(8, 1)]
+    found = []
+    for settings, resume in (({"save_steps": 4}, None), ({"save_strategy": "no"}, str(tmp_path / "checkpoint-4"))):
+        model = adapted(moe(), prelaunch_steps=3)
+        options = {
+            "max_steps": 6,
+            "per_device_train_batch_size": 2,
+            "use_cpu": True,
+            "report_to": [],
+            "disable_tqdm": True,
+        }
+        args = TrainingArguments(output_dir=str(tmp_path), logging_strategy="no", **options, **settings)
+        Trainer(model, args, train_dataset=rows, callbacks=[DashCallback()]).train(resume_from_checkpoint=resume)
+        assert dash_state(model).step == 6 and all(layer.launched for layer in dash_layers(model).values())
+        found.append(logits(model.eval()))
+    torch.testing.assert_close(*found)

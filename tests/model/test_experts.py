@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import copy
+import importlib
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -80,9 +83,7 @@ def test_every_implementation_of_transformers(implementation):
 
 def experts_module(name, **settings):
     """An experts module of transformers by itself, with values, and inputs for it."""
-    from importlib import import_module
-
-    module = import_module(f"transformers.models.{name}.modeling_{name}")
+    module = importlib.import_module(f"transformers.models.{name}.modeling_{name}")
     kind = next(v for k, v in vars(module).items() if k.endswith("Experts") and v.__module__ == module.__name__)
     experts = kind(type("Config", (), {"_experts_implementation": "eager", **settings})())
     torch.manual_seed(0)
@@ -172,6 +173,8 @@ def test_beside_linear_layers():
     )
     with pytest.warns(UserWarning, match="leaves out 2 experts' parameters"):
         assert {run.name for run in warm_up(model, [4], progress=False)} == {"model.layers.0.self_attn.q_proj"}
+    with pytest.warns(UserWarning, match="leaves out 2 experts' parameters"):
+        assert warm_up(adapted(moe()), [4], progress=False) == []
 
 
 def test_biases_train_where_they_are_wanted(tmp_path):
@@ -289,3 +292,46 @@ def test_a_list_of_linear_experts_with_an_idle_one():
         ):
             schedule.step()
     assert [bool(layer.launched) for layer in dash_layers(model).values()] == [True, False, True]
+
+
+class Sizes:
+    """A configuration that has whatever an experts module asks for: four experts, widths of 16."""
+
+    _experts_implementation = "eager"
+
+    def __getattr__(self, name):
+        if name.startswith("__"):
+            raise AttributeError(name)
+        if name.endswith("_act") or "activation" in name:
+            return "silu"
+        if name == "moe_latent_size":
+            return None
+        if "eps" in name:
+            return 1e-6
+        if any(part in name for part in ("limit", "alpha", "beta", "scale")):
+            return 1.5
+        return 4 if "num" in name or "n_routed" in name or ("expert" in name and "size" not in name) else 16
+
+
+@pytest.mark.slow
+def test_all_experts_of_transformers():
+    """Every module that has its decorator computes with adapters what its own forward computes."""
+    import transformers.models
+
+    seen = 0
+    for file in sorted(Path(transformers.models.__path__[0]).glob("*/modeling_*.py")):
+        for kind in re.findall(r"^@use_experts_implementation.*\nclass (\w+)", file.read_text(), re.M):
+            module = importlib.import_module(f"transformers.models.{file.parent.name}.{file.stem}")
+            torch.manual_seed(0)
+            experts = getattr(module, kind)(Sizes())
+            for parameter in experts.parameters():
+                nn.init.normal_(parameter, std=0.3)
+            chosen = torch.stack([torch.randperm(4)[:2] for _ in range(9)])
+            inputs = torch.randn(9, 16), chosen, torch.rand(9, 2)
+            wanted = experts(*inputs)
+            patterns = r".*\.((gate_)?up|down)_proj"
+            model = apply_dash(nn.Sequential(experts), DashConfig(r=2, target_modules=[], target_parameters=patterns))
+            assert len(dash_layers(model)) == 2, kind
+            torch.testing.assert_close(model[0](*inputs), wanted, rtol=1e-4, atol=1e-4, msg=kind)
+            seen += 1
+    assert seen
