@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .backends import extension, registry
 from .calls import BackwardCall, ForwardCall, accumulator
-from .random import check_place, check_seed
+from .random import check_seed
 
 LIBRARY = torch.library.Library("loradash", "DEF")
 
@@ -67,17 +67,10 @@ def allocate_backward(
     )
 
 
-def _check(seed: Tensor | None, x: Tensor) -> None:
-    """Raises ValueError for a seed that is none."""
-    if seed is not None:
-        check_seed(seed, x)
-        check_place(seed, x.shape[0])
-
-
 def dash_linear(*arguments: Any, base: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """y and P. The arguments are the fields of ForwardCall before `base`, and the backend."""
     fields, backend = arguments[:-1], arguments[-1]
-    _check(fields[_SEED], fields[0])
+    check_seed(fields[_SEED], fields[0])
     y, p = allocate_forward(*_of_forward(arguments))
     call = _made(ForwardCall, (*fields, base, y, p))
     registry.pick(call, backend).forward(call)
@@ -92,7 +85,7 @@ def low_rank_update(y: Tensor, x: Tensor, *arguments: Any) -> tuple[Tensor, Tens
 def dash_linear_backward(*arguments: Any) -> Gradients:
     """The arguments are the fields of BackwardCall before `dx`, which gradients are needed, and the backend."""
     fields, needs, backend = arguments[:-2], arguments[-2], arguments[-1]
-    _check(fields[_SEED_OF_BACKWARD], fields[1])
+    check_seed(fields[_SEED_OF_BACKWARD], fields[1])
     grads = allocate_backward(needs, *_of_backward(arguments))
     wanted = grads if all(needs) else [g if n else None for g, n in zip(grads, needs, strict=True)]
     call = _made(BackwardCall, (*fields, *wanted))
@@ -101,7 +94,7 @@ def dash_linear_backward(*arguments: Any) -> Gradients:
 
 
 def _fake_dash_linear(*arguments: Any) -> tuple[Tensor, Tensor]:
-    _check(arguments[_SEED], arguments[0])
+    check_seed(arguments[_SEED], arguments[0])
     return allocate_forward(*_of_forward(arguments))
 
 
@@ -110,7 +103,7 @@ def _fake_low_rank_update(y: Tensor, x: Tensor, *arguments: Any) -> tuple[Tensor
 
 
 def _fake_backward(*arguments: Any) -> Gradients:
-    _check(arguments[_SEED_OF_BACKWARD], arguments[1])
+    check_seed(arguments[_SEED_OF_BACKWARD], arguments[1])
     return allocate_backward(arguments[-2], *_of_backward(arguments))
 
 

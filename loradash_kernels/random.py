@@ -51,26 +51,29 @@ def window(seed: Tensor, row: int, column: int) -> Tensor:
     # A copy from the host would be refused while a CUDA graph is captured; filling is not.
     origin = torch.cat((seed.new_full((1,), row), seed.new_full((1,), column)))
     found = torch.cat((seed[:2], origin if seed.numel() == 2 else origin + seed[2:]))
-    check_place(found)
+    check_seed(found)
     return found
 
 
-def check_seed(seed: Tensor, x: Tensor | None = None) -> None:
-    """Raises ValueError for what is no seed, (2,) or (4,) int64 without gaps, or not one for x: on another device."""
-    if seed.dtype != torch.int64 or seed.dim() != 1 or seed.numel() not in (2, 4) or not seed.is_contiguous():
+def check_seed(seed: Tensor | None, x: Tensor | None = None) -> None:
+    """Raises ValueError for what is no seed: neither (2,) nor (4,) int64 without gaps, on another device than x, or with a
+    place that no window of so many rows has, as far as that is known: where the seed is a plain tensor on the CPU."""
+    if seed is None:
+        return
+    count = seed.numel()
+    if count not in (2, 4) or seed.dtype is not torch.int64 or seed.dim() != 1 or not seed.is_contiguous():
         raise ValueError(
             f"seed has shape {tuple(seed.shape)}, dtype {seed.dtype} and strides {seed.stride()}; wanted (2,) int64 of "
             "`draw_seed`, or (4,) of `window`, contiguous"
         )
     if x is not None and seed.device != x.device:
         raise ValueError(f"seed is on {seed.device}, x is on {x.device}; they must be on one device")
+    if count == 4 and seed.is_cpu and type(seed) is Tensor and not torch.compiler.is_compiling():
+        row, column = seed.tolist()[2:]
+        _check_place(row, column, 1 if x is None else x.shape[0])
 
 
-def check_place(seed: Tensor, rows: int = 1) -> None:
-    """Raises ValueError where so many rows are known not to fit a window: where the seed is a plain tensor on the CPU."""
-    if seed.numel() == 2 or not seed.is_cpu or type(seed) is not Tensor or torch.compiler.is_compiling():
-        return
-    _, _, row, column = seed.tolist()
+def _check_place(row: int, column: int, rows: int) -> None:
     if not 0 <= row <= _WORD + 1 - rows:
         raise ValueError(f"seed begins at row {row} of the whole; with {rows} rows wanted one in [0, 2**32 - {rows}]")
     if not 0 <= column <= _WORD or column % _BLOCK:
