@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from .base_layers import is_linear, is_pointwise
+from .base_layers import is_linear, is_pointwise, pointwise_refusal
 from .config import DashConfig, matches, unmatched
 from .state import plain_name, unwrap
 
@@ -66,9 +66,8 @@ def check_patterns(model: nn.Module, config: DashConfig) -> None:
     linears, refused = _adaptable(model, config), _refused(model, config)
     if refused:
         raise ValueError(
-            f"target_modules={config.target_modules!r} names layers that cannot be adapted: {_described(refused)}. LoRA-Dash is "
-            "for linear layers, and for convolutions that are such over channels (kernel 1, one group, no padding). Leave others "
-            "out by exclude_modules, or train them whole by trainable_modules; target_modules=None takes every linear layer"
+            f"target_modules={config.target_modules!r} names layers that cannot be adapted: {_described(refused)}. Leave them out "
+            "by exclude_modules, or train them whole by trainable_modules; target_modules=None takes every linear layer"
         )
     if not target_layers(model, config):
         raise ValueError(
@@ -84,8 +83,8 @@ def check_patterns(model: nn.Module, config: DashConfig) -> None:
 
 
 def _described(modules: dict[str, nn.Module]) -> str:
-    shown = [f"{name or 'the model'} ({type(m).__name__}({m.extra_repr()}))" for name, m in list(modules.items())[:4]]
-    return ", ".join(shown) + (", ..." if len(modules) > 4 else "")
+    shown = [f"{name or 'the model'}: {pointwise_refusal(module)}" for name, module in list(modules.items())[:4]]
+    return "; ".join(shown) + ("; ..." if len(modules) > 4 else "")
 
 
 def trainable_modules(model: nn.Module, config: DashConfig) -> dict[str, nn.Module]:

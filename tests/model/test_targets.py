@@ -39,7 +39,7 @@ def test_every_layer_of_torch():
         if name in ADAPTED:
             assert {*dash_layers(apply_dash(model, config))} == {"layer", "other"}
             continue
-        with pytest.raises(ValueError, match=rf"layer \({name}|layer: {name}"):
+        with pytest.raises(ValueError, match=f"layer: {name}"):
             apply_dash(model, config)
         assert model["layer"] is layer and type(model["other"]) is nn.Linear
 
@@ -53,7 +53,7 @@ def test_the_rows_of_the_table(row):
         if outcome == "adapted":
             assert {*dash_layers(apply_dash(model, config))} == {"layer"}
             continue
-        with pytest.raises(ValueError, match=rf"layer \({type(layer).__name__}"):
+        with pytest.raises(ValueError, match=f"layer: {type(layer).__name__}"):
             apply_dash(model, config)
 
 
@@ -75,10 +75,10 @@ def test_without_names_every_linear_layer_is_taken_and_nothing_else():
 @pytest.mark.parametrize(
     ("targets", "said"),
     [
-        (["proj"], r"names layers that cannot be adapted: patches\.proj \(Conv2d\(3, 8, kernel_size=\(4, 4\)"),
-        (["q", "words"], r"words \(Embedding\(9, 8\)\)"),
-        (["q", "norm"], r"attention\.norm \(LayerNorm"),
-        (".*", r"patches\.proj .*words"),
+        (["proj"], r"names layers that cannot be adapted: patches\.proj: Conv2d\(3, 8, kernel_size=\(4, 4\)"),
+        (["q", "words"], r"words: Embedding\(9, 8\) is no linear layer"),
+        (["q", "norm"], r"attention\.norm: LayerNorm"),
+        (".*", r"patches\.proj: .*words"),
         ("patches.*", r"patches\.proj"),
     ],
 )
@@ -104,6 +104,6 @@ def test_an_expression_means_matrices_and_passes_over_norms():
 def test_the_matrix_of_an_attention_is_not_passed_over():
     """A layer of nn.MultiheadAttention has one matrix for q, k and v, which no adapter of its child out_proj reaches."""
     model = nn.ModuleDict({"attention": nn.MultiheadAttention(8, 2)})
-    with pytest.raises(ValueError, match=r"attention \(MultiheadAttention"):
+    with pytest.raises(ValueError, match=r"attention: MultiheadAttention"):
         apply_dash(model, DashConfig(target_modules=".*attention.*"))
     assert {*dash_layers(apply_dash(model, DashConfig(target_modules=["out_proj"])))} == {"attention.out_proj"}
