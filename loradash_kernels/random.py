@@ -51,13 +51,13 @@ def window(seed: Tensor, row: int, column: int) -> Tensor:
     # A copy from the host would be refused while a CUDA graph is captured; filling is not.
     origin = torch.cat((seed.new_full((1,), row), seed.new_full((1,), column)))
     found = torch.cat((seed[:2], origin if seed.numel() == 2 else origin + seed[2:]))
-    check_seed(found)
+    check_place(found)
     return found
 
 
 def check_seed(seed: Tensor | None, x: Tensor | None = None) -> None:
-    """Raises ValueError for what is no seed: neither (2,) nor (4,) int64 without gaps, on another device than x, or with a
-    place that no window of so many rows has, as far as that is known: where the seed is a plain tensor on the CPU."""
+    """Raises ValueError for what is no seed, (2,) or (4,) int64 without gaps, or not one for x: on another device, or of a
+    window (`check_place`). None is no seed to check."""
     if seed is None:
         return
     count = seed.numel()
@@ -68,12 +68,15 @@ def check_seed(seed: Tensor | None, x: Tensor | None = None) -> None:
         )
     if x is not None and seed.device != x.device:
         raise ValueError(f"seed is on {seed.device}, x is on {x.device}; they must be on one device")
-    if count == 4 and seed.is_cpu and type(seed) is Tensor and not torch.compiler.is_compiling():
-        row, column = seed.tolist()[2:]
-        _check_place(row, column, 1 if x is None else x.shape[0])
+    if count == 4:
+        check_place(seed, 1 if x is None else x.shape[0])
 
 
-def _check_place(row: int, column: int, rows: int) -> None:
+def check_place(seed: Tensor, rows: int = 1) -> None:
+    """Raises ValueError where so many rows are known not to fit a window: where the seed is a plain tensor on the CPU."""
+    if seed.numel() == 2 or not seed.is_cpu or type(seed) is not Tensor or torch.compiler.is_compiling():
+        return
+    _, _, row, column = seed.tolist()
     if not 0 <= row <= _WORD + 1 - rows:
         raise ValueError(f"seed begins at row {row} of the whole; with {rows} rows wanted one in [0, 2**32 - {rows}]")
     if not 0 <= column <= _WORD or column % _BLOCK:

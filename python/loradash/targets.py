@@ -23,16 +23,23 @@ def target_layers(model: nn.Module, config: DashConfig) -> dict[str, nn.Module]:
 
 
 def is_target(name: str, config: DashConfig) -> bool:
-    """Do these settings adapt a layer of this name, which can be adapted?"""
+    """Do these settings adapt a linear layer of this name?"""
     wanted = config.target_modules is None or matches(name, config.target_modules)
     return wanted and not matches(name, config.exclude_modules) and not _trains_whole(name, config)
 
 
+def _linear_layers(model: nn.Module) -> dict[str, nn.Module]:
+    return {plain_name(name): module for name, module in model.named_modules() if is_linear(module)}
+
+
 def _adaptable(model: nn.Module, config: DashConfig) -> dict[str, nn.Module]:
     """Linear layers, and where target_modules names any layers convolutions that are linear ones over channels."""
-    named = config.target_modules is not None
-    modules = {plain_name(name): module for name, module in model.named_modules()}
-    return {name: m for name, m in modules.items() if is_linear(m) or (named and is_pointwise(m))}
+    found = _linear_layers(model)
+    if config.target_modules is None:
+        return found
+    inside = {part for module in found.values() for part in module.modules()}
+    others = {plain_name(name): module for name, module in model.named_modules() if module not in inside}
+    return found | {name: module for name, module in others.items() if is_pointwise(module)}
 
 
 def _refused(model: nn.Module, config: DashConfig) -> dict[str, nn.Module]:
@@ -63,7 +70,8 @@ def _trains_whole(name: str, config: DashConfig) -> bool:
 
 def check_patterns(model: nn.Module, config: DashConfig) -> None:
     """Raises ValueError where the settings adapt nothing, or a pattern of theirs matches nothing in the model."""
-    linears, refused = _adaptable(model, config), _refused(model, config)
+    linears = _adaptable(model, config)
+    refused = _refused(model, config)
     if refused:
         raise ValueError(
             f"target_modules={config.target_modules!r} names layers that cannot be adapted: {_described(refused)}. Leave them out "
