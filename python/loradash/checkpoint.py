@@ -20,7 +20,7 @@ from .distributed import gathered, reshard, shard_of
 from .linear import DashLinear, adapter_shapes
 from .model import apply_dash, train_sigma_alone
 from .state import STATE, dash_state, own_layers, unwrap
-from .targets import is_target, module_tensors, target_layers, trainable_modules
+from .targets import as_trained, is_target, module_tensors, target_layers, trainable_modules
 
 FORMAT = "loradash-1"
 FILE_NAME = "loradash_adapter.safetensors"
@@ -250,6 +250,7 @@ def load_adapter(model: nn.Module, path: str | os.PathLike) -> nn.Module:
     adapter = _read(file)
     reshard(model)
     if getattr(unwrap(model), STATE, None) is None:
+        adapter = adapter._replace(config=as_trained(unwrap(model), adapter.config, adapter.tensors))
         values = _fit(file, adapter.tensors, _wanted(file, unwrap(model), adapter.config))
         try:
             apply_dash(unwrap(model), adapter.config)

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
+import re
+from collections.abc import Container
+
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
@@ -55,6 +59,19 @@ def _refused(model: nn.Module, config: DashConfig) -> dict[str, nn.Module]:
     least = 2 if isinstance(config.target_modules, str) else 0
     modules = {plain_name(name): module for name, module in model.named_modules() if module not in inside}
     return {name: m for name, m in modules.items() if is_target(name, config) and _has_numbers(m, least)}
+
+
+def as_trained(model: nn.Module, config: DashConfig, tensors: Container[str]) -> DashConfig:
+    """The settings of an adapter with these tensors. Where an older version wrote them, layers may be named that are not linear,
+    and had been passed over: they are left out."""
+    pointwise = [name for name, module in target_layers(model, config).items() if is_pointwise(module)]
+    lost = [name for name in (*_refused(model, config), *pointwise) if f"{name}.lora_a" not in tensors]
+    if not lost:
+        return config
+    given = config.exclude_modules
+    before = [given] if isinstance(given, str) else [rf"(.*\.)?{re.escape(name)}" for name in given or ()]
+    expressions = [*before, *map(re.escape, lost)]
+    return dataclasses.replace(config, exclude_modules="|".join(f"({one})" for one in expressions))
 
 
 def _has_numbers(module: nn.Module, least: int) -> bool:

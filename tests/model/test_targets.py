@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 
 import pytest
-from loradash import DashConfig, apply_dash, dash_layers
+from loradash import DashConfig, apply_dash, dash_layers, dash_state, load_adapter, save_adapter
 from support.layers import NAMED
 from torch import nn
 
@@ -107,3 +107,17 @@ def test_the_matrix_of_an_attention_is_not_passed_over():
     with pytest.raises(ValueError, match=r"attention: MultiheadAttention"):
         apply_dash(model, DashConfig(target_modules=".*attention.*"))
     assert {*dash_layers(apply_dash(model, DashConfig(target_modules=["out_proj"])))} == {"attention.out_proj"}
+
+
+@pytest.mark.parametrize(
+    ("before", "excluded"),
+    [({"exclude_modules": ["q"]}, ["q", "patches.proj", "words", "mix"]), ({}, ["patches.proj", "words", "mix"])],
+)
+def test_adapters_of_older_versions_load(before, excluded, tmp_path):
+    """Their settings may name layers that were passed over then."""
+    model = apply_dash(tree(), DashConfig(r=2, directions=2, target_modules=".*", exclude_modules=excluded))
+    dash_state(model).config = DashConfig(r=2, directions=2, target_modules=".*", **before)
+    loaded = load_adapter(tree(), save_adapter(model, tmp_path))
+    assert {*dash_layers(loaded)} == {*dash_layers(model)}
+    again = load_adapter(tree(), save_adapter(loaded, tmp_path / "again"))
+    assert {*dash_layers(again)} == {*dash_layers(model)}
