@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .backends import extension, registry
 from .calls import BackwardCall, ForwardCall, GroupBackwardCall, GroupForwardCall, accumulator
-from .random import check_place, check_seed
+from .random import check_seed
 
 LIBRARY = torch.library.Library("loradash", "DEF")
 
@@ -85,17 +85,10 @@ def allocate_backward(
     )
 
 
-def _check(seed: Tensor | None, x: Tensor) -> None:
-    """Raises ValueError for a seed that is none."""
-    if seed is not None:
-        check_seed(seed, x)
-        check_place(seed, x.shape[0])
-
-
 def dash_linear(*arguments: Any, base: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """y and P. The arguments are the fields of ForwardCall before `base`, and the backend."""
     fields, backend = arguments[:-1], arguments[-1]
-    _check(fields[_SEED], fields[0])
+    check_seed(fields[_SEED], fields[0])
     y, p = allocate_forward(*_of_forward(arguments))
     call = _made(ForwardCall, (*fields, base, y, p))
     registry.pick(call, backend).forward(call)
@@ -110,7 +103,7 @@ def low_rank_update(y: Tensor, x: Tensor, *arguments: Any) -> tuple[Tensor, Tens
 def dash_linear_backward(*arguments: Any) -> Gradients:
     """The arguments are the fields of BackwardCall before `dx`, which gradients are needed, and the backend."""
     fields, needs, backend = arguments[:-2], arguments[-2], arguments[-1]
-    _check(fields[_SEED_OF_BACKWARD], fields[1])
+    check_seed(fields[_SEED_OF_BACKWARD], fields[1])
     grads = allocate_backward(needs, *_of_backward(arguments))
     wanted = grads if all(needs) else [g if n else None for g, n in zip(grads, needs, strict=True)]
     call = _made(BackwardCall, (*fields, *wanted))
@@ -159,7 +152,7 @@ def allocate_group_backward(
 def dash_linear_group(*arguments: Any) -> tuple[list[Tensor], Tensor]:
     """Every y, and P. The arguments are the fields of GroupForwardCall before `y`, and the backend."""
     call = GroupForwardCall(*arguments[:-1], [], arguments[0])
-    _check(call.seed, call.x)
+    check_seed(call.seed, call.x)
     y, p = allocate_group_forward(call.x, call.lora_a, call.lora_b, call.dash_sigma)
     registry.run_group(call._replace(y=y, p=p), arguments[-1])
     return y, p
@@ -169,7 +162,7 @@ def dash_linear_group_backward(*arguments: Any) -> GroupGradients:
     """The arguments are the fields of GroupBackwardCall before `dx`, which gradients are needed, and the backend."""
     fields, needs, backend = arguments[:-2], arguments[-2], arguments[-1]
     call = GroupBackwardCall(*fields, None, [], [], [], [])
-    _check(call.seed, call.x)
+    check_seed(call.seed, call.x)
     grads = allocate_group_backward(needs, call.x, call.lora_a, call.lora_b, call.dash_sigma)
     count = len(call.lora_a)
     wanted = [
@@ -191,7 +184,7 @@ def _fake_group_backward(*arguments: Any) -> GroupGradients:
 
 
 def _fake_dash_linear(*arguments: Any) -> tuple[Tensor, Tensor]:
-    _check(arguments[_SEED], arguments[0])
+    check_seed(arguments[_SEED], arguments[0])
     return allocate_forward(*_of_forward(arguments))
 
 
@@ -200,7 +193,7 @@ def _fake_low_rank_update(y: Tensor, x: Tensor, *arguments: Any) -> tuple[Tensor
 
 
 def _fake_backward(*arguments: Any) -> Gradients:
-    _check(arguments[_SEED_OF_BACKWARD], arguments[1])
+    check_seed(arguments[_SEED_OF_BACKWARD], arguments[1])
     return allocate_backward(arguments[-2], *_of_backward(arguments))
 
 

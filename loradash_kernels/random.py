@@ -69,15 +69,21 @@ def row_windows(seed: Tensor, rows: Sequence[int]) -> tuple[Tensor, ...]:
     return found.unbind(0)
 
 
-def check_seed(seed: Tensor, x: Tensor | None = None) -> None:
-    """Raises ValueError for what is no seed, (2,) or (4,) int64 without gaps, or not one for x: on another device."""
-    if seed.dtype != torch.int64 or seed.dim() != 1 or seed.numel() not in (2, 4) or not seed.is_contiguous():
+def check_seed(seed: Tensor | None, x: Tensor | None = None) -> None:
+    """Raises ValueError for what is no seed, (2,) or (4,) int64 without gaps, or not one for x: on another device, or of a
+    window (`check_place`). None is no seed to check."""
+    if seed is None:
+        return
+    count = seed.numel()
+    if count not in (2, 4) or seed.dtype is not torch.int64 or seed.dim() != 1 or not seed.is_contiguous():
         raise ValueError(
             f"seed has shape {tuple(seed.shape)}, dtype {seed.dtype} and strides {seed.stride()}; wanted (2,) int64 of "
             "`draw_seed`, or (4,) of `window`, contiguous"
         )
     if x is not None and seed.device != x.device:
         raise ValueError(f"seed is on {seed.device}, x is on {x.device}; they must be on one device")
+    if count == 4:
+        check_place(seed, 1 if x is None else x.shape[0])
 
 
 def check_place(seed: Tensor, rows: int = 1) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Literal
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.parameter import is_lazy
 
 from .distributed import is_dtensor
@@ -44,12 +44,12 @@ def is_pointwise(module: nn.Module) -> bool:
 
 
 def pointwise_refusal(module: nn.Module) -> str | None:
-    """Why a module is no linear layer over channels, or none that can be adapted; or None.
+    """Why a module that is no linear layer is none over channels either, or none that can be adapted; or None.
 
     Such a layer is nn.Conv1d, nn.Conv2d or nn.Conv3d with a kernel of one element, one group and no padding; any stride.
     """
     if not isinstance(module, CONVOLUTIONS):
-        return f"{type(module).__name__} is no linear layer"
+        return f"{type(module).__name__}({module.extra_repr()}) is no linear layer"
     padding = module.padding if isinstance(module.padding, str) else max(module.padding)
     if max(module.kernel_size) > 1 or module.groups > 1 or padding not in (0, "valid", "same"):
         return f"{type(module).__name__}({module.extra_repr()}) is no linear layer over channels"
@@ -64,11 +64,6 @@ def pointwise_refusal(module: nn.Module) -> str | None:
 def is_transposed(module: nn.Module) -> bool:
     """Is the weight stored as (K, N)?"""
     return _kind(module) not in (None, nn.Linear, *CONVOLUTIONS)
-
-
-def oriented(module: nn.Module, weight: Tensor) -> Tensor:
-    """A tensor of the shape of a layer's weight as (N, K), a view where memory allows it."""
-    return weight.t() if is_transposed(module) else weight.flatten(1)
 
 
 def _kind(module: nn.Module) -> type[nn.Module] | None:

@@ -25,6 +25,7 @@ from .model import apply_dash, merge_layers, refuse_refreezing, train_sigma_alon
 from .parked import DEFAULT, adapter_shapes
 from .state import STATE, OwnLayer, dash_state, own_layers, states, unwrap
 from .targets import (
+    as_trained,
     is_target,
     is_target_parameter,
     module_tensors,
@@ -297,6 +298,7 @@ def load_adapter(model: nn.Module, path: str | os.PathLike, adapter: str | None 
     found = read_adapter(file)
     reshard(model)
     if not adapted:
+        found = found._replace(config=as_trained(unwrap(model), found.config, found.tensors))
         values = fitted(file, found.tensors, _wanted(file, unwrap(model), found.config))
         try:
             apply_dash(unwrap(model), found.config, DEFAULT if adapter is None else adapter)

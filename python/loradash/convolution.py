@@ -31,6 +31,14 @@ class DashConvolution(DashLinear):
     def unit_kernel(self) -> tuple[int, ...]:  # type: ignore[override]
         return (1,) * (self.weight.dim() - 2)
 
+    def weight_nk(self) -> Tensor:
+        """The weight as (N, K): a view where memory allows it."""
+        return self.oriented(self.weight.detach())
+
+    def oriented(self, weight: Tensor) -> Tensor:
+        """A tensor of the weight's shape as (N, K)."""
+        return weight.flatten(1)
+
     def forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """input (..., K, *space) to (..., N, *space), fewer pixels where the convolution has a stride."""
         base: Any = self.base

@@ -120,9 +120,10 @@ def put_in_place(model: nn.Module, adapted: dict[nn.Module, DashLinear]) -> None
 
 
 def _check_model(model: nn.Module) -> None:
-    if is_linear(model) or isinstance(model, DashLinear):
+    if is_linear(model) or isinstance(model, (DashLinear, *CONVOLUTIONS)):
+        way = "convolution.DashConvolution" if isinstance(model, CONVOLUTIONS) else "DashLinear"
         raise ValueError(
-            f"the model is itself one layer, {type(model).__name__}; adapt it by DashLinear.from_linear(layer, config)"
+            f"the model is itself one layer, {type(model).__name__}; adapt it by loradash.{way}.from_linear(layer, config)"
         )
     for name, module in model.named_modules():
         if isinstance(module, DashLinear | DashExperts) or STATE in module.__dict__:

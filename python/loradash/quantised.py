@@ -7,7 +7,7 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
-from .base_layers import PLAIN, computes_plainly, features, oriented
+from .base_layers import PLAIN, computes_plainly, features, is_transposed
 from .formats import Format, format_of
 
 ROWS = 1024
@@ -50,7 +50,7 @@ def weight_of(module: nn.Module) -> Tensor:
     """
     weight = cast(Tensor, module.weight)
     if computes_plainly(module) and not weight.is_meta:
-        return oriented(module, weight)
+        return weight.t() if is_transposed(module) else weight
     kept = format_of(module)
     if kept is not None:
         found = _dequantised(module, kept)
@@ -132,7 +132,7 @@ def can_take_update(module: nn.Module) -> bool:
     weight = module._parameters.get("weight")
     if type(weight) is not nn.Parameter or weight.dtype not in PLAIN or weight.dim() != 2:
         return False
-    own = oriented(module, weight)
+    own = weight.t() if is_transposed(module) else weight
     rounding = 2 * torch.finfo(weight.dtype).eps
     return torch.allclose(weight_of(module).double(), own.double(), rtol=rounding, atol=rounding)
 

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
+import re
+from collections.abc import Container
+
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from .base_layers import is_linear, is_pointwise
+from .base_layers import is_linear, is_pointwise, pointwise_refusal
 from .config import DashConfig, matches, unmatched, without_match
 from .expert_modules import refusal, stacked_names
 from .linear import DashLinear
@@ -53,7 +57,7 @@ def _parameters(model: nn.Module) -> dict[str, tuple[nn.Module, str]]:
 
 
 def is_target(name: str, config: DashConfig) -> bool:
-    """Do these settings adapt a layer of this name, which can be adapted?"""
+    """Do these settings adapt a linear layer of this name?"""
     wanted = config.target_modules is None or matches(name, config.target_modules)
     return wanted and _is_left_to_adapt(name, config)
 
@@ -62,17 +66,21 @@ def _is_left_to_adapt(name: str, config: DashConfig) -> bool:
     return not matches(name, config.exclude_modules) and not _trains_whole(name, config)
 
 
-def _adaptable(model: nn.Module, config: DashConfig) -> dict[str, nn.Module]:
-    """Linear layers, and where target_modules names any layers convolutions that are linear ones over channels."""
-    named = config.target_modules is not None
-    modules = {plain_name(name): module for name, module in model.named_modules()}
-    found = {
-        name: m
-        for name, m in modules.items()
-        if isinstance(m, DashLinear) or is_linear(m) or (named and is_pointwise(m))
-    }
+def _linear_layers(model: nn.Module) -> dict[str, nn.Module]:
+    """Linear layers by plain name, adapted ones among them, without the parts of these."""
+    found = {plain_name(name): m for name, m in model.named_modules() if isinstance(m, DashLinear) or is_linear(m)}
     inside = {part for m in found.values() if isinstance(m, DashLinear) for part in m.modules() if part is not m}
     return {name: m for name, m in found.items() if m not in inside}
+
+
+def _adaptable(model: nn.Module, config: DashConfig) -> dict[str, nn.Module]:
+    """Linear layers, and where target_modules names any layers convolutions that are linear ones over channels."""
+    found = _linear_layers(model)
+    if config.target_modules is None:
+        return found
+    inside = {part for module in found.values() for part in module.modules()}
+    others = {plain_name(name): module for name, module in model.named_modules() if module not in inside}
+    return found | {name: module for name, module in others.items() if is_pointwise(module)}
 
 
 def _refused(model: nn.Module, config: DashConfig) -> dict[str, nn.Module]:
@@ -90,6 +98,19 @@ def _refused(model: nn.Module, config: DashConfig) -> dict[str, nn.Module]:
     return {name: m for name, m in modules.items() if is_target(name, config) and _has_numbers(m, least)}
 
 
+def as_trained(model: nn.Module, config: DashConfig, tensors: Container[str]) -> DashConfig:
+    """The settings of an adapter with these tensors. Where an older version wrote them, layers may be named that are not linear,
+    and had been passed over: they are left out."""
+    pointwise = [name for name, module in target_layers(model, config).items() if is_pointwise(module)]
+    lost = [name for name in (*_refused(model, config), *pointwise) if f"{name}.lora_a" not in tensors]
+    if not lost:
+        return config
+    given = config.exclude_modules
+    before = [given] if isinstance(given, str) else [rf"(.*\.)?{re.escape(name)}" for name in given or ()]
+    expressions = [*before, *map(re.escape, lost)]
+    return dataclasses.replace(config, exclude_modules="|".join(f"({one})" for one in expressions))
+
+
 def _has_numbers(module: nn.Module, least: int) -> bool:
     """Has a module itself a parameter of so many dimensions?"""
     own = [p for p in module._parameters.values() if p is not None]
@@ -103,12 +124,12 @@ def _trains_whole(name: str, config: DashConfig) -> bool:
 
 def check_patterns(model: nn.Module, config: DashConfig) -> None:
     """Raises ValueError where the settings adapt nothing, or a pattern of theirs matches nothing in the model."""
-    linears, refused = _adaptable(model, config), _refused(model, config)
+    linears = _adaptable(model, config)
+    refused = _refused(model, config)
     if refused:
         raise ValueError(
-            f"target_modules={config.target_modules!r} names layers that cannot be adapted: {_described(refused)}. LoRA-Dash is "
-            "for linear layers, and for convolutions that are such over channels (kernel 1, one group, no padding). Leave others "
-            "out by exclude_modules, or train them whole by trainable_modules; target_modules=None takes every linear layer"
+            f"target_modules={config.target_modules!r} names layers that cannot be adapted: {_described(refused)}. Leave them out "
+            "by exclude_modules, or train them whole by trainable_modules; target_modules=None takes every linear layer"
         )
     parameters = _parameters(model) if config.target_parameters is not None else {}
     lost = without_match(config.target_parameters, list(parameters))
@@ -135,8 +156,8 @@ def check_patterns(model: nn.Module, config: DashConfig) -> None:
 
 
 def _described(modules: dict[str, nn.Module]) -> str:
-    shown = [f"{name or 'the model'} ({type(m).__name__}({m.extra_repr()}))" for name, m in list(modules.items())[:4]]
-    return ", ".join(shown) + (", ..." if len(modules) > 4 else "")
+    shown = [f"{name or 'the model'}: {pointwise_refusal(module)}" for name, module in list(modules.items())[:4]]
+    return "; ".join(shown) + ("; ..." if len(modules) > 4 else "")
 
 
 def trainable_modules(model: nn.Module, config: DashConfig) -> dict[str, nn.Module]:

@@ -80,7 +80,7 @@ MODELS = {
         "MixtralForCausalLM",
         "MixtralConfig",
         {**MOE, "num_local_experts": 4},
-        {"target_modules": r"model\.layers\.1\..*"},
+        {"target_modules": r"model\.layers\.1\..*", "exclude_modules": ["gate", "experts"]},
         "CAUSAL_LM",
         None,
     ),

@@ -226,7 +226,7 @@ class Around(nn.Module):
 
 @pytest.mark.parametrize("kind", [Head, Around])
 def test_models_that_are_not_transformers(kind, tmp_path):
-    config = loradash.DashConfig(r=2, directions=2, prelaunch_steps=4, target_modules=["body", "head", "q_proj"])
+    config = loradash.DashConfig(r=2, directions=2, prelaunch_steps=4, target_modules=["head", "q_proj"])
     torch.manual_seed(0)
     base = kind()
     models = [loradash.apply_dash(copy.deepcopy(base), config) for _ in range(2)]

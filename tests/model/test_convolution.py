@@ -148,6 +148,10 @@ def test_a_training_run_through_launch():
 def test_from_linear_says_what_it_takes():
     with pytest.raises(TypeError, match="got Conv2d"):
         DashLinear.from_linear(nn.Conv2d(4, 4, 1))
+    with pytest.raises(
+        ValueError, match=r"itself one layer, Conv2d; adapt it by loradash\.convolution\.DashConvolution"
+    ):
+        apply_dash(nn.Conv2d(4, 4, 1), DashConfig(target_modules=".*"))
     with pytest.raises(ValueError, match="is no linear layer over channels"):
         DashConvolution.from_linear(nn.Conv2d(4, 4, 3))
     with pytest.raises(ValueError, match="the bias of Conv2d belongs to the layer kept whole"):

@@ -7,6 +7,7 @@ from functools import partial
 
 import pytest
 import torch
+import torch._dynamo.testing
 from support.devices import plain_dtype
 
 from loradash_kernels.backends import extension
@@ -150,3 +151,19 @@ def test_no_seed(seed, said, pass_):
     )
     with pytest.raises(ValueError, match=said):
         {"forward": update, "backward": backward}[pass_]()
+
+
+def test_windows_are_traced():
+    """One graph for windows that differ, with the numbers of eager."""
+    case, seed = make_case(6, 16, 10, dropout_p=0.3), draw_seed()
+    adapters = [case.tensors[name] for name in ("lora_a", "lora_b", "dash_u", "dash_vt", "dash_sigma")]
+
+    def layer(x, row):
+        part = window(window(seed, row, 8), 1, 0)
+        return torch.ops.loradash.low_rank_update(case.dy, x, *adapters, part, 2.0, THRESHOLD, None)[0]
+
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(layer, fullgraph=True, backend=counter, dynamic=True)
+    for row in (3, 5, 1000):
+        assert torch.equal(compiled(case.x, row), layer(case.x, row))
+    assert counter.frame_count == 1
