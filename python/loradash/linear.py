@@ -17,6 +17,7 @@ from .distributed import gathered, shard_of
 from .formats import keep_differentiable
 from .merging import TakesUpdate
 from .quantised import check_differentiable, compute_device, is_quantised
+from .units import as_declared
 
 
 def adapter_shapes(n: int, k: int, config: DashConfig) -> dict[str, tuple[int, ...]]:
@@ -180,6 +181,8 @@ class DashLinear(TakesUpdate):
         if args or kwargs:
             raise TypeError(f"{self._label()} takes one tensor, got further arguments {[*args, *kwargs]}")
         weight, bias, lora_a, lora_b, dash_u, dash_vt, dash_sigma = self._tensors()
+        if weight.requires_grad:
+            weight, bias = as_declared(self, "weight", weight), as_declared(self, "bias", bias)
         weight = weight.t() if self.transposed else weight
         if not self.enabled or self._unmerged is not None:
             return F.linear(input, weight, bias)
@@ -273,5 +276,5 @@ class DashLinear(TakesUpdate):
         bias = getattr(self, "bias", None) is not None
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, bias={bias}, "
-            f"r={self.config.r}, directions={self.dash_sigma.numel()}, phase={phase}"
+            f"r={self.config.r}, directions={self.dash_vt.shape[0]}, phase={phase}"
         )

@@ -31,7 +31,7 @@ FLOORS = {
         "decompose", "rates", "kept",
     ),
     "python/loradash": (
-        "presets", "config", "meeting", "distributed", "formats", "base_layers", "quantised", "merging", "linear", "data_parallel", "state",
+        "presets", "config", "meeting", "distributed", "units", "formats", "base_layers", "quantised", "merging", "linear", "data_parallel", "state",
         "targets", "attention", "bypass", "tensor_parallel", "model", "unload", "warming", "checkpoint", "peft_layout", "export", "streams", "background",
         "fingerprint", "cache", "background_process", "batches", "prelaunch", "schedule", "training", "optimizer", "plots", "analysis", "integrations",
         "devices", "machine", "cli", "__init__",
