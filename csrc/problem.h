@@ -34,7 +34,8 @@ struct Adapters {
 
 // Dropout is Philox4x32-10 (Salmon et al., SC 2011): element (m, k) of x takes half-word k % 8 of the block with
 // counter (k / 8, m, offset_lo, offset_hi) and key (seed_lo, seed_hi); it is dropped when that half-word is below a
-// threshold, round(p * 65536). A threshold of 0 switches dropout off.
+// threshold, round(p * 65536). A threshold of 0 switches dropout off. Where x is a window of a larger matrix, the mask
+// is that of the latter, and m and k are places in it; x begins at a multiple of 8 columns.
 //
 // Every round multiplies two words of the counter by M0 and M1, and adds W0 and W1 to the two words of the key.
 constexpr uint32_t kPhiloxM0 = 0xD2511F53u, kPhiloxM1 = 0xCD9E8D57u;

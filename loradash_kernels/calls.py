@@ -26,7 +26,7 @@ class ForwardCall(NamedTuple):
     dash_u: Tensor | None  # (N, s)
     dash_vt: Tensor | None  # (s, K)
     dash_sigma: Tensor | None  # (s,)
-    seed: Tensor | None  # (2,) int64; None or threshold 0: nothing is dropped
+    seed: Tensor | None  # (2,) int64, (4,) of a window; None or threshold 0: nothing is dropped
     scaling: float
     threshold: int  # 16 bits of dropout_p
     base: Tensor | None  # (M, N)
@@ -50,7 +50,7 @@ class BackwardCall(NamedTuple):
     dash_vt: Tensor | None  # (s, K)
     dash_sigma: Tensor | None  # (s,)
     p: Tensor  # (M, R), which forward wrote
-    seed: Tensor | None  # (2,) int64
+    seed: Tensor | None  # that of forward
     scaling: float
     threshold: int
     dx: Tensor | None  # (M, K), written, in the dtype of x; the other gradients in the accumulator's

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from .backends import extension, registry
 from .calls import BackwardCall, ForwardCall, accumulator
+from .random import check_place, check_seed
 
 LIBRARY = torch.library.Library("loradash", "DEF")
 
@@ -34,6 +35,7 @@ Gradients = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 
 # The shapes of results follow from these fields.
 _SHAPES = ("x", "lora_a", "lora_b", "dash_sigma")
+_SEED, _SEED_OF_BACKWARD = (call._fields.index("seed") for call in (ForwardCall, BackwardCall))
 # The schema has counted the fields of a call: counting them again would take 0.1 us.
 _made = tuple.__new__
 _of_forward = itemgetter(*map(ForwardCall._fields.index, _SHAPES))
@@ -65,9 +67,17 @@ def allocate_backward(
     )
 
 
+def _check(seed: Tensor | None, x: Tensor) -> None:
+    """Raises ValueError for a seed that is none."""
+    if seed is not None:
+        check_seed(seed, x)
+        check_place(seed, x.shape[0])
+
+
 def dash_linear(*arguments: Any, base: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """y and P. The arguments are the fields of ForwardCall before `base`, and the backend."""
     fields, backend = arguments[:-1], arguments[-1]
+    _check(fields[_SEED], fields[0])
     y, p = allocate_forward(*_of_forward(arguments))
     call = _made(ForwardCall, (*fields, base, y, p))
     registry.pick(call, backend).forward(call)
@@ -82,6 +92,7 @@ def low_rank_update(y: Tensor, x: Tensor, *arguments: Any) -> tuple[Tensor, Tens
 def dash_linear_backward(*arguments: Any) -> Gradients:
     """The arguments are the fields of BackwardCall before `dx`, which gradients are needed, and the backend."""
     fields, needs, backend = arguments[:-2], arguments[-2], arguments[-1]
+    _check(fields[_SEED_OF_BACKWARD], fields[1])
     grads = allocate_backward(needs, *_of_backward(arguments))
     wanted = grads if all(needs) else [g if n else None for g, n in zip(grads, needs, strict=True)]
     call = _made(BackwardCall, (*fields, *wanted))
@@ -90,14 +101,16 @@ def dash_linear_backward(*arguments: Any) -> Gradients:
 
 
 def _fake_dash_linear(*arguments: Any) -> tuple[Tensor, Tensor]:
+    _check(arguments[_SEED], arguments[0])
     return allocate_forward(*_of_forward(arguments))
 
 
 def _fake_low_rank_update(y: Tensor, x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
-    return allocate_forward(*_of_forward((x, None, None, *arguments)))
+    return _fake_dash_linear(x, None, None, *arguments)
 
 
 def _fake_backward(*arguments: Any) -> Gradients:
+    _check(arguments[_SEED_OF_BACKWARD], arguments[1])
     return allocate_backward(arguments[-2], *_of_backward(arguments))
 
 

@@ -11,6 +11,7 @@ PHILOX_STEPS = 65536
 _M0, _M1 = 0xD2511F53, 0xCD9E8D57
 _W0, _W1 = 0x9E3779B9, 0xBB67AE85
 _WORD = 0xFFFFFFFF
+_BLOCK = 8
 
 
 def dropout_threshold(p: float) -> int:
@@ -33,6 +34,49 @@ def draw_seed(device: torch.device | str = "cpu") -> Tensor:
     return torch.empty(2, dtype=torch.int64, device=device).random_()
 
 
+def window(seed: Tensor, row: int, column: int) -> Tensor:
+    """The seed of a part of a matrix: a call with it draws the mask that the whole has from this row and column on.
+
+    seed: that of the whole, (2,) int64, or (4,) where the whole is itself a part: places add up. The result, (4,) int64, is
+    key, offset, first row, first column.
+
+    Raises:
+        ValueError: a column that is not a multiple of 8 (one draw serves eight neighbours), a place outside [0, 2**32), to
+            which the counters of rows and columns reach; a seed that is none.
+    """
+    check_seed(seed)
+    for name, place, step in (("row", row, 1), ("column", column, _BLOCK)):
+        if not 0 <= place <= _WORD or place % step:
+            raise ValueError(f"{name} is {place}; wanted a multiple of {step} in [0, 2**32)")
+    # A copy from the host would be refused while a CUDA graph is captured; filling is not.
+    origin = torch.cat((seed.new_full((1,), row), seed.new_full((1,), column)))
+    found = torch.cat((seed[:2], origin if seed.numel() == 2 else origin + seed[2:]))
+    check_place(found)
+    return found
+
+
+def check_seed(seed: Tensor, x: Tensor | None = None) -> None:
+    """Raises ValueError for what is no seed, (2,) or (4,) int64 without gaps, or not one for x: on another device."""
+    if seed.dtype != torch.int64 or seed.dim() != 1 or seed.numel() not in (2, 4) or not seed.is_contiguous():
+        raise ValueError(
+            f"seed has shape {tuple(seed.shape)}, dtype {seed.dtype} and strides {seed.stride()}; wanted (2,) int64 of "
+            "`draw_seed`, or (4,) of `window`, contiguous"
+        )
+    if x is not None and seed.device != x.device:
+        raise ValueError(f"seed is on {seed.device}, x is on {x.device}; they must be on one device")
+
+
+def check_place(seed: Tensor, rows: int = 1) -> None:
+    """Raises ValueError where so many rows are known not to fit a window: where the seed is a plain tensor on the CPU."""
+    if seed.numel() == 2 or not seed.is_cpu or type(seed) is not Tensor or torch.compiler.is_compiling():
+        return
+    _, _, row, column = seed.tolist()
+    if not 0 <= row <= _WORD + 1 - rows:
+        raise ValueError(f"seed begins at row {row} of the whole; with {rows} rows wanted one in [0, 2**32 - {rows}]")
+    if not 0 <= column <= _WORD or column % _BLOCK:
+        raise ValueError(f"seed begins at column {column} of the whole; wanted a multiple of {_BLOCK} in [0, 2**32)")
+
+
 def _product(constant: int, word: Tensor) -> tuple[Tensor, Tensor]:
     """High and low 32 bits of constant * word; int64 tensors hold 32-bit words, so the factors are split in half."""
     low = constant * (word & 0xFFFF)
@@ -42,7 +86,7 @@ def _product(constant: int, word: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def philox_words(
-    seed: Tensor,  # (2,) int64: key, then counter offset
+    seed: Tensor,  # (2,) int64: key, then counter offset; what follows is not read
     m: Tensor,  # broadcastable int64
     block: Tensor,  # broadcastable int64, k // 8
 ) -> list[Tensor]:
@@ -59,7 +103,10 @@ def philox_words(
 
 
 def dropout_mask(seed: Tensor, threshold: int, m: int, k: int) -> Tensor:
-    """Keep mask (m, k), bool: the bits every backend draws for this seed (2,) int64 and 16-bit threshold."""
+    """Keep mask (m, k), bool: the bits every backend draws for this seed and 16-bit threshold.
+
+    seed: (2,) int64, or (4,), where the mask is that of a `window`.
+    """
     return dropout_rows(seed, threshold, torch.arange(m, device=seed.device), k)
 
 
@@ -67,7 +114,9 @@ def dropout_rows(seed: Tensor, threshold: int, rows: Tensor, k: int) -> Tensor:
     """Some rows of `dropout_mask`: (len(rows), k), bool."""
     if threshold == 0:
         return torch.ones(len(rows), k, dtype=torch.bool, device=seed.device)
-    blocks = torch.arange((k + 7) // 8, device=seed.device)[None, :]
-    words = torch.stack(philox_words(seed, rows[:, None], blocks), dim=-1)  # (m, blocks, 4)
+    blocks = torch.arange((k + _BLOCK - 1) // _BLOCK, device=seed.device)
+    if seed.numel() == 4:
+        rows, blocks = (rows + seed[2]) & _WORD, blocks + seed[3] // _BLOCK
+    words = torch.stack(philox_words(seed, rows[:, None], blocks[None, :]), dim=-1)  # (m, blocks, 4)
     halves = torch.stack((words & 0xFFFF, words >> 16), dim=-1)  # (m, blocks, 4, 2)
     return (halves.flatten(1)[:, :k] >= threshold).contiguous()

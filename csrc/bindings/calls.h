@@ -26,7 +26,7 @@ struct ForwardCall {
   const OptionalTensor& dash_u;      // (N, s)
   const OptionalTensor& dash_vt;     // (s, K)
   const OptionalTensor& dash_sigma;  // (s)
-  const OptionalTensor& seed;        // (2)
+  const OptionalTensor& seed;        // (2), or (4) with the place of a window
   double scaling;
   int64_t threshold;
   const OptionalTensor& base;  // (M, N)
@@ -51,7 +51,7 @@ struct BackwardCall {
   const OptionalTensor& dash_vt;     // (s, K)
   const OptionalTensor& dash_sigma;  // (s)
   const Tensor& p;                   // (M, R)
-  const OptionalTensor& seed;        // (2)
+  const OptionalTensor& seed;        // (2), or (4) with the place of a window
   double scaling;
   int64_t threshold;
   const OptionalTensor& dx;       // (M, K)

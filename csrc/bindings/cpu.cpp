@@ -47,7 +47,12 @@ struct AdapterTensors {
 Dropout dropout_of(const OptionalTensor& seed, int64_t threshold) {
   if (!seed || threshold == 0) return {};
   const int64_t* words = seed->const_data_ptr<int64_t>();
-  return {static_cast<uint64_t>(words[0]), static_cast<uint64_t>(words[1]), static_cast<uint32_t>(threshold)};
+  Dropout dropout{static_cast<uint64_t>(words[0]), static_cast<uint64_t>(words[1]), static_cast<uint32_t>(threshold)};
+  if (seed->numel() == 4) {
+    dropout.first_row = static_cast<uint32_t>(words[2]);
+    dropout.first_block = static_cast<uint32_t>(words[3] / kPhiloxElements);
+  }
+  return dropout;
 }
 
 // Returns the weight as the kernels want it, or undefined: then the library computes the base product.

@@ -9,6 +9,8 @@ struct Dropout {
   uint64_t seed = 0;
   uint64_t offset = 0;
   uint32_t threshold = 0;
+  // x begins at this row, and at this block of kPhiloxElements columns, of the matrix whose mask is drawn.
+  uint32_t first_row = 0, first_block = 0;
 
   bool active() const { return threshold != 0; }
   float keep_scale() const { return loradash::keep_scale(threshold); }

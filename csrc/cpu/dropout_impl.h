@@ -76,12 +76,12 @@ void dropout_bits(const Dropout& dropout, int64_t row, int64_t rows, int64_t k_b
   for (int64_t b0 = k_begin / kPhiloxElements; b0 < last; b0 += kColumnBlocks) {
     const int64_t count = smaller(last - b0, kColumnBlocks);
     for (int64_t b = 0; b < ceil_div(count, 8) * 8; ++b) {
-      const PhiloxColumn words = philox_column(static_cast<uint32_t>(b0 + b), dropout, keys);
+      const PhiloxColumn words = philox_column(dropout.first_block + static_cast<uint32_t>(b0 + b), dropout, keys);
       column[0][b] = words.word1, column[1][b] = words.word2_k;
       column[2][b] = words.next2_k, column[3][b] = words.next3;
     }
     for (int64_t i = 0; i < rows; ++i) {
-      const PhiloxRow shared = philox_row(static_cast<uint32_t>(row + i), dropout, keys);
+      const PhiloxRow shared = philox_row(dropout.first_row + static_cast<uint32_t>(row + i), dropout, keys);
       uint32_t* out = bits + i * bits_stride + (b0 * kPhiloxElements - k_begin) / 32;
       // Each step draws the bits of 64 elements.
       for (int64_t b = 0; b < count; b += 8, out += 2) {

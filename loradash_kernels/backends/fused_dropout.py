@@ -45,7 +45,7 @@ T kept_bits(T bits, T row, T column, T key_low, T key_high, T offset_low, T offs
 def dropped(x: Tensor, seed: Tensor | None, threshold: int) -> Tensor:
     """x (M, K) with what dropout drops at zero and the rest as it is: the scale 1 / (1 - p) is the caller's.
 
-    x: of 16 or 32 bits an element, any strides. seed (2,) int64 and the 16-bit threshold are those of a call.
+    x: of 16 or 32 bits an element, any strides. seed and the 16-bit threshold are those of a call.
     """
     # Autograd's tensors of nothing but zeros have no memory to read.
     if seed is None or threshold == 0 or x.numel() == 0 or x._is_zerotensor():
@@ -53,11 +53,14 @@ def dropped(x: Tensor, seed: Tensor | None, threshold: int) -> Tensor:
     (m, k), kernel = x.shape, _kernel(x.device)
     if kernel is None:
         return x * dropout_mask(seed, threshold, m, k)
-    words = _words(x)
+    words, elements = _words(x), 4 // x.element_size()
     rows, columns = (torch.arange(size, dtype=torch.int32, device=x.device) for size in words.shape)
-    # Little-endian halves: the key's, then the offset's.
+    # Little-endian halves: the key's, the offset's, then those of the place of a window, which is in the lower ones.
     halves = seed.view(torch.int32).unbind()
-    drawn = kernel(words, rows[:, None], columns, *halves, threshold=threshold, elements=4 // x.element_size())
+    if len(halves) == 8:
+        # The code counts words and computes modulo 2^32, as these sums do.
+        rows, columns = rows + halves[4], columns + halves[6] // elements
+    drawn = kernel(words, rows[:, None], columns, *halves[:4], threshold=threshold, elements=elements)
     return drawn.view(x.dtype)[:, :k]
 
 

@@ -13,7 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from loradash_kernels.backends import fused_dropout, products, reference
-from loradash_kernels.random import draw_seed, dropout_mask, dropout_threshold
+from loradash_kernels.random import draw_seed, dropout_mask, dropout_threshold, window
 from loradash_kernels.testing import check_error_rule, make_case
 
 FP32, BF16 = torch.float32, torch.bfloat16
@@ -76,6 +76,13 @@ def test_masks_where_memory_is_laid_out_otherwise(drawn, dtype):
     ):
         mask = dropout_mask(seed, 20000, *x.shape)
         assert torch.equal(fused_dropout.dropped(x, seed, 20000), torch.where(mask, x, 0))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("place", [(0, 0), (5, 24), (2**32 - 17, 2**32 - 40), (2**31 - 1, 2**31 - 8)])
+def test_masks_of_windows(drawn, place, dtype):
+    part, x = window(draw_seed(), *place), torch.ones(17, 39, dtype=dtype)
+    assert torch.equal(fused_dropout.dropped(x, part, 30000) == 1, dropout_mask(part, 30000, 17, 39))
 
 
 def test_zeros_without_memory_stay_zeros(monkeypatch):

@@ -28,10 +28,10 @@ def arguments(case, grad, seed=None, threshold=0):
 
 
 @pytest.mark.parametrize("grad", [False, True])
-@pytest.mark.parametrize("s", [0, 3])
-def test_opcheck_dash_linear(grad, s):
+@pytest.mark.parametrize(("s", "seed"), [(0, [1, 2]), (3, [1, 2]), (3, [1, 2, 5, 16])])
+def test_opcheck_dash_linear(grad, s, seed):
     case = make_case(6, 8, 10, 2, s)
-    seed = torch.tensor([1, 2])
+    seed = torch.tensor(seed)
     torch.library.opcheck(torch.ops.loradash.dash_linear.default, arguments(case, grad, seed, 1000), test_utils=TESTS)
 
 

@@ -19,7 +19,7 @@ pytestmark = pytest.mark.skipif(not extension.is_compiled(), reason="the compile
 SWEEP = """
 import torch
 from loradash_kernels.backends import extension
-from loradash_kernels.random import dropout_mask, dropout_threshold
+from loradash_kernels.random import dropout_mask, dropout_threshold, window
 from loradash_kernels.testing import check_error_rule, make_case, run
 for dtype in (torch.float32, torch.bfloat16, torch.float16):
     for shape in ((1, 1, 1, 1, 1), (37, 65, 33, 5, 3), (70, 128, 96, 16, 8), (260, 300, 64, 8, 8)):
@@ -28,7 +28,8 @@ for dtype in (torch.float32, torch.bfloat16, torch.float16):
                 case = make_case(*shape, dtype, adapter_dtype=torch.float32, dropout_p=p)
                 check_error_rule(case, run(case, "cpu", base))
 seed = torch.tensor([5, 6])
-assert torch.equal(torch.ops.loradash_cpu.dropout_mask(seed, 9000, 9, 333), dropout_mask(seed, 9000, 9, 333))
+for part in (seed, window(seed, 7, 40)):
+    assert torch.equal(torch.ops.loradash_cpu.dropout_mask(part, 9000, 9, 333), dropout_mask(part, 9000, 9, 333))
 print(*(extension.compiled().isa(i) for i in range(3)))
 """
 TESTS = Path(__file__).parents[2]
