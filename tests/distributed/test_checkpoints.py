@@ -7,11 +7,13 @@ import dataclasses
 import loradash
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 from loradash import DashConfig, DashSchedule, dash_state
 from support.scale import check, run_schemes
 from support.schemes import LAUNCH, STEPS, batch, network
 from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.nn import functional as F
 
 CONFIG = DashConfig(r=3, directions=3, prelaunch_steps=LAUNCH, trainable_modules=["head"])
@@ -136,3 +138,26 @@ def test_a_checkpoint_of_other_settings_is_refused(tmp_path, change, error, text
         loradash.load_training(tmp_path / "run", model, optimizer, DashSchedule(model, progress=False))
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
     assert dash_state(model).step == 0 and not optimizer.state
+
+
+@pytest.mark.parametrize("start", [2, LAUNCH, LAUNCH + 1])
+def test_a_recipe_of_torch_alone(tmp_path, start):
+    """Right, or it raises: Δσ has a state of the optimizer from the step after launch on."""
+
+    def state_of(run):
+        model, optimizer = get_state_dict(*run[:2])
+        return {"model": model, "optimizer": optimizer, "schedule": run[2]}
+
+    run = begin()
+    steps(run, 0, start)
+    dcp.save(state_of(run), checkpoint_id=tmp_path)
+    again = begin()
+    state = state_of(again)
+    if start <= LAUNCH:
+        with pytest.raises(CheckpointException, match="dash_sigma"):
+            dcp.load(state, checkpoint_id=tmp_path)
+        return
+    dcp.load(state, checkpoint_id=tmp_path)
+    set_state_dict(*again[:2], model_state_dict=state["model"], optim_state_dict=state["optimizer"])
+    assert dash_state(again[0]).step == start and again[2].launched
+    assert steps(again, start, STEPS) == steps(run, start, STEPS)
