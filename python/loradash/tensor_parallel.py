@@ -12,9 +12,10 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard, distribute_tensor
@@ -22,7 +23,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, Ro
 
 from loradash_kernels.sharded import COLUMN, ROW, Way, placement
 
-from .distributed import is_sharded
+from .distributed import gathered, is_sharded
 from .linear import DashLinear
 from .quantised import is_quantised
 from .state import plain_name, unwrap
@@ -184,9 +185,12 @@ def parallelize(model: nn.Module, mesh: DeviceMesh) -> nn.Module:
     styles: dict[str, ParallelStyle] = {}
     chosen = {name: style for name, module in root.named_modules() if (style := _style_of(plan, plain_name(name)))}
     for name, style in chosen.items():
-        if style not in _STYLES:
-            raise ValueError(f"{name}: the model's tp_plan divides it as {style!r}; wanted one of {sorted(_STYLES)}")
         layer = root.get_submodule(name)
+        if style not in _STYLES or not isinstance(layer, (DashLinear, nn.Linear, nn.Embedding)):
+            raise ValueError(
+                f"{name}: the model's tp_plan divides it, a {type(layer).__name__}, as {style!r}; wanted one of {sorted(_STYLES)} "
+                "for a linear layer, adapted by apply_dash or not, or an embedding"
+            )
         if isinstance(layer, DashLinear):
             _check(layer, mesh, ROW if style.startswith("rowwise") else COLUMN)
         styles[name] = _STYLES[style]()
@@ -197,3 +201,33 @@ def parallelize(model: nn.Module, mesh: DeviceMesh) -> nn.Module:
 def _style_of(plan: Mapping[str, str], name: str) -> str | None:
     """The style of a module, whose plan writes * for a layer's number."""
     return plan.get(re.sub(r"\.\d+(?=\.|$)", ".*", name))
+
+
+@torch.no_grad()
+def clip_grad_norm_(
+    parameters: Iterable[Tensor], max_norm: float, norm_type: float = 2.0, error_if_nonfinite: bool = False
+) -> Tensor:
+    """torch.nn.utils.clip_grad_norm_ for gradients of which some are plain tensors and some DTensors, of one mesh or several.
+
+    torch's own takes gradients of one kind alone: it raises where a module that trains as a whole is not divided beside
+    layers that are, or where `fully_shard` comes after a plan that leaves some modules out. Every process must call this.
+
+    Returns the norm of all gradients together, a plain tensor (); RuntimeError where it is not finite and
+    `error_if_nonfinite`, in all processes, with nothing changed.
+    """
+    kinds: dict[Any, list[Tensor]] = {}
+    for parameter in parameters:
+        if parameter.grad is not None:
+            kinds.setdefault(getattr(parameter.grad, "device_mesh", None), []).append(parameter.grad)
+    norms = [nn.utils.get_total_norm(gradients, norm_type) for gradients in kinds.values()]
+    if not norms:
+        return torch.tensor(0.0)
+    total = torch.linalg.vector_norm(torch.stack([gathered(norm) for norm in norms]), norm_type)
+    if error_if_nonfinite and not bool(total.isfinite()):
+        raise RuntimeError(f"the norm of order {norm_type} of the gradients is {float(total)}, which cannot be clipped")
+    factor = (max_norm / (total + 1e-6)).clamp(max=1.0)
+    for gradients in kinds.values():
+        for gradient in gradients:
+            local = gradient.to_local() if isinstance(gradient, DTensor) else gradient
+            local.mul_(factor.to(local.device))
+    return total
