@@ -345,8 +345,8 @@ def _compare(names: tuple[str, ...], watch: _Watch) -> None:
     if not torch.equal(largest, -smallest):
         raise RuntimeError(
             "dropout: the processes that share a layer drew different seeds, and their masks are not parts of one: every process "
-            "of a tensor-parallel group must call torch.manual_seed with the same number, and draw the same numbers from "
-            f"torch's generator since (the one of {seeds.device}); of data-parallel groups each has its own"
+            "of the mesh that x is on (of a tensor-parallel group) must call torch.manual_seed with the same number, and draw the "
+            f"same numbers from torch's generator since (the one of {seeds.device})"
         )
 
 
