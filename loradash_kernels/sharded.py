@@ -101,9 +101,9 @@ def split(threshold: int, tensors: dict[str, Any]) -> Split:
     refuse_mixed(tensors)
     x = tensors["x"]
     mesh = x.device_mesh
-    ways = [_way(tensors, mesh, dim) for dim in range(mesh.ndim)]
+    ways = _ways(tensors, mesh)
     shape = (*x.shape[:-1], tensors["lora_b"].shape[0])
-    local = {name: None if t is None else _local(name, t, ways) for name, t in tensors.items()}
+    local: dict[str, Any] = {name: None if t is None else _local(name, t, ways) for name, t in tensors.items()}
     if local.get("bias") is not None:
         local["bias"] = _once(local["bias"], mesh, ways)
     for dim, way in enumerate(ways):
@@ -116,8 +116,25 @@ def split(threshold: int, tensors: dict[str, Any]) -> Split:
     return Split(list(local.values()), seed, _Whole(mesh, ways, shape))
 
 
+# What was found for placements of arguments, of which a program has few; finding it takes longer than the layer's kernels.
+_FOUND: dict[tuple, list[Way]] = {}
+
+
+def _ways(tensors: dict[str, Any], mesh: Any) -> list[Way]:
+    """The way in which each dimension of the mesh divides these arguments. Raises ValueError where there is none."""
+    for name, t in tensors.items():
+        if t is not None and t.device_mesh != mesh:
+            raise ValueError(f"{name} is on {t.device_mesh}, x on {mesh}; wanted one mesh")
+    if torch.compiler.is_compiling():
+        return [_way(tensors, mesh, dim) for dim in range(mesh.ndim)]
+    key = tuple((name, t.dim(), t.placements) for name, t in tensors.items() if t is not None)
+    found = _FOUND.get(key)
+    if found is None:
+        found = _FOUND[key] = [_way(tensors, mesh, dim) for dim in range(mesh.ndim)]
+    return found
+
+
 def _way(tensors: dict[str, Any], mesh: Any, dim: int) -> Way:
-    """The way in which a dimension of the mesh divides these arguments. Raises ValueError where there is none."""
     x = tensors["x"]
     found = _place_of(x, dim)
     if found == x.dim() - 1:
@@ -129,8 +146,6 @@ def _way(tensors: dict[str, Any], mesh: Any, dim: int) -> Way:
     for name, t in tensors.items():
         if t is None:
             continue
-        if t.device_mesh != mesh:
-            raise ValueError(f"{name} is on {t.device_mesh}, x on {mesh}; wanted one mesh")
         wanted = way.places.get(name)
         wanted = t.dim() - 1 if wanted == LAST else wanted
         if _place_of(t, dim) != wanted:
@@ -176,6 +191,10 @@ def _local(name: str, t: Any, ways: Sequence[Way]) -> Tensor:
     """This process's part. Gradients of x are left partial, for DTensor to sum where that is wanted; ours are summed."""
     from torch.distributed.tensor import Partial
 
+    if not t.requires_grad:
+        # Without a gradient there is nothing to note for one.
+        with torch.no_grad():
+            return t.to_local()
     gradients = list(t.placements)
     for dim, way in enumerate(ways):
         if name == "x" and way is COLUMN:
@@ -247,6 +266,17 @@ def _place(x: Any, mesh: Any, ways: Sequence[Way]) -> tuple[int, int]:
         begin[place] += start
         size[place] = min(chunk, size[place] - start)
         largest[place] = -(-largest[place] // mesh.size(dim))
+    for entry in getattr(x._spec, "shard_order", ()) if mesh.ndim > 1 else ():
+        if tuple(entry.mesh_dims) != tuple(sorted(entry.mesh_dims)):
+            raise ValueError(
+                f"dropout: x is sharded along dimension {entry.tensor_dim} in the order {entry.mesh_dims} of the mesh's"
+            )
+    # Told by all processes, whose parts begin at other columns.
+    if largest[-1] < x.shape[-1] and largest[-1] % 8:
+        raise ValueError(
+            f"dropout: x {tuple(x.shape)} is sharded into parts of {largest[-1]} columns; wanted a multiple of 8, the neighbours that "
+            "share a draw of the mask"
+        )
     for place in range(1, x.dim() - 1):
         if largest[place] < x.shape[place] and math.prod(largest[:place]) > 1:
             raise ValueError(

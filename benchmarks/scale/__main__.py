@@ -19,10 +19,10 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from tests.support.scale import CELLS, TESTS, badness, run_schemes
 from tqdm import tqdm
 
 from benchmarks.support.measure import environment, write_csv
+from tests.support.scale import CELLS, TESTS, badness, run_schemes
 
 from . import report
 

@@ -71,9 +71,7 @@ class DashSchedule:
     def _watch_training(self, gradients: bool) -> None:
         self._flat = self._flat_groups()
         self._watch = _OptimizerWatch(self._layers, self._before_optimizer, self._flat)
-        # FSDP1 and FSDP2 set the gradients of their parameters without calling hooks.
-        seen = gradients and not fsdp1_units(self.model)
-        self._gradients = _GradientWatch(self._layers) if seen else None
+        self._gradients = _GradientWatch(self._layers) if gradients else None
 
     def _flat_groups(self) -> zero.FlatGroups | None:
         """What a DeepSpeed engine around the model steps on, looked at."""
@@ -224,7 +222,7 @@ class DashSchedule:
                 "embeddings, quantise, convert) before apply_dash"
             )
         if self._gradients is not None:
-            self._gradients.report(trained=self._watch.seen)
+            self._gradients.report(trained=self._watch.seen, flat=bool(fsdp1_units(self.model)))
             self._gradients = None
 
 
@@ -325,7 +323,7 @@ def _only_makes_state(optimizer: torch.optim.Optimizer, kwargs: Mapping[str, Any
     groups = optimizer.param_groups
     still = all(float(group.get("lr", 0.0)) == 0.0 for group in groups)
     gradients = (p.grad for group in groups for p in group["params"] if p.grad is not None)
-    # Of a sharded one this process's part tells enough: all of them are zero, or there is a step.
+    # This process's part of a sharded one tells enough: all of them are zero, or there is a step.
     return still and not any(bool((g.to_local() if is_sharded(g) else g).any()) for g in gradients)
 
 
@@ -359,15 +357,20 @@ class _GradientWatch:
     def _note(self, name: str, gradient: torch.Tensor) -> None:
         self._arrived.add(name)
 
-    def report(self, trained: bool) -> None:
-        """Warns, and ends the watch. trained: did an optimizer step for certain, whoever got gradients?"""
+    def report(self, trained: bool, flat: bool) -> None:
+        """Warns, and ends the watch.
+
+        Args:
+            trained: did an optimizer step for certain, whoever got gradients?
+            flat: are there units of FSDP1? Like FSDP2 it sets the gradients of its parameters without calling hooks.
+        """
         for handle in self._handles:
             handle.remove()
         # A finetuning callback may have thawed B since.
         if not self._layers and not any(layer.lora_b.requires_grad for layer in self._all.values()):
             warnings.warn("loradash: no adapter trains, every lora_b is frozen (requires_grad=False)", stacklevel=4)
-        # Loading may have frozen B since. Of a sharded one nothing was heard.
-        looked_at = {n: layer for n, layer in self._layers.items() if layer.lora_b.requires_grad}
+        # Loading may have frozen B since.
+        looked_at = {n: layer for n, layer in self._layers.items() if layer.lora_b.requires_grad and not flat}
         missing = [n for n, layer in looked_at.items() if n not in self._arrived and not is_sharded(layer.lora_b)]
         if missing and (trained or self._arrived):
             warnings.warn(

@@ -11,21 +11,21 @@ afterwards, and `fully_shard` comes afterwards. docs/tensor-parallel.md says wha
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+import re
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard, distribute_tensor
-from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, RowwiseParallel, parallelize_module
 
-from loradash_kernels.sharded import COLUMN, LAST, ROW, Way, placement
+from loradash_kernels.sharded import COLUMN, ROW, Way, placement
 
 from .distributed import is_sharded
 from .linear import DashLinear
 from .quantised import is_quantised
-from .state import dash_layers, plain_name, unwrap
+from .state import plain_name, unwrap
 
 _PARAMETERS = ("weight", "bias", "lora_a", "lora_b", "dash_sigma")
 _BUFFERS = ("dash_u", "dash_vt")
@@ -145,3 +145,55 @@ def _give(wanted: Sequence[Placement], local: bool, layer: nn.Module, args: tupl
     if tuple(y.placements) != placed:
         y = y.redistribute(placements=placed)
     return y.to_local() if local else y
+
+
+# The names of transformers' styles, which this file has its own for.
+_STYLES: dict[str, Callable[[], ParallelStyle]] = {
+    "colwise": ColwiseDash,
+    "colwise_rep": lambda: ColwiseDash(output_layouts=Replicate()),
+    "colwise_gather_output": lambda: ColwiseDash(output_layouts=Replicate()),
+    "rowwise": RowwiseDash,
+    "rowwise_rep": lambda: RowwiseDash(input_layouts=Replicate()),
+    "embedding_rowwise": lambda: RowwiseParallel(input_layouts=Replicate()),
+}
+_HEADS = ("num_attention_heads", "num_key_value_heads")
+
+
+def parallelize(model: nn.Module, mesh: DeviceMesh) -> nn.Module:
+    """Divides a transformers model by its own `tp_plan`, adapted layers and others, in place. Returns the model.
+
+    The model is loaded whole (without transformers' own tp_plan argument), adapted, and then divided.
+
+    Args:
+        mesh: of one dimension: mesh["tp"] of a larger one.
+
+    Raises ValueError, with the model unchanged: no plan, a style in it that only transformers has, heads that the processes do
+    not divide, and what `ColwiseDash` and `RowwiseDash` refuse.
+    """
+    root = unwrap(model)
+    plan = getattr(root, "tp_plan", None)
+    if not plan:
+        raise ValueError(
+            f"{type(root).__name__} has no tp_plan; say which layer is divided how: parallelize_module(model, mesh, plan)"
+        )
+    config = getattr(root.config, "get_text_config", lambda: root.config)()
+    for name in _HEADS:
+        heads = getattr(config, name, None)
+        if heads is not None and heads % mesh.size():
+            raise ValueError(f"{name} is {heads}, which {mesh.size()} processes do not divide into equal parts")
+    styles: dict[str, ParallelStyle] = {}
+    chosen = {name: style for name, module in root.named_modules() if (style := _style_of(plan, plain_name(name)))}
+    for name, style in chosen.items():
+        if style not in _STYLES:
+            raise ValueError(f"{name}: the model's tp_plan divides it as {style!r}; wanted one of {sorted(_STYLES)}")
+        layer = root.get_submodule(name)
+        if isinstance(layer, DashLinear):
+            _check(layer, mesh, ROW if style.startswith("rowwise") else COLUMN)
+        styles[name] = _STYLES[style]()
+    parallelize_module(root, mesh, styles)
+    return model
+
+
+def _style_of(plan: Mapping[str, str], name: str) -> str | None:
+    """The style of a module, whose plan writes * for a layer's number."""
+    return plan.get(re.sub(r"\.\d+(?=\.|$)", ".*", name))

@@ -43,9 +43,9 @@ def save_training(
     import torch.distributed.checkpoint as dcp
 
     model = _inside(model)
-    state = {**others, "model": _model_state(model), "schedule": schedule, _STEPPED: _has_stepped(model, optimizer)}
+    stepped = _has_stepped(model, optimizer)
     with _complete(model, optimizer) as optimizer_state:
-        dcp.save({**state, "optimizer": optimizer_state}, checkpoint_id=folder)
+        dcp.save({**_parts(model, optimizer_state, schedule), **others, _STEPPED: stepped}, checkpoint_id=folder)
 
 
 def load_training(
@@ -72,16 +72,22 @@ def load_training(
 
     model, flat = _inside(model), StateDictOptions(flatten_optimizer_state_dict=True)
     with _complete(model, optimizer) as optimizer_state:
-        values = _model_state(model)
-        state = {**others, "schedule": schedule, "model": values, "optimizer": optimizer_state, _STEPPED: False}
+        state = {**_parts(model, optimizer_state, schedule), **others, _STEPPED: False}
         dcp.load(state, checkpoint_id=folder)
     # FSDP1 warns of each weight that is not set.
-    values = get_model_state_dict(model) | values if fsdp1_units(model) else values
+    values = get_model_state_dict(model) | state["model"] if fsdp1_units(model) else state["model"]
     set_model_state_dict(model, values, options=StateDictOptions(strict=False))
+    if optimizer is None:
+        return
     set_optimizer_state_dict(model, optimizer, optimizer_state, options=flat)
     if not state[_STEPPED]:
         for sigma in _sigmas(model):
             optimizer.state.pop(sigma, None)
+
+
+def _parts(model: nn.Module, optimizer_state: dict[str, Any], schedule: DashSchedule | None) -> dict[str, Any]:
+    parts = {"model": _model_state(model), "optimizer": optimizer_state, "schedule": schedule}
+    return {name: part for name, part in parts.items() if part is not None}
 
 
 def _inside(model: nn.Module) -> nn.Module:
@@ -103,9 +109,9 @@ def _sigmas(model: nn.Module) -> list[Tensor]:
     return [parameter_of(layer.dash_sigma) for layer in dash_layers(model).values()]
 
 
-def _has_stepped(model: nn.Module, optimizer: torch.optim.Optimizer) -> bool:
+def _has_stepped(model: nn.Module, optimizer: torch.optim.Optimizer | None) -> bool:
     """Has an optimizer state of any Δσ, in any process?"""
-    ours = any(optimizer.state.get(sigma) for sigma in _sigmas(model))
+    ours = optimizer is not None and any(optimizer.state.get(sigma) for sigma in _sigmas(model))
     processes = place()[1]
     if processes == 1:
         return ours
@@ -115,11 +121,14 @@ def _has_stepped(model: nn.Module, optimizer: torch.optim.Optimizer) -> bool:
 
 
 @contextlib.contextmanager
-def _complete(model: nn.Module, optimizer: torch.optim.Optimizer) -> Iterator[dict[str, Any]]:
+def _complete(model: nn.Module, optimizer: torch.optim.Optimizer | None) -> Iterator[dict[str, Any]]:
     """The optimizer's state by the parameters' names, in which Δσ has its place in either phase, so that any checkpoint fits
     any run. Afterwards the optimizer is what it was before."""
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict
 
+    if optimizer is None:
+        yield {}
+        return
     before = dict(optimizer.state)
     if before:
         optimizer.state.update(_new_state(optimizer, [s for s in _sigmas(model) if not before.get(s)]))

@@ -62,7 +62,7 @@ class Units:
             # Whichever is asked first becomes the root.
             with whole_unit(outer[0]):
                 pass
-        # Those of an inner unit come last.
+        # An inner unit comes after the outer one, and takes its modules from it.
         self._flat = {module: unit for unit in outer for module in unit.modules()}
         self._sharded: dict[nn.Module, Any] = {
             m: unit for unit in model.modules() if is_fsdp2(unit) for m in unit.modules()

@@ -263,7 +263,7 @@ def test_layers_that_cannot_take_the_update():
 
 
 def test_wrapped_and_patched_models():
-    refused(nn.DataParallel(adapted(network())), "the model is a DataParallel; pass the model inside it")
+    refused(nn.DataParallel(adapted(network())), "the model is wrapped in DataParallel; pass the model inside it")
     model = adapted(network())
     model[0].forward = model[0].forward
     refused(model, "0: its forward was replaced since it was adapted")

@@ -11,7 +11,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 
-from . import Block, Scheme
+from . import Block, Scheme, with_scaled_layers
 
 
 class FSDP1(Scheme):
@@ -37,10 +37,15 @@ class FSDP1(Scheme):
             yield
 
 
+class KeptWhole(FSDP1):
+    def network(self) -> nn.Module:
+        return with_scaled_layers()
+
+
 class Flat(FSDP1):
     """use_orig_params=False."""
 
     flat = True
 
 
-SCHEMES = {"fsdp1": FSDP1, "fsdp1_flat": Flat}
+SCHEMES = {"fsdp1": FSDP1, "fsdp1_flat": Flat, "fsdp1_kept_whole": KeptWhole}

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.utils.checkpoint import checkpoint
 
-from . import Scheme
+from ..collectives import Traffic
+from . import Scheme, network, with_scaled_layers
 
 
 class FSDP2(Scheme):
@@ -31,6 +34,52 @@ class FSDP2(Scheme):
         for block in model.blocks:
             self.shard(block)
         return self.shard(model)
+
+    def check_traffic(self, model: nn.Module, base: Traffic, ours: Traffic) -> None:
+        """No gather more, none bigger than by the adapters; reduced is what trains."""
+        assert base.calls.keys() == {"all_gather"} and ours.calls["all_gather"] == base.calls["all_gather"]
+        added = padded_bytes(p for name, p in model.named_parameters() if is_of_adapter(name))
+        gathered = base.calls["all_gather"] / len([m for m in model.modules() if isinstance(m, FSDPModule)])
+        assert ours.bytes["all_gather"] - base.bytes["all_gather"] <= gathered * added
+        trained = padded_bytes(p for p in model.parameters() if p.requires_grad)
+        assert ours.bytes == {"all_gather": ours.bytes["all_gather"], "reduce_scatter": trained}
+
+
+def is_of_adapter(name: str) -> bool:
+    return name.rpartition(".")[2] in ("lora_a", "lora_b", "dash_sigma")
+
+
+def padded_bytes(parameters: Iterable[Any]) -> int:
+    """What parameters take once every process's part of each is as large as the largest."""
+    total = 0
+    for p in parameters:
+        processes = p.device_mesh.size()
+        total += processes * math.ceil(p.shape[0] / processes) * p[0].numel() * p.element_size()
+    return total
+
+
+class Whole(FSDP2):
+    """Without dropout, whose masks depend on the number of processes."""
+
+    dropout = 0.0
+
+
+class Four(Whole):
+    processes = parts = 4
+
+
+class Half(FSDP2):
+    """A base model in bfloat16; the adapters are float32."""
+
+    def network(self) -> nn.Module:
+        model = network().to(torch.bfloat16)
+        model.register_forward_pre_hook(lambda _, inputs: tuple(x.to(torch.bfloat16) for x in inputs))
+        return model
+
+
+class KeptWhole(FSDP2):
+    def network(self) -> nn.Module:
+        return with_scaled_layers()
 
 
 class Layers(FSDP2):
@@ -99,6 +148,10 @@ class Wrapped(FSDP2):
 
 SCHEMES = {
     "fsdp2": FSDP2,
+    "fsdp2_whole": Whole,
+    "fsdp2_four": Four,
+    "fsdp2_half": Half,
+    "fsdp2_kept_whole": KeptWhole,
     "fsdp2_layers": Layers,
     "fsdp2_root": Root,
     "fsdp2_kept": Kept,
