@@ -22,7 +22,7 @@ CXX_FILES = $(shell find csrc examples tools -name '*.cpp' -o -name '*.h' -o -na
 CLANG_FORMAT := $(PY) -c "from clang_format import clang_format; clang_format()"
 RESULTS := benchmarks/results
 
-.PHONY: demo test cuda-check cuda-counters test-ptxsim bench bench-all bench-front-ends bench-experts gpu-proof counters peft-tests peft-versions lint format docs clean in-place
+.PHONY: demo test cuda-check cuda-counters test-ptxsim bench bench-all bench-front-ends bench-experts bench-scale gpu-proof counters peft-tests peft-versions lint format docs clean in-place
 
 demo: $(READY)
 	$(PY) -m loradash.cli finetune --out runs/demo
@@ -102,6 +102,11 @@ bench-front-ends: $(READY)
 # Adapters on experts beside PEFT's, on the CPU.
 bench-experts: $(READY)
 	$(ON_CPU) benchmarks.layers.experts --out $(RESULTS)
+
+# DeepSpeed has no wheel; without its own kernels it is installed in seconds.
+bench-scale: $(READY)
+	$(PY) -c "import deepspeed" 2>/dev/null || DS_BUILD_OPS=0 $(PIP) install --quiet --no-build-isolation "deepspeed==0.19.8"
+	$(ON_CPU) benchmarks.scale --out $(RESULTS)
 
 # PEFT's own tests with this library beneath them and without; its sdist comes from PyPI, or lies in SDIST=FOLDER. ONLY="--file
 # test_mixed --switch accelerated" runs a part, and then writes no results.

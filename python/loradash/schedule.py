@@ -69,10 +69,10 @@ class DashSchedule:
         self._flags: list[tuple[int, int]] = []
         # The phase that a loaded state speaks of, until the model was seen in it.
         self._phase: bool | None = None
+        self._flat = self._flat_groups()
         self._watch_training(gradients=not self._settled)
 
     def _watch_training(self, gradients: bool) -> None:
-        self._flat = self._flat_groups()
         self._watch = _OptimizerWatch(self._layers, self._before_optimizer, self._flat)
         self._gradients = _GradientWatch(self._layers) if gradients else None
 
@@ -97,7 +97,7 @@ class DashSchedule:
         return {f"{n}.dash_sigma": parameter_of(layer.dash_sigma) for n, layer in self._layers.items()}
 
     def __getstate__(self) -> dict[str, Any]:
-        """A copy, made together with a copy of the model, watches that one."""
+        """A copy, made together with a copy of the model, watches that one; it is none of a DeepSpeed engine, which has no copies."""
         return {**vars(self), "_watch": None, "_flat": None, "_gradients": self._gradients is not None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:

@@ -198,7 +198,7 @@ def test_parameters_in_pieces_are_not_saved(tmp_path):
     model = trained()
     # FSDP1 leaves such pieces between two forward passes.
     model[0].lora_a = nn.Parameter(model[0].lora_a.detach().flatten()[:7])
-    with pytest.raises(ValueError, match=r"0\.lora_a has shape \(7,\), wanted \(3, 20\).*GatheredParameters"):
+    with pytest.raises(ValueError, match=r"0\.lora_a has shape \(7,\), wanted \(3, 20\): not the whole"):
         save_adapter(model, tmp_path)
     assert not list(tmp_path.iterdir())
 

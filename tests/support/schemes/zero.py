@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from loradash import DashSchedule, dash_parameter_groups
+from loradash import DashSchedule, dash_layers, dash_parameter_groups
 from torch import Tensor, nn
 
 from . import Run, Scheme
@@ -59,6 +59,8 @@ class ZeRO(Scheme):
         return Run(engine, engine.optimizer, DashSchedule(engine, progress=False))
 
     def optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
+        if not dash_layers(model):
+            return super().optimizer(model)
         groups = dash_parameter_groups(model, lr=1e-2)
         # One process decays all alike.
         return torch.optim.AdamW([{**group, "weight_decay": 0.01} for group in groups])
