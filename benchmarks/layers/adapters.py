@@ -1,6 +1,6 @@
 """A mixed batch beside one call for each adapter, one adapter for all, and the frozen layer: python -m benchmarks.layers.adapters
 
-Eight sequences over four adapters, one layer, one thread: `benchmarks/results/adapters.csv`. A separate call gets its rows gathered
+Eight sequences over four adapters, eight layers, one thread: `benchmarks/results/adapters.csv`. A separate call gets its rows gathered
 already and its adapter made active beforehand, so it pays for neither. Ratios are those of one run, variants in turn, medians.
 """
 
@@ -16,17 +16,21 @@ from torch import Tensor, nn
 
 from benchmarks.support.measure import ROOT, interleaved, write_csv
 
-SEQUENCES = 8
+SEQUENCES, LAYERS = 8, 8
 NAMES = ("a", "b", "c", "d")
 ORDERS = {"sorted": [n for n in NAMES for _ in range(2)], "turns": [*NAMES, *NAMES]}
 RESULTS = "benchmarks/results/adapters.csv"
 
 
-def model_of(width: int) -> nn.Module:
-    """One layer width x width with four adapters of rank 8 and 8 directions, each with something in every term."""
+def plain(width: int) -> nn.Sequential:
     torch.manual_seed(0)
+    return nn.Sequential(*(nn.Linear(width, width) for _ in range(LAYERS)))
+
+
+def model_of(width: int) -> nn.Module:
+    """Layers width x width with four adapters of rank 8 and 8 directions, each with something in every term."""
     config = loradash.DashConfig(r=8, directions=8)
-    model = loradash.apply_dash(nn.Sequential(nn.Linear(width, width)), config, adapter=NAMES[0])
+    model = loradash.apply_dash(plain(width), config, adapter=NAMES[0])
     for name in NAMES[1:]:
         loradash.add_adapter(model, name, config)
     for module in model.modules():
@@ -69,7 +73,7 @@ def variants(tokens: int, width: int, order: str, backward: bool) -> dict[str, C
         for name in NAMES:
             step(apart[name], rows[name])
 
-    frozen = nn.Linear(width, width).requires_grad_(False)
+    frozen = plain(width).requires_grad_(False)
     return {
         "mixed": mixed,
         "separate": one_by_one,
@@ -84,7 +88,7 @@ def main() -> None:
     rounds = parser.parse_args().rounds
     torch.set_num_threads(1)
     lines = []
-    for width in (1024, 2048):
+    for width in (512, 1024):
         for tokens, order, backward in (
             (1, "sorted", False),
             (1, "turns", False),
