@@ -13,6 +13,7 @@ written and read a pass, whatever M is, and E N K numbers of gradient of it.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -22,7 +23,7 @@ from . import arguments, composite, functional, ops
 from .autograd import Operator, no_second_derivative
 from .backends import registry
 from .calls import BackwardCall, ForwardCall, accumulator
-from .random import draw_seed, window
+from .random import draw_seed, row_windows
 
 _SCHEMA_ADAPTERS = "Tensor lora_a, Tensor lora_b, Tensor? dash_u, Tensor? dash_vt, Tensor? dash_sigma"
 _SCHEMA_OPTIONS = "Tensor? seed, float scaling, int threshold"
@@ -143,12 +144,11 @@ def _hit(
     offsets: Tensor, seed: Tensor | None, threshold: int, m: int
 ) -> tuple[list[int], list[tuple[int, Tensor | None]]]:
     """The M_e, and of every expert with rows its number and the seed of its part of the mask."""
-    counts, start, hit = _spans(offsets, m), 0, []
-    for expert, count in enumerate(counts):
-        if count:
-            hit.append((expert, window(seed, start, 0) if seed is not None and threshold else None))
-        start += count
-    return counts, hit
+    counts = _spans(offsets, m)
+    starts = {e: end - count for e, (end, count) in enumerate(zip(accumulate(counts), counts, strict=True)) if count}
+    none: list[Tensor | None] = [None] * len(starts)
+    masks = none if seed is None or not threshold else row_windows(seed, list(starts.values()))
+    return counts, list(zip(starts, masks, strict=True))
 
 
 def _each(t: Tensor | None) -> Any:

@@ -49,6 +49,22 @@ def backward_flops(*arguments: Any, **_: Any) -> int:
     return 2 * m * (columns_of_g * n + base + (r + s) * k * call.dx + r * k * call.da + r * n * call.db_lora)
 
 
+def experts_flops(x: Shape, weight: Shape, offsets: Shape, *arguments: Any, **_: Any) -> int:
+    """What one expert with all rows costs."""
+    stacked, rest = arguments[:6], arguments[6:]
+    return dash_linear_flops(x, weight[1:], *map(_one, stacked), *rest)
+
+
+def experts_backward_flops(dy: Shape, x: Shape, weight: Shape, *arguments: Any, **_: Any) -> int:
+    """What one expert with all rows costs."""
+    stacked, _offsets, *rest = arguments[:5], *arguments[5:]
+    return backward_flops(dy, x, weight[1:], *map(_one, stacked), *rest)
+
+
+def _one(stacked: Shape | None) -> Shape | None:
+    return None if stacked is None else stacked[1:]
+
+
 def _directions(call: Any) -> int:
     return 0 if call.dash_sigma is None else call.dash_sigma[0]
 
@@ -58,6 +74,8 @@ def _register(counter: ModuleType) -> None:
         ("dash_linear", dash_linear_flops),
         ("low_rank_update", low_rank_flops),
         ("dash_linear_backward", backward_flops),
+        ("dash_experts", experts_flops),
+        ("dash_experts_backward", experts_backward_flops),
     ):
         counter.register_flop_formula(getattr(torch.ops.loradash, name))(formula)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -53,6 +55,16 @@ def window(seed: Tensor, row: int, column: int) -> Tensor:
     found = torch.cat((seed[:2], origin if seed.numel() == 2 else origin + seed[2:]))
     check_place(found)
     return found
+
+
+def row_windows(seed: Tensor, rows: Sequence[int]) -> tuple[Tensor, ...]:
+    """`window(seed, row, 0)` for each of ascending rows, in few operations however many there are."""
+    if not rows:
+        return ()
+    found = window(seed, 0, 0).repeat(len(rows), 1)
+    found[:, 2] += torch.tensor(rows, device=seed.device)
+    check_place(found[-1])
+    return found.unbind(0)
 
 
 def check_seed(seed: Tensor, x: Tensor | None = None) -> None:

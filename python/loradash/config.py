@@ -116,7 +116,7 @@ def matches(name: str, patterns: str | Iterable[str] | None) -> bool:
 
 
 def without_match(patterns: str | Iterable[str] | None, names: Sequence[str]) -> list[str]:
-    """Those of the patterns that match none of the names."""
+    """Which of the patterns match none of the names."""
     each = [patterns] if isinstance(patterns, str) else [[p] for p in patterns or ()]
     return [p if isinstance(p, str) else p[0] for p in each if not any(matches(name, p) for name in names)]
 
@@ -134,15 +134,16 @@ def unmatched(config: DashConfig, linear_names: Sequence[str], module_names: Seq
 
     A list in target_modules may name layers of several architectures, so it is not looked at.
     """
-    problems = []
+    problems: list[str] = []
+    kinds = "linear layer" if config.target_parameters is None else "linear layer or experts' parameter"
     for setting, names, kind in (
-        ("exclude_modules", linear_names, "linear layer"),
+        ("exclude_modules", linear_names, kinds),
         ("trainable_modules", module_names, "module"),
     ):
         problems += [f"{setting}: {p!r} matches no {kind}" for p in without_match(getattr(config, setting), names)]
     for pattern in config.overrides:
         if not any(_overrides(pattern, name) for name in linear_names):
-            problems.append(f"overrides: {pattern!r} matches no linear layer")
+            problems.append(f"overrides: {pattern!r} matches no {kinds}")
     return problems
 
 

@@ -15,16 +15,16 @@ import functools
 import inspect
 import math
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from loradash_kernels import Directions, dash_experts, expert_offsets
+from loradash_kernels import Directions, dash_experts
 
-from .base_layers import PLAIN
 from .config import DashConfig
 from .distributed import gathered, is_sharded, shard_of
+from .expert_modules import HOW, Kind, call_refusal, kind_of
 from .linear import take_directions
 from .parked import adapter_shapes
 
@@ -33,97 +33,33 @@ HANDLES = "_loradash_parameters"
 
 PARTS = ("lora_a", "lora_b", "dash_sigma", "dash_u", "dash_vt", "launched")
 _TRAINED = ("lora_a", "lora_b", "dash_sigma")
-_FREE_VARIABLE = "experts_interface"
-# What transformers computes alike; its other implementations are kernels that read the weights themselves.
-_IMPLEMENTATIONS = (None, "eager", "batched_mm", "grouped_mm")
-
-
-class _Kind(NamedTuple):
-    """A kind of experts module. compute: its forward, with adapters. parameters: those that it multiplies with.
-
-    transposed: are they stored as (E, K, N)?
-    """
-
-    compute: Callable[..., Tensor]
-    parameters: tuple[str, ...]
-    transposed: bool
-
-
-def _kind(module: nn.Module) -> _Kind | None:
-    """How a module computes its experts; None for one that is not known. Found without importing transformers."""
-    if isinstance(module, DashExperts):
-        return module.how
-    code = getattr(type(module).forward, "__code__", None)
-    if code is not None and _FREE_VARIABLE in code.co_freevars and hasattr(module, "is_transposed"):
-        up = "gate_up_proj" if module.has_gate else "up_proj"
-        return _Kind(_routed, (up, "down_proj"), bool(module.is_transposed))
-    names = {(c.__module__, c.__name__) for c in type(module).__mro__}
-    if ("transformers.models.llama4.modeling_llama4", "Llama4TextExperts") in names:
-        return _Kind(_every_expert, ("gate_up_proj", "down_proj"), True)
-    return None
-
-
-def refusal(module: nn.Module, parameter: str) -> str | None:
-    """Why a parameter of a module cannot have adapters, or None."""
-    tensor, kind = module._parameters[parameter], _kind(module)
-    if tensor is None:
-        return "is None"
-    if kind is None:
-        return (
-            f"is a parameter {tuple(tensor.shape)} of {type(module).__name__}, whose forward is not known: experts are those of "
-            "transformers 5 (use_experts_implementation) and of Llama 4; layers are adapted by target_modules"
-        )
-    if parameter not in kind.parameters or tensor.dim() != 3:
-        return f"has shape {tuple(tensor.shape)}; of {type(module).__name__} {' and '.join(kind.parameters)} can be adapted"
-    if is_sharded(tensor):
-        return "is sharded (DTensor); adapt the model first, then fully_shard it"
-    if type(tensor) is not nn.Parameter or tensor.dtype not in PLAIN:
-        return (
-            f"is a {type(tensor).__name__} of {tensor.dtype}; wanted a plain parameter of {', '.join(map(str, PLAIN))}"
-        )
-    if "forward" in module.__dict__:
-        return f"belongs to a {type(module).__name__} whose forward was replaced"
-    return _call_refusal(module)
-
-
-def _call_refusal(module: Any) -> str | None:
-    """Why this module, as it is set up, cannot run with adapters, or None."""
-    if getattr(module, "_is_expert_parallel", False):
-        return "is shared out over processes (expert parallelism), for which there are no adapters"
-    implementation = getattr(getattr(module, "config", None), "_experts_implementation", None)
-    if implementation not in _IMPLEMENTATIONS:
-        return (
-            f"is computed by experts_implementation={implementation!r}, which adapters would be passed by; set "
-            "'eager', 'batched_mm' or 'grouped_mm'"
-        )
-    return None
 
 
 class DashExperts(nn.Module):
     """An experts module with adapters: in front of the module's own class, `kind`, among the bases of the class it gets."""
 
     kind: type[nn.Module]
-    how: _Kind
+    _loradash_how: Kind
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         """What the module's own forward takes and gives."""
         handles: dict[str, ExpertParameter] = self.__dict__[HANDLES]
         if not any(handle.active for handle in handles.values()):
             return self.kind.forward(self, *args, **kwargs)
-        problem = _call_refusal(self)
+        problem = call_refusal(self)
         if problem:
             raise ValueError(f"{next(iter(handles.values())).label()} {problem}")
         if kwargs:
             # Its names of them differ from model to model.
             bound = inspect.signature(self.kind.forward).bind(self, *args, **kwargs)
             args = bound.args[1:]
-        return self.how.compute(self, *args)
+        return self._loradash_how.compute(self, *args)
 
     def product(self, parameter: str, x: Tensor, offsets: Tensor) -> Tensor:
         """x (M, K), rows sorted by expert, through every expert's W and adapter: (M, N)."""
         handle = self.__dict__[HANDLES].get(parameter)
         weight, bias = getattr(self, parameter), getattr(self, f"{parameter}_bias", None)
-        weight = weight.transpose(1, 2) if self.how.transposed else weight
+        weight = weight.transpose(1, 2) if self._loradash_how.transposed else weight
         # As transformers' grouped product has it.
         x = x.to(weight.dtype)
         if handle is None or not handle.active:
@@ -147,7 +83,7 @@ class DashExperts(nn.Module):
 
     def __reduce_ex__(self, protocol: Any) -> tuple:
         """The class is made, so that copies and pickles must make it again."""
-        return _blank, (self.kind, self.how), self.__dict__
+        return _blank, (self.kind, self._loradash_how), self.__dict__
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         """`to`, `half`, `cuda`: weights before `merge` go along."""
@@ -176,38 +112,13 @@ class DashExperts(nn.Module):
 
 
 @functools.cache
-def _adapted(kind: Any, how: _Kind) -> Any:
-    return type(f"Dash{kind.__name__}", (DashExperts, kind), {"kind": kind, "how": how, "__module__": kind.__module__})
+def _adapted(kind: Any, how: Kind) -> Any:
+    return type(f"Dash{kind.__name__}", (DashExperts, kind), {"kind": kind, HOW: how, "__module__": kind.__module__})
 
 
-def _blank(kind: type[nn.Module], how: _Kind) -> DashExperts:
+def _blank(kind: type[nn.Module], how: Kind) -> DashExperts:
     cls = _adapted(kind, how)  # type: ignore[arg-type]
     return cls.__new__(cls)
-
-
-def _routed(self: Any, hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:
-    """The forward of transformers' experts: hidden (T, H), the chosen experts (T, top k) and their weights (T, top k)."""
-    chosen = index.shape[-1]
-    order, offsets = expert_offsets(index.reshape(-1), self.num_experts)
-    x = hidden[order // chosen]
-    up = self.product("gate_up_proj" if self.has_gate else "up_proj", x, offsets)
-    inner = self._apply_gate(up) if self.has_gate else self.act_fn(up)
-    y = self.product("down_proj", inner, offsets)
-    if getattr(self, "has_post_expert_norm", False):
-        y = self.post_expert_norm(y)
-    y = y * weights.reshape(-1)[order].unsqueeze(-1)
-    # Back in the order of the tokens, where a sum over each one's experts adds in the same order every time.
-    back = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
-    return y[back].view(hidden.shape[0], chosen, -1).sum(1).to(hidden.dtype)
-
-
-def _every_expert(self: Any, hidden: Tensor) -> Tensor:
-    """Llama 4's forward: hidden (E T, H), all tokens for expert 0, then all for expert 1, ...; zeros where not chosen."""
-    experts = self.gate_up_proj.shape[0]
-    x = hidden.reshape(-1, self.hidden_size)
-    offsets = torch.arange(1, experts + 1, device=x.device) * (x.shape[0] // experts)
-    gate, up = self.product("gate_up_proj", x, offsets).chunk(2, dim=-1)
-    return self.product("down_proj", up * self.act_fn(gate), offsets).view(-1, self.hidden_size)
 
 
 class ExpertParameter:
@@ -227,7 +138,7 @@ class ExpertParameter:
     base = None
 
     def __init__(self, module: nn.Module, parameter: str, config: DashConfig, name: str = "") -> None:
-        how = _kind(module)
+        how = kind_of(module)
         assert how is not None
         self.module, self.parameter, self.config, self.name = module, parameter, config, name
         self.how, self.enabled = how, True

@@ -31,7 +31,7 @@ _TASKS = {
 _HEADS = {"SEQ_CLS": ("classifier", "score"), "TOKEN_CLS": ("classifier", "score"), "QUESTION_ANS": ("qa_outputs",)}
 """For a task, the modules that PEFT keeps as a whole beside the adapter, whether they were trained or not."""
 
-_EXPERTS = {"gate", "gate_proj", "up_proj", "down_proj", "w1", "w2", "w3"}
+EXPERT_NAMES = {"gate", "gate_proj", "up_proj", "gate_up_proj", "down_proj", "w1", "w2", "w3"}
 """Beside fused experts PEFT takes layers of these names for the experts themselves."""
 
 
@@ -129,7 +129,7 @@ def refuse_parents(view: View) -> None:
                 f"{name}: {type(passed[id(layer)]).__name__} reads the weight of this layer, so PEFT's adapter would be "
                 "passed by; merge(model) and save the weights"
             )
-        if fused and name.rpartition(".")[2] in _EXPERTS:
+        if fused and name.rpartition(".")[2] in EXPERT_NAMES:
             raise Unfaithful(
                 f"{name}: PEFT takes a layer of this name for a part of the model's fused experts; exclude it by "
                 "exclude_modules, or merge(model) and save the weights"

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from .base_layers import is_linear
 from .config import DashConfig, matches, unmatched, without_match
-from .experts import refusal
+from .expert_modules import refusal, stacked_names
 from .linear import DashLinear
 from .state import plain_name, unwrap
 
@@ -78,7 +78,7 @@ def check_patterns(model: nn.Module, config: DashConfig) -> None:
     parameters = _parameters(model) if config.target_parameters is not None else {}
     lost = without_match(config.target_parameters, list(parameters))
     if lost:
-        stacked = [name for name, (module, key) in parameters.items() if not refusal(module, key)]
+        stacked = list(map(plain_name, stacked_names(model)))
         raise ValueError(
             f"target_parameters: {lost[0]!r} matches no parameter; experts' parameters that can be adapted: "
             f"{', '.join(stacked[:8]) or 'none'}{', ...' if len(stacked) > 8 else ''}"
@@ -89,7 +89,9 @@ def check_patterns(model: nn.Module, config: DashConfig) -> None:
             f"target_modules={config.target_modules!r} matches none of the {len(linears)} linear layers: "
             f"{', '.join(list(linears)[:8])}{', ...' if len(linears) > 8 else ''}"
         )
-    problems = unmatched(config, [*linears, *experts], [plain_name(name) for name, _ in model.named_modules()])
+    # What is left out of them is named too.
+    stacked = [name for name in parameters if matches(name, config.target_parameters)]
+    problems = unmatched(config, [*linears, *stacked], [plain_name(name) for name, _ in model.named_modules()])
     if problems:
         raise ValueError("; ".join(problems))
 

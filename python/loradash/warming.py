@@ -44,7 +44,8 @@ def warm_up(
     the packing of weights, for which every layer runs once. To be called before a CUDA graph is captured, inside of which
     nothing can be compiled; on the device and in the mode (`model.train()`, `torch.autocast`) that is to follow. Parameters,
     gradients, buffers, the mode and the state of the random number generators stay as they are; no hook on parameters is
-    called. A model that torch.compile is to run is warmed up by a step of its own.
+    called. A model that torch.compile is to run is warmed up by a step of its own, and so are experts' parameters, whose rows the
+    router decides: they are left out, with a warning.
 
     Args:
         rows: tokens of a step, batch times length; a number that varies wants each value, or its powers of two.
@@ -57,6 +58,8 @@ def warm_up(
     if not counts or any(type(count) is not int or count < 1 for count in counts):
         raise ValueError(f"rows must be positive integers, at least one, got {counts}")
     adapted = own_layers(model, "it with a batch: layers of PEFT's are warmed up by a step")
+    if not adapted:
+        raise ValueError("the model has no LoRA-Dash adapters; call apply_dash(model, config) first")
     layers, left_out = linears_of(adapted), experts_of(adapted)
     if left_out:
         warnings.warn(
@@ -64,8 +67,6 @@ def warm_up(
             "a step",
             stacklevel=2,
         )
-    if not layers:
-        raise ValueError("the model has no LoRA-Dash adapters; call apply_dash(model, config) first")
     _check(layers)
     runs = _planned(layers, counts, dtype)
     cards = sorted({layer.lora_a.device for layer in layers.values() if layer.lora_a.is_cuda}, key=str)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from loradash import DashConfig, apply_dash
+from loradash import DashConfig, apply_dash, dash_layers
 from torch import nn
 
 SIZES = {
@@ -102,3 +102,29 @@ def adapted(model: nn.Module, **settings: Any) -> nn.Module:
 def logits(model: nn.Module, ids: torch.Tensor = IDS) -> torch.Tensor:
     with torch.no_grad():
         return model(input_ids=ids).logits
+
+
+def loss_of(model: nn.Module, ids: torch.Tensor = IDS) -> torch.Tensor:
+    return model(input_ids=ids, labels=ids).loss
+
+
+def filled(model: nn.Module, launched: bool = True) -> nn.Module:
+    """Every adapter gets values as after some steps, and directions as after a launch."""
+    draw = torch.Generator().manual_seed(4)
+    with torch.no_grad():
+        for layer in dash_layers(model).values():
+            layer.launched.fill_(launched)
+            parts = (layer.lora_a, layer.lora_b, layer.dash_u, layer.dash_vt, layer.dash_sigma)
+            for tensor in parts[: 5 if launched else 2]:
+                tensor.copy_(torch.randn(tensor.shape, generator=draw) * 0.3)
+    return model
+
+
+def update_of(model: nn.Module) -> dict[str, torch.Tensor]:
+    """ΔW of every adapted parameter in its stored shape, from the adapters' tensors, by autograd's operations."""
+    found = {}
+    for name, layer in dash_layers(model).items():
+        delta = layer.scaling * torch.einsum("enr,erk->enk", layer.lora_b, layer.lora_a)
+        delta = delta + torch.einsum("ens,es,esk->enk", layer.dash_u, layer.dash_sigma, layer.dash_vt)
+        found[name] = delta if delta.shape == layer.weight.shape else delta.mT
+    return found

@@ -20,8 +20,10 @@ from torch import nn
 from loradash.attention import call_adapted_layers
 from loradash.bypass import bypassed_children, child_at, refuse_fusing
 from loradash.distributed import gathered, is_sharded
+from loradash.expert_modules import stacked_names
 from loradash.formats import keep_differentiable, unready
 from loradash.linear import DashLinear
+from loradash.peft_layout import EXPERT_NAMES
 
 from .config import DashLoraConfig
 from .layer import FROZEN, DashLoraLayer, dash_class
@@ -69,6 +71,7 @@ class DashLoraModel(LoraModel):
                 refuse_fusing(parent)
 
     def _check_targets(self, model: nn.Module, config: DashLoraConfig, state_dict: dict[str, Any] | None) -> None:
+        _refuse_experts(model, config.target_modules)
         targets = self._targets(model, config, state_dict)
         places = {
             child_at(parent, child): place
@@ -255,6 +258,27 @@ def check_model(model: nn.Module) -> None:
             raise ValueError(
                 f"{name} has an adapter of another method of PEFT's ({type(module).__name__}); merge_and_unload it first"
             )
+
+
+def _refuse_experts(model: nn.Module, targets: Any) -> None:
+    """Raises ValueError for names that PEFT's LoRA takes for experts, and warns where "all-linear" would have meant them."""
+    stacked = next(stacked_names(model), None)
+    if stacked is None:
+        return
+    instead = (
+        f"the experts of this model are parameters ({stacked}), and LORADASH in PEFT adapts linear layers; experts are adapted "
+        "by loradash.apply_dash(model, DashConfig(target_parameters=[...]))"
+    )
+    if targets == "all-linear":
+        warnings.warn(f"loradash: all-linear leaves the experts out: {instead}", stacklevel=2)
+    if isinstance(targets, str) or targets is None:
+        return
+    ends = tuple(f".{name}" for name, _ in model.named_modules())
+    lost = [
+        t for t in targets if t.rpartition(".")[2] in EXPERT_NAMES and not any(end.endswith(f".{t}") for end in ends)
+    ]
+    if lost:
+        raise ValueError(f"target_modules: {', '.join(sorted(lost))} match no layer: {instead}")
 
 
 def _refusal(base: nn.Module) -> str | None:
