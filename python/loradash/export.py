@@ -30,8 +30,9 @@ from .peft_layout import (
     view_of,
     warn_of_tied_targets,
 )
-from .state import OwnLayer, dash_state, host_of, own_layers, plain_name, unwrap
+from .state import OwnLayer, all_layers, dash_state, host_of, plain_name, unwrap
 from .targets import module_tensors
+from .units import whole
 
 
 def export_lora(model: nn.Module, path: str | os.PathLike, adapter: str | None = None) -> Path:
@@ -63,9 +64,9 @@ def export_lora(model: nn.Module, path: str | os.PathLike, adapter: str | None =
     if config.train_bias:
         raise ValueError("export_lora cannot carry trained biases (train_bias=True); merge(model) and save the weights")
     reshard(model)
-    merged = any(layer.merged for layer in own_layers(model).values())
+    merged = any(layer.merged for layer in all_layers(model).values())
     # A merged weight is a tensor of its own: which modules share it shows only after unmerging.
-    with disable(model) if merged else contextlib.nullcontext():
+    with disable(model) if merged else contextlib.nullcontext(), whole(model):
         layout, tensors = _contents(model, root)
     settings = _settings(root, layout, config.dropout)
     folder = Path(path)
@@ -107,8 +108,8 @@ def _tensors(layout: Layout) -> dict[str, Tensor]:
         more = layout.rank - a.shape[0]
         tensors[f"{PREFIX}{name}.lora_A.weight"] = nn.functional.pad(a, (0, 0, 0, more)).contiguous()
         tensors[f"{PREFIX}{name}.lora_B.weight"] = nn.functional.pad(b, (0, more)).contiguous()
-    for name, whole in layout.experts.items():
-        tensors |= _expert_tensors(name, whole, layout)
+    for name, stacked in layout.experts.items():
+        tensors |= _expert_tensors(name, stacked, layout)
     for name, module in layout.whole.items():
         tensors |= {PREFIX + key: t for key, t in _plain_tensors(name, module).items()}
     return tensors

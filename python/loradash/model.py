@@ -5,12 +5,13 @@ from __future__ import annotations
 import contextlib
 import math
 import numbers
+import sys
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from .attention import call_adapted_layers
 from .base_layers import is_linear
@@ -38,6 +39,7 @@ from .state import (
     unwrap,
 )
 from .targets import check_patterns, target_layers, target_parameters, trainable_modules
+from .units import Units, is_fsdp2
 
 NO_ADAPTER = "base"
 """In a mixed batch: this row gets the base model's output."""
@@ -55,7 +57,7 @@ def apply_dash(model: nn.Module, config: DashConfig | None = None, adapter: str 
         adapter: the name of this adapter, beside others of `add_adapter`.
 
     Returns the model. Raises ValueError, with the model unchanged: nothing matches, or a setting does not; adapted or
-    wrapped (DistributedDataParallel, FSDP) already; a layer that cannot be adapted, or that its parent passes by.
+    wrapped (DistributedDataParallel, fully_shard, FSDP1) already; a layer that cannot be adapted, or that its parent passes by.
     """
     config = config or DashConfig()
     given = model
@@ -125,18 +127,24 @@ def _check_model(model: nn.Module) -> None:
             raise ValueError(f"the model has LoRA-Dash adapters already{f', in {name}' if name else ''}")
         if is_adapted_by_peft(module):
             raise ValueError(f"{name} has an adapter of PEFT; merge_and_unload it first")
-        if isinstance(module, wrappers()):
-            raise ValueError(f"{name or 'the model'} is wrapped in {type(module).__name__}; apply_dash comes before it")
+        if wrapper := wrapper_of(module):
+            raise ValueError(f"{name or 'the model'} is wrapped in {wrapper}; apply_dash comes before it")
 
 
-def wrappers() -> tuple[type[nn.Module], ...]:
-    """Wrappers that have taken note of the parameters: the adapters' gradients would never be reduced over processes."""
-    found: list[type[nn.Module]] = [nn.parallel.DistributedDataParallel, nn.DataParallel]
+def wrapper_of(module: nn.Module) -> str | None:
+    """The name of what has taken note of a module's parameters, so that gradients of adapters that come later would never be
+    reduced over processes; None where there is nothing."""
+    found: list[type] = [nn.parallel.DistributedDataParallel, nn.DataParallel]
     if torch.distributed.is_available():
-        from torch.distributed.fsdp import FullyShardedDataParallel
+        from torch.distributed import fsdp
 
-        found.append(FullyShardedDataParallel)
-    return tuple(found)
+        found += [fsdp.FullyShardedDataParallel, fsdp.FSDPModule]
+    if isinstance(module, tuple(found)):
+        sharded = is_fsdp2(module)
+        return f"fully_shard ({type(module).__name__})" if sharded else type(module).__name__
+    composed = sys.modules.get("torch.distributed._composable.contract")
+    applied = None if composed is None else composed._get_registry(module)
+    return "replicate" if applied and "replicate" in applied else None
 
 
 def _check_parents(model: nn.Module, chosen: dict[str, nn.Module], config: DashConfig) -> None:
@@ -196,7 +204,7 @@ def merge(
 ) -> dict[str, RequantisationError]:
     """Adds every layer's ΔW to its weight, for inference without adapters. All layers or, where one cannot, none.
 
-    Every process must call this for a model sharded by FSDP2. Raises ValueError, naming the layer (`DashLinear.merge`).
+    Every process must call this for a model sharded by FSDP2 or FSDP1. Raises ValueError, naming the layer (`DashLinear.merge`).
 
     Args:
         requantise: quantised layers are quantised anew with their update, instead of refused.
@@ -214,12 +222,22 @@ def merge(
     if other:
         raise ValueError(f"unmerge(model) first; with other adapters or factors are merged: {', '.join(other[:4])}")
     reshard(model)
+    return merge_layers(model, layers, requantise, adapters)
+
+
+def merge_layers(
+    model: nn.Module, layers: Mapping[str, OwnLayer], requantise: bool, adapters: Mapping[str, float] | None
+) -> dict[str, RequantisationError]:
+    """`merge` for some layers of a model."""
+    units = Units(model)
     done: list[OwnLayer] = []
     errors: dict[str, RequantisationError] = {}
     try:
         for name, layer in layers.items():
             if not layer.merged:
-                error = _merge(layer, requantise, adapters)
+                part = layer.weight.detach().clone() if units.has(layer) else None
+                with units.whole(layer, write=True):
+                    error = _merge(layer, requantise, part, adapters)
                 done.append(layer)
                 errors |= {} if error is None else {name: error}
     except BaseException:
@@ -253,29 +271,38 @@ def unmerge(model: nn.Module) -> None:
 @contextlib.contextmanager
 def disable(model: nn.Module) -> Iterator[nn.Module]:
     """Within the block the model is the frozen base model. Merged layers are unmerged for its length."""
-    layers = list(all_layers(model, "model.disable_adapter()").values())
-    before = [(layer.enabled, layer.merged, _factors(layer)) for layer in layers]
-    for layer in layers:
+    layers = all_layers(model, "model.disable_adapter()")
+    enabled = {name: layer.enabled for name, layer in layers.items()}
+    merged = {name: layer for name, layer in layers.items() if layer.merged}
+    factors = merged_factors(layers)
+    for layer in layers.values():
         layer.unmerge()
         layer.enabled = False
     try:
         yield model
     finally:
-        for layer, (enabled, merged, adapters) in zip(layers, before, strict=True):
-            layer.enabled = enabled
-            if merged:
-                _merge(layer, True, adapters)
+        for name, layer in layers.items():
+            layer.enabled = enabled[name]
+        merge_layers(model, merged, True, factors)
 
 
-def _merge(layer: OwnLayer, requantise: bool, adapters: Mapping[str, float] | None) -> RequantisationError | None:
+def _merge(
+    layer: OwnLayer, requantise: bool, part: Tensor | None, adapters: Mapping[str, float] | None
+) -> RequantisationError | None:
     if isinstance(layer, DashLinear):
-        return layer.merge(requantise, adapters)
+        return layer.merge(requantise, part, adapters)
+    if part is not None:
+        raise ValueError(f"{layer.name}: experts' parameters that FSDP1 keeps flat cannot be merged; use fully_shard")
     return layer.merge(requantise)
 
 
 def _factors(layer: OwnLayer) -> Mapping[str, float] | None:
-    """What of which adapters is in a merged layer's weight; None for the active one, once."""
     return layer._weights if isinstance(layer, DashLinear) else None
+
+
+def merged_factors(layers: Mapping[str, OwnLayer]) -> Mapping[str, float] | None:
+    """What of which adapters is in the weights of merged layers; None for the active one, once."""
+    return next((_factors(layer) for layer in layers.values() if layer.merged), None)
 
 
 def dash_only(model: nn.Module) -> None:

@@ -166,17 +166,17 @@ class HasAdapters(TakesUpdate):
         return torch.cat((a, vt)), torch.cat((self.config_of(adapter).scaling * b, u * sigma), 1)
 
     def delta(self) -> Tensor:
-        """ΔW (N, K) in float32 of what is to be merged: the active adapter, or a weighted sum of several."""
-        if self._weights is None:
+        """ΔW (N, K) in float32 of what is to be merged: the active adapter, a weighted sum of several, or none."""
+        if self._weights is None and self.adapter is not None:
             return super().delta()
         total = torch.zeros(self.out_features, self.in_features, device=self.weight.device)  # type: ignore[call-overload]
-        for adapter, weight in self._weights.items():
+        for adapter, weight in (self._weights or {}).items():
             if adapter in self.adapters:
                 total += weight * self.delta_of(adapter).to(total.device)
         return total
 
     def merge(
-        self, requantise: bool = False, adapters: Mapping[str, float] | None = None
+        self, requantise: bool = False, part: Tensor | None = None, adapters: Mapping[str, float] | None = None
     ) -> RequantisationError | None:
         """As `TakesUpdate.merge`; with adapters, name -> factor, the sum of their updates instead of the active one's.
 
@@ -188,7 +188,7 @@ class HasAdapters(TakesUpdate):
         if self._unmerged is None:
             self._weights = adapters
         try:
-            return super().merge(requantise)
+            return super().merge(requantise, part)
         finally:
             if self._unmerged is None:
                 self._weights = None

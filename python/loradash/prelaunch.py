@@ -14,7 +14,19 @@ from loradash_kernels import Directions, task_specific_directions
 
 from .batches import batch_elements, is_out_of_memory, no_memory, release
 from .cache import SpectralCache
-from .distributed import cost, exchange_directions, gather_in_turns, gathered, is_sharded, place, reshard, share_out
+from .distributed import (
+    Group,
+    check_same_layers,
+    cost,
+    exchange_directions,
+    gather_in_turns,
+    gathered,
+    is_sharded,
+    place,
+    process_group,
+    reshard,
+    share_out,
+)
 from .experts import matrices
 from .meeting import Meeting
 from .state import AdaptedLayer, dash_layers, dash_state
@@ -37,6 +49,7 @@ def prelaunch(
     progress: bool = True,
     cache: SpectralCache | None = None,
     device: torch.device | str | None = None,
+    group: Group = "world",
 ) -> list[LayerReport]:
     """Chooses every layer's directions by change rate (paper, section 4) and starts the dash phase.
 
@@ -50,6 +63,8 @@ def prelaunch(
     Args:
         cache: takes decompositions from there, and keeps those it has to make.
         device: where to decompose, for instance a GPU for a model whose weights are on the CPU; each layer's own by default.
+        group: the processes that have the same layers. All by default; "self" for a stage of a pipeline that one process
+            computes, a ProcessGroup for one that several do.
 
     Returns one report a layer. Raises ValueError for a model without adapters, weights that are not finite or not there
     (meta), merged layers, and layers that are launched already; RuntimeError, naming the process, when another one failed;
@@ -57,6 +72,9 @@ def prelaunch(
     """
     method = dash_state(model).config.svd
     layers = matrices(dash_layers(model))
+    rank, processes = place(group)
+    if processes > 1:
+        check_same_layers({name: (layer.out_features, layer.in_features) for name, layer in layers.items()}, group)
     reshard(model)
     _check_phase(layers)
     units = Units(model)
@@ -68,13 +86,12 @@ def prelaunch(
         )
     names = [name for name, layer in layers.items() if name not in set(idle) and layer.dash_vt.shape[0]]
     finder = _Finder(layers, adapters, method, cache, device, units)
-    rank, processes = place()
     shares = share_out({name: cost(layers[name].out_features, layers[name].in_features) for name in names}, processes)
     with tqdm(total=len(names), desc="pre-launch", unit="layer", disable=not progress or rank != 0) as bar:
-        found = _find(finder, shares, rank, bar)
+        found = _find(finder, shares, rank, bar, process_group(group))
     if processes > 1:
         buffers = {name: (layers[name].dash_u, layers[name].dash_vt) for name in names}
-        found = exchange_directions(found, shares, rank, buffers)
+        found = exchange_directions(found, shares, rank, buffers, group)
     for name in names:
         layers[name].launch(found[name])
     return [LayerReport(n, found[n].routes[0], found[n].rate, found[n].sigma, found[n].index) for n in names]
@@ -210,12 +227,14 @@ class _Finder:
         }
 
 
-def _find(finder: _Finder, shares: list[list[str]], rank: int, bar: tqdm) -> dict[str, Directions]:
+def _find(
+    finder: _Finder, shares: list[list[str]], rank: int, bar: tqdm, group: torch.distributed.ProcessGroup | None
+) -> dict[str, Directions]:
     """This process's share. An error is raised in all processes."""
     found: dict[str, Directions] = {}
     error: BaseException | None = None
 
-    meeting = Meeting(rank, len(shares), "pre-launch", bar)
+    meeting = Meeting(rank, len(shares), "pre-launch", bar, group)
 
     def take(names: list[str], weight_of: Callable[[str], Tensor]) -> None:
         found.update(finder.find(names, weight_of))

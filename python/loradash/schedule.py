@@ -14,7 +14,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 
 from .adapters import as_active
 from .cache import SpectralCache
-from .distributed import gathered, is_sharded
+from .distributed import Group, gathered, is_sharded
 from .linear import DashLinear
 from .model import train_sigma_alone
 from .prelaunch import LayerReport, prelaunch
@@ -37,12 +37,16 @@ class DashSchedule:
 
     Args:
         cache: decompositions of the frozen weights: `SpectralCache().start(model)` fills it while the first steps train.
+        group: the processes that have the same layers, which share the work of launching. All by default; "self" for a stage
+            of a pipeline that one process computes, a ProcessGroup for one that several do.
 
     Attributes:
         reports: what `prelaunch` found, once launched in this process.
     """
 
-    def __init__(self, model: nn.Module, progress: bool = True, cache: SpectralCache | None = None) -> None:
+    def __init__(
+        self, model: nn.Module, progress: bool = True, cache: SpectralCache | None = None, group: Group = "world"
+    ) -> None:
         if cache is not None and not isinstance(cache, SpectralCache):
             raise TypeError(
                 f"cache must be a SpectralCache (what its start returns runs beside), got {type(cache).__name__}"
@@ -51,6 +55,7 @@ class DashSchedule:
         self.model = model
         self.progress = progress
         self.cache = cache
+        self.group = group
         self.reports: list[LayerReport] = []
         # Was another adapter active in the last step?
         self._is_parked = False
@@ -64,9 +69,7 @@ class DashSchedule:
 
     def _watch_training(self, gradients: bool) -> None:
         self._watch = _OptimizerWatch(self._layers, self._before_optimizer)
-        # FSDP1 and FSDP2 set the gradients of their parameters without calling hooks.
-        seen = gradients and not fsdp1_units(self.model)
-        self._gradients = _GradientWatch(self._layers) if seen else None
+        self._gradients = _GradientWatch(self._layers) if gradients else None
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy, made together with a copy of the model, watches that one."""
@@ -102,7 +105,7 @@ class DashSchedule:
         if not self._has_update():
             return False
         with as_active(self.model, self.state.name if self._is_parked else None):
-            self.reports = prelaunch(self.model, self.progress, self.cache)
+            self.reports = prelaunch(self.model, self.progress, self.cache, group=self.group)
         self._settled = True
         return True
 
@@ -133,7 +136,7 @@ class DashSchedule:
         Raises ValueError, with nothing changed, for what is no such state, and for one of another `prelaunch_steps`. Where
         the model is in another phase than the state says when training goes on, RuntimeError before the optimizer steps.
         """
-        _check_state(state, self.state.config.prelaunch_steps)
+        check_state(state, self.state.config.prelaunch_steps)
         if state["dash_only"] or self.state.dash_only:
             train_sigma_alone(self.model, state["dash_only"])
         self.state.step, self._phase = state["step"], state["launched"]
@@ -204,7 +207,7 @@ class DashSchedule:
                 "embeddings, quantise, convert) before apply_dash"
             )
         if self._gradients is not None:
-            self._gradients.report(trained=self._watch.seen)
+            self._gradients.report(trained=self._watch.seen, flat=bool(fsdp1_units(self.model)))
             self._gradients = None
 
 
@@ -301,7 +304,7 @@ def _only_makes_state(optimizer: torch.optim.Optimizer, kwargs: Mapping[str, Any
     groups = optimizer.param_groups
     still = all(float(group.get("lr", 0.0)) == 0.0 for group in groups)
     gradients = (p.grad for group in groups for p in group["params"] if p.grad is not None)
-    # Of a sharded one this process's part tells enough: all of them are zero, or there is a step.
+    # This process's part of a sharded one tells enough: all of them are zero, or there is a step.
     return still and not any(bool((g.to_local() if is_sharded(g) else g).any()) for g in gradients)
 
 
@@ -330,15 +333,20 @@ class _GradientWatch:
     def _note(self, name: str, gradient: torch.Tensor) -> None:
         self._arrived.add(name)
 
-    def report(self, trained: bool) -> None:
-        """Warns, and ends the watch. trained: did an optimizer step for certain, whoever got gradients?"""
+    def report(self, trained: bool, flat: bool) -> None:
+        """Warns, and ends the watch.
+
+        Args:
+            trained: did an optimizer step for certain, whoever got gradients?
+            flat: are there units of FSDP1? Like FSDP2 it sets the gradients of its parameters without calling hooks.
+        """
         for handle in self._handles:
             handle.remove()
         # A finetuning callback may have thawed B since.
         if not self._layers and not any(layer.lora_b.requires_grad for layer in self._all.values()):
             warnings.warn("loradash: no adapter trains, every lora_b is frozen (requires_grad=False)", stacklevel=4)
-        # Loading may have frozen B since. Of a sharded one nothing was heard.
-        looked_at = {n: layer for n, layer in self._layers.items() if layer.lora_b.requires_grad}
+        # Loading may have frozen B since.
+        looked_at = {n: layer for n, layer in self._layers.items() if layer.lora_b.requires_grad and not flat}
         missing = [n for n, layer in looked_at.items() if n not in self._arrived and not is_sharded(layer.lora_b)]
         if missing and (trained or self._arrived):
             warnings.warn(
@@ -353,7 +361,7 @@ _STATE = {"step": int, "launched": bool, "prelaunch_steps": int, "dash_only": bo
 """What `DashSchedule.state_dict` holds; integers are at least 0."""
 
 
-def _check_state(state: Mapping[str, Any], prelaunch_steps: int) -> None:
+def check_state(state: Mapping[str, Any], prelaunch_steps: int) -> None:
     if not isinstance(state, Mapping) or state.keys() != _STATE.keys():
         found = sorted(map(str, state)) if isinstance(state, Mapping) else repr(state)
         raise ValueError(f"the state of a DashSchedule has {sorted(_STATE)}, got {found}")

@@ -12,16 +12,20 @@ import torch
 from torch import Tensor, nn
 
 from .distributed import place
-from .schedule import DashSchedule
+from .schedule import DashSchedule, check_state
 from .state import dash_layers, parameter_of, plain_name
 from .units import fsdp1_units
 
-# The phase that an optimizer is in, beside what DashSchedule knows: has it stepped any Δσ?
-_STEPPED = "sigma_stepped"
+# How far an optimizer has come, beside what DashSchedule knows: has it stepped anything, and any Δσ?
+_STEPPED, _SIGMA_STEPPED = "optimizer_stepped", "sigma_stepped"
 
 
 def save_training(
-    folder: str | os.PathLike, model: nn.Module, optimizer: torch.optim.Optimizer, schedule: DashSchedule, **others: Any
+    folder: str | os.PathLike,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer | None,
+    schedule: DashSchedule | None,
+    **others: Any,
 ) -> None:
     """Writes what a run needs to go on, each process its own part: adapters and whatever else trains, buffers, the
     optimizer's state, the schedule's. The frozen weights are not written: they are the base model's.
@@ -31,6 +35,7 @@ def save_training(
 
     Args:
         folder: of torch.distributed.checkpoint's files.
+        optimizer, schedule: None, both, in a stage of a pipeline in which nothing trains.
         others: what else has state_dict and load_state_dict, by names of your own (a scheduler of learning rates).
 
     Raises RuntimeError between `optimizer.step()` and `schedule.step()`.
@@ -38,20 +43,24 @@ def save_training(
     import torch.distributed.checkpoint as dcp
 
     model = _inside(model)
-    state = {**others, "model": _model_state(model), "schedule": schedule, _STEPPED: _has_stepped(model, optimizer)}
+    stepped = _steps_taken(model, optimizer)
     with _complete(model, optimizer) as optimizer_state:
-        dcp.save({**state, "optimizer": optimizer_state}, checkpoint_id=folder)
+        dcp.save({**_parts(model, optimizer_state, schedule), **others, **stepped}, checkpoint_id=folder)
 
 
 def load_training(
-    folder: str | os.PathLike, model: nn.Module, optimizer: torch.optim.Optimizer, schedule: DashSchedule, **others: Any
+    folder: str | os.PathLike,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer | None,
+    schedule: DashSchedule | None,
+    **others: Any,
 ) -> None:
     """Goes on from `save_training`, in as many processes as there are now, under whatever scheme: a new model with the base
     model's weights and adapters of the same settings, wrapped, its optimizer, its `DashSchedule`. Every process must call
     this.
 
     Raises torch.distributed.checkpoint's CheckpointException where a tensor or the folder is not there or does not fit, and
-    ValueError as `DashSchedule.load_state_dict`.
+    ValueError as `DashSchedule.load_state_dict`, both with nothing changed.
     """
     import torch.distributed.checkpoint as dcp
     from torch.distributed.checkpoint.state_dict import (
@@ -62,17 +71,30 @@ def load_training(
     )
 
     model, flat = _inside(model), StateDictOptions(flatten_optimizer_state_dict=True)
+    if schedule is not None:
+        told = {"schedule": schedule.state_dict()}
+        dcp.load(told, checkpoint_id=folder)
+        check_state(told["schedule"], schedule.state.config.prelaunch_steps)
     with _complete(model, optimizer) as optimizer_state:
-        values = _model_state(model)
-        state = {**others, "schedule": schedule, "model": values, "optimizer": optimizer_state, _STEPPED: False}
+        state = {**_parts(model, optimizer_state, schedule), **others, _STEPPED: False, _SIGMA_STEPPED: False}
         dcp.load(state, checkpoint_id=folder)
     # FSDP1 warns of each weight that is not set.
-    values = get_model_state_dict(model) | values if fsdp1_units(model) else values
+    values = get_model_state_dict(model) | state["model"] if fsdp1_units(model) else state["model"]
     set_model_state_dict(model, values, options=StateDictOptions(strict=False))
+    if optimizer is None:
+        return
     set_optimizer_state_dict(model, optimizer, optimizer_state, options=flat)
+    # What has no state yet got one for the sake of the files, which is not that of a first step.
     if not state[_STEPPED]:
+        optimizer.state.clear()
+    elif not state[_SIGMA_STEPPED]:
         for sigma in _sigmas(model):
             optimizer.state.pop(sigma, None)
+
+
+def _parts(model: nn.Module, optimizer_state: dict[str, Any], schedule: DashSchedule | None) -> dict[str, Any]:
+    parts = {"model": _model_state(model), "optimizer": optimizer_state, "schedule": schedule}
+    return {name: part for name, part in parts.items() if part is not None}
 
 
 def _inside(model: nn.Module) -> nn.Module:
@@ -94,23 +116,26 @@ def _sigmas(model: nn.Module) -> list[Tensor]:
     return [parameter_of(layer.dash_sigma) for layer in dash_layers(model).values()]
 
 
-def _has_stepped(model: nn.Module, optimizer: torch.optim.Optimizer) -> bool:
-    """Has an optimizer state of any Δσ, in any process?"""
-    ours = any(optimizer.state.get(sigma) for sigma in _sigmas(model))
+def _steps_taken(model: nn.Module, optimizer: torch.optim.Optimizer | None) -> dict[str, bool]:
+    """Has an optimizer any state, and any of a Δσ, in any process?"""
+    state = {} if optimizer is None else optimizer.state
+    ours = bool(state), any(state.get(sigma) for sigma in _sigmas(model))
     processes = place()[1]
-    if processes == 1:
-        return ours
     found = [ours] * processes
-    torch.distributed.all_gather_object(found, ours)
-    return any(found)
+    if processes > 1:
+        torch.distributed.all_gather_object(found, ours)
+    return {_STEPPED: any(any_state for any_state, _ in found), _SIGMA_STEPPED: any(sigma for _, sigma in found)}
 
 
 @contextlib.contextmanager
-def _complete(model: nn.Module, optimizer: torch.optim.Optimizer) -> Iterator[dict[str, Any]]:
+def _complete(model: nn.Module, optimizer: torch.optim.Optimizer | None) -> Iterator[dict[str, Any]]:
     """The optimizer's state by the parameters' names, in which Δσ has its place in either phase, so that any checkpoint fits
     any run. Afterwards the optimizer is what it was before."""
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict
 
+    if optimizer is None:
+        yield {}
+        return
     before = dict(optimizer.state)
     if before:
         optimizer.state.update(_new_state(optimizer, [s for s in _sigmas(model) if not before.get(s)]))

@@ -8,6 +8,7 @@ use_orig_params=False refuses units in which some parameters train and others ar
 from __future__ import annotations
 
 import contextlib
+import itertools
 import sys
 from collections.abc import Iterator
 from typing import Any, TypeVar
@@ -61,45 +62,52 @@ class Units:
             # Whichever is asked first becomes the root.
             with whole_unit(outer[0]):
                 pass
-        # Those of an inner unit come last.
+        # An inner unit comes after the outer one, and takes its modules from it.
         self._flat = {module: unit for unit in outer for module in unit.modules()}
-        self._sharded = {m: unit for unit in model.modules() if is_fsdp2(unit) for m in unit.modules()}
+        self._sharded: dict[nn.Module, Any] = {
+            m: unit for unit in model.modules() if is_fsdp2(unit) for m in unit.modules()
+        }
 
     @contextlib.contextmanager
-    def whole(self, layer: Any) -> Iterator[bool]:
-        """Within the block the parameters of an adapted layer are whole, in every process at once. Gives whether it had to do
-        something. Parameters that FSDP2 keeps are gathered only for a layer that is kept whole; others can be one by one."""
-        module = layer if isinstance(layer, nn.Module) else layer.layer
+    def whole(self, layer: Any, write: bool = False) -> Iterator[bool]:
+        """Within the block the parameters of an adapted layer, or of any module, are whole, in every process at once; with
+        `write` what is written to them stays. Gives whether it had to do something.
+
+        Parameters that FSDP2 keeps are gathered only for a layer that is kept whole; others can be one by one.
+        """
+        module = _module_of(layer)
+        kept_whole = getattr(layer, "base", None) is not None
         with contextlib.ExitStack() as stack:
-            units = dict.fromkeys(self._flat[m] for m in module.modules() if m in self._flat)
-            for unit in units:
-                stack.enter_context(whole_unit(unit))
-            sharded = (
-                {}
-                if layer.base is None
-                else dict.fromkeys(self._sharded[m] for m in module.modules() if m in self._sharded)
-            )
+            flat = dict.fromkeys(self._flat[m] for m in module.modules() if m in self._flat)
+            for unit in flat:
+                stack.enter_context(whole_unit(unit, write))
+            sharded = dict.fromkeys(self._sharded[m] for m in module.modules() if kept_whole and m in self._sharded)
             for unit in sharded:
                 unit.unshard()
                 stack.callback(unit.reshard)
-            yield bool(units or sharded)
+            yield bool(flat or sharded)
 
     def has(self, layer: Any) -> bool:
         """Is a layer in a unit of FSDP1?"""
-        module = layer if isinstance(layer, nn.Module) else layer.layer
-        return any(m in self._flat for m in module.modules())
+        return any(m in self._flat for m in _module_of(layer).modules())
+
+
+def _module_of(layer: Any) -> nn.Module:
+    """A view of a layer has that as its `layer`, an experts' parameter its module as `module`."""
+    if isinstance(layer, nn.Module):
+        return layer
+    return layer.layer if hasattr(layer, "layer") else layer.module
 
 
 def as_declared(module: nn.Module, name: str, view: T) -> T:
     """A parameter as a layer's forward pass sees it, without the gradient that a frozen one is given as a view of the flat
     parameter. Any other tensor comes back as it is."""
-    flat = None if view is None else view._base
-    if view is None or not hasattr(flat, "_param_infos") or flat._params is None:
+    flat: Any = None if view is None else view._base
+    if view is None or getattr(flat, "_params", None) is None:
         return view
-    for parameter, (own, holder, _) in zip(flat._params, flat._param_infos, strict=True):
-        if holder is module and own == name:
-            return view if parameter.requires_grad else view.detach()  # type: ignore[return-value]
-    for parameter, shared in zip(flat._shared_params, flat._shared_param_infos, strict=True):
-        if shared[1] is module and shared[0] == name:
+    own = zip(flat._param_infos, flat._params, strict=True)
+    shared = zip(flat._shared_param_infos, flat._shared_params, strict=True)
+    for info, parameter in itertools.chain(own, shared):
+        if info.module is module and info.param_name == name:
             return view if parameter.requires_grad else view.detach()  # type: ignore[return-value]
     return view

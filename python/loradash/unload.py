@@ -12,9 +12,10 @@ from .bypass import allow_fusing
 from .distributed import is_sharded
 from .experts import ExpertParameter
 from .linear import DashLinear
-from .model import wrappers
+from .model import wrapper_of
 from .parked import PARTS, PLACE
 from .state import STATE, WAITING, OwnLayer, all_layers, experts_of, linears_of, plain_name, unwrap
+from .units import fsdp1_units, is_fsdp2
 
 _OURS = {
     "base",
@@ -82,8 +83,15 @@ def merge_and_unload(model: nn.Module) -> nn.Module:
 
 def _check(model: nn.Module, layers: Mapping[str, OwnLayer]) -> None:
     for module_name, module in model.named_modules():
-        if isinstance(module, wrappers()):
-            raise ValueError(f"{module_name or 'the model'} is a {type(module).__name__}; pass the model inside it")
+        wrapper = wrapper_of(module)
+        if wrapper and (is_fsdp2(module) or fsdp1_units(module)):
+            raise ValueError(
+                f"{module_name or 'the model'} is wrapped in {wrapper}, whose parts stay those of the adapted layers: "
+                "save_adapter(model, path) in every process, then merge_and_unload(load_adapter(plain_model, path)); or "
+                "merge(model) and use it as it is"
+            )
+        if wrapper:
+            raise ValueError(f"{module_name or 'the model'} is wrapped in {wrapper}; pass the model inside it")
     places = set(model.modules())
     for name, linear in linears_of(layers).items():
         if linear not in places or (linear.base is None and linear.adopted is None):

@@ -31,7 +31,7 @@ FLOORS = {
         "decompose", "rates", "kept",
     ),
     "python/loradash": (
-        "presets", "config", "meeting", "distributed", "formats", "base_layers", "quantised", "merging", "parked", "linear", "expert_modules", "experts", "data_parallel", "state",
+        "presets", "config", "meeting", "distributed", "units", "formats", "base_layers", "quantised", "merging", "parked", "linear", "expert_modules", "experts", "data_parallel", "state",
         "targets", "attention", "bypass", "model", "adapters", "combining", "unload", "warming", "checkpoint", "hotswap", "peft_layout", "export", "streams", "background",
         "fingerprint", "cache", "background_process", "batches", "prelaunch", "schedule", "training", "optimizer", "plots", "analysis", "integrations",
         "devices", "machine", "cli", "__init__",

@@ -11,7 +11,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 
-from . import Block, Scheme
+from . import Block, Scheme, with_scaled_layers
 
 
 class FSDP1(Scheme):
@@ -32,9 +32,14 @@ class FSDP1(Scheme):
         )
 
     @contextlib.contextmanager
-    def whole(self, model: nn.Module, writing: bool = False) -> Iterator[None]:
-        with FullyShardedDataParallel.summon_full_params(model, writeback=writing):
+    def reading(self, model: nn.Module) -> Iterator[None]:
+        with FullyShardedDataParallel.summon_full_params(model, writeback=False):
             yield
+
+
+class KeptWhole(FSDP1):
+    def network(self) -> nn.Module:
+        return with_scaled_layers()
 
 
 class Flat(FSDP1):
@@ -43,4 +48,4 @@ class Flat(FSDP1):
     flat = True
 
 
-SCHEMES = {"fsdp1": FSDP1, "fsdp1_flat": Flat}
+SCHEMES = {"fsdp1": FSDP1, "fsdp1_flat": Flat, "fsdp1_kept_whole": KeptWhole}
