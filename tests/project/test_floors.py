@@ -32,7 +32,7 @@ FLOORS = {
     ),
     "python/loradash": (
         "presets", "config", "meeting", "distributed", "formats", "base_layers", "quantised", "merging", "linear", "data_parallel", "state",
-        "targets", "attention", "bypass", "model", "unload", "warming", "checkpoint", "peft_layout", "export", "streams", "background",
+        "targets", "attention", "bypass", "model", "grouping", "unload", "warming", "checkpoint", "peft_layout", "export", "streams", "background",
         "fingerprint", "cache", "background_process", "batches", "prelaunch", "schedule", "optimizer", "plots", "analysis", "integrations",
         "devices", "machine", "cli", "__init__",
     ),
