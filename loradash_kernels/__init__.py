@@ -18,12 +18,14 @@ from .directions.rates import (
 )
 from .experts import dash_experts, expert_offsets
 from .functional import dash_linear, low_rank_update
+from .group import GroupMember, dash_linear_group
 from .packed_weights import enable_packed_weights, packed_weight_bytes
 
 __all__ = [
     "BackendChoice",
     "ChangeRates",
     "Directions",
+    "GroupMember",
     "Triplets",
     "__version__",
     "available_backends",
@@ -31,6 +33,7 @@ __all__ = [
     "change_rates",
     "dash_experts",
     "dash_linear",
+    "dash_linear_group",
     "direction_accuracy",
     "direction_recall",
     "enable_packed_weights",

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from .calls import BackwardCall, ForwardCall
+from .calls import BackwardCall, ForwardCall, GroupBackwardCall, GroupForwardCall
 
 COUNTER = "torch.utils.flop_counter"
 Shape = Sequence[int]
@@ -65,6 +65,29 @@ def _one(stacked: Shape | None) -> Shape | None:
     return None if stacked is None else stacked[1:]
 
 
+def group_flops(*arguments: Any, **_: Any) -> int:
+    """Those of every member."""
+    fields = arguments[:-1]
+    call: Any = GroupForwardCall(*fields, *[None] * (len(GroupForwardCall._fields) - len(fields)))
+    shapes = zip(call.weight, call.lora_a, call.lora_b, call.dash_sigma, strict=True)
+    return sum(
+        _forward_flops(call.x, weight, None, a, b, None, None, sigma, None, 1.0, 0) for weight, a, b, sigma in shapes
+    )
+
+
+def group_backward_flops(*arguments: Any, **_: Any) -> int:
+    """Those of every member; the sum of their dx is no product."""
+    *fields, needs, _backend = arguments
+    call: Any = GroupBackwardCall(*fields, *[None] * (len(GroupBackwardCall._fields) - len(fields)))
+    count = len(call.weight)
+    found = 0
+    for i in range(count):
+        of_member = (call.dy[i], call.x, call.weight[i], call.lora_a[i], call.lora_b[i], None, None, call.dash_sigma[i])
+        own = [needs[0], *needs[1 + i :: count]]
+        found += backward_flops(*of_member, call.p, None, 1.0, 0, own, None)
+    return found
+
+
 def _directions(call: Any) -> int:
     return 0 if call.dash_sigma is None else call.dash_sigma[0]
 
@@ -76,6 +99,8 @@ def _register(counter: ModuleType) -> None:
         ("dash_linear_backward", backward_flops),
         ("dash_experts", experts_flops),
         ("dash_experts_backward", experts_backward_flops),
+        ("dash_linear_group", group_flops),
+        ("dash_linear_group_backward", group_backward_flops),
     ):
         counter.register_flop_formula(getattr(torch.ops.loradash, name))(formula)
 
