@@ -8,9 +8,12 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from . import arguments, composite
+from . import arguments, composite, sharded
 from .autograd import DASH_LINEAR, LOW_RANK_UPDATE, Operator
 from .random import draw_seed, dropout_threshold
+
+_ARGUMENTS = ("x", "weight", "bias", "lora_a", "lora_b", "dash_u", "dash_vt", "dash_sigma")
+_ARGUMENTS_OF_UPDATE = ("y", "x", *_ARGUMENTS[3:])
 
 
 def dash_linear(
@@ -47,11 +50,15 @@ def dash_linear(
     Under autocast x, weight and bias are cast to its dtype as `nn.functional.linear` casts them: not from float64. Under
     torch.func transforms and forward-mode differentiation the plain formula is computed in their place, without dropout.
 
+    DTensors: where x is one, all are, of one mesh, and the layer is divided by its columns (N), its rows (K) or the batch, as
+    their placements tell (`loradash_kernels.sharded` has the table). The result is a DTensor; partial sums for rows. Every
+    process calls this, with one seed of torch's generator: the mask is that of the whole x.
+
     Raises:
-        ValueError: a shape, dtype, layout or device that does not fit, named; a weight, u or vt that requires grad; a
-            tensor subclass (DTensor, quantised) that does not take the operator.
+        ValueError: a shape, dtype, layout, device or placement that does not fit, named; a weight, u or vt that requires
+            grad; DTensors beside plain tensors; another subclass (quantised) that does not take the operator.
         RuntimeError: a requested backend that cannot run; dropout or a requested backend under a transform;
-            differentiating the gradients again.
+            differentiating the gradients again; processes that share a layer and draw different seeds.
     """
     dtype = arguments.autocast_dtype(x)
     if dtype is not None:
@@ -62,14 +69,22 @@ def dash_linear(
     arguments.check_adapters(x, weight.shape, *adapters)
     arguments.check_base(x, weight, bias)
     threshold = _threshold(dropout_p, training)
+    seed = whole = None
+    if type(x) is not Tensor and sharded.is_distributed(x):
+        tensors = dict(zip(_ARGUMENTS, (x, weight, bias, *adapters), strict=True))
+        (x, weight, bias, lora_a, lora_b, dash_u, dash_vt, dash_sigma), seed, whole = sharded.split(threshold, tensors)
+        adapters = (lora_a, lora_b, dash_u, dash_vt, dash_sigma)
     if composite.is_wanted():
         composite.refuse(threshold, backend)
-        return composite.dash_linear(x, weight, bias, *adapters, scaling)
-    seed = draw_seed(x.device) if threshold else None
+        y = composite.dash_linear(x, weight, bias, *adapters, scaling)
+        return y if whole is None else whole(y)
+    if threshold and seed is None:
+        seed = draw_seed(x.device)
     flat = x.dim() == 2
     args = (x if flat else _rows(x), weight, bias, *adapters, seed, float(scaling), threshold, backend)
     y = _call(DASH_LINEAR, args)
-    return y if flat else y.view(*x.shape[:-1], weight.shape[0])
+    y = y if flat else y.view(*x.shape[:-1], weight.shape[0])
+    return y if whole is None else whole(y)
 
 
 def low_rank_update(
@@ -98,13 +113,21 @@ def low_rank_update(
     arguments.check_adapters(x, shape, *adapters)
     arguments.check_sum(y, x)
     threshold = _threshold(dropout_p, training)
+    seed = whole = None
+    if type(x) is not Tensor and sharded.is_distributed(x):
+        tensors = dict(zip(_ARGUMENTS_OF_UPDATE, (y, x, *adapters), strict=True))
+        (y, x, lora_a, lora_b, dash_u, dash_vt, dash_sigma), seed, whole = sharded.split(threshold, tensors)
+        adapters = (lora_a, lora_b, dash_u, dash_vt, dash_sigma)
     if composite.is_wanted():
         composite.refuse(threshold, backend)
-        return composite.low_rank_update(y, x, *adapters, scaling)
-    seed = draw_seed(x.device) if threshold else None
+        out = composite.low_rank_update(y, x, *adapters, scaling)
+        return out if whole is None else whole(out)
+    if threshold and seed is None:
+        seed = draw_seed(x.device)
     args = (_rows(y), _rows(x), *adapters, seed, float(scaling), threshold, backend)
     out = _call(LOW_RANK_UPDATE, args)
-    return out if y.dim() == 2 else out.view(y.shape)
+    out = out if y.dim() == 2 else out.view(y.shape)
+    return out if whole is None else whole(out)
 
 
 def _rows(t: Tensor) -> Tensor:
@@ -126,8 +149,10 @@ def _call(operator: Operator, args: tuple) -> Tensor:
     """Whatever looks at operations (compile, export, tracing, dispatch modes, tensor subclasses) sees the operator; eager
     training takes the Function, everything else neither."""
     if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() or torch._C._is_tracing():
+        _refuse_mixed(operator, args)
         return operator.packet(*args)[0]
     if not _PLAIN.issuperset(map(type, args)):
+        _refuse_mixed(operator, args)
         return _call_with_subclasses(operator.packet, args)
     if args[0].is_meta:
         return operator.packet(*args)[0]
@@ -136,6 +161,12 @@ def _call(operator: Operator, args: tuple) -> Tensor:
             if tensor is not None and tensor.requires_grad:
                 return operator.function.apply(*args)[0]
     return operator.run(*args)[0]
+
+
+def _refuse_mixed(operator: Operator, args: tuple) -> None:
+    """Raises ValueError for DTensors among the arguments: where x is one too, each process calls with its part of them."""
+    names = _ARGUMENTS if operator is DASH_LINEAR else _ARGUMENTS_OF_UPDATE
+    sharded.refuse_mixed(dict(zip(names, args, strict=False)))
 
 
 def _call_with_subclasses(op: torch._ops.OpOverloadPacket, args: tuple) -> Tensor:

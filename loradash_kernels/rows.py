@@ -103,9 +103,9 @@ def dash_linear_rows(
         adapters: by number; None adds nothing, as for a layer that an adapter leaves out.
         rows: `group_rows(index, x.device)`, made once for all layers.
 
-    Raises ValueError where x has another number of rows, for a number without an adapter, and as `dash_linear`.
+    Raises ValueError where x has another number of rows, for a number without an adapter, for DTensors, and as `dash_linear`.
     """
-    _check(x, adapters, rows)
+    _check(adapters, rows, x=x, weight=weight)
     only = rows.numbers[0]
     if len(rows.numbers) == 1 and only != NO_ADAPTER and adapters[only] is not None:
         return dash_linear(x, weight, bias, **adapters[only]._asdict(), training=training, backend=backend)  # type: ignore[union-attr]
@@ -147,7 +147,7 @@ def low_rank_update_rows(
     backend: str | None = None,
 ) -> Tensor:  # (B, ..., N)
     """y plus every row's own low-rank terms, for a base layer of any kind. Arguments and errors as `dash_linear_rows`."""
-    _check(x, adapters, rows)
+    _check(adapters, rows, x=x, y=y)
     if y.shape[:-1] != x.shape[:-1]:
         raise ValueError(
             f"y has shape {tuple(y.shape)}, x {tuple(x.shape)}; they must agree but for the last dimension"
@@ -176,7 +176,14 @@ def _by_group(
     return out if rows.inverse is None else out.index_select(0, rows.inverse)
 
 
-def _check(x: Tensor, adapters: Sequence[Adapter | None], rows: RowGroups) -> None:
+def _check(adapters: Sequence[Adapter | None], rows: RowGroups, **tensors: Tensor) -> None:
+    x = tensors["x"]
+    sharded = [name for name, t in tensors.items() if hasattr(t, "device_mesh")]
+    if sharded:
+        raise ValueError(
+            f"{', '.join(sharded)} of a mixed batch is a DTensor; wanted plain tensors, which layers divided by "
+            "parallelize_module do not have, and those of FSDP2 have"
+        )
     if x.dim() < 2 or x.shape[0] != rows.total:
         raise ValueError(
             f"x has shape {tuple(x.shape)}; wanted ({rows.total}, ..., K), as the mixed batch has an adapter for each of "

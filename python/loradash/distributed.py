@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from loradash_kernels import Directions
+from loradash_kernels.sharded import compare_seeds
 
 from .meeting import Meeting, global_rank
 
@@ -34,10 +35,16 @@ def shard_of(values: Tensor, like: Tensor, source: int | None = None) -> Tensor:
 
 
 def reshard(model: nn.Module) -> None:
-    """Sends parameters that FSDP2 left gathered after a forward pass back to their shards, which are the ones that last."""
+    """Sends parameters that FSDP2 left gathered after a forward pass back to their shards, which are the ones that last.
+
+    What comes next takes all processes. Those of a tensor-parallel group make sure that they have drawn the same dropout
+    masks: RuntimeError, in all of them, where they have not.
+    """
     for module in model.modules():
         if hasattr(module, "reshard") and hasattr(module, "unshard"):
             module.reshard()  # type: ignore[operator]
+    if any(map(is_sharded, model.parameters())):
+        compare_seeds()
 
 
 Group: TypeAlias = 'Literal["world", "self"] | torch.distributed.ProcessGroup'

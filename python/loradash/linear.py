@@ -13,7 +13,7 @@ from loradash_kernels.rows import dash_linear_rows, low_rank_update_rows
 
 from .base_layers import features, is_transposed, treatment
 from .config import DashConfig
-from .distributed import gathered
+from .distributed import gathered, shard_of
 from .formats import keep_differentiable
 from .parked import DEFAULT, HasAdapters, MixedRows, adapter_shapes, new_parts, watch_backward
 from .quantised import check_differentiable, compute_device, is_quantised
@@ -32,8 +32,8 @@ def take_directions(layer: Any, directions: Directions) -> None:
         raise ValueError(f"{label} is merged; unmerge it before launch")
     if bool(layer.launched) and bool(gathered(layer.dash_sigma).any()):
         raise ValueError(f"{label} is launched, and its trained dash_sigma would be lost; zero it to launch anew")
-    layer.dash_u.copy_(directions.u)
-    layer.dash_vt.copy_(directions.vt)
+    layer.dash_u.copy_(shard_of(directions.u, layer.dash_u))
+    layer.dash_vt.copy_(shard_of(directions.vt, layer.dash_vt))
     layer.dash_sigma.zero_()
     layer.launched.fill_(True)
 

@@ -11,6 +11,9 @@ from loradash import DashConfig, add_adapter, apply_dash, mixed_batch, save_adap
 from support.several import BASE, X, alone, filled, network, two
 from torch import nn
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import distribute_tensor
+
+from loradash_kernels.rows import Adapter, dash_linear_rows, group_rows
 
 
 class Parent(nn.Module):
@@ -111,6 +114,12 @@ def test_wrapped_models(process_group, tmp_path):
         y = sharded(X)
     torch.testing.assert_close(y[2], expected[2], rtol=1e-5, atol=1e-5)
     assert not torch.allclose(y[0], expected[0], atol=1e-3)
+    # Outside of FSDP's own forward pass the weight is a DTensor.
+    inner = loradash.DashLinear(20, 4)
+    inner.weight = nn.Parameter(distribute_tensor(inner.weight, process_group), requires_grad=False)
+    rows = group_rows([0] * 6)
+    with pytest.raises(ValueError, match="weight of a mixed batch is a DTensor"):
+        dash_linear_rows(X, inner.weight, adapters=[Adapter(inner.lora_a, inner.lora_b)], rows=rows)
 
 
 def test_models_with_experts_have_one_adapter():

@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[2]
 FLOORS = {
     "loradash_kernels": (
         "_version", "files", "notices", "timing", "random", "calls", "backends", "packed_weights", "composite", "ops", "flops",
-        "autograd", "group_autograd", "arguments", "functional", "group", "rows", "experts", "directions", "testing", "__init__",
+        "autograd", "group_autograd", "sharded", "arguments", "functional", "group", "rows", "experts", "directions", "testing", "__init__",
     ),
     "loradash_kernels/backends": (
         "__init__", "extension", "cards", "measurements", "tuning", "fused_dropout", "products", "reference", "cpu", "cuda",
@@ -32,7 +32,7 @@ FLOORS = {
     ),
     "python/loradash": (
         "presets", "config", "meeting", "distributed", "units", "formats", "base_layers", "quantised", "merging", "parked", "linear", "expert_modules", "experts", "data_parallel", "state",
-        "targets", "attention", "bypass", "model", "grouping", "adapters", "combining", "unload", "warming", "checkpoint", "hotswap", "peft_layout", "export", "streams", "background",
+        "targets", "attention", "bypass", "tensor_parallel", "model", "grouping", "adapters", "combining", "unload", "warming", "checkpoint", "hotswap", "peft_layout", "export", "streams", "background",
         "fingerprint", "cache", "background_process", "batches", "prelaunch", "schedule", "training", "optimizer", "plots", "analysis", "integrations",
         "devices", "machine", "cli", "__init__",
     ),
