@@ -29,7 +29,7 @@ DEFAULT = "default"
 PARAMETERS = ("lora_a", "lora_b", "dash_sigma")
 BUFFERS = ("dash_u", "dash_vt", "launched")
 PARTS = PARAMETERS + BUFFERS
-"""An adapter's tensors in a layer; `loradash.linear.adapter_shapes` has their shapes."""
+"""An adapter's tensors in a layer; `adapter_shapes` has their shapes."""
 
 PLACE = "parked"
 """The name of the submodule with the adapters that are not active."""

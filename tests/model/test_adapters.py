@@ -141,8 +141,13 @@ def test_the_schedule_of_a_parked_adapter_leaves_the_active_one_alone():
     sigma = model[2].dash_sigma
     assert sigma.grad.any()
     optimizer.step()
+    # What is loaded into a parked schedule is its own adapter's.
+    schedule.load_state_dict({**schedule.state_dict(), "dash_only": True, "step": 7})
+    assert active_adapter(model) == "b" and model[2].lora_a.requires_grad and dash_state(model).step == 0
     # The parked one is in pre-launch, where its own Δσ gets no step.
     assert sigma.grad is not None and sigma.any() and not schedule.launched and not schedule.is_behind
+    set_adapter(model, "default")
+    assert dash_state(model).dash_only and not model[2].lora_a.requires_grad and dash_state(model).step == 7
 
 
 def test_directions_are_each_adapters_own_and_the_decomposition_is_shared(tmp_path, monkeypatch):
