@@ -37,7 +37,7 @@ def must_dispatch(direct: bool, dy: Tensor, x: Tensor) -> bool:
     """Must something see the backward operator, or was forward called by the dispatcher (not `direct`)?"""
     if forward_ad._current_level >= 0 and forward_ad.unpack_dual(dy).tangent is not None:
         raise RuntimeError("loradash: the gradients of dash_linear have no forward-mode derivatives")
-    return (
+    return bool(
         not direct
         or type(dy) is not Tensor
         # A hook on saved tensors may give back what it likes.

@@ -72,23 +72,25 @@ def _one(stacked: Shape | None) -> Shape | None:
 
 def group_flops(*arguments: Any, **_: Any) -> int:
     """Those of every member."""
-    call: Any = GroupForwardCall(*arguments[:-1], [], None)
-    return sum(_forward_flops(*call.member(i, None)[:-3]) for i in range(len(call.weight)))
+    fields = arguments[:-1]
+    call: Any = GroupForwardCall(*fields, *[None] * (len(GroupForwardCall._fields) - len(fields)))
+    shapes = zip(call.weight, call.lora_a, call.lora_b, call.dash_sigma, strict=True)
+    return sum(
+        _forward_flops(call.x, weight, None, a, b, None, None, sigma, None, 1.0, 0) for weight, a, b, sigma in shapes
+    )
 
 
 def group_backward_flops(*arguments: Any, **_: Any) -> int:
     """Those of every member; the sum of their dx is no product."""
     *fields, needs, _backend = arguments
-    call: Any = GroupBackwardCall(*fields, None, [], [], [], [])
+    call: Any = GroupBackwardCall(*fields, *[None] * (len(GroupBackwardCall._fields) - len(fields)))
     count = len(call.weight)
-    return sum(
-        backward_flops(
-            *GroupBackwardCall(*fields, None, *[[None] * count] * 4).member(i, None, None)[:-5],
-            [needs[0], *needs[1 + i :: count]],
-            None,
-        )
-        for i in range(count)
-    )
+    found = 0
+    for i in range(count):
+        of_member = (call.dy[i], call.x, call.weight[i], call.lora_a[i], call.lora_b[i], None, None, call.dash_sigma[i])
+        own = [needs[0], *needs[1 + i :: count]]
+        found += backward_flops(*of_member, call.p, None, 1.0, 0, own, None)
+    return found
 
 
 def _directions(call: Any) -> int:

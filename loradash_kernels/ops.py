@@ -54,6 +54,9 @@ GroupGradients = tuple[Tensor, list[Tensor], list[Tensor], list[Tensor], list[Te
 # The shapes of results follow from these fields.
 _SHAPES = ("x", "lora_a", "lora_b", "dash_sigma")
 _SEED, _SEED_OF_BACKWARD = (call._fields.index("seed") for call in (ForwardCall, BackwardCall))
+_of_group = itemgetter(*map(GroupForwardCall._fields.index, _SHAPES))
+_of_group_backward = itemgetter(*map(GroupBackwardCall._fields.index, _SHAPES))
+_SEED_OF_GROUP, _SEED_OF_GROUP_BACKWARD = (c._fields.index("seed") for c in (GroupForwardCall, GroupBackwardCall))
 # The schema has counted the fields of a call: counting them again would take 0.1 us.
 _made = tuple.__new__
 _of_forward = itemgetter(*map(ForwardCall._fields.index, _SHAPES))
@@ -151,36 +154,31 @@ def allocate_group_backward(
 
 def dash_linear_group(*arguments: Any) -> tuple[list[Tensor], Tensor]:
     """Every y, and P. The arguments are the fields of GroupForwardCall before `y`, and the backend."""
-    call = GroupForwardCall(*arguments[:-1], [], arguments[0])
-    check_seed(call.seed, call.x)
-    y, p = allocate_group_forward(call.x, call.lora_a, call.lora_b, call.dash_sigma)
-    registry.run_group(call._replace(y=y, p=p), arguments[-1])
+    fields, backend = arguments[:-1], arguments[-1]
+    check_seed(fields[_SEED_OF_GROUP], fields[0])
+    y, p = allocate_group_forward(*_of_group(arguments))
+    registry.run_group(_made(GroupForwardCall, (*fields, y, p)), backend)
     return y, p
 
 
 def dash_linear_group_backward(*arguments: Any) -> GroupGradients:
     """The arguments are the fields of GroupBackwardCall before `dx`, which gradients are needed, and the backend."""
     fields, needs, backend = arguments[:-2], arguments[-2], arguments[-1]
-    call = GroupBackwardCall(*fields, None, [], [], [], [])
-    check_seed(call.seed, call.x)
-    grads = allocate_group_backward(needs, call.x, call.lora_a, call.lora_b, call.dash_sigma)
-    count = len(call.lora_a)
-    wanted = [
-        [g if n else None for g, n in zip(kind, needs[1 + i * count :][:count], strict=True)]
-        for i, kind in enumerate(grads[1:])
-    ]
-    registry.run_group(GroupBackwardCall(*fields, grads[0] if needs[0] else None, *wanted), backend)
+    check_seed(fields[_SEED_OF_GROUP_BACKWARD], fields[1])
+    grads = allocate_group_backward(needs, *_of_group_backward(arguments))
+    wanted: list[Any] = [grads[0] if needs[0] else None]
+    for i, kind in enumerate(grads[1:]):
+        wanted.append([g if n else None for g, n in zip(kind, needs[1 + i * len(kind) :], strict=False)])
+    registry.run_group(_made(GroupBackwardCall, (*fields, *wanted)), backend)
     return grads
 
 
 def _fake_group(*arguments: Any) -> tuple[list[Tensor], Tensor]:
-    call = GroupForwardCall(*arguments[:-1], [], arguments[0])
-    return allocate_group_forward(call.x, call.lora_a, call.lora_b, call.dash_sigma)
+    return allocate_group_forward(*_of_group(arguments))
 
 
 def _fake_group_backward(*arguments: Any) -> GroupGradients:
-    call = GroupBackwardCall(*arguments[:-2], None, [], [], [], [])
-    return allocate_group_backward(arguments[-2], call.x, call.lora_a, call.lora_b, call.dash_sigma)
+    return allocate_group_backward(arguments[-2], *_of_group_backward(arguments))
 
 
 def _fake_dash_linear(*arguments: Any) -> tuple[Tensor, Tensor]:

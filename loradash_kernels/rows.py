@@ -4,13 +4,13 @@ Rows are brought together by adapter, once for a batch and all its layers (`grou
 fused operator for its low-rank terms, each with its own gradients. Letters: B rows, K in_features, N out_features, R = r + s.
 
 FLOPs: 2 N K a token for the base product, and 2 (N + K) R of the token's own adapter: those of a plain layer, however many
-adapters there are. Bytes: the weight once, A, B, U, V of the adapters that have rows once each; where rows are not in order,
-x is read and written once more, and y twice.
+adapters there are. Bytes: the weight once (on a CPU with many tokens once a group, and y once less), A, B, U, V of the adapters
+that have rows once each; where rows are not in order, x is read and written once more, and y twice.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -22,6 +22,11 @@ from .functional import dash_linear, low_rank_update
 
 NO_ADAPTER = -1
 """In an index of rows: this row gets the base layer's output alone."""
+
+
+# From so many tokens an adapter on, on a CPU, the base product of a group is taken together with its terms: W stays in cache for
+# that many, and y is written once. With fewer, W is read once for all groups.
+_MANY_TOKENS = 64
 
 
 class Adapter(NamedTuple):
@@ -98,9 +103,9 @@ def dash_linear_rows(
         adapters: by number; None adds nothing, as for a layer that an adapter leaves out.
         rows: `group_rows(index, x.device)`, made once for all layers.
 
-    Raises ValueError where x has another number of rows, for a number without an adapter, and as `dash_linear`.
+    Raises ValueError where x has another number of rows, for a number without an adapter, for DTensors, and as `dash_linear`.
     """
-    _check(x, adapters, rows)
+    _check(adapters, rows, x=x, weight=weight)
     only = rows.numbers[0]
     if len(rows.numbers) == 1 and only != NO_ADAPTER and adapters[only] is not None:
         return dash_linear(x, weight, bias, **adapters[only]._asdict(), training=training, backend=backend)  # type: ignore[union-attr]
@@ -110,9 +115,26 @@ def dash_linear_rows(
         x, weight = arguments.autocast(x, dtype, device), arguments.autocast(weight, dtype, device)
         bias = None if bias is None else arguments.autocast(bias, dtype, device)
     arguments.check_base(x, weight, bias)
-    return low_rank_update_rows(
-        F.linear(x, weight, bias), x, adapters=adapters, rows=rows, training=training, backend=backend
-    )
+    tokens = x.shape[:-1].numel()
+    if x.is_cpu and tokens >= _MANY_TOKENS * len(rows.numbers):
+
+        def whole(adapter: Adapter | None, part: Tensor) -> Tensor:
+            if adapter is None:
+                return _base(part, weight, bias)
+            return dash_linear(part, weight, bias, **adapter._asdict(), training=training, backend=backend)
+
+        return _by_group(whole, adapters, rows, x)
+    y = _base(x, weight, bias) if backend is None else F.linear(x, weight, bias)
+    return low_rank_update_rows(y, x, adapters=adapters, rows=rows, training=training, backend=backend)
+
+
+def _base(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """x Wᵀ + b. On a CPU by the fused operator with an adapter of rank 0: its kernels keep frozen weights packed, which takes
+    about half the library's time."""
+    if not x.is_cpu:
+        return F.linear(x, weight, bias)
+    n, k = weight.shape
+    return dash_linear(x, weight, bias, lora_a=x.new_empty(0, k), lora_b=x.new_empty(n, 0))
 
 
 def low_rank_update_rows(
@@ -125,28 +147,43 @@ def low_rank_update_rows(
     backend: str | None = None,
 ) -> Tensor:  # (B, ..., N)
     """y plus every row's own low-rank terms, for a base layer of any kind. Arguments and errors as `dash_linear_rows`."""
-    _check(x, adapters, rows)
+    _check(adapters, rows, x=x, y=y)
     if y.shape[:-1] != x.shape[:-1]:
         raise ValueError(
             f"y has shape {tuple(y.shape)}, x {tuple(x.shape)}; they must agree but for the last dimension"
         )
-    chosen = [None if n == NO_ADAPTER else adapters[n] for n in rows.numbers]
-    if not any(adapter is not None for adapter in chosen):
+    if all(n == NO_ADAPTER or adapters[n] is None for n in rows.numbers):
         return y
+
+    def terms(adapter: Adapter | None, part: Tensor, base: Tensor) -> Tensor:
+        if adapter is None:
+            return base
+        return low_rank_update(base, part, **adapter._asdict(), training=training, backend=backend)
+
+    return _by_group(terms, adapters, rows, x, y)
+
+
+def _by_group(
+    compute: Callable[..., Tensor], adapters: Sequence[Adapter | None], rows: RowGroups, *tensors: Tensor
+) -> Tensor:
+    """compute(adapter or None, the group's part of each tensor) for every group, put together in the order of the rows."""
     if rows.order is not None:
-        # One permutation and views of it: a selection for each group would fill a gradient of the whole x and y for each.
-        x, y = x.index_select(0, rows.order), y.index_select(0, rows.order)
-    parts = [
-        part_y
-        if adapter is None
-        else low_rank_update(part_y, part_x, **adapter._asdict(), training=training, backend=backend)
-        for adapter, part_y, part_x in zip(chosen, y.split(rows.sizes), x.split(rows.sizes), strict=True)
-    ]
-    out = parts[0] if len(parts) == 1 else torch.cat(parts)
+        # One permutation and views of it: a selection for each group would fill a gradient of the whole tensor for each.
+        tensors = tuple(t.index_select(0, rows.order) for t in tensors)
+    chosen = [None if n == NO_ADAPTER else adapters[n] for n in rows.numbers]
+    parts = map(compute, chosen, *(t.split(rows.sizes) for t in tensors))
+    out = torch.cat(list(parts)) if len(chosen) > 1 else next(parts)
     return out if rows.inverse is None else out.index_select(0, rows.inverse)
 
 
-def _check(x: Tensor, adapters: Sequence[Adapter | None], rows: RowGroups) -> None:
+def _check(adapters: Sequence[Adapter | None], rows: RowGroups, **tensors: Tensor) -> None:
+    x = tensors["x"]
+    sharded = [name for name, t in tensors.items() if hasattr(t, "device_mesh")]
+    if sharded:
+        raise ValueError(
+            f"{', '.join(sharded)} of a mixed batch is a DTensor; wanted plain tensors, which layers divided by "
+            "parallelize_module do not have, and those of FSDP2 have"
+        )
     if x.dim() < 2 or x.shape[0] != rows.total:
         raise ValueError(
             f"x has shape {tuple(x.shape)}; wanted ({rows.total}, ..., K), as the mixed batch has an adapter for each of "

@@ -25,6 +25,7 @@ from .checkpoint import AdapterError, load_adapter, save_adapter
 from .combining import merge_adapters
 from .config import DashConfig
 from .export import export_lora
+from .grouping import group_projections, ungroup_projections
 from .hotswap import hotswap_adapter
 from .linear import DashLinear
 from .model import apply_dash, dash_only, disable, merge, summary, unmerge
@@ -57,6 +58,7 @@ __all__ = [
     "delete_adapter",
     "disable",
     "export_lora",
+    "group_projections",
     "hotswap_adapter",
     "load_adapter",
     "load_training",
@@ -70,6 +72,7 @@ __all__ = [
     "set_adapter",
     "summary",
     "train_adapters",
+    "ungroup_projections",
     "unmerge",
     "warm_up",
 ]

@@ -19,9 +19,9 @@ from loradash_kernels.files import replace_file
 from .adapters import add_adapter, as_active, check_new_adapter
 from .base_layers import features
 from .config import DashConfig
-from .distributed import assign, gathered, reshard
+from .distributed import gathered, reshard
 from .experts import ExpertParameter
-from .model import apply_dash, merge_layers, refuse_refreezing, train_sigma_alone
+from .model import apply_dash, merge_layers, merged_factors, refuse_refreezing, train_sigma_alone
 from .parked import DEFAULT, adapter_shapes
 from .state import STATE, OwnLayer, dash_state, own_layers, states, unwrap
 from .targets import (
@@ -243,30 +243,30 @@ def _finite(tensor: Tensor) -> Tensor:
     return (tensor.float() if torch.finfo(tensor.dtype).bits < 16 else tensor).isfinite()
 
 
+def _exchange(file: Path, model: nn.Module, values: dict[str, Tensor], config: DashConfig) -> None:
+    """Writes values and settings of all layers, merged ones too. If the new adapter cannot be merged, the old one stays."""
+    layers = own_layers(model)
+    merged = {name: layer for name, layer in layers.items() if layer.merged}
+    factors = merged_factors(layers)
+    before = _gathered(model, dash_state(model).config) if merged else {}
+    settings = {name: layer.config for name, layer in layers.items()}
+    _switch(model, merged, values, {name: config.for_module(name) for name in layers})
+    try:
+        merge_layers(model, merged, True, factors)
+    except (ArithmeticError, RuntimeError, ValueError) as error:
+        _switch(model, merged, before, settings)
+        merge_layers(model, merged, True, factors)
+        raise AdapterError(f"{file}: cannot be merged into this model: {error}") from error
+
+
 @torch.no_grad()
 def write_tensors(model: nn.Module, values: dict[str, Tensor]) -> None:
-    """Writes whole tensors into the active adapter's, in place."""
+    """Copies whole tensors, by name, into the model's; sharded ones take their part."""
     with whole(model, write=True):
         for key, tensor in adapter_tensors(model, dash_state(model).config).items():
             assign(tensor, values[key])
 
 
-def _exchange(file: Path, model: nn.Module, values: dict[str, Tensor], config: DashConfig) -> None:
-    """Writes values and settings of all layers, merged ones too. If the new adapter cannot be merged, the old one stays."""
-    layers = own_layers(model)
-    merged = {name: layer for name, layer in layers.items() if layer.merged}
-    before = _gathered(model, dash_state(model).config) if merged else {}
-    settings = {name: layer.config for name, layer in layers.items()}
-    _switch(model, merged, values, {name: config.for_module(name) for name in layers})
-    try:
-        merge_layers(model, merged, requantise=True)
-    except (ArithmeticError, RuntimeError, ValueError) as error:
-        _switch(model, merged, before, settings)
-        merge_layers(model, merged, requantise=True)
-        raise AdapterError(f"{file}: cannot be merged into this model: {error}") from error
-
-
-@torch.no_grad()
 def _switch(
     model: nn.Module, merged: dict[str, OwnLayer], values: dict[str, Tensor], settings: dict[str, DashConfig]
 ) -> None:

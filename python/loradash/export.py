@@ -30,7 +30,7 @@ from .peft_layout import (
     view_of,
     warn_of_tied_targets,
 )
-from .state import OwnLayer, dash_state, host_of, own_layers, plain_name, unwrap
+from .state import OwnLayer, all_layers, dash_state, host_of, plain_name, unwrap
 from .targets import module_tensors
 from .units import whole
 
@@ -64,7 +64,7 @@ def export_lora(model: nn.Module, path: str | os.PathLike, adapter: str | None =
     if config.train_bias:
         raise ValueError("export_lora cannot carry trained biases (train_bias=True); merge(model) and save the weights")
     reshard(model)
-    merged = any(layer.merged for layer in own_layers(model).values())
+    merged = any(layer.merged for layer in all_layers(model).values())
     # A merged weight is a tensor of its own: which modules share it shows only after unmerging.
     with disable(model) if merged else contextlib.nullcontext(), whole(model):
         layout, tensors = _contents(model, root)

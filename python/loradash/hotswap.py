@@ -15,6 +15,7 @@ from .distributed import reshard
 from .linear import DashLinear
 from .parked import PARTS
 from .state import dash_state, own_layers
+from .units import whole
 
 
 def hotswap_adapter(model: nn.Module, path: str | os.PathLike) -> nn.Module:
@@ -44,14 +45,17 @@ def hotswap_adapter(model: nn.Module, path: str | os.PathLike) -> nn.Module:
         if config.train_bias or config.trainable_modules is not None:
             raise AdapterError(f"{file}: {whose} adapter has trained biases or modules beside; use load_adapter")
     reshard(model)
-    own = adapter_tensors(model, state.config)
     values: dict[str, Tensor] = {}
     for name, layer in layers.items():
         if not isinstance(layer, DashLinear):
             raise AdapterError(f"{file}: {name} is a parameter of experts, which are not swapped; use load_adapter")
         values |= _placed(file, name, layer, adapter.tensors, adapter.config.for_module(name))
     left = adapter.tensors.keys() - {f"{name}.{key}" for name in layers for key in PARTS}
-    write_tensors(model, fitted(file, values | {key: adapter.tensors[key] for key in left}, own))
+    with whole(model):
+        values = fitted(
+            file, values | {key: adapter.tensors[key] for key in left}, adapter_tensors(model, state.config)
+        )
+    write_tensors(model, values)
     state.step = adapter.step
     return model
 

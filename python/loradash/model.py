@@ -231,17 +231,14 @@ def merge(
     if other:
         raise ValueError(f"unmerge(model) first; with other adapters or factors are merged: {', '.join(other[:4])}")
     reshard(model)
-    return merge_layers(model, layers, requantise, dict.fromkeys(layers, adapters))
+    return merge_layers(model, layers, requantise, adapters)
 
 
 def merge_layers(
-    model: nn.Module,
-    layers: Mapping[str, OwnLayer],
-    requantise: bool,
-    adapters: Mapping[str, Mapping[str, float] | None] | None = None,
+    model: nn.Module, layers: Mapping[str, OwnLayer], requantise: bool, adapters: Mapping[str, float] | None
 ) -> dict[str, RequantisationError]:
-    """`merge` for some layers of a model, with the factors of the adapters of each by the layer's name."""
-    units, adapters = Units(model), adapters or {}
+    """`merge` for some layers of a model."""
+    units = Units(model)
     done: list[OwnLayer] = []
     errors: dict[str, RequantisationError] = {}
     try:
@@ -249,7 +246,7 @@ def merge_layers(
             if not layer.merged:
                 part = layer.weight.detach().clone() if units.has(layer) else None
                 with units.whole(layer, write=True):
-                    error = _merge(layer, requantise, part, adapters.get(name))
+                    error = _merge(layer, requantise, part, adapters)
                 done.append(layer)
                 errors |= {} if error is None else {name: error}
     except BaseException:
@@ -286,7 +283,7 @@ def disable(model: nn.Module) -> Iterator[nn.Module]:
     layers = all_layers(model, "model.disable_adapter()")
     enabled = {name: layer.enabled for name, layer in layers.items()}
     merged = {name: layer for name, layer in layers.items() if layer.merged}
-    adapters = {name: _factors(layer) for name, layer in merged.items()}
+    factors = merged_factors(layers)
     for layer in layers.values():
         layer.unmerge()
         layer.enabled = False
@@ -295,7 +292,7 @@ def disable(model: nn.Module) -> Iterator[nn.Module]:
     finally:
         for name, layer in layers.items():
             layer.enabled = enabled[name]
-        merge_layers(model, merged, requantise=True, adapters=adapters)
+        merge_layers(model, merged, True, factors)
 
 
 def _merge(
@@ -307,8 +304,12 @@ def _merge(
 
 
 def _factors(layer: OwnLayer) -> Mapping[str, float] | None:
-    """What of which adapters is in a merged layer's weight; None for the active one, once."""
     return layer._weights if isinstance(layer, DashLinear) else None
+
+
+def merged_factors(layers: Mapping[str, OwnLayer]) -> Mapping[str, float] | None:
+    """What of which adapters is in the weights of merged layers; None for the active one, once."""
+    return next((_factors(layer) for layer in layers.values() if layer.merged), None)
 
 
 def dash_only(model: nn.Module) -> None:

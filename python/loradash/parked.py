@@ -29,7 +29,7 @@ DEFAULT = "default"
 PARAMETERS = ("lora_a", "lora_b", "dash_sigma")
 BUFFERS = ("dash_u", "dash_vt", "launched")
 PARTS = PARAMETERS + BUFFERS
-"""An adapter's tensors in a layer; `loradash.linear.adapter_shapes` has their shapes."""
+"""An adapter's tensors in a layer; `adapter_shapes` has their shapes."""
 
 PLACE = "parked"
 """The name of the submodule with the adapters that are not active."""
@@ -166,11 +166,11 @@ class HasAdapters(TakesUpdate):
         return torch.cat((a, vt)), torch.cat((self.config_of(adapter).scaling * b, u * sigma), 1)
 
     def delta(self) -> Tensor:
-        """ΔW (N, K) in float32 of what is to be merged: the active adapter, or a weighted sum of several."""
-        if self._weights is None:
+        """ΔW (N, K) in float32 of what is to be merged: the active adapter, a weighted sum of several, or none."""
+        if self._weights is None and self.adapter is not None:
             return super().delta()
         total = torch.zeros(self.out_features, self.in_features, device=self.weight.device)  # type: ignore[call-overload]
-        for adapter, weight in self._weights.items():
+        for adapter, weight in (self._weights or {}).items():
             if adapter in self.adapters:
                 total += weight * self.delta_of(adapter).to(total.device)
         return total

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import warnings
 import weakref
@@ -61,8 +62,6 @@ class DashSchedule:
         self.cache = cache
         self.group = group
         self.reports: list[LayerReport] = []
-        # Was another adapter active in the last step?
-        self._is_parked = False
         self._number = self.state.claim()
         self._layers = _as_now(dash_layers(model))
         self._settled = self.launched
@@ -129,7 +128,7 @@ class DashSchedule:
         # A skipped step, or a learning rate of 0, leaves B at zero.
         if not self._has_update():
             return False
-        with as_active(self.model, self.state.name if self._is_parked else None):
+        with self._active():
             self.reports = prelaunch(self.model, self.progress, self.cache, group=self.group)
         self._settled = True
         return True
@@ -163,7 +162,8 @@ class DashSchedule:
         """
         check_state(state, self.state.config.prelaunch_steps)
         if state["dash_only"] or self.state.dash_only:
-            train_sigma_alone(self.model, state["dash_only"])
+            with self._active():
+                train_sigma_alone(self.model, state["dash_only"])
         self.state.step, self._phase = state["step"], state["launched"]
         self._watch.seen, self._watch.assumed, self._watch.taken = state["watched"], state["assumed"], 0
 
@@ -178,6 +178,11 @@ class DashSchedule:
                 f"{words[launched]}: load both from one checkpoint"
             )
         self._phase = None
+
+    def _active(self) -> contextlib.AbstractContextManager[None]:
+        """Within the block the adapter is the active one."""
+        is_active = dash_state(self.model) is self.state
+        return as_active(self.model, None if is_active else self.state.name)
 
     def _has_update(self) -> bool:
         units = Units(self.model)
@@ -215,8 +220,7 @@ class DashSchedule:
             raise RuntimeError(
                 "the model has no LoRA-Dash adapters any more; count its steps no longer, or adapt it and make a new DashSchedule"
             )
-        self._is_parked = state is not self.state
-        if self._is_parked:
+        if state is not self.state:
             layers = training_parked(self.model, self.state.name)
         if not layers:
             raise RuntimeError(

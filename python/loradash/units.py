@@ -95,8 +95,10 @@ class Units:
 
 
 def _module_of(layer: Any) -> nn.Module:
-    """A view of another framework's layer has that as its `layer`."""
-    return layer if isinstance(layer, nn.Module) else layer.layer
+    """A view of a layer has that as its `layer`, an experts' parameter its module as `module`."""
+    if isinstance(layer, nn.Module):
+        return layer
+    return layer.layer if hasattr(layer, "layer") else layer.module
 
 
 def as_declared(module: nn.Module, name: str, view: T) -> T:

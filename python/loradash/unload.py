@@ -11,6 +11,7 @@ from .attention import compute_as_before
 from .bypass import allow_fusing
 from .distributed import is_sharded
 from .experts import ExpertParameter
+from .grouping import ungroup_projections
 from .linear import DashLinear
 from .model import wrapper_of
 from .parked import PARTS, PLACE
@@ -28,6 +29,7 @@ _OURS = {
     "_unmerged",
     "_weights",
     "_mixed_rows",
+    "group",
 }
 # Modules of their own kind have their own; a compiled call is the adapted layer's.
 _OF_ANY_MODULE = {"_parameters", "_buffers", "_modules", "_compiled_call_impl"}
@@ -60,6 +62,7 @@ def merge_and_unload(model: nn.Module) -> nn.Module:
         if _has_update(whole):
             whole.merge()
         whole.remove()
+    ungroup_projections(model)
     plain: dict[nn.Module, nn.Module] = {}
     for layer in linears_of(layers).values():
         # Without an update the weight itself stays, and what is tied to it.

@@ -57,7 +57,7 @@ def gradients(y, x, found, dy):
 @pytest.mark.parametrize(
     "index", [[0, 1, 2, 1, -1, 0], [2, 2, 0, 0, 1, 1], [1] * 6, [-1] * 6, [-1, 0, 0, 0, 2, 2], [2, -1, 2, -1, 2, -1]]
 )
-@pytest.mark.parametrize("shape", [(6,), (6, 5), (6, 2, 3)], ids=str)
+@pytest.mark.parametrize("shape", [(6,), (6, 5), (6, 2, 3), (6, 100)], ids=str)
 def test_every_row_has_its_own_adapter(index, shape):
     x, weight, bias = base(torch.float64, *shape)
     found = adapters(torch.float64)

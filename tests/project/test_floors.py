@@ -33,7 +33,7 @@ FLOORS = {
     "python/loradash": (
         "presets", "config", "meeting", "zero", "distributed", "units", "formats", "base_layers", "quantised", "merging", "parked", "linear", "convolution", "expert_modules", "experts",
         "data_parallel", "state",
-        "targets", "attention", "bypass", "tensor_parallel", "model", "adapters", "combining", "unload", "warming", "checkpoint", "hotswap", "peft_layout", "export", "streams", "background",
+        "targets", "attention", "bypass", "tensor_parallel", "model", "grouping", "adapters", "combining", "unload", "warming", "checkpoint", "hotswap", "peft_layout", "export", "streams", "background",
         "fingerprint", "cache", "background_process", "batches", "prelaunch", "schedule", "training", "optimizer", "plots", "analysis", "integrations",
         "devices", "machine", "cli", "__init__",
     ),
