@@ -6,6 +6,8 @@ LoRA-Dash: Si et al., "Unleashing the Power of Task-Specific Directions in Param
 from . import flops
 from ._version import __version__
 from .backends.registry import BackendChoice, available_backends, explain_backend
+from .checkpointing import keep_projections
+from .composite import operator_decompositions
 from .directions.linalg import Triplets
 from .directions.randomized_svd import batched_randomized_svd
 from .directions.rates import (
@@ -16,7 +18,6 @@ from .directions.rates import (
     direction_recall,
     task_specific_directions,
 )
-from .checkpointing import keep_projections
 from .functional import dash_linear, low_rank_update
 from .packed_weights import enable_packed_weights, packed_weight_bytes
 
@@ -36,6 +37,7 @@ __all__ = [
     "explain_backend",
     "keep_projections",
     "low_rank_update",
+    "operator_decompositions",
     "packed_weight_bytes",
     "task_specific_directions",
 ]
