@@ -76,10 +76,10 @@ def low_rank_update(
 
 def _updated(y: Tensor, x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
     """The sum, and P = x D^T. The arguments are those of the operator before `backend`."""
-    *adapters, seed, scaling, threshold = arguments
+    lora_a, lora_b, dash_u, dash_vt, dash_sigma, seed, scaling, threshold = arguments
     dtype = accumulator(x.dtype)
     with _without_autocast(x.device.type):
-        d, q, c = stacked(*adapters, scaling, dtype)
+        d, q, c = stacked(lora_a, lora_b, dash_u, dash_vt, dash_sigma, scaling, dtype)
         wide = x.to(dtype)
         if seed is not None and threshold:
             wide = wide * dropout_mask(seed, threshold, *x.shape) * keep_scale(threshold)
