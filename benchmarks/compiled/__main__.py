@@ -26,7 +26,7 @@ from .models import MODELS
 DROPOUT = 0.25
 # Inductor compiles C++ for every graph: it shows on one model that what stands for the others holds there.
 BACKENDS = {"aot_eager": [*MODELS], "inductor": ["Llama"]}
-# Of losses, float32.
+# Losses are float32.
 TOLERANCE = 1e-4
 
 Row = dict[str, Any]

@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[2]
 # never the other way.
 FLOORS = {
     "loradash_kernels": (
-        "_version", "files", "notices", "timing", "random", "calls", "backends", "packed_weights", "composite", "ops", "flops",
+        "_version", "files", "notices", "timing", "random", "calls", "backends", "packed_weights", "composite", "ops", "checkpointing", "flops",
         "autograd", "arguments", "functional", "directions", "testing", "__init__",
     ),
     "loradash_kernels/backends": (
