@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .sharded import refuse_mixed
+
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _DENSE = torch.strided
 
@@ -77,6 +79,8 @@ def check_adapters(
     if x.dim() == 0 or x.dtype not in _FLOATS:
         raise ValueError(f"x has shape {tuple(x.shape)} and dtype {x.dtype}; wanted (..., K) of a floating dtype")
     if len(weight_shape) != 2 or weight_shape[1] != x.shape[-1]:
+        # A process's part of x has another K.
+        refuse_mixed({"x": x, "lora_a": lora_a, "lora_b": lora_b})
         raise ValueError(f"weight has shape {tuple(weight_shape)}; wanted (N, {x.shape[-1]}) for x {tuple(x.shape)}")
     n, k = weight_shape
     if lora_a.dim() != 2 or lora_a.shape[1] != k:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -52,25 +50,30 @@ def dash_linear(
     Under autocast x, weight and bias are cast to its dtype as `nn.functional.linear` casts them: not from float64. Under
     torch.func transforms and forward-mode differentiation the plain formula is computed in their place, without dropout.
 
+    DTensors: where x is one, all are, of one mesh, and the layer is divided by its columns (N), its rows (K) or the batch, as
+    their placements tell (`loradash_kernels.sharded` has the table). The result is a DTensor; partial sums for rows. Every
+    process calls this, with one seed of torch's generator: the mask is that of the whole x.
+
     Raises:
-        ValueError: a shape, dtype, layout or device that does not fit, named; a weight, u or vt that requires grad; a
-            tensor subclass (DTensor, quantised) that does not take the operator.
+        ValueError: a shape, dtype, layout, device or placement that does not fit, named; a weight, u or vt that requires
+            grad; DTensors beside plain tensors; another subclass (quantised) that does not take the operator.
         RuntimeError: a requested backend that cannot run; dropout or a requested backend under a transform;
-            differentiating the gradients again.
+            differentiating the gradients again; processes that share a layer and draw different seeds.
     """
     dtype = arguments.autocast_dtype(x)
     if dtype is not None:
         device = x.device
         x, weight = arguments.autocast(x, dtype, device), arguments.autocast(weight, dtype, device)
         bias = None if bias is None else arguments.autocast(bias, dtype, device)
-    adapters: Sequence[Any] = (lora_a, lora_b, dash_u, dash_vt, dash_sigma)
+    adapters = (lora_a, lora_b, dash_u, dash_vt, dash_sigma)
     arguments.check_adapters(x, weight.shape, *adapters)
     arguments.check_base(x, weight, bias)
     threshold = _threshold(dropout_p, training)
     seed = whole = None
     if type(x) is not Tensor and sharded.is_distributed(x):
         tensors = dict(zip(_ARGUMENTS, (x, weight, bias, *adapters), strict=True))
-        (x, weight, bias, *adapters), seed, whole = sharded.split(threshold, tensors)
+        (x, weight, bias, lora_a, lora_b, dash_u, dash_vt, dash_sigma), seed, whole = sharded.split(threshold, tensors)
+        adapters = (lora_a, lora_b, dash_u, dash_vt, dash_sigma)
     if composite.is_wanted():
         composite.refuse(threshold, backend)
         y = composite.dash_linear(x, weight, bias, *adapters, scaling)
@@ -106,14 +109,15 @@ def low_rank_update(
     if arguments.autocast_dtype(x) is not None and x.is_floating_point() and y.is_floating_point():
         x = x.to(y.dtype)
     shape = (y.shape[-1] if y.dim() else 0, x.shape[-1] if x.dim() else 0)
-    adapters: Sequence[Any] = (lora_a, lora_b, dash_u, dash_vt, dash_sigma)
+    adapters = (lora_a, lora_b, dash_u, dash_vt, dash_sigma)
     arguments.check_adapters(x, shape, *adapters)
     arguments.check_sum(y, x)
     threshold = _threshold(dropout_p, training)
     seed = whole = None
     if type(x) is not Tensor and sharded.is_distributed(x):
         tensors = dict(zip(_ARGUMENTS_OF_UPDATE, (y, x, *adapters), strict=True))
-        (y, x, *adapters), seed, whole = sharded.split(threshold, tensors)
+        (y, x, lora_a, lora_b, dash_u, dash_vt, dash_sigma), seed, whole = sharded.split(threshold, tensors)
+        adapters = (lora_a, lora_b, dash_u, dash_vt, dash_sigma)
     if composite.is_wanted():
         composite.refuse(threshold, backend)
         out = composite.low_rank_update(y, x, *adapters, scaling)

@@ -24,12 +24,7 @@ import torch
 from torch import Tensor
 
 from . import ops
-from .random import draw_seed
-
-
-def window(seed, row, column):
-    return torch.cat((seed, seed.new_tensor([row, column])))
-
+from .random import draw_seed, window
 
 LAST = "last"
 SUM = "partial sums"
@@ -45,13 +40,13 @@ class Way(NamedTuple):
     summed: tuple[str, ...] = ()
 
 
-_COLUMN = Way(
+COLUMN = Way(
     "column",
     {"weight": 0, "bias": 0, "lora_b": 0, "dash_u": 0, "y": LAST},
     LAST,
     ("lora_a", "dash_sigma"),
 )
-_ROW = Way(
+ROW = Way(
     "row",
     {"x": LAST, "weight": 1, "lora_a": 1, "dash_vt": 1, "y": SUM},
     SUM,
@@ -106,9 +101,9 @@ def split(threshold: int, tensors: dict[str, Any]) -> Split:
     refuse_mixed(tensors)
     x = tensors["x"]
     mesh = x.device_mesh
-    ways = [_way(tensors, mesh, dim) for dim in range(mesh.ndim)]
+    ways = _ways(tensors, mesh)
     shape = (*x.shape[:-1], tensors["lora_b"].shape[0])
-    local = {name: None if t is None else _local(name, t, ways) for name, t in tensors.items()}
+    local: dict[str, Any] = {name: None if t is None else _local(name, t, ways) for name, t in tensors.items()}
     if local.get("bias") is not None:
         local["bias"] = _once(local["bias"], mesh, ways)
     for dim, way in enumerate(ways):
@@ -121,21 +116,36 @@ def split(threshold: int, tensors: dict[str, Any]) -> Split:
     return Split(list(local.values()), seed, _Whole(mesh, ways, shape))
 
 
+# What was found for placements of arguments, of which a program has few; finding it takes longer than the layer's kernels.
+_FOUND: dict[tuple, list[Way]] = {}
+
+
+def _ways(tensors: dict[str, Any], mesh: Any) -> list[Way]:
+    """The way in which each dimension of the mesh divides these arguments. Raises ValueError where there is none."""
+    for name, t in tensors.items():
+        if t is not None and t.device_mesh != mesh:
+            raise ValueError(f"{name} is on {t.device_mesh}, x on {mesh}; wanted one mesh")
+    if torch.compiler.is_compiling():
+        return [_way(tensors, mesh, dim) for dim in range(mesh.ndim)]
+    key = tuple((name, t.dim(), t.placements) for name, t in tensors.items() if t is not None)
+    found = _FOUND.get(key)
+    if found is None:
+        found = _FOUND[key] = [_way(tensors, mesh, dim) for dim in range(mesh.ndim)]
+    return found
+
+
 def _way(tensors: dict[str, Any], mesh: Any, dim: int) -> Way:
-    """The way in which a dimension of the mesh divides these arguments. Raises ValueError where there is none."""
     x = tensors["x"]
     found = _place_of(x, dim)
     if found == x.dim() - 1:
-        way = _ROW
+        way = ROW
     elif isinstance(found, int):
         way = _batch(found)
     else:
-        way = _COLUMN if found is None and _place_of(tensors["lora_b"], dim) == 0 else _WHOLE
+        way = COLUMN if found is None and _place_of(tensors["lora_b"], dim) == 0 else _WHOLE
     for name, t in tensors.items():
         if t is None:
             continue
-        if t.device_mesh != mesh:
-            raise ValueError(f"{name} is on {t.device_mesh}, x on {mesh}; wanted one mesh")
         wanted = way.places.get(name)
         wanted = t.dim() - 1 if wanted == LAST else wanted
         if _place_of(t, dim) != wanted:
@@ -157,19 +167,19 @@ def _place_of(t: Any, dim: int) -> int | str | None:
     """The tensor dimension by which a mesh dimension shards t, None for none, `SUM` for partial sums, else what it is."""
     from torch.distributed.tensor import Partial, Replicate, Shard
 
-    placement = t.placements[dim]
-    if isinstance(placement, Replicate):
+    placed = t.placements[dim]
+    if isinstance(placed, Replicate):
         return None
     # Asked by comparing, which the compiler does for good; a strided shard, as FSDP2 makes of one, is another order.
     for i in range(t.dim()):
-        if type(placement) is Shard and (placement == Shard(i) or placement == Shard(i - t.dim())):
+        if type(placed) is Shard and (placed == Shard(i) or placed == Shard(i - t.dim())):
             return i
-    if type(placement) is Partial and placement.reduce_op == "sum":
+    if type(placed) is Partial and placed.reduce_op == "sum":
         return SUM
-    return repr(placement)
+    return repr(placed)
 
 
-def _placement(place: int | str | None, dims: int) -> Any:
+def placement(place: int | str | None, dims: int) -> Any:
     from torch.distributed.tensor import Partial, Replicate, Shard
 
     if place is None:
@@ -181,19 +191,23 @@ def _local(name: str, t: Any, ways: Sequence[Way]) -> Tensor:
     """This process's part. Gradients of x are left partial, for DTensor to sum where that is wanted; ours are summed."""
     from torch.distributed.tensor import Partial
 
+    if not t.requires_grad:
+        # Without a gradient there is nothing to note for one.
+        with torch.no_grad():
+            return t.to_local()
     gradients = list(t.placements)
     for dim, way in enumerate(ways):
-        if name == "x" and way is _COLUMN:
+        if name == "x" and way is COLUMN:
             gradients[dim] = Partial()
-        if name == "y" and way is _ROW:
+        if name == "y" and way is ROW:
             # Every process has the whole gradient of a sum.
-            gradients[dim] = _placement(None, t.dim())
+            gradients[dim] = placement(None, t.dim())
     return t.to_local(grad_placements=gradients)
 
 
 def _once(bias: Tensor, mesh: Any, ways: Sequence[Way]) -> Tensor | None:
     """The bias in the first of the processes whose results are summed. All of them have its gradient."""
-    if all(way is not _ROW or mesh.get_local_rank(dim) == 0 for dim, way in enumerate(ways)):
+    if all(way is not ROW or mesh.get_local_rank(dim) == 0 for dim, way in enumerate(ways)):
         return bias
     return bias - bias.detach() if bias.requires_grad and torch.is_grad_enabled() else None
 
@@ -228,7 +242,7 @@ class _Whole:
 
     def __init__(self, mesh: Any, ways: Sequence[Way], shape: tuple[int, ...]) -> None:
         self.mesh, self.shape = mesh, shape
-        self.placements = [_placement(way.out, len(shape)) for way in ways]
+        self.placements = [placement(way.out, len(shape)) for way in ways]
 
     def __call__(self, y: Tensor) -> Tensor:
         from torch.distributed.tensor import DTensor
@@ -252,6 +266,17 @@ def _place(x: Any, mesh: Any, ways: Sequence[Way]) -> tuple[int, int]:
         begin[place] += start
         size[place] = min(chunk, size[place] - start)
         largest[place] = -(-largest[place] // mesh.size(dim))
+    for entry in getattr(x._spec, "shard_order", ()) if mesh.ndim > 1 else ():
+        if any(one > next_ for one, next_ in zip(entry.mesh_dims, entry.mesh_dims[1:], strict=False)):
+            raise ValueError(
+                f"dropout: x is sharded along dimension {entry.tensor_dim} in the order {entry.mesh_dims} of the mesh's"
+            )
+    # Told by all processes, whose parts begin at other columns.
+    if largest[-1] < x.shape[-1] and largest[-1] % 8:
+        raise ValueError(
+            f"dropout: x {tuple(x.shape)} is sharded into parts of {largest[-1]} columns; wanted a multiple of 8, the neighbours that "
+            "share a draw of the mask"
+        )
     for place in range(1, x.dim() - 1):
         if largest[place] < x.shape[place] and math.prod(largest[:place]) > 1:
             raise ValueError(
@@ -287,12 +312,13 @@ def agreed(seed: Tensor, mesh: Any) -> Tensor:
     names = tuple(mesh.get_group(dim).group_name for dim in range(mesh.ndim))
     if torch.compiler.is_compiling():
         return torch.ops.loradash.agreed_seed(seed, list(names))
-    if not seed.is_cuda or not torch.cuda.is_current_stream_capturing():
-        _note(seed, names)
+    _note(seed, names)
     return seed
 
 
 def _note(seed: Tensor, names: tuple[str, ...]) -> None:
+    if seed.is_cuda and torch.cuda.is_current_stream_capturing():
+        return
     watch = _WATCHES.setdefault(names, _Watch())
     watch.waiting.append(seed)
     watch.calls += 1
@@ -320,8 +346,8 @@ def _compare(names: tuple[str, ...], watch: _Watch) -> None:
     if not torch.equal(largest, -smallest):
         raise RuntimeError(
             "dropout: the processes that share a layer drew different seeds, and their masks are not parts of one: every process "
-            "of a tensor-parallel group must call torch.manual_seed with the same number, and draw the same numbers from "
-            f"torch's generator since (the one of {seeds.device}); of data-parallel groups each has its own"
+            "of the mesh that x is on (of a tensor-parallel group) must call torch.manual_seed with the same number, and draw the "
+            f"same numbers from torch's generator since (the one of {seeds.device})"
         )
 
 

@@ -23,9 +23,10 @@ from loradash_kernels.directions.kept import KeptDecomposition, choose_direction
 from loradash_kernels.files import replace_bytes
 
 from .background import BackgroundDecomposition
-from .distributed import cost, is_sharded, place, share_out
+from .distributed import Group, cost, is_sharded, place, reshard, share_out
 from .fingerprint import FORMAT, fingerprint
 from .state import dash_layers
+from .units import Units
 
 GB = 2**30
 # A file that is still half written after so long belongs to a process that was killed.
@@ -106,21 +107,24 @@ class SpectralCache:
             )
         return found
 
-    def start(self, model: nn.Module) -> BackgroundDecomposition:
+    def start(self, model: nn.Module, group: Group = "world") -> BackgroundDecomposition:
         """Decomposes the adapted layers' weights in a process of its own, at the lowest priority, while training runs.
 
-        Under torch.distributed each process takes the share of the layers that launch will give it, where all have trained.
+        Under torch.distributed each process of a group (`DashSchedule`'s) takes the share of the layers that launch will give
+        it, where all have trained.
         Layers with sharded parameters are left out, with a warning, as only all processes together can gather them; so are
         offloaded ones, which training brings in and sends away meanwhile.
         """
-        layers = dash_layers(model)
+        # What FSDP2 left gathered after a forward pass it will free.
+        reshard(model)
+        layers, units = dash_layers(model), Units(model)
         merged = [name for name, layer in layers.items() if layer.merged]
         if merged:
             raise ValueError(f"unmerge(model) before its weights are decomposed; merged: {', '.join(merged[:4])}")
         left_out = [
             n
             for n, layer in layers.items()
-            if layer.weight.is_meta or any(map(is_sharded, (layer.weight, layer.lora_a)))
+            if layer.weight.is_meta or any(map(is_sharded, (layer.weight, layer.lora_a))) or units.has(layer)
         ]
         if left_out:
             warnings.warn(
@@ -128,8 +132,8 @@ class SpectralCache:
                 f"background; launch decomposes them: {', '.join(left_out[:4])}",
                 stacklevel=2,
             )
-        rank, processes = place()
-        costs = {n: cost(m.out_features, m.in_features) for n, m in layers.items() if m.dash_sigma.numel()}
+        rank, processes = place(group)
+        costs = {n: cost(m.out_features, m.in_features) for n, m in layers.items() if m.dash_vt.shape[0]}
         read = [layers[name] for name in share_out(costs, processes)[rank] if name not in left_out]
         devices = [p.device for layer in read for p in (layer.weight, layer.lora_a)]
         return BackgroundDecomposition(self, [layer.weight_nk for layer in read], devices)

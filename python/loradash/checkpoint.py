@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,9 +20,10 @@ from .base_layers import features
 from .config import DashConfig
 from .distributed import gathered, reshard, shard_of
 from .linear import DashLinear, adapter_shapes
-from .model import apply_dash, train_sigma_alone
+from .model import apply_dash, merge_layers, train_sigma_alone
 from .state import STATE, dash_state, own_layers, unwrap
 from .targets import is_target, module_tensors, target_layers, trainable_modules
+from .units import Units, whole
 
 FORMAT = "loradash-1"
 FILE_NAME = "loradash_adapter.safetensors"
@@ -46,21 +49,38 @@ def _file(path: str | os.PathLike) -> Path:
 
 
 def _adapter_tensors(model: nn.Module, config: DashConfig) -> dict[str, Tensor]:
-    tensors: dict[str, Tensor] = {}
+    return {key: t for _, tensors in _by_module(model, config) for key, t in tensors().items()}
+
+
+def _by_module(model: nn.Module, config: DashConfig) -> Iterator[tuple[nn.Module, Callable[[], dict[str, Tensor]]]]:
+    """Every module that the file has something of, and what gives that."""
     for name, layer in own_layers(model).items():
-        for key in _TENSORS:
-            tensors[f"{name}.{key}"] = getattr(layer, key)
-        if config.train_bias and layer.bias is not None:
-            tensors[f"{name}.bias"] = layer.bias
+        yield layer, partial(_of_layer, name, layer, config)
     for name, module in trainable_modules(model, config).items():
-        tensors |= module_tensors(name, module)
+        yield module, partial(module_tensors, name, module)
+
+
+def _of_layer(name: str, layer: DashLinear, config: DashConfig) -> dict[str, Tensor]:
+    tensors = {f"{name}.{key}": getattr(layer, key) for key in _TENSORS}
+    if config.train_bias and layer.bias is not None:
+        tensors[f"{name}.bias"] = layer.bias
     return tensors
+
+
+def _gathered(model: nn.Module, config: DashConfig) -> dict[str, Tensor]:
+    """Copies of everything, whole, on the CPU."""
+    units = Units(model)
+    found: dict[str, Tensor] = {}
+    for module, tensors in _by_module(model, config):
+        with units.whole(module):
+            found |= {key: gathered(t).cpu().contiguous().clone() for key, t in tensors().items()}
+    return found
 
 
 def save_adapter(model: nn.Module, path: str | os.PathLike) -> Path:
     """Writes everything that training changed, the phase and the step to one safetensors file, replaced atomically.
 
-    Sharded parameters (FSDP2, DTensor) are gathered: every process must call this, with a path of its own or the same.
+    Sharded parameters (FSDP2, FSDP1, DTensor) are gathered: every process must call this, with a path of its own or the same.
 
     Args:
         path: a file ending in .safetensors, or a folder, which then gets `loradash_adapter.safetensors`.
@@ -70,7 +90,7 @@ def save_adapter(model: nn.Module, path: str | os.PathLike) -> Path:
     own_layers(model, "model.save_pretrained(path)")
     state = dash_state(model)
     reshard(model)
-    tensors = {k: gathered(t).cpu().contiguous().clone() for k, t in _adapter_tensors(model, state.config).items()}
+    tensors = _gathered(model, state.config)
     _check_whole(model, tensors)
     about = {"config": state.config.to_dict(), "step": state.step, "dash_only": state.dash_only}
     header = {"format": FORMAT, "loradash": json.dumps(about)}
@@ -85,8 +105,8 @@ def _check_whole(model: nn.Module, tensors: dict[str, Tensor]) -> None:
             found = tuple(tensors[f"{name}.{key}"].shape)
             if found != shape:
                 raise ValueError(
-                    f"{name}.{key} has shape {found}, wanted {shape}: not the whole parameter. Under FSDP1 or ZeRO-3 save "
-                    "inside FullyShardedDataParallel.summon_full_params or deepspeed.zero.GatheredParameters"
+                    f"{name}.{key} has shape {found}, wanted {shape}: not the whole parameter. Under ZeRO-3 save inside "
+                    "deepspeed.zero.GatheredParameters"
                 )
 
 
@@ -198,41 +218,31 @@ def _finite(tensor: Tensor) -> Tensor:
     return (tensor.float() if torch.finfo(tensor.dtype).bits < 16 else tensor).isfinite()
 
 
-@torch.no_grad()
-def _write(own: dict[str, Tensor], values: dict[str, Tensor]) -> None:
-    for key, tensor in own.items():
-        tensor.copy_(shard_of(values[key], tensor))
-
-
 def _exchange(file: Path, model: nn.Module, values: dict[str, Tensor], config: DashConfig) -> None:
     """Writes values and settings of all layers, merged ones too. If the new adapter cannot be merged, the old one stays."""
     layers = own_layers(model)
-    merged = [layer for layer in layers.values() if layer.merged]
-    own = _adapter_tensors(model, dash_state(model).config)
-    before = {key: tensor.detach().clone() for key, tensor in own.items()} if merged else {}
+    merged = {name: layer for name, layer in layers.items() if layer.merged}
+    before = _gathered(model, dash_state(model).config) if merged else {}
     settings = {name: layer.config for name, layer in layers.items()}
-    _switch(layers, merged, own, values, {name: config.for_module(name) for name in layers})
+    _switch(model, merged, values, {name: config.for_module(name) for name in layers})
     try:
-        for layer in merged:
-            layer.merge(requantise=True)
+        merge_layers(model, merged, requantise=True)
     except (ArithmeticError, RuntimeError, ValueError) as error:
-        _switch(layers, merged, own, before, settings)
-        for layer in merged:
-            layer.merge(requantise=True)
+        _switch(model, merged, before, settings)
+        merge_layers(model, merged, requantise=True)
         raise AdapterError(f"{file}: cannot be merged into this model: {error}") from error
 
 
+@torch.no_grad()
 def _switch(
-    layers: dict[str, DashLinear],
-    merged: list[DashLinear],
-    own: dict[str, Tensor],
-    values: dict[str, Tensor],
-    settings: dict[str, DashConfig],
+    model: nn.Module, merged: dict[str, DashLinear], values: dict[str, Tensor], settings: dict[str, DashConfig]
 ) -> None:
-    for layer in merged:
+    for layer in merged.values():
         layer.unmerge()
-    _write(own, values)
-    for name, layer in layers.items():
+    with whole(model, write=True):
+        for key, tensor in _adapter_tensors(model, dash_state(model).config).items():
+            tensor.copy_(shard_of(values[key], tensor))
+    for name, layer in own_layers(model).items():
         layer.config = settings[name]
 
 
@@ -256,10 +266,11 @@ def load_adapter(model: nn.Module, path: str | os.PathLike) -> nn.Module:
         except (ValueError, TypeError, RuntimeError) as error:
             raise AdapterError(f"{file}: the adapter does not fit the model: {error}") from error
     else:
-        own = _adapter_tensors(model, dash_state(model).config)
-        _check_real(file, own)
-        values = _fit(file, adapter.tensors, own)
-        _check_settings(file, model, adapter.config, own)
+        with whole(model):
+            own = _adapter_tensors(model, dash_state(model).config)
+            _check_real(file, own)
+            values = _fit(file, adapter.tensors, own)
+            _check_settings(file, model, adapter.config, own)
     _exchange(file, model, values, adapter.config)
     _resume(model, adapter)
     return model

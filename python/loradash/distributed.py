@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
 from loradash_kernels import Directions
+from loradash_kernels.sharded import compare_seeds
 
-from .meeting import Meeting
+from .meeting import Meeting, global_rank
 
 
 def is_sharded(t: Tensor) -> bool:
@@ -34,18 +35,48 @@ def shard_of(values: Tensor, like: Tensor, source: int | None = None) -> Tensor:
 
 
 def reshard(model: nn.Module) -> None:
-    """Sends parameters that FSDP2 left gathered after a forward pass back to their shards, which are the ones that last."""
+    """Sends parameters that FSDP2 left gathered after a forward pass back to their shards, which are the ones that last.
+
+    What comes next takes all processes. Those of a tensor-parallel group make sure that they have drawn the same dropout
+    masks: RuntimeError, in all of them, where they have not.
+    """
     for module in model.modules():
         if hasattr(module, "reshard") and hasattr(module, "unshard"):
             module.reshard()  # type: ignore[operator]
+    if any(map(is_sharded, model.parameters())):
+        compare_seeds()
 
 
-def place() -> tuple[int, int]:
-    """(rank, number of processes); (0, 1) without torch.distributed."""
+Group: TypeAlias = 'Literal["world", "self"] | torch.distributed.ProcessGroup'
+"""The processes that have the same layers: all, this one alone, or those of a group."""
+
+
+def place(group: Group = "world") -> tuple[int, int]:
+    """(rank, number of processes) in a group; (0, 1) without torch.distributed."""
     dist = torch.distributed
-    if dist.is_available() and dist.is_initialized():
-        return dist.get_rank(), dist.get_world_size()
+    if group != "self" and dist.is_available() and dist.is_initialized():
+        return dist.get_rank(process_group(group)), dist.get_world_size(process_group(group))
     return 0, 1
+
+
+def process_group(group: Group) -> torch.distributed.ProcessGroup | None:
+    """As torch.distributed's functions want it."""
+    return None if isinstance(group, str) else group
+
+
+def check_same_layers(shapes: Mapping[str, tuple[int, int]], group: Group) -> None:
+    """ValueError where the processes of a group have not all layers of the same names and shapes."""
+    processes = place(group)[1]
+    found: list[Any] = [None] * processes
+    torch.distributed.all_gather_object(found, dict(shapes), group=process_group(group))
+    for process, theirs in enumerate(found):
+        other = sorted(theirs.items() ^ found[0].items())
+        if other:
+            raise ValueError(
+                f"processes 0 and {process} have different adapted layers ({other[0][0]}), and launch shares the work of "
+                'same ones: give the processes that have them, DashSchedule(stage, group="self") for a stage of a pipeline '
+                "that one process computes, else group=their ProcessGroup"
+            )
 
 
 def cost(n: int, k: int) -> float:
@@ -94,7 +125,11 @@ def gather_in_turns(
 
 
 def exchange_directions(
-    found: Mapping[str, Directions], shares: list[list[str]], rank: int, buffers: Mapping[str, tuple[Tensor, Tensor]]
+    found: Mapping[str, Directions],
+    shares: list[list[str]],
+    rank: int,
+    buffers: Mapping[str, tuple[Tensor, Tensor]],
+    group: Group = "world",
 ) -> dict[str, Directions]:
     """The directions of all shares, each sent by the process that found them.
 
@@ -103,6 +138,7 @@ def exchange_directions(
         buffers: u (N, s) and vt (s, K) of every layer, for shapes and device.
     """
     everything: dict[str, Directions] = {}
+    members = process_group(group)
     for owner, share in enumerate(shares):
         for name in share:
             u, vt = buffers[name]
@@ -117,7 +153,7 @@ def exchange_directions(
                 tensors.append(torch.empty(vt.shape[0], dtype=torch.int64, device=u.device))
                 routes = [()]
             for tensor in tensors:
-                torch.distributed.broadcast(tensor, src=owner)
-            torch.distributed.broadcast_object_list(routes, src=owner)
+                torch.distributed.broadcast(tensor, src=global_rank(members, owner), group=members)
+            torch.distributed.broadcast_object_list(routes, src=global_rank(members, owner), group=members)
             everything[name] = Directions(*tensors, routes[0])  # type: ignore[arg-type, call-arg]
     return everything

@@ -30,6 +30,7 @@ from .peft_layout import (
 )
 from .state import dash_state, host_of, own_layers, plain_name, unwrap
 from .targets import module_tensors
+from .units import whole
 
 
 def export_lora(model: nn.Module, path: str | os.PathLike) -> Path:
@@ -58,7 +59,7 @@ def export_lora(model: nn.Module, path: str | os.PathLike) -> Path:
     reshard(model)
     merged = any(layer.merged for layer in own_layers(model).values())
     # A merged weight is a tensor of its own: which modules share it shows only after unmerging.
-    with disable(model) if merged else contextlib.nullcontext():
+    with disable(model) if merged else contextlib.nullcontext(), whole(model):
         layout, tensors = _contents(model, root)
     settings = _settings(root, layout, config.dropout)
     folder = Path(path)

@@ -13,10 +13,11 @@ from loradash_kernels import Directions, dash_linear, low_rank_update
 
 from .base_layers import features, is_transposed, treatment
 from .config import DashConfig
-from .distributed import gathered
+from .distributed import gathered, shard_of
 from .formats import keep_differentiable
 from .merging import TakesUpdate
 from .quantised import check_differentiable, compute_device, is_quantised
+from .units import as_declared
 
 
 def adapter_shapes(n: int, k: int, config: DashConfig) -> dict[str, tuple[int, ...]]:
@@ -44,8 +45,8 @@ def take_directions(layer: Any, directions: Directions) -> None:
         raise ValueError(f"{label} is merged; unmerge it before launch")
     if bool(layer.launched) and bool(gathered(layer.dash_sigma).any()):
         raise ValueError(f"{label} is launched, and its trained dash_sigma would be lost; zero it to launch anew")
-    layer.dash_u.copy_(directions.u)
-    layer.dash_vt.copy_(directions.vt)
+    layer.dash_u.copy_(shard_of(directions.u, layer.dash_u))
+    layer.dash_vt.copy_(shard_of(directions.vt, layer.dash_vt))
     layer.dash_sigma.zero_()
     layer.launched.fill_(True)
 
@@ -180,6 +181,8 @@ class DashLinear(TakesUpdate):
         if args or kwargs:
             raise TypeError(f"{self._label()} takes one tensor, got further arguments {[*args, *kwargs]}")
         weight, bias, lora_a, lora_b, dash_u, dash_vt, dash_sigma = self._tensors()
+        if weight.requires_grad:
+            weight, bias = as_declared(self, "weight", weight), as_declared(self, "bias", bias)
         weight = weight.t() if self.transposed else weight
         if not self.enabled or self._unmerged is not None:
             return F.linear(input, weight, bias)
@@ -273,5 +276,5 @@ class DashLinear(TakesUpdate):
         bias = getattr(self, "bias", None) is not None
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, bias={bias}, "
-            f"r={self.config.r}, directions={self.dash_sigma.numel()}, phase={phase}"
+            f"r={self.config.r}, directions={self.dash_vt.shape[0]}, phase={phase}"
         )

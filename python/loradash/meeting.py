@@ -29,22 +29,30 @@ class Bar(Protocol):
 
 
 class Meeting:
-    """The processes of the default group, which do one job in shares and meet after it. All must make it at the same time.
+    """The processes of a group, which do one job in shares and meet after it. All must make it at the same time.
 
     Args:
         rank, processes: this one, and how many there are. Alone, nothing waits and nothing is stored.
         what: the job, for messages.
         bar: shows the sum of all processes' steps, as far as this process knows it.
+        group: None for the default group.
     """
 
-    def __init__(self, rank: int, processes: int, what: str, bar: Bar | None = None) -> None:
-        self._rank, self._processes, self._what, self._bar = rank, processes, what, bar
+    def __init__(
+        self,
+        rank: int,
+        processes: int,
+        what: str,
+        bar: Bar | None = None,
+        group: torch.distributed.ProcessGroup | None = None,
+    ) -> None:
+        self._rank, self._processes, self._what, self._bar, self._group = rank, processes, what, bar, group
         self._steps = self._rounds = 0
         self._store = _store() if processes > 1 else None
         # A store may outlive the processes that wrote to it, so no two meetings have the same keys.
         name = [uuid.uuid4().hex]
         if self._store is not None:
-            torch.distributed.broadcast_object_list(name, src=0)
+            torch.distributed.broadcast_object_list(name, src=global_rank(group, 0), group=group)
         self._prefix = f"loradash/{name[0]}"
 
     def advance(self, steps: int) -> None:
@@ -84,7 +92,7 @@ class Meeting:
             return [text]
         if self._store is None:
             texts: list[str] = [""] * self._processes
-            torch.distributed.all_gather_object(texts, text)
+            torch.distributed.all_gather_object(texts, text, group=self._group)
             return texts
         self._rounds += 1
         place = f"{self._prefix}/{self._rounds}"
@@ -126,6 +134,11 @@ class Meeting:
             time.sleep(pause)
             pause = min(LAST_PAUSE, 1.5 * pause)
         self._show(store.add(f"{self._prefix}/steps", 0))
+
+
+def global_rank(group: torch.distributed.ProcessGroup | None, rank: int) -> int:
+    """The rank in the default group of a process of some group."""
+    return rank if group is None else torch.distributed.get_global_rank(group, rank)
 
 
 def _store() -> Any:

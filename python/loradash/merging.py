@@ -104,7 +104,7 @@ class TakesUpdate(nn.Module):
         return merged
 
     @torch.no_grad()
-    def merge(self, requantise: bool = False) -> RequantisationError | None:
+    def merge(self, requantise: bool = False, part: Tensor | None = None) -> RequantisationError | None:
         """Adds ΔW to the weight, as a new tensor: weights tied to this one stay as they are. Again: no effect.
 
         A sharded weight is written in place, beside a copy of this process's part. Raises ValueError as `merged_weight`,
@@ -112,6 +112,7 @@ class TakesUpdate(nn.Module):
 
         Args:
             requantise: W + ΔW of a quantised layer is quantised anew in its own format, instead of refused.
+            part: a copy of this process's part of a weight that FSDP1 has gathered and will take back: it is written in place.
 
         Returns the error that quantising W + ΔW made, or None where nothing was quantised.
         """
@@ -125,6 +126,9 @@ class TakesUpdate(nn.Module):
             self._keep(weight.detach().clone())
             # One process's values for all, where machines round differently.
             weight.copy_(shard_of(merged, weight, source=0))
+        elif part is not None:
+            self._keep(part)
+            weight.copy_(merged)
         else:
             holder.weight = nn.Parameter(merged, requires_grad=False)
             self._keep(weight)
@@ -146,11 +150,17 @@ class TakesUpdate(nn.Module):
         if self._unmerged is None:
             return
         original, holder = self._unmerged, self if self.base is None else self.base
+        if isinstance(original, Tensor) and not isinstance(original, nn.Parameter):
+            if holder.weight.shape != original.shape:
+                raise ValueError(
+                    f"{self._label()}: FSDP1 holds its weight whole; unmerge outside of summon_full_params"
+                )
+            holder.weight.copy_(original)  # type: ignore[operator]
+            self._keep(None)
+            return
         self._keep(None)
         if isinstance(original, dict):
             restore(holder, original)
-        elif is_sharded(original):
-            holder.weight.copy_(original)  # type: ignore[operator]
         else:
             holder.weight = cast(nn.Parameter, original)
 

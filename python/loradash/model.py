@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import sys
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -29,6 +30,7 @@ from .state import (
     unwrap,
 )
 from .targets import check_patterns, target_layers, trainable_modules
+from .units import Units, is_fsdp2
 
 
 def apply_dash(model: nn.Module, config: DashConfig | None = None) -> nn.Module:
@@ -39,7 +41,7 @@ def apply_dash(model: nn.Module, config: DashConfig | None = None) -> nn.Module:
     another module's stays tied. Modules in `config.trainable_modules` keep training as they are.
 
     Returns the model. Raises ValueError, with the model unchanged: nothing matches, or a setting does not; adapted or
-    wrapped (DistributedDataParallel, FSDP) already; a layer that cannot be adapted, or that its parent passes by.
+    wrapped (DistributedDataParallel, fully_shard, FSDP1) already; a layer that cannot be adapted, or that its parent passes by.
     """
     config = config or DashConfig()
     given = model
@@ -84,18 +86,24 @@ def _check_model(model: nn.Module) -> None:
             raise ValueError(f"the model has LoRA-Dash adapters already{f', in {name}' if name else ''}")
         if is_adapted_by_peft(module):
             raise ValueError(f"{name} has an adapter of PEFT; merge_and_unload it first")
-        if isinstance(module, wrappers()):
-            raise ValueError(f"{name or 'the model'} is wrapped in {type(module).__name__}; apply_dash comes before it")
+        if wrapper := wrapper_of(module):
+            raise ValueError(f"{name or 'the model'} is wrapped in {wrapper}; apply_dash comes before it")
 
 
-def wrappers() -> tuple[type[nn.Module], ...]:
-    """Wrappers that have taken note of the parameters: the adapters' gradients would never be reduced over processes."""
-    found: list[type[nn.Module]] = [nn.parallel.DistributedDataParallel, nn.DataParallel]
+def wrapper_of(module: nn.Module) -> str | None:
+    """The name of what has taken note of a module's parameters, so that gradients of adapters that come later would never be
+    reduced over processes; None where there is nothing."""
+    found: list[type] = [nn.parallel.DistributedDataParallel, nn.DataParallel]
     if torch.distributed.is_available():
-        from torch.distributed.fsdp import FullyShardedDataParallel
+        from torch.distributed import fsdp
 
-        found.append(FullyShardedDataParallel)
-    return tuple(found)
+        found += [fsdp.FullyShardedDataParallel, fsdp.FSDPModule]
+    if isinstance(module, tuple(found)):
+        sharded = is_fsdp2(module)
+        return f"fully_shard ({type(module).__name__})" if sharded else type(module).__name__
+    composed = sys.modules.get("torch.distributed._composable.contract")
+    applied = None if composed is None else composed._get_registry(module)
+    return "replicate" if applied and "replicate" in applied else None
 
 
 def _check_parents(model: nn.Module, chosen: dict[str, nn.Module], config: DashConfig) -> None:
@@ -153,7 +161,7 @@ def _check_ties(adapted: Iterable[DashLinear], trained: list[nn.Parameter]) -> N
 def merge(model: nn.Module, requantise: bool = False) -> dict[str, RequantisationError]:
     """Adds every layer's ΔW to its weight, for inference without adapters. All layers or, where one cannot, none.
 
-    Every process must call this for a model sharded by FSDP2. Raises ValueError, naming the layer (`DashLinear.merge`).
+    Every process must call this for a model sharded by FSDP2 or FSDP1. Raises ValueError, naming the layer (`DashLinear.merge`).
 
     Args:
         requantise: quantised layers are quantised anew with their update, instead of refused.
@@ -161,12 +169,22 @@ def merge(model: nn.Module, requantise: bool = False) -> dict[str, Requantisatio
     Returns the error that this made, for every layer that was quantised anew.
     """
     reshard(model)
+    return merge_layers(model, own_layers(model, "model.merge_adapter()"), requantise)
+
+
+def merge_layers(
+    model: nn.Module, layers: Mapping[str, DashLinear], requantise: bool
+) -> dict[str, RequantisationError]:
+    """`merge` for some layers of a model."""
+    units = Units(model)
     done: list[DashLinear] = []
     errors: dict[str, RequantisationError] = {}
     try:
-        for name, layer in own_layers(model, "model.merge_adapter()").items():
+        for name, layer in layers.items():
             if not layer.merged:
-                error = layer.merge(requantise)
+                part = layer.weight.detach().clone() if units.has(layer) else None
+                with units.whole(layer, write=True):
+                    error = layer.merge(requantise, part)
                 done.append(layer)
                 errors |= {} if error is None else {name: error}
     except BaseException:
@@ -186,18 +204,18 @@ def unmerge(model: nn.Module) -> None:
 @contextlib.contextmanager
 def disable(model: nn.Module) -> Iterator[nn.Module]:
     """Within the block the model is the frozen base model. Merged layers are unmerged for its length."""
-    layers = list(own_layers(model, "model.disable_adapter()").values())
-    before = [(layer.enabled, layer.merged) for layer in layers]
-    for layer in layers:
+    layers = own_layers(model, "model.disable_adapter()")
+    enabled = {name: layer.enabled for name, layer in layers.items()}
+    merged = {name: layer for name, layer in layers.items() if layer.merged}
+    for layer in layers.values():
         layer.unmerge()
         layer.enabled = False
     try:
         yield model
     finally:
-        for layer, (enabled, merged) in zip(layers, before, strict=True):
-            layer.enabled = enabled
-            if merged:
-                layer.merge(requantise=True)
+        for name, layer in layers.items():
+            layer.enabled = enabled[name]
+        merge_layers(model, merged, requantise=True)
 
 
 def dash_only(model: nn.Module) -> None:

@@ -14,9 +14,22 @@ from loradash_kernels import Directions, task_specific_directions
 
 from .batches import batch_elements, is_out_of_memory, no_memory, release
 from .cache import SpectralCache
-from .distributed import cost, exchange_directions, gather_in_turns, gathered, is_sharded, place, reshard, share_out
+from .distributed import (
+    Group,
+    check_same_layers,
+    cost,
+    exchange_directions,
+    gather_in_turns,
+    gathered,
+    is_sharded,
+    place,
+    process_group,
+    reshard,
+    share_out,
+)
 from .meeting import Meeting
 from .state import AdaptedLayer, dash_layers, dash_state
+from .units import Units
 
 
 @dataclass(frozen=True)
@@ -35,6 +48,7 @@ def prelaunch(
     progress: bool = True,
     cache: SpectralCache | None = None,
     device: torch.device | str | None = None,
+    group: Group = "world",
 ) -> list[LayerReport]:
     """Chooses every layer's directions by change rate (paper, section 4) and starts the dash phase.
 
@@ -48,6 +62,8 @@ def prelaunch(
     Args:
         cache: takes decompositions from there, and keeps those it has to make.
         device: where to decompose, for instance a GPU for a model whose weights are on the CPU; each layer's own by default.
+        group: the processes that have the same layers. All by default; "self" for a stage of a pipeline that one process
+            computes, a ProcessGroup for one that several do.
 
     Returns one report a layer. Raises ValueError for a model without adapters, weights that are not finite or not there
     (meta), merged layers, and layers that are launched already; RuntimeError, naming the process, when another one failed;
@@ -55,26 +71,39 @@ def prelaunch(
     """
     method = dash_state(model).config.svd
     layers = dash_layers(model)
+    rank, processes = place(group)
+    if processes > 1:
+        check_same_layers({name: (layer.out_features, layer.in_features) for name, layer in layers.items()}, group)
     reshard(model)
     _check_phase(layers)
-    adapters = {name: (gathered(layer.lora_a), gathered(layer.lora_b)) for name, layer in layers.items()}
+    units = Units(model)
+    adapters = _adapters(layers, units)
     idle = [name for name, (a, b) in adapters.items() if not bool(a.any()) or not bool(b.any())]
     if idle:
         warnings.warn(
             f"loradash: no update yet in {len(idle)} layers, they stay plain LoRA: {', '.join(idle[:4])}", stacklevel=2
         )
-    names = [name for name, layer in layers.items() if name not in set(idle) and layer.dash_sigma.numel()]
-    finder = _Finder(layers, adapters, method, cache, device)
-    rank, processes = place()
+    names = [name for name, layer in layers.items() if name not in set(idle) and layer.dash_vt.shape[0]]
+    finder = _Finder(layers, adapters, method, cache, device, units)
     shares = share_out({name: cost(layers[name].out_features, layers[name].in_features) for name in names}, processes)
     with tqdm(total=len(names), desc="pre-launch", unit="layer", disable=not progress or rank != 0) as bar:
-        found = _find(finder, shares, rank, bar)
+        found = _find(finder, shares, rank, bar, process_group(group))
     if processes > 1:
         buffers = {name: (layers[name].dash_u, layers[name].dash_vt) for name in names}
-        found = exchange_directions(found, shares, rank, buffers)
+        found = exchange_directions(found, shares, rank, buffers, group)
     for name in names:
         layers[name].launch(found[name])
     return [LayerReport(n, found[n].routes[0], found[n].rate, found[n].sigma, found[n].index) for n in names]
+
+
+def _adapters(layers: dict[str, AdaptedLayer], units: Units) -> dict[str, tuple[Tensor, Tensor]]:
+    """A and B of every layer, whole."""
+    found = {}
+    for name, layer in layers.items():
+        with units.whole(layer) as gathers:
+            a, b = gathered(layer.lora_a), gathered(layer.lora_b)
+            found[name] = (a.clone(), b.clone()) if gathers else (a, b)
+    return found
 
 
 def _check_phase(layers: dict[str, AdaptedLayer]) -> None:
@@ -101,13 +130,27 @@ class _Finder:
         method: str,
         cache: SpectralCache | None,
         device: torch.device | str | None,
+        units: Units,
     ) -> None:
         self.layers, self.adapters, self.method, self.cache, self.device = layers, adapters, method, cache, device
+        self.units = units
         # Elements of a batch that once was too large for a device, halved.
         self.bounds: dict[torch.device, int] = {}
 
     def device_of(self, name: str) -> torch.device:
         return torch.device(self.device or self.layers[name].lora_a.device)
+
+    def is_sharded(self) -> bool:
+        """Are there weights that only all processes together can gather?"""
+        return any(is_sharded(layer.weight) or self.units.has(layer) for layer in self.layers.values())
+
+    def whole_weight(self, name: str) -> Tensor:
+        """W (N, K) of a layer; every process must ask for the same one."""
+        layer = self.layers[name]
+        with self.units.whole(layer) as gathers:
+            if is_sharded(layer.weight):
+                return layer.oriented(gathered(layer.weight))
+            return layer.weight_nk().detach().clone() if gathers else layer.weight_nk()
 
     def batches(self, names: Sequence[str]) -> Iterator[list[str]]:
         """Layers of one shape, rank and device together, in batches of bounded size; with a cache one at a time.
@@ -165,7 +208,7 @@ class _Finder:
     @torch.no_grad()
     def _decompose(self, names: Sequence[str], weight_of: Callable[[str], Tensor]) -> dict[str, Directions]:
         layer = self.layers[names[0]]
-        device, s, scaling = self.device_of(names[0]), layer.dash_sigma.numel(), layer.scaling
+        device, s, scaling = self.device_of(names[0]), layer.dash_vt.shape[0], layer.scaling
         if self.cache is not None:
             a, b = (t.to(device).float() for t in self.adapters[names[0]])
             weight = weight_of(names[0]).to(device)
@@ -183,25 +226,25 @@ class _Finder:
         }
 
 
-def _find(finder: _Finder, shares: list[list[str]], rank: int, bar: tqdm) -> dict[str, Directions]:
+def _find(
+    finder: _Finder, shares: list[list[str]], rank: int, bar: tqdm, group: torch.distributed.ProcessGroup | None
+) -> dict[str, Directions]:
     """This process's share. An error is raised in all processes."""
     found: dict[str, Directions] = {}
     error: BaseException | None = None
 
-    meeting = Meeting(rank, len(shares), "pre-launch", bar)
+    meeting = Meeting(rank, len(shares), "pre-launch", bar, group)
 
     def take(names: list[str], weight_of: Callable[[str], Tensor]) -> None:
         found.update(finder.find(names, weight_of))
         meeting.advance(len(names))
 
-    def whole_weight(name: str) -> Tensor:
-        layer = finder.layers[name]
-        return layer.oriented(gathered(layer.weight)) if is_sharded(layer.weight) else layer.weight_nk()
-
     # Ctrl-C too is told to the other processes.
     try:
-        if any(layer.base is None and is_sharded(layer.weight) for layer in finder.layers.values()):
-            gather_in_turns(shares, rank, whole_weight, lambda name, weight: take([name], lambda _: weight), meeting)
+        if finder.is_sharded():
+            gather_in_turns(
+                shares, rank, finder.whole_weight, lambda name, weight: take([name], lambda _: weight), meeting
+            )
         else:
             for batch in finder.batches(shares[rank]):
                 if meeting.is_lost():

@@ -13,10 +13,11 @@ from torch import nn
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from .cache import SpectralCache
-from .distributed import gathered, is_sharded
+from .distributed import Group, gathered, is_sharded
 from .model import train_sigma_alone
 from .prelaunch import LayerReport, prelaunch
 from .state import AdaptedLayer, dash_layers, dash_state, parameter_of, state_and_layers
+from .units import Units, fsdp1_units
 
 
 class DashSchedule:
@@ -34,12 +35,16 @@ class DashSchedule:
 
     Args:
         cache: decompositions of the frozen weights: `SpectralCache().start(model)` fills it while the first steps train.
+        group: the processes that have the same layers, which share the work of launching. All by default; "self" for a stage
+            of a pipeline that one process computes, a ProcessGroup for one that several do.
 
     Attributes:
         reports: what `prelaunch` found, once launched in this process.
     """
 
-    def __init__(self, model: nn.Module, progress: bool = True, cache: SpectralCache | None = None) -> None:
+    def __init__(
+        self, model: nn.Module, progress: bool = True, cache: SpectralCache | None = None, group: Group = "world"
+    ) -> None:
         if cache is not None and not isinstance(cache, SpectralCache):
             raise TypeError(
                 f"cache must be a SpectralCache (what its start returns runs beside), got {type(cache).__name__}"
@@ -48,6 +53,7 @@ class DashSchedule:
         self.model = model
         self.progress = progress
         self.cache = cache
+        self.group = group
         self.reports: list[LayerReport] = []
         self._number = self.state.claim()
         self._layers = dash_layers(model)
@@ -93,7 +99,7 @@ class DashSchedule:
         # A skipped step, or a learning rate of 0, leaves B at zero.
         if not self._has_update():
             return False
-        self.reports = prelaunch(self.model, self.progress, self.cache)
+        self.reports = prelaunch(self.model, self.progress, self.cache, group=self.group)
         self._settled = True
         return True
 
@@ -143,7 +149,12 @@ class DashSchedule:
         self._phase = None
 
     def _has_update(self) -> bool:
-        return any(bool(gathered(layer.lora_b).any()) for layer in self._layers.values())
+        units = Units(self.model)
+        for layer in self._layers.values():
+            with units.whole(layer):
+                if bool(gathered(layer.lora_b).any()):
+                    return True
+        return False
 
     def _is_settled(self) -> bool:
         """`launched`, but read from the device only after somebody wrote it: this is asked before every optimizer step.
@@ -183,7 +194,7 @@ class DashSchedule:
                 "embeddings, quantise, convert) before apply_dash"
             )
         if self._gradients is not None:
-            self._gradients.report(trained=self._watch.seen)
+            self._gradients.report(trained=self._watch.seen, flat=bool(fsdp1_units(self.model)))
             self._gradients = None
 
 
@@ -268,8 +279,8 @@ def _only_makes_state(optimizer: torch.optim.Optimizer, kwargs: Mapping[str, Any
     groups = optimizer.param_groups
     still = all(float(group.get("lr", 0.0)) == 0.0 for group in groups)
     gradients = (p.grad for group in groups for p in group["params"] if p.grad is not None)
-    # Of a sharded one this process's part tells enough: all of them are zero, or there is a step.
-    return still and not any(bool((g.to_local() if is_sharded(g) else g).any()) for g in gradients)  # type: ignore[attr-defined]
+    # This process's part of a sharded one tells enough: all of them are zero, or there is a step.
+    return still and not any(bool((g.to_local() if is_sharded(g) else g).any()) for g in gradients)
 
 
 def _call(watch: weakref.ref, method: str, optimizer: torch.optim.Optimizer, *arguments: Any) -> Any:
@@ -297,15 +308,20 @@ class _GradientWatch:
     def _note(self, name: str, gradient: torch.Tensor) -> None:
         self._arrived.add(name)
 
-    def report(self, trained: bool) -> None:
-        """Warns, and ends the watch. trained: did an optimizer step for certain, whoever got gradients?"""
+    def report(self, trained: bool, flat: bool) -> None:
+        """Warns, and ends the watch.
+
+        Args:
+            trained: did an optimizer step for certain, whoever got gradients?
+            flat: are there units of FSDP1? Like FSDP2 it sets the gradients of its parameters without calling hooks.
+        """
         for handle in self._handles:
             handle.remove()
         # A finetuning callback may have thawed B since.
         if not self._layers and not any(layer.lora_b.requires_grad for layer in self._all.values()):
             warnings.warn("loradash: no adapter trains, every lora_b is frozen (requires_grad=False)", stacklevel=4)
-        # Loading may have frozen B since. FSDP2 sets the gradients of sharded parameters without calling hooks.
-        looked_at = {n: layer for n, layer in self._layers.items() if layer.lora_b.requires_grad}
+        # Loading may have frozen B since.
+        looked_at = {n: layer for n, layer in self._layers.items() if layer.lora_b.requires_grad and not flat}
         missing = [n for n, layer in looked_at.items() if n not in self._arrived and not is_sharded(layer.lora_b)]
         if missing and (trained or self._arrived):
             warnings.warn(

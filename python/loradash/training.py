@@ -2,76 +2,92 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+from collections import defaultdict
+from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from .distributed import place
 from .schedule import DashSchedule
 from .state import dash_layers, parameter_of, plain_name
+from .units import fsdp1_units
+
+# The phase that an optimizer is in, beside what DashSchedule knows: has it stepped any Δσ?
+_STEPPED = "sigma_stepped"
 
 
 def save_training(
-    folder: str | os.PathLike, model: nn.Module, optimizer: torch.optim.Optimizer, schedule: DashSchedule, **others: Any
+    folder: str | os.PathLike,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer | None,
+    schedule: DashSchedule | None,
+    **others: Any,
 ) -> None:
     """Writes what a run needs to go on, each process its own part: adapters and whatever else trains, buffers, the
     optimizer's state, the schedule's. The frozen weights are not written: they are the base model's.
 
-    For a model as it is, in DistributedDataParallel, sharded by FSDP2 or FSDP1, or by DTensors of any mesh; every process
-    must call this.
+    For a model as it is, in DistributedDataParallel, sharded by FSDP2 or FSDP1, by DTensors of any mesh, or one stage of a
+    pipeline, whose parameters have names of their own; every process must call this.
 
     Args:
         folder: of torch.distributed.checkpoint's files.
+        optimizer, schedule: None, both, in a stage of a pipeline in which nothing trains.
         others: what else has state_dict and load_state_dict, by names of your own (a scheduler of learning rates).
 
     Raises RuntimeError between `optimizer.step()` and `schedule.step()`.
     """
     import torch.distributed.checkpoint as dcp
-    from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 
     model = _inside(model)
-    parts = {"model": _model_state(model), "optimizer": get_optimizer_state_dict(model, optimizer)}
-    dcp.save({**others, **parts, "schedule": schedule}, checkpoint_id=folder)
+    stepped = _has_stepped(model, optimizer)
+    with _complete(model, optimizer) as optimizer_state:
+        dcp.save({**_parts(model, optimizer_state, schedule), **others, _STEPPED: stepped}, checkpoint_id=folder)
 
 
 def load_training(
-    folder: str | os.PathLike, model: nn.Module, optimizer: torch.optim.Optimizer, schedule: DashSchedule, **others: Any
+    folder: str | os.PathLike,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer | None,
+    schedule: DashSchedule | None,
+    **others: Any,
 ) -> None:
     """Goes on from `save_training`, in as many processes as there are now, under whatever scheme: a new model with the base
     model's weights and adapters of the same settings, wrapped, its optimizer, its `DashSchedule`. Every process must call
     this.
 
-    Raises torch.distributed.checkpoint's error (CheckpointException, or RuntimeError of the missing key) for tensors that are
-    not there or of another shape, and ValueError as `DashSchedule.load_state_dict`.
+    Raises torch.distributed.checkpoint's CheckpointException where a tensor or the folder is not there or does not fit, and
+    ValueError as `DashSchedule.load_state_dict`.
     """
     import torch.distributed.checkpoint as dcp
     from torch.distributed.checkpoint.state_dict import (
         StateDictOptions,
-        get_optimizer_state_dict,
+        get_model_state_dict,
         set_model_state_dict,
         set_optimizer_state_dict,
     )
 
-    model = _inside(model)
-    state = _model_state(model)
-    dcp.load({**others, "model": state, "schedule": schedule}, checkpoint_id=folder)
-    set_model_state_dict(model, state, options=StateDictOptions(strict=False))
-    # Only what the checkpoint holds can be loaded, and before launch, and right after it, Δσ has no state there.
-    kept = dcp.FileSystemReader(folder).read_metadata().state_dict_metadata
-    wanted = get_optimizer_state_dict(model, optimizer)
-    states: Any = wanted["state"]
-    fresh = [
-        name
-        for name in _names(model, ("dash_sigma",))
-        if not any(key.startswith(f"optimizer.state.{name}.") for key in kept)
-    ]
-    for name in fresh:
-        states.pop(name, None)
-    dcp.load({"optimizer": wanted}, checkpoint_id=folder)
-    for name in fresh:
-        states[name] = {}
-    set_optimizer_state_dict(model, optimizer, wanted)
+    model, flat = _inside(model), StateDictOptions(flatten_optimizer_state_dict=True)
+    with _complete(model, optimizer) as optimizer_state:
+        state = {**_parts(model, optimizer_state, schedule), **others, _STEPPED: False}
+        dcp.load(state, checkpoint_id=folder)
+    # FSDP1 warns of each weight that is not set.
+    values = get_model_state_dict(model) | state["model"] if fsdp1_units(model) else state["model"]
+    set_model_state_dict(model, values, options=StateDictOptions(strict=False))
+    if optimizer is None:
+        return
+    set_optimizer_state_dict(model, optimizer, optimizer_state, options=flat)
+    if not state[_STEPPED]:
+        for sigma in _sigmas(model):
+            optimizer.state.pop(sigma, None)
+
+
+def _parts(model: nn.Module, optimizer_state: dict[str, Any], schedule: DashSchedule | None) -> dict[str, Any]:
+    parts = {"model": _model_state(model), "optimizer": optimizer_state, "schedule": schedule}
+    return {name: part for name, part in parts.items() if part is not None}
 
 
 def _inside(model: nn.Module) -> nn.Module:
@@ -82,12 +98,62 @@ def _model_state(model: nn.Module) -> dict[str, Any]:
     """Everything but frozen weights. A and B are frozen too once Δσ trains alone."""
     from torch.distributed.checkpoint.state_dict import get_model_state_dict
 
-    frozen = {plain_name(name) for name, p in model.named_parameters(remove_duplicate=False) if not p.requires_grad}
-    left_out = frozen - set(_names(model, ("lora_a", "lora_b", "dash_sigma")))
-    return {name: value for name, value in get_model_state_dict(model).items() if name not in left_out}
+    layers = dash_layers(model).values()
+    ours = {id(parameter_of(p)) for layer in layers for p in (layer.lora_a, layer.lora_b, layer.dash_sigma)}
+    parameters = model.named_parameters(remove_duplicate=False)
+    frozen = {plain_name(name) for name, p in parameters if not p.requires_grad and id(p) not in ours}
+    return {name: value for name, value in get_model_state_dict(model).items() if name not in frozen}
 
 
-def _names(model: nn.Module, parts: tuple[str, ...]) -> list[str]:
-    """Plain names of the adapters' parameters in the whole model."""
-    wanted = {id(parameter_of(getattr(layer, part))) for layer in dash_layers(model).values() for part in parts}
-    return [plain_name(name) for name, p in model.named_parameters(remove_duplicate=False) if id(p) in wanted]
+def _sigmas(model: nn.Module) -> list[Tensor]:
+    return [parameter_of(layer.dash_sigma) for layer in dash_layers(model).values()]
+
+
+def _has_stepped(model: nn.Module, optimizer: torch.optim.Optimizer | None) -> bool:
+    """Has an optimizer state of any Δσ, in any process?"""
+    ours = optimizer is not None and any(optimizer.state.get(sigma) for sigma in _sigmas(model))
+    processes = place()[1]
+    if processes == 1:
+        return ours
+    found = [ours] * processes
+    torch.distributed.all_gather_object(found, ours)
+    return any(found)
+
+
+@contextlib.contextmanager
+def _complete(model: nn.Module, optimizer: torch.optim.Optimizer | None) -> Iterator[dict[str, Any]]:
+    """The optimizer's state by the parameters' names, in which Δσ has its place in either phase, so that any checkpoint fits
+    any run. Afterwards the optimizer is what it was before."""
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict
+
+    if optimizer is None:
+        yield {}
+        return
+    before = dict(optimizer.state)
+    if before:
+        optimizer.state.update(_new_state(optimizer, [s for s in _sigmas(model) if not before.get(s)]))
+    try:
+        yield get_optimizer_state_dict(model, optimizer, options=StateDictOptions(flatten_optimizer_state_dict=True))
+    finally:
+        for parameter in optimizer.state.keys() - before.keys():
+            del optimizer.state[parameter]
+
+
+def _new_state(optimizer: torch.optim.Optimizer, parameters: list[Tensor]) -> dict[Tensor, Any]:
+    """The state that an optimizer makes for parameters at its first step, which changes none: gradients and rates are 0."""
+    new = {id(p) for p in parameters}
+    groups = [{**g, "lr": 0.0, "params": [p for p in g["params"] if id(p) in new]} for g in optimizer.param_groups]
+    scratch = type(optimizer).__new__(type(optimizer))
+    scratch.__setstate__(
+        {"defaults": optimizer.defaults, "state": defaultdict(dict), "param_groups": [g for g in groups if g["params"]]}
+    )
+    gradients = [p.grad for p in parameters]
+    try:
+        for p in parameters:
+            p.grad = torch.zeros_like(p)
+        # As torch.distributed.checkpoint calls it, and as DashSchedule knows it.
+        scratch.step(closure=None)
+    finally:
+        for p, gradient in zip(parameters, gradients, strict=True):
+            p.grad = gradient
+    return dict(scratch.state)

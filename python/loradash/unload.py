@@ -11,8 +11,9 @@ from .attention import compute_as_before
 from .bypass import allow_fusing
 from .distributed import is_sharded
 from .linear import DashLinear, adapter_shapes
-from .model import wrappers
+from .model import wrapper_of
 from .state import STATE, own_layers, plain_name, unwrap
+from .units import fsdp1_units, is_fsdp2
 
 _OURS = {"base", "config", "name", "enabled", "transposed", "adopted", "_unmerged"}
 # Modules of their own kind have their own; a compiled call is the adapted layer's.
@@ -62,8 +63,15 @@ def merge_and_unload(model: nn.Module) -> nn.Module:
 
 def _check(model: nn.Module, layers: Mapping[str, DashLinear]) -> None:
     for module_name, module in model.named_modules():
-        if isinstance(module, wrappers()):
-            raise ValueError(f"{module_name or 'the model'} is a {type(module).__name__}; pass the model inside it")
+        wrapper = wrapper_of(module)
+        if wrapper and (is_fsdp2(module) or fsdp1_units(module)):
+            raise ValueError(
+                f"{module_name or 'the model'} is wrapped in {wrapper}, whose parts stay those of the adapted layers: "
+                "save_adapter(model, path) in every process, then merge_and_unload(load_adapter(plain_model, path)); or "
+                "merge(model) and use it as it is"
+            )
+        if wrapper:
+            raise ValueError(f"{module_name or 'the model'} is wrapped in {wrapper}; pass the model inside it")
     places = set(model.modules())
     for name, layer in layers.items():
         if layer not in places or (layer.base is None and layer.adopted is None):

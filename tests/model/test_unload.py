@@ -263,7 +263,7 @@ def test_layers_that_cannot_take_the_update():
 
 
 def test_wrapped_and_patched_models():
-    refused(nn.DataParallel(adapted(network())), "the model is a DataParallel; pass the model inside it")
+    refused(nn.DataParallel(adapted(network())), "the model is wrapped in DataParallel; pass the model inside it")
     model = adapted(network())
     model[0].forward = model[0].forward
     refused(model, "0: its forward was replaced since it was adapted")
@@ -278,7 +278,8 @@ def test_sharded_models(tmp_path, process_group):
     model = fully_shard(apply_dash(network(), CONFIG), mesh=process_group)
     nn.init.normal_(model[0].lora_b)
     with pytest.raises(
-        ValueError, match=r"0 is sharded .*, then merge_and_unload\(load_adapter\(plain_model, path\)\)"
+        ValueError,
+        match=r"the model is wrapped in fully_shard .*, then merge_and_unload\(load_adapter\(plain_model, path\)\)",
     ):
         merge_and_unload(model)
     save_adapter(model, tmp_path)

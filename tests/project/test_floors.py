@@ -14,8 +14,8 @@ ROOT = Path(__file__).parents[2]
 # never the other way.
 FLOORS = {
     "loradash_kernels": (
-        "_version", "files", "notices", "timing", "random", "calls", "backends", "packed_weights", "composite", "ops", "checkpointing", "flops",
-        "autograd", "arguments", "functional", "directions", "testing", "__init__",
+        "_version", "files", "notices", "timing", "random", "calls", "backends", "packed_weights", "composite", "ops",
+        "checkpointing", "flops", "autograd", "sharded", "arguments", "functional", "directions", "testing", "__init__",
     ),
     "loradash_kernels/backends": (
         "__init__", "extension", "cards", "measurements", "tuning", "fused_dropout", "products", "reference", "cpu", "cuda",
@@ -31,8 +31,8 @@ FLOORS = {
         "decompose", "rates", "kept",
     ),
     "python/loradash": (
-        "presets", "config", "meeting", "distributed", "formats", "base_layers", "quantised", "merging", "linear", "data_parallel", "state",
-        "targets", "attention", "bypass", "model", "unload", "warming", "checkpoint", "peft_layout", "export", "streams", "background",
+        "presets", "config", "meeting", "distributed", "units", "formats", "base_layers", "quantised", "merging", "linear", "data_parallel", "state",
+        "targets", "attention", "bypass", "tensor_parallel", "model", "unload", "warming", "checkpoint", "peft_layout", "export", "streams", "background",
         "fingerprint", "cache", "background_process", "batches", "prelaunch", "schedule", "training", "optimizer", "plots", "analysis", "integrations",
         "devices", "machine", "cli", "__init__",
     ),

@@ -51,10 +51,19 @@ def _finite(names: Namespace) -> None:
     assert torch.isfinite(names["y"]).all() and names["found"].u.shape == names["u"].shape
 
 
+def _divided(names: Namespace) -> None:
+    placements = {type(layer.weight).__name__ for layer in dash_layers(names["model"]).values()}
+    snippets.leave_group()
+    assert placements == {"DTensor"}
+
+
+ON_A_MESH = Fixture({"mesh": lambda names: snippets.lone_mesh()}, _divided)
 FIXTURES: dict[tuple[str, str, int], Fixture] = {
     ("README.md", OWN_MODEL, 1): Fixture(then=_launched_and_saved),
     ("README.md", OWN_MODEL, 2): Fixture({"model": lambda names: dash_model()}, _decomposes),
     ("README.md", OWN_MODEL, 3): Fixture(arithmetic(), _finite),
+    ("docs/tensor-parallel.md", OWN_MODEL, 1): ON_A_MESH,
+    ("docs/tensor-parallel.md", OWN_MODEL, 2): ON_A_MESH,
 }
 # Blocks that are no programs: (file, heading, number) -> why.
 LISTED: dict[tuple[str, str, int], str] = {}

@@ -66,6 +66,6 @@ class Traffic(TorchDispatchMode):
 
 
 def _bytes(values: Any) -> int:
-    """Of one argument or result: a tensor, or a list of them."""
+    """What one argument or result takes: a tensor, or a list of them."""
     tensors = [value for value in tree_leaves(values) if isinstance(value, Tensor)]
     return sum(t.numel() * t.element_size() for t in tensors)

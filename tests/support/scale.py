@@ -23,9 +23,13 @@ Result = dict[str, Any]
 
 
 def run_schemes(
-    names: Sequence[str], folder: Path, cells: Sequence[str] = CELLS, processes: int = 2, seconds: float = 240
+    schemes: Sequence[str] | Mapping[str, Sequence[str]],
+    folder: Path,
+    cells: Sequence[str] = CELLS,
+    processes: int = 2,
+    seconds: float = 240,
 ) -> dict[str, dict[str, Result]]:
-    """Walks the cells of schemes that take as many processes, one after the other in one world.
+    """Walks the cells of schemes that take as many processes, one after the other in one world: their own, or `cells`.
 
     Returns for every scheme its cells, the worst of all processes', and leaves them as FOLDER/SCHEME/result.json. What a
     process says before it dies is a cell's error.
@@ -33,11 +37,13 @@ def run_schemes(
     folder.mkdir(parents=True, exist_ok=True)
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
     environment["PYTHONPATH"] = os.pathsep.join([str(TESTS), environment.get("PYTHONPATH", "")]).rstrip(os.pathsep)
-    arguments = [str(folder / "store"), str(folder), ",".join(cells), str(processes)]
+    walks = {name: list(schemes[name] if isinstance(schemes, Mapping) else cells) for name in schemes}
+    store = folder / f"store.{processes}.{'.'.join(walks)}"[:200]
+    arguments = [str(store), str(folder), str(processes)]
     workers = []
     for rank in range(processes):
         with (folder / f"output.{rank}").open("w") as output:
-            program = [sys.executable, "-m", "support.scale_worker", ",".join(names), str(rank), *arguments]
+            program = [sys.executable, "-m", "support.scale_worker", json.dumps(walks), str(rank), *arguments]
             workers.append(subprocess.Popen(program, env=environment, stdout=output, stderr=subprocess.STDOUT))
     last = ["" for _ in workers]
     try:
@@ -51,7 +57,9 @@ def run_schemes(
     finally:
         for worker in workers:
             worker.kill()
-    return {name: _merged(folder / name, cells, processes, "\n".join(filter(None, last))) for name in names}
+    return {
+        name: _merged(folder / name, cells, processes, "\n".join(filter(None, last))) for name, cells in walks.items()
+    }
 
 
 def _merged(folder: Path, cells: Sequence[str], processes: int, last: str) -> dict[str, Result]:

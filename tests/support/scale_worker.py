@@ -1,4 +1,5 @@
-"""One process of `support.scale`: python -m support.scale_worker SCHEMES RANK STORE FOLDER CELLS PROCESSES
+"""One process of `support.scale`: python -m support.scale_worker SCHEMES RANK STORE FOLDER PROCESSES, SCHEMES being JSON, the
+cells of every scheme by its name.
 
 Every cell is compared with what one process makes of the same batches, computed here before the processes meet. It writes
 FOLDER/SCHEME/result.RANK.json after every cell, so that nothing is lost where a later one hangs.
@@ -19,12 +20,16 @@ from typing import Any, NamedTuple
 import loradash
 import torch
 import torch.distributed as dist
-from loradash import DashSchedule, apply_dash, dash_layers, dash_state
+from loradash import DashSchedule, dash_layers, dash_state
 from loradash.distributed import gathered
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from .schemes import LAUNCH, STEPS, Run, Scheme, batch, mean_over_processes, network, of_part, scheme
+from .collectives import Traffic
+from .schemes import LAUNCH, STEPS, Run, Scheme, batch, mean_over_processes, of_part, scheme
+
+# Before launch and after it.
+MOVES = (LAUNCH - 2, LAUNCH + 2)
 
 
 def seeded(step: int, part: int) -> None:
@@ -44,7 +49,7 @@ class Reference(NamedTuple):
 
 def reference(way: Scheme, folder: Path) -> Reference:
     """A batch's parts one after the other, their gradients summed as the processes' are averaged."""
-    model = apply_dash(network(), way.config)
+    model = way.adapted()
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
     schedule = DashSchedule(model, progress=False)
     losses = []
@@ -116,7 +121,7 @@ class Walk:
         return self.run
 
     def begin(self) -> Run:
-        return self.way.begin(apply_dash(network(), self.way.config))
+        return self.way.begin(self.way.adapted())
 
     def steps(self, run: Run, first: int, last: int) -> list[float]:
         losses = []
@@ -132,7 +137,7 @@ class Walk:
     def tensors(self, model: nn.Module) -> dict[str, Tensor]:
         """What comes out of training, whole; of directions their projection, which has no signs."""
         found = {}
-        with self.way.whole(model):
+        with self.way.reading(model):
             for name, layer in dash_layers(self.way.trained(model)).items():
                 parts = {key: gathered(getattr(layer, key)).clone() for key in ("lora_a", "lora_b", "dash_sigma")}
                 found |= {f"{name}.{key}": t for key, t in parts.items()}
@@ -183,7 +188,7 @@ class Walk:
 
     def load(self, cell: Cell) -> None:
         """Their file in one process, and that of one process here, in a model that never trained."""
-        plain = loradash.load_adapter(network(), self.saved())
+        plain = loradash.load_adapter(self.way.network(), self.saved())
         plain.eval()
         with torch.no_grad():
             y = plain(batch(STEPS)[0])
@@ -231,23 +236,75 @@ class Walk:
             self.steps(run, 0, stop)
             folder = self.folder / f"checkpoint.{stop}"
             self.way.save_checkpoint(run, folder)
-            again = self.begin()
-            with torch.no_grad():
-                # What is not loaded shows.
-                for parameter in filter(lambda p: p.requires_grad, again.model.parameters()):
-                    parameter.mul_(0.5)
-            self.way.load_checkpoint(again, folder)
-            step, launched = dash_state(again.model).step, again.schedule.launched
-            cell.require(step == stop, f"resumed at step {step}, wanted {stop}")
-            cell.require(launched == (stop >= LAUNCH), f"launched is {launched} at step {step}")
-            rest = torch.tensor(self.steps(again, stop, STEPS))
-            wanted = torch.tensor(self.single.losses[stop:])
-            cell.compare(f"losses from step {stop}", rest, wanted, self.way.loss_tolerance, relative=False)
-            cell.require(again.schedule.launched, f"resumed at step {stop} it never launched")
+            self.go_on_from(cell, folder, stop)
+
+    def go_on_from(self, cell: Cell, folder: Path, start: int) -> None:
+        again = self.begin()
+        with torch.no_grad():
+            # What is not loaded shows.
+            for parameter in filter(lambda p: p.requires_grad, again.model.parameters()):
+                parameter.mul_(0.5)
+        self.way.load_checkpoint(again, folder)
+        step, launched = dash_state(again.model).step, again.schedule.launched
+        cell.require(step == start, f"resumed at step {step}, wanted {start}")
+        cell.require(launched == (start >= LAUNCH), f"launched is {launched} at step {step}")
+        rest = torch.tensor(self.steps(again, start, STEPS))
+        wanted = torch.tensor(self.single.losses[start:])
+        cell.compare(f"losses from step {start}", rest, wanted, self.way.loss_tolerance, relative=False)
+        cell.require(again.schedule.launched, f"resumed at step {start} it never launched")
+
+    def leave(self, cell: Cell) -> None:
+        """Leaves checkpoints for other schemes and other numbers of processes."""
+        run, losses = self.begin(), []
+        for stop in MOVES:
+            losses += self.steps(run, len(losses), stop)
+            self.way.save_checkpoint(run, self.folder / f"left.{stop}")
+        wanted = torch.tensor(self.single.losses[: len(losses)])
+        cell.compare("losses", torch.tensor(losses), wanted, self.way.loss_tolerance, relative=False)
+
+    def go_on(self, cell: Cell) -> None:
+        """Goes on from what a scheme of two processes left in the same folder."""
+        for start in MOVES:
+            self.go_on_from(cell, self.folder.parent / "fsdp2_whole" / f"left.{start}", start)
+
+    def cache(self, cell: Cell) -> None:
+        """Launches from decompositions on disk: made at the first launch, read at the second."""
+        kept = loradash.SpectralCache(self.folder / "spectra")
+        for _ in range(2):
+            run = self.begin()
+            run = run._replace(schedule=DashSchedule(run.model, progress=False, cache=kept))
+            self.steps(run, 0, STEPS)
+            ours = self.tensors(run.model)
+            for name, tensor in self.tensors_of_one().items():
+                cell.compare(name, ours[name], tensor, self.way.tolerance)
+            files = sorted(file.name for file in kept.folder.iterdir())
+            cell.require(len(files) == len(dash_layers(run.model)), f"the cache has {files}")
+            kept = loradash.SpectralCache(kept.folder)
+
+    def traffic(self, cell: Cell) -> None:
+        """What a step sends, beside what the frozen model's does under the same scheme, before launch and after it."""
+        frozen = self.way.frozen()
+        run = self.begin()
+        for step in range(STEPS):
+            seeded(step, self.way.part())
+            x, target = (of_part(t, self.way.part(), self.way.parts) for t in batch(step))
+            with Traffic() as base:
+                if frozen is not None:
+                    frozen(x.requires_grad_()).sum().backward()
+            with Traffic() as ours:
+                self.way.loss(run.model(x.detach()), target).backward()
+                run.optimizer.step()
+            run.optimizer.zero_grad()
+            run.schedule.step()
+            # The first step settles who has what.
+            if step:
+                self.way.check_traffic(run.model, base, ours)
+        cell.compare("launched", torch.tensor(float(run.schedule.launched)), torch.tensor(1.0), 0.0)
 
 
-def main(names: str, rank: str, store: str, folder: str, cells: str, processes: str) -> None:
-    ways = [scheme(name, int(rank)) for name in names.split(",")]
+def main(schemes: str, rank: str, store: str, folder: str, processes: str) -> None:
+    cells = json.loads(schemes)
+    ways = [scheme(name, int(rank)) for name in cells]
     places = {way.name: Path(folder) / way.name for way in ways}
     for way in ways:
         if way.processes != int(processes):
@@ -265,7 +322,7 @@ def main(names: str, rank: str, store: str, folder: str, cells: str, processes: 
         way.set_up()
         walk = Walk(way, single[way.name], places[way.name])
         results = {}
-        for cell in cells.split(","):
+        for cell in cells[way.name]:
             results[cell] = walk.cell(cell)
             (places[way.name] / f"result.{rank}.json").write_text(json.dumps(results))
     sys.stdout.flush()

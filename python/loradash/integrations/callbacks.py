@@ -30,7 +30,7 @@ class Figures:
         launched = [layer for layer in dash_layers(schedule.model).values() if bool(layer.launched)]
         figures: dict[str, float] = {
             "dash_step": schedule.state.step,
-            "dash_directions": sum(layer.dash_sigma.numel() for layer in launched),
+            "dash_directions": sum(layer.dash_vt.shape[0] for layer in launched),
         }
         if launched:
             norms = [gathered(layer.dash_sigma).float().norm().cpu() for layer in launched]
@@ -45,7 +45,7 @@ class Figures:
 def warn_without_launch(schedule: DashSchedule) -> None:
     """Tells at the end of training that its adapters are plain LoRA, where directions were wanted."""
     step, due = schedule.state.step, schedule.state.config.prelaunch_steps
-    wanted = any(layer.dash_sigma.numel() for layer in dash_layers(schedule.model).values())
+    wanted = any(layer.dash_vt.shape[0] for layer in dash_layers(schedule.model).values())
     if wanted and not schedule.launched:
         when = f"of {due}, before launch" if step < due else f"without launch, which was due at {due}"
         warnings.warn(f"loradash: training ended at step {step} {when}: plain LoRA so far", stacklevel=3)

@@ -18,29 +18,19 @@ from loradash import DashConfig, DashSchedule
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..collectives import Traffic
+
 FILES = {
     "ddp": "data_parallel",
-    "ddp_static": "data_parallel",
-    "ddp_view": "data_parallel",
-    "ddp_no_sync": "data_parallel",
-    "ddp_unused": "data_parallel",
     "fsdp1": "fsdp1",
-    "fsdp1_flat": "fsdp1",
     "fsdp2": "fsdp2",
-    "fsdp2_first": "fsdp2",
-    "fsdp2_layers": "fsdp2",
-    "fsdp2_kept": "fsdp2",
-    "fsdp2_bf16": "fsdp2",
-    "fsdp2_checkpointed": "fsdp2",
-    "fsdp2_offloaded": "fsdp2",
     "tp2": "tensor_parallel",
-    "tp2_fsdp2": "tensor_parallel",
     "zero2": "zero",
     "zero3": "zero",
 }
-"""The file of every scheme; a name that several of them share begins with the table's."""
+"""The file of a scheme, by what its name has before the first underscore."""
 
-# Of x's rows (ROWS, TOKENS, WIDTH); every part of a batch takes its share of the rows.
+# x is (ROWS, TOKENS, WIDTH); every part of a batch takes its share of the rows.
 ROWS, TOKENS, WIDTH, HIDDEN, CLASSES = 8, 3, 24, 32, 10
 STEPS, LAUNCH = 8, 4
 
@@ -75,6 +65,22 @@ def network() -> Network:
     """A new base model, of one seed."""
     torch.manual_seed(0)
     return Network()
+
+
+class Scaled(nn.Linear):
+    """A layer that computes in a way of its own, so that an adapter keeps it whole."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return 0.5 * super().forward(x)
+
+
+def with_scaled_layers() -> Network:
+    model = network()
+    for block in model.blocks:
+        scaled = Scaled(HIDDEN, WIDTH)
+        scaled.load_state_dict(block.down.state_dict())
+        block.down = scaled
+    return model
 
 
 def batch(step: int) -> tuple[Tensor, Tensor]:
@@ -115,6 +121,22 @@ class Scheme:
     def config(self) -> DashConfig:
         # 3 rows over 2 processes make uneven shards; a head trains as a whole.
         return DashConfig(r=3, directions=3, prelaunch_steps=LAUNCH, dropout=self.dropout, trainable_modules=["head"])
+
+    def network(self) -> nn.Module:
+        """A new base model."""
+        return network()
+
+    def adapted(self) -> nn.Module:
+        """A new model for `begin`."""
+        return loradash.apply_dash(self.network(), self.config)
+
+    def frozen(self) -> nn.Module | None:
+        """The base model alone as this scheme holds it, for what it sends in a step; None where it sends nothing."""
+        return self.wrap(self.network().requires_grad_(False))
+
+    def check_traffic(self, model: nn.Module, base: Traffic, ours: Traffic) -> None:
+        """AssertionError where a step of an adapted model sends what it need not, beside a frozen model's."""
+        raise NotImplementedError
 
     def part(self) -> int:
         """Which part of a batch this process computes."""
@@ -161,6 +183,12 @@ class Scheme:
         """Within the block parameters can be saved, and with `writing` written: for wrappers of which we ask it."""
         yield
 
+    @contextlib.contextmanager
+    def reading(self, model: nn.Module) -> Iterator[None]:
+        """Within the block parameters are whole, or DTensors, for the tests to look at."""
+        with self.whole(model):
+            yield
+
     def trained(self, model: nn.Module) -> nn.Module:
         """The model whose layers `dash_layers` names, inside `whole`."""
         return model
@@ -175,7 +203,7 @@ class Scheme:
 
 def scheme(name: str, rank: int) -> Scheme:
     """The scheme of a name: its file's `SCHEMES[name]`."""
-    file = importlib.import_module(f"support.schemes.{FILES[name]}")
+    file = importlib.import_module(f"support.schemes.{FILES[name.partition('_')[0]]}")
     return file.SCHEMES[name](name, rank)
 
 

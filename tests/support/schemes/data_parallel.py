@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from ..collectives import Traffic
 from . import Run, Scheme
 
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -24,6 +25,21 @@ class DDP(Scheme):
 
     def wrap(self, model: nn.Module) -> nn.Module:
         return DistributedDataParallel(model, **OPTIONS.get(self.name, {}))
+
+    def frozen(self) -> None:
+        """DDP takes no model in which nothing trains, and there is nothing to send."""
+        return None
+
+    def check_traffic(self, model: nn.Module, base: Traffic, ours: Traffic) -> None:
+        trained = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
+        assert ours.bytes == {"all_reduce": trained}, (ours.bytes, trained)
+
+
+class Four(DDP):
+    """Four processes, without dropout."""
+
+    processes = parts = 4
+    dropout = 0.0
 
 
 class Accumulating(DDP):
@@ -45,4 +61,4 @@ class Accumulating(DDP):
         return sum(losses, torch.zeros(()))
 
 
-SCHEMES = {**dict.fromkeys(OPTIONS, DDP), "ddp_no_sync": Accumulating}
+SCHEMES = {**dict.fromkeys(OPTIONS, DDP), "ddp_no_sync": Accumulating, "ddp_four": Four}

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from ...base_layers import is_linear, treatment
-from ...model import wrappers
+from ...model import wrapper_of
 from ...quantised import is_quantised
 from ...state import STATE, plain_name
 from .kinds import CrMrLayer, DropInLayer, LoralibLayer, SdgHost, SdgLayer, adopt, has_hooks, release
@@ -64,8 +64,8 @@ def patch(model: nn.Module, semantics: Semantics = "loradash", step: int | None 
     # torch.compile traces the changed module anew.
     model = model._modules.get("_orig_mod") or model
     for name, module in model.named_modules():
-        if isinstance(module, wrappers()):
-            raise ValueError(f"{name or 'the model'} is wrapped in {type(module).__name__}; patch comes before it")
+        if wrapper := wrapper_of(module):
+            raise ValueError(f"{name or 'the model'} is wrapped in {wrapper}; patch comes before it")
         if isinstance(module, DropInLayer):
             raise ValueError(f"{name or 'the model'} is a Linear of this package, which runs on the operator as it is")
         if STATE in module.__dict__ or isinstance(module, AuthorsLayer | SdgHost):
