@@ -22,7 +22,7 @@ CXX_FILES = $(shell find csrc examples tools -name '*.cpp' -o -name '*.h' -o -na
 CLANG_FORMAT := $(PY) -c "from clang_format import clang_format; clang_format()"
 RESULTS := benchmarks/results
 
-.PHONY: demo test cuda-check cuda-counters test-ptxsim bench bench-all bench-front-ends bench-experts bench-scale gpu-proof counters peft-tests peft-versions lint format docs clean in-place
+.PHONY: demo test cuda-check cuda-counters test-ptxsim bench bench-all bench-front-ends bench-experts bench-scale gpu-proof counters peft-tests peft-versions lint format docs clean in-place bench-compile
 
 demo: $(READY)
 	$(PY) -m loradash.cli finetune --out runs/demo
@@ -107,6 +107,10 @@ bench-experts: $(READY)
 bench-scale: $(READY)
 	$(PY) -c "import deepspeed" 2>/dev/null || DS_BUILD_OPS=0 $(PIP) install --quiet --no-build-isolation "deepspeed==0.19.8"
 	$(ON_CPU) benchmarks.scale --out $(RESULTS)
+
+# Whole models under torch.compile: what is compiled, kept and exported; nothing is timed.
+bench-compile: $(READY)
+	$(ON_CPU) benchmarks.compiled --out $(RESULTS)
 
 # PEFT's own tests with this library beneath them and without; its sdist comes from PyPI, or lies in SDIST=FOLDER. ONLY="--file
 # test_mixed --switch accelerated" runs a part, and then writes no results.

@@ -7,6 +7,7 @@ from . import flops
 from ._version import __version__
 from .backends.registry import BackendChoice, available_backends, explain_backend
 from .checkpointing import keep_projections
+from .composite import operator_decompositions
 from .directions.linalg import Triplets
 from .directions.randomized_svd import batched_randomized_svd
 from .directions.rates import (
@@ -42,6 +43,7 @@ __all__ = [
     "explain_backend",
     "keep_projections",
     "low_rank_update",
+    "operator_decompositions",
     "packed_weight_bytes",
     "task_specific_directions",
 ]

@@ -71,7 +71,7 @@ class Operator:
             return tuple(names.index(name) if name in names else self.count for name in wanted)
 
         self.frozen = [(name, names.index(name)) for name in _FROZEN if name in names]
-        (self.x, self.seed, self.bias, self.base) = places("x", "seed", "bias", "y")
+        self.seed, self.bias, self.base = places("seed", "bias", "y")
         self.leaves = places(*_LEAVES)
         self.seed_of = itemgetter(self.seed)
         self.leaves_of, self.saved_of = itemgetter(*self.leaves), itemgetter(*places(*self.saved))
@@ -101,6 +101,11 @@ class Operator:
                 if tensor is not None and tensor.requires_grad:
                     return True
         return False
+
+    def shape_of_p(self, args: tuple) -> tuple[int, int]:
+        """(M, R)."""
+        x, lora_a, _, dash_sigma, _ = self.leaves_of((*args, None))
+        return x.shape[0], lora_a.shape[0] + (0 if dash_sigma is None else dash_sigma.shape[0])
 
     def with_seed(self, args: tuple, seed: Tensor | None) -> tuple:
         """The arguments with this seed."""

@@ -73,12 +73,12 @@ class _Recomputation(Region):
 
     def call(self, operator: Operator, call: Call, args: tuple) -> tuple[Tensor, Tensor]:
         p, seed = next(self._next, (None, None))
-        x = args[operator.x]
-        if p is None or p.shape[0] != x.shape[0]:
-            found = "none is left" if p is None else f"the one kept has {p.shape[0]} rows"
+        wanted = operator.shape_of_p(args)
+        if p is None or p.shape != wanted:
+            found = "none is left" if p is None else f"the one kept is {tuple(p.shape)}"
             raise RuntimeError(
-                f"loradash: keep_projections has no P for a call with {x.shape[0]} rows, {found}: the checkpointed function "
-                "called other layers in its recomputation than in its forward pass"
+                f"loradash: keep_projections has no P {wanted} for a layer, {found}: the checkpointed function called other "
+                "layers in its recomputation than in its forward pass"
             )
         # P was made with this seed, whatever the generator gave now.
         args = operator.with_seed(args, seed)

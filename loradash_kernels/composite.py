@@ -2,20 +2,24 @@
 
 torch.func (grad, vmap, jvp, hessian, ...) and forward-mode automatic differentiation differentiate and batch what they
 see. The fused operator shows them nothing, so its calls take this formula there: every transform, any order of derivatives,
-at the price of separate products. Letters as in `reference`.
+at the price of separate products. So do exported programs that are to run without this package. Letters as in `reference`.
 """
 
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch._ops import OpOverload
 from torch.autograd import forward_ad
 from torch.nn import functional as F
 
 from .backends.reference import stacked
 from .calls import accumulator
+from .random import dropout_mask, keep_scale
 
 
 def is_wanted() -> bool:
@@ -67,7 +71,34 @@ def low_rank_update(
     scaling: float,
 ) -> Tensor:  # (..., N)
     """y + ((x D^T) * c) Q^T, in the dtype of y; the low-rank sums in float32 (float64 for float64), as in the kernels."""
+    return _updated(y, x, lora_a, lora_b, dash_u, dash_vt, dash_sigma, None, scaling, 0)[0]
+
+
+def _updated(y: Tensor, x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
+    """The sum, and P = x D^T. The arguments are those of the operator before `backend`."""
+    lora_a, lora_b, dash_u, dash_vt, dash_sigma, seed, scaling, threshold = arguments
     dtype = accumulator(x.dtype)
     with _without_autocast(x.device.type):
         d, q, c = stacked(lora_a, lora_b, dash_u, dash_vt, dash_sigma, scaling, dtype)
-        return (y.to(dtype) + ((x.to(dtype) @ d.t()) * c) @ q.t()).to(y.dtype)
+        wide = x.to(dtype)
+        if seed is not None and threshold:
+            wide = wide * dropout_mask(seed, threshold, *x.shape) * keep_scale(threshold)
+        p = wide @ d.t()
+        return (y.to(dtype) + (p * c) @ q.t()).to(y.dtype), p
+
+
+def operator_decompositions() -> dict[OpOverload, Callable[..., tuple[Tensor, Tensor]]]:
+    """The forward operators in PyTorch's own operations, for `torch.export.ExportedProgram.run_decompositions`.
+
+    A program decomposed by this table needs neither this package nor Python where it runs (AOTInductor, C++), and pays with
+    separate products. Dropout is the same mask, drawn by integer arithmetic that is slow outside a compiler.
+    """
+
+    def dash_linear(x: Tensor, weight: Tensor, bias: Tensor | None, *arguments: Any) -> tuple[Tensor, Tensor]:
+        return _updated(F.linear(x, weight, bias), x, *arguments[:-1])
+
+    def low_rank_update(y: Tensor, x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
+        return _updated(y, x, *arguments[:-1])
+
+    found = (dash_linear, low_rank_update)
+    return {getattr(torch.ops.loradash, formula.__name__).default: formula for formula in found}

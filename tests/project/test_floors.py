@@ -14,8 +14,8 @@ ROOT = Path(__file__).parents[2]
 # never the other way.
 FLOORS = {
     "loradash_kernels": (
-        "_version", "files", "notices", "timing", "random", "calls", "backends", "packed_weights", "composite", "ops", "flops",
-        "autograd", "group_autograd", "sharded", "arguments", "functional", "checkpointing", "group", "rows", "experts", "directions", "testing", "__init__",
+        "_version", "files", "notices", "timing", "random", "calls", "backends", "packed_weights", "composite", "ops",
+        "checkpointing", "flops", "autograd", "group_autograd", "sharded", "arguments", "functional", "group", "rows", "experts", "directions", "testing", "__init__",
     ),
     "loradash_kernels/backends": (
         "__init__", "extension", "cards", "measurements", "tuning", "fused_dropout", "products", "reference", "cpu", "cuda",

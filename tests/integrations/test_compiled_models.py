@@ -1,0 +1,56 @@
+"""Whole models of transformers under torch.compile: one graph, which launch leaves as it is. `make bench-compile` has the others."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from support.processes import run_processes
+
+from benchmarks.compiled.counts import adapted, compiled, gap, trained
+from benchmarks.compiled.models import MODELS
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.mark.parametrize("name", ["Llama", "GPT-2", "BERT"])
+def test_one_graph_for_both_phases(name):
+    """With dropout, whose masks are those of eager calls; new batches and lengths take what sizes as symbols take: one more."""
+    model = adapted(MODELS[name], dropout=0.25)
+    expected = trained(model, model)
+    found = compiled(adapted(MODELS[name], dropout=0.25), "aot_eager")
+    counts = {phase: (p.graphs, p.breaks, p.recompilations) for phase, p in found.items()}
+    assert counts == {"before launch": (1, 0, 0), "after launch": (0, 0, 0), "other shapes": (1, 0, 1)}
+    for phase in found:
+        assert gap(found[phase], expected[phase]) <= 1e-6, phase
+
+
+ROOT = Path(__file__).parents[2]
+WORKER = f"""
+import os, sys
+sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "tests")!r}]
+from support.compiled_worker import main
+main(int(sys.argv[1]), *sys.argv[2:4])
+# gloo's threads crash when Python takes them down.
+os._exit(0)
+"""
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("compiled")
+    run_processes(WORKER, folder, str(folder))
+    return json.loads((folder / "result.json").read_text())
+
+
+@pytest.mark.parametrize("scheme", ["DDP", "FSDP2, compiled blocks", "FSDP2, compiled whole"])
+def test_several_processes(world, scheme):
+    """The losses of one process; as many graphs, breaks and recompilations as the model has without adapters; none at launch."""
+    found = world[scheme]
+    assert found["losses"] == pytest.approx(found["expected"], rel=1e-5)
+    ours = found["adapted"]
+    assert ours["before"] == ours["end"], "launch compiled something"
+    assert ours["end"] == found.get("plain", ours)["end"]
+    if scheme == "DDP":
+        assert ours["compiled"] > ours["end"][0], "DDPOptimizer did not split the graph"
