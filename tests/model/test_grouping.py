@@ -5,12 +5,16 @@ from __future__ import annotations
 import copy
 import gc
 import io
+import os
+import sys
 import weakref
 from dataclasses import replace
+from pathlib import Path
 
 import loradash.grouping
 import pytest
 import torch
+import torch._dynamo.testing
 from loradash import (
     DashConfig,
     DashLinear,
@@ -23,50 +27,13 @@ from loradash import (
     ungroup_projections,
     unmerge,
 )
+from support.processes import run_processes
+from support.projections import QKV, adapted, step
 from torch import nn
 from torch.nn.utils import prune
 from torch.utils.checkpoint import checkpoint
 
 from loradash_kernels import notices
-
-QKV = ("q_proj", "k_proj", "v_proj")
-
-
-class Attention(nn.Module):
-    """Three projections; `between` is called before the second."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.q_proj, self.k_proj, self.v_proj = (nn.Linear(16, n) for n in (16, 8, 8))
-        self.between = self.order = None
-
-    def forward(self, x, memory=None, skip=()):
-        memory, found = x if memory is None else memory, {}
-        for name in self.order or QKV:
-            if name not in skip:
-                found[name] = getattr(self, name)(x if name == "q_proj" else memory)
-            if self.between is not None and name == "q_proj":
-                self.between(x)
-        return [found[name] for name in QKV if name in found]
-
-
-class Model(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.attention = Attention()
-
-    def forward(self, x, *args, **kwargs):
-        return self.attention(x, *args, **kwargs)
-
-
-def adapted(dropout=0.0, **options):
-    torch.manual_seed(0)
-    model = apply_dash(Model(), DashConfig(r=4, directions=3, dropout=dropout, **options))
-    with torch.no_grad():
-        for layer in dash_layers(model).values():
-            for t in (layer.lora_b, layer.dash_sigma, layer.dash_u, layer.dash_vt):
-                t.normal_(std=0.3)
-    return model
 
 
 @pytest.fixture(autouse=True)
@@ -94,16 +61,6 @@ def pair():
     grouped = copy.deepcopy(plain)
     assert group_projections(grouped, [QKV]) == [tuple(f"attention.{name}" for name in QKV)]
     return plain, grouped
-
-
-def step(model, *args, **kwargs):
-    """Outputs and all gradients, that of x first."""
-    torch.manual_seed(5)
-    x = torch.randn(3, 5, 16, requires_grad=True)
-    outputs = model(x, *args, **kwargs)
-    model.zero_grad()
-    torch.autograd.backward([y.square().sum() for y in outputs])
-    return [*outputs, x.grad, *(p.grad for p in model.parameters() if p.grad is not None)]
 
 
 def same(pair, *args, **kwargs):
@@ -352,3 +309,58 @@ def test_known_architectures(calls):
             found, apart = (model(input_ids=ids, **inputs).last_hidden_state for model in (grouped, plain))
         torch.testing.assert_close(found, apart)
         assert calls == wanted and sorted(map(len, names)) == sorted(wanted), make.__name__
+
+
+WORKER = """
+import copy, os, sys
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FullyShardedDataParallel as FSDP1
+from torch.distributed.fsdp import fully_shard
+from loradash import DashConfig, apply_dash, dash_layers, group_projections
+from support.projections import QKV, Model, adapted, step
+
+dist.init_process_group("gloo", init_method="file://" + sys.argv[2], rank=int(sys.argv[1]), world_size=2)
+mesh = init_device_mesh("cpu", (2,))
+plain = adapted()
+wanted = step(plain)
+
+def grouped():
+    model = copy.deepcopy(plain)
+    group_projections(model, [QKV])
+    return model
+
+def whole(t):
+    return t.full_tensor() if hasattr(t, "full_tensor") else t
+
+def block():
+    model = grouped()
+    fully_shard(model.attention, mesh=mesh)
+    return fully_shard(model, mesh=mesh)
+
+for model in (nn.parallel.DistributedDataParallel(grouped()), block()):
+    for found, expected in zip(step(model), wanted, strict=True):
+        torch.testing.assert_close(whole(found), expected)
+
+model = grouped()
+for layer in dash_layers(model).values():
+    fully_shard(layer, mesh=mesh)
+fully_shard(model, mesh=mesh)
+try:
+    step(model)
+except ValueError as error:
+    assert "attention.k_proj: its parameters are a DTensor while attention.q_proj computes their group" in str(error), error
+else:
+    raise AssertionError("layers that are sharded by themselves were taken")
+dist.barrier()
+print("done", flush=True)
+os._exit(0)
+"""
+
+
+def test_sharded_models(tmp_path, monkeypatch):
+    """DDP and FSDP2 by block as one process; FSDP2 by layer is refused before anything is computed."""
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(Path(__file__).parents[1]), *sys.path]))
+    assert [said.split() for said in run_processes(WORKER, tmp_path)] == [["done"]] * 2
