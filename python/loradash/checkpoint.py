@@ -19,7 +19,7 @@ from loradash_kernels.files import replace_file
 from .adapters import add_adapter, as_active, check_new_adapter
 from .base_layers import features
 from .config import DashConfig
-from .distributed import gathered, reshard
+from .distributed import assign, gathered, reshard
 from .experts import ExpertParameter
 from .model import apply_dash, merge_layers, merged_factors, refuse_refreezing, train_sigma_alone
 from .parked import DEFAULT, adapter_shapes

@@ -76,18 +76,25 @@ class Group:
         self.names, self.members = tuple(names), tuple(members)
         self.record: _Record | None = None
         self.open = False
+        # The places that were called since the first of this round.
+        self.called: set[int] = set()
 
     def begin(self, parent: nn.Module, args: Any) -> None:
         """A pre-hook of the parent's forward."""
         if not torch.compiler.is_compiling():
-            self.open, self.record = True, None
+            self.open, self.record, self.called = True, None, set()
 
     def end(self, parent: nn.Module, args: Any, output: Any) -> None:
         """A hook of the parent's forward, which runs where that raises, too: output is None then."""
         if torch.compiler.is_compiling():
             return
         record, self.record, self.open = self.record, None, False
-        if record is not None and record.results and output is not None:
+        if record is not None and output is not None:
+            self._warn_of_rest(record)
+
+    def _warn_of_rest(self, record: _Record) -> None:
+        """Outputs that nobody took were computed in vain."""
+        if record.results:
             vain = ", ".join(self.names[place] for place in record.results)
             warn_once(
                 f"group_projections: {vain} was computed with its group and not called with the same tensor; leave it out of "
@@ -102,11 +109,15 @@ class Group:
         # A replica of DataParallel is no member.
         if place is None:
             return None
+        if place in self.called:
+            self.called = set()
+        self.called.add(place)
         record, mode = self.record, _mode(x)
         if record is not None and record.serves(x, mode):
             snapshot, y = record.results.pop(place, (None, None))
             return y if snapshot is not None and snapshot.is_of(self._snapshot(layer, layer)) else None
-        found = {i: self._snapshot(m, layer) for i, m in enumerate(self.members[place:], place)}
+        later = [i for i in range(place, len(self.members)) if i == place or i not in self.called]
+        found = {i: self._snapshot(self.members[i], layer) for i in later}
         joining = {i: s for i, s in found.items() if s is not None and s.training == layer.training}
         if place not in joining or len(joining) < 2:
             return None
@@ -119,13 +130,15 @@ class Group:
             outputs = dash_linear_group(x, members, dropout_p=layers[0].config.dropout, training=layers[0].training)
         except ValueError as error:
             raise ValueError(f"the group of {', '.join(self.names[i] for i in joining)}: {error}") from error
+        if self.record is not None:
+            self._warn_of_rest(self.record)
         results = {i: (s, y) for (i, s), y in zip(joining.items(), outputs, strict=True)}
         _, y = results.pop(place)
         self.record = _Record(x, x._version, mode, results)
         return y
 
     def _snapshot(self, layer: DashLinear, runs: DashLinear) -> _Snapshot | None:
-        """The layer as it is, None where it does not compute as a member does: disabled, merged, quantised since, without the
+        """The layer as it is, None where it does not compute as a member does: disabled, merged, quantised or pruned since, without the
         active adapter, in a mixed batch."""
         if layer.base is not None or not layer.takes_plain_calls:
             return None
@@ -137,7 +150,8 @@ class Group:
                 if hasattr(t, "device_mesh"):
                     raise self._sharded(layer, runs, f"a {type(t).__name__}")
                 return None
-            if t.is_inference():
+            # A tensor that somebody computes for every call (pruning) is not there yet.
+            if t.is_inference() or not t.is_leaf:
                 return None
         weight = tensors[0]
         expected = layer.in_features * layer.out_features
@@ -154,7 +168,7 @@ class Group:
 
     def __getstate__(self) -> dict[str, Any]:
         """Copies and files have no outputs that wait."""
-        return {**self.__dict__, "record": None, "open": False}
+        return {**self.__dict__, "record": None, "open": False, "called": set()}
 
 
 def _is_watched(x: Any) -> bool:
