@@ -32,8 +32,8 @@ class DashConfig:
         directions: task-specific directions a layer (s in the paper); 0 gives plain LoRA.
         prelaunch_steps: optimizer steps of plain LoRA before the directions are chosen (t in the paper).
         dropout: probability in [0, 1) on the input of the low-rank terms.
-        target_modules: names or dotted suffixes of linear layers, or one regular expression that must match a whole name;
-            None takes every linear layer.
+        target_modules: names or dotted suffixes of layers, or one regular expression that must match a whole name; None takes
+            every linear layer. A convolution that is a linear layer over channels can be named; others are refused.
         exclude_modules: the same, for layers to leave out.
         trainable_modules: modules that train as a whole beside the adapters (a classification head), same forms.
         overrides: pattern -> {"r": .., "alpha": .., "directions": ..} for single layers; the first match counts.
