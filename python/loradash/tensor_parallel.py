@@ -169,7 +169,7 @@ def parallelize(model: nn.Module, mesh: DeviceMesh) -> nn.Module:
         mesh: of one dimension: mesh["tp"] of a larger one.
 
     Raises ValueError, with the model unchanged: no plan, a style in it that only transformers has, heads that the processes do
-    not divide, and what `ColwiseDash` and `RowwiseDash` refuse.
+    not divide, a trained parameter tied between modules that it divides, and what `ColwiseDash` and `RowwiseDash` refuse.
     """
     root = unwrap(model)
     plan = getattr(root, "tp_plan", None)
@@ -177,6 +177,8 @@ def parallelize(model: nn.Module, mesh: DeviceMesh) -> nn.Module:
         raise ValueError(
             f"{type(root).__name__} has no tp_plan; say which layer is divided how: parallelize_module(model, mesh, plan)"
         )
+    if mesh.ndim != 1:
+        raise ValueError(f'the mesh has {mesh.ndim} dimensions; wanted one, as mesh["tp"] gives it')
     config = getattr(root.config, "get_text_config", lambda: root.config)()
     for name in _HEADS:
         heads = getattr(config, name, None)
@@ -194,8 +196,22 @@ def parallelize(model: nn.Module, mesh: DeviceMesh) -> nn.Module:
         if isinstance(layer, DashLinear):
             _check(layer, mesh, ROW if style.startswith("rowwise") else COLUMN)
         styles[name] = _STYLES[style]()
+    _check_ties(root, chosen)
     parallelize_module(root, mesh, styles)
     return model
+
+
+def _check_ties(root: nn.Module, chosen: Mapping[str, str]) -> None:
+    """A tied parameter becomes one parameter of each module that is divided: frozen they stay equal, trained they would not."""
+    owners: dict[int, list[str]] = {}
+    for name, parameter in root.named_parameters(remove_duplicate=False):
+        if parameter.requires_grad:
+            owners.setdefault(id(parameter), []).append(name)
+    for names in owners.values():
+        if len(names) > 1 and any(name.rpartition(".")[0] in chosen for name in names):
+            raise ValueError(
+                f"{' and '.join(names)} are one parameter, which trains and which the model's tp_plan would part; freeze it, or untie it"
+            )
 
 
 def _style_of(plan: Mapping[str, str], name: str) -> str | None:

@@ -313,14 +313,21 @@ def own_plans(meshes: Meshes, folder: Path) -> None:
     model = parallelize(planned(plan), meshes.pair)
     assert model.layers[1].up.weight.placements == (Shard(0),) and model.layers[0].down.weight.placements == (Shard(1),)
     torch.testing.assert_close(model.layers[1](inputs()), wanted)
+    tied = planned(plan)
+    tied.layers[0].down.weight = tied.layers[1].down.weight
+    tied.layers[1].down.weight.requires_grad_()
     for wrong, words in (
         (planned(None), ("no tp_plan", "parallelize_module")),
         (planned({**plan, "layers.*.up": "packed_colwise"}), ("layers.0.up", "packed_colwise")),
+        (planned({**plan, "layers.*": "colwise"}), ("layers.0", "a Pair")),
         (planned(plan, heads=3), ("num_key_value_heads is 3",)),
+        (tied, ("layers.0.down.weight and layers.1.down.weight are one parameter",)),
     ):
         with raises(ValueError, *words):
             parallelize(wrong, meshes.pair)
         assert not any(isinstance(p, DTensor) for p in wrong.parameters())
+    with raises(ValueError, "2 dimensions"):
+        parallelize(planned(plan), meshes.two_by_two)
 
 
 CHECKS = (
