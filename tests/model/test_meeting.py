@@ -92,7 +92,7 @@ class Others:
 def store(monkeypatch):
     store = Others()
     monkeypatch.setattr(meeting, "_store", lambda: store)
-    monkeypatch.setattr(torch.distributed, "broadcast_object_list", lambda names, src: None)
+    monkeypatch.setattr(torch.distributed, "broadcast_object_list", lambda names, src, group: None)
     monkeypatch.setattr(meeting, "LAST_PAUSE", 0.002)
     return store
 
