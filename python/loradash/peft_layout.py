@@ -16,7 +16,6 @@ from .experts import ExpertParameter
 from .linear import DashLinear
 from .state import OwnLayer, dash_state, experts_of, linears_of, own_layers, plain_name
 from .targets import trainable_modules
-from .zero import whole_shape
 
 PREFIX = "base_model.model."
 """PeftModel puts it before every name."""
@@ -96,7 +95,7 @@ class Layout:
     def rank(self) -> int:
         """The largest r + s of a layer: PEFT gets one rank for all."""
         layers: list[OwnLayer] = [*self.adapted.values(), *self.experts.values()]
-        return max(whole_shape(layer.lora_a)[-2] + whole_shape(layer.dash_sigma)[-1] for layer in layers)
+        return max(layer.config.r + layer.dash_vt.shape[-2] for layer in layers)
 
 
 def task_of(root: nn.Module) -> str | None:
