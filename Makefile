@@ -22,7 +22,7 @@ CXX_FILES = $(shell find csrc examples tools -name '*.cpp' -o -name '*.h' -o -na
 CLANG_FORMAT := $(PY) -c "from clang_format import clang_format; clang_format()"
 RESULTS := benchmarks/results
 
-.PHONY: demo test cuda-check cuda-counters test-ptxsim bench bench-all bench-front-ends bench-compile gpu-proof counters peft-tests peft-versions lint format docs clean in-place
+.PHONY: demo test cuda-check cuda-counters test-ptxsim bench bench-all bench-front-ends bench-compile bench-grouped gpu-proof counters peft-tests peft-versions lint format docs clean in-place
 
 demo: $(READY)
 	$(PY) -m loradash.cli finetune --out runs/demo
@@ -102,6 +102,10 @@ bench-front-ends: $(READY)
 # Whole models under torch.compile: what is compiled, kept and exported; nothing is timed.
 bench-compile: $(READY)
 	$(ON_CPU) benchmarks.compiled --out $(RESULTS)
+
+# Three projections that share x: as a group, as layers, with PEFT, frozen.
+bench-grouped: $(READY)
+	$(ON_CPU) benchmarks.layers.grouped --out $(RESULTS)
 
 # PEFT's own tests with this library beneath them and without; its sdist comes from PyPI, or lies in SDIST=FOLDER. ONLY="--file
 # test_mixed --switch accelerated" runs a part, and then writes no results.

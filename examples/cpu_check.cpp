@@ -27,15 +27,20 @@ int main() {
   std::vector<char> packed(cpu::packed_bytes(DType::kFloat32, Pass::kForward, n, k));
   cpu::pack_weight(DType::kFloat32, Pass::kForward, w.data(), k, 1, n, k, packed.data(), serial);
   std::vector<float> y(m * n), p(m * (r + s));
+  cpu::ForwardMember layer{};
+  layer.n = n;
+  layer.adapters = {a.data(), b.data(), u.data(), vt.data(), sigma.data(), r, s, scaling};
+  layer.packed = packed.data();
+  layer.y = y.data();
   cpu::ForwardParams params{};
-  params.shape = {m, k, n};
-  params.adapters = {a.data(), b.data(), u.data(), vt.data(), sigma.data(), r, s, scaling};
+  params.m = m;
+  params.k = k;
   params.dropout = dropout;
   params.dtype = DType::kFloat32;
   params.x = x.data();
   params.ldx = k;
-  params.packed = packed.data();
-  params.y = y.data();
+  params.members = &layer;
+  params.count = 1;
   params.p = p.data();
   cpu::forward(params, serial);
 

@@ -19,18 +19,21 @@ from .directions.rates import (
     task_specific_directions,
 )
 from .functional import dash_linear, low_rank_update
+from .group import GroupMember, dash_linear_group
 from .packed_weights import enable_packed_weights, packed_weight_bytes
 
 __all__ = [
     "BackendChoice",
     "ChangeRates",
     "Directions",
+    "GroupMember",
     "Triplets",
     "__version__",
     "available_backends",
     "batched_randomized_svd",
     "change_rates",
     "dash_linear",
+    "dash_linear_group",
     "direction_accuracy",
     "direction_recall",
     "enable_packed_weights",

@@ -28,10 +28,16 @@ _FROZEN = ("weight", "dash_u", "dash_vt")
 def _gradients(direct: bool, *args: Any) -> tuple[Tensor, ...]:
     """The backward operator: called directly where forward was and dy is plain, through the dispatcher where something must
     see it."""
-    dy, x = args[0], args[1]
+    if must_dispatch(direct, args[0], args[1]):
+        return torch.ops.loradash.dash_linear_backward(*args)
+    return ops.dash_linear_backward(*args)
+
+
+def must_dispatch(direct: bool, dy: Tensor, x: Tensor) -> bool:
+    """Must something see the backward operator, or was forward called by the dispatcher (not `direct`)?"""
     if forward_ad._current_level >= 0 and forward_ad.unpack_dual(dy).tangent is not None:
         raise RuntimeError("loradash: the gradients of dash_linear have no forward-mode derivatives")
-    if (
+    return bool(
         not direct
         or type(dy) is not Tensor
         # A hook on saved tensors may give back what it likes.
@@ -41,9 +47,7 @@ def _gradients(direct: bool, *args: Any) -> tuple[Tensor, ...]:
         or torch._C._len_torch_dispatch_stack()
         or torch._C._are_functorch_transforms_active()
         or torch._C._functorch.is_legacy_batchedtensor(dy)
-    ):
-        return torch.ops.loradash.dash_linear_backward(*args)
-    return ops.dash_linear_backward(*args)
+    )
 
 
 class Operator:
@@ -180,4 +184,5 @@ def _no_second_derivative(ctx: Any, *grads: Tensor) -> tuple[None, ...]:
     raise RuntimeError(_TWICE)
 
 
-torch.library.register_autograd("loradash::dash_linear_backward", _no_second_derivative, lib=ops.LIBRARY)
+for _name in ("dash_linear_backward", "dash_linear_group_backward"):
+    torch.library.register_autograd(f"loradash::{_name}", _no_second_derivative, lib=ops.LIBRARY)

@@ -64,6 +64,104 @@ class BackwardCall(NamedTuple):
         return "backward"
 
 
+class GroupForwardCall(NamedTuple):
+    """Forward calls of several members that read the same x under one mask: their fields in lists, and one P.
+
+    A member without a bias has one of shape (0,), one without directions has s = 0.
+    """
+
+    x: Tensor  # (M, K)
+    weight: list[Tensor]  # (N, K) each
+    bias: list[Tensor]  # (N,) or (0,)
+    lora_a: list[Tensor]  # (r, K)
+    lora_b: list[Tensor]  # (N, r)
+    dash_u: list[Tensor]  # (N, s)
+    dash_vt: list[Tensor]  # (s, K)
+    dash_sigma: list[Tensor]  # (s,)
+    seed: Tensor | None
+    scaling: list[float]
+    threshold: int
+    y: list[Tensor]  # (M, N) each, written
+    p: Tensor  # (M, R), written; R sums the members' widths, their columns lie side by side
+
+    @property
+    def pass_(self) -> Pass:
+        return "forward"
+
+    def member(self, i: int, p: Tensor) -> ForwardCall:
+        """The call of one member alone, with a P (M, R) of its own."""
+        return ForwardCall(
+            self.x,
+            self.weight[i],
+            self.bias[i] if self.bias[i].numel() else None,
+            *directed(self, i),
+            self.seed,
+            self.scaling[i],
+            self.threshold,
+            None,
+            self.y[i],
+            p,
+        )
+
+
+class GroupBackwardCall(NamedTuple):
+    """The gradients of a group's forward call; None in place of those that are not wanted."""
+
+    dy: list[Tensor]  # (M, N) each
+    x: Tensor  # (M, K)
+    weight: list[Tensor]
+    lora_a: list[Tensor]
+    lora_b: list[Tensor]
+    dash_u: list[Tensor]
+    dash_vt: list[Tensor]
+    dash_sigma: list[Tensor]
+    p: Tensor  # (M, R), which forward wrote
+    seed: Tensor | None
+    scaling: list[float]
+    threshold: int
+    dx: Tensor | None  # (M, K), written: the sum over the members
+    da: list[Tensor | None]
+    db_lora: list[Tensor | None]
+    dsigma: list[Tensor | None]
+    dbias: list[Tensor | None]
+
+    @property
+    def pass_(self) -> Pass:
+        return "backward"
+
+    def member(self, i: int, p: Tensor, dx: Tensor | None) -> BackwardCall:
+        """The call of one member alone, with its columns of P and a dx of its own."""
+        return BackwardCall(
+            self.dy[i],
+            self.x,
+            self.weight[i],
+            *directed(self, i),
+            p,
+            self.seed,
+            self.scaling[i],
+            self.threshold,
+            dx,
+            self.da[i],
+            self.db_lora[i],
+            self.dsigma[i],
+            self.dbias[i],
+        )
+
+
+GroupCall = GroupForwardCall | GroupBackwardCall
+
+
+def directed(call: GroupCall, i: int) -> Adapters:
+    """lora_a, lora_b, dash_u, dash_vt, dash_sigma of a member, the last three None where it has no directions."""
+    a, b, u, vt, sigma = call.lora_a[i], call.lora_b[i], call.dash_u[i], call.dash_vt[i], call.dash_sigma[i]
+    return (a, b, u, vt, sigma) if sigma.numel() else (a, b, None, None, None)
+
+
+def widths(call: GroupCall) -> list[int]:
+    """R = r + s of every member: how many columns of P are its own."""
+    return [a.shape[0] + sigma.shape[0] for a, sigma in zip(call.lora_a, call.dash_sigma, strict=True)]
+
+
 Call = ForwardCall | BackwardCall
 Adapters = tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]
 

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from .calls import BackwardCall, ForwardCall
+from .calls import BackwardCall, ForwardCall, GroupBackwardCall, GroupForwardCall
 
 COUNTER = "torch.utils.flop_counter"
 Shape = Sequence[int]
@@ -54,6 +54,29 @@ def backward_flops(*arguments: Any, **_: Any) -> int:
     return 2 * m * (columns_of_g * n + base + (r + s) * k * call.dx + r * k * call.da + r * n * call.db_lora)
 
 
+def group_flops(*arguments: Any, **_: Any) -> int:
+    """Those of every member."""
+    fields = arguments[:-1]
+    call: Any = GroupForwardCall(*fields, *[None] * (len(GroupForwardCall._fields) - len(fields)))
+    shapes = zip(call.weight, call.lora_a, call.lora_b, call.dash_sigma, strict=True)
+    return sum(
+        _forward_flops(call.x, weight, None, a, b, None, None, sigma, None, 1.0, 0) for weight, a, b, sigma in shapes
+    )
+
+
+def group_backward_flops(*arguments: Any, **_: Any) -> int:
+    """Those of every member; the sum of their dx is no product."""
+    *fields, needs, _backend = arguments
+    call: Any = GroupBackwardCall(*fields, *[None] * (len(GroupBackwardCall._fields) - len(fields)))
+    count = len(call.weight)
+    found = 0
+    for i in range(count):
+        of_member = (call.dy[i], call.x, call.weight[i], call.lora_a[i], call.lora_b[i], None, None, call.dash_sigma[i])
+        own = [needs[0], *needs[1 + i :: count]]
+        found += backward_flops(*of_member, call.p, None, 1.0, 0, own, None)
+    return found
+
+
 def _directions(call: Any) -> int:
     return 0 if call.dash_sigma is None else call.dash_sigma[0]
 
@@ -66,6 +89,8 @@ def _register(counter: ModuleType) -> None:
         ("project", project_flops),
         ("dash_linear_after", lambda p, *arguments, **_: dash_linear_flops(*arguments)),
         ("low_rank_update_after", lambda p, *arguments, **_: low_rank_flops(*arguments)),
+        ("dash_linear_group", group_flops),
+        ("dash_linear_group_backward", group_backward_flops),
     ):
         counter.register_flop_formula(getattr(torch.ops.loradash, name))(formula)
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .backends import extension, registry
-from .calls import BackwardCall, ForwardCall, accumulator
+from .calls import BackwardCall, ForwardCall, GroupBackwardCall, GroupForwardCall, accumulator
 from .random import check_place, check_seed
 
 LIBRARY = torch.library.Library("loradash", "DEF")
@@ -36,11 +36,27 @@ LIBRARY.define(f"project(Tensor x, {_ADAPTERS}, {_OPTIONS}, str? backend) -> Ten
 LIBRARY.define(f"dash_linear_after(Tensor p, {_OF_LINEAR}) -> Tensor y")
 LIBRARY.define(f"low_rank_update_after(Tensor p, {_OF_UPDATE}) -> Tensor out")
 
+_MEMBERS = "Tensor[] lora_a, Tensor[] lora_b, Tensor[] dash_u, Tensor[] dash_vt, Tensor[] dash_sigma"
+_GROUP_OPTIONS = "Tensor? seed, float[] scaling, int threshold"
+
+LIBRARY.define(
+    f"dash_linear_group(Tensor x, Tensor[] weight, Tensor[] bias, {_MEMBERS}, {_GROUP_OPTIONS}, str? backend) "
+    "-> (Tensor[] y, Tensor p)"
+)
+LIBRARY.define(
+    f"dash_linear_group_backward(Tensor[] dy, Tensor x, Tensor[] weight, {_MEMBERS}, Tensor p, {_GROUP_OPTIONS}, "
+    "bool[] needs, str? backend) -> (Tensor dx, Tensor[] da, Tensor[] db_lora, Tensor[] dsigma, Tensor[] dbias)"
+)
+
 Gradients = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
+GroupGradients = tuple[Tensor, list[Tensor], list[Tensor], list[Tensor], list[Tensor]]
 
 # The shapes of results follow from these fields.
 _SHAPES = ("x", "lora_a", "lora_b", "dash_sigma")
 _SEED, _SEED_OF_BACKWARD = (call._fields.index("seed") for call in (ForwardCall, BackwardCall))
+_of_group = itemgetter(*map(GroupForwardCall._fields.index, _SHAPES))
+_of_group_backward = itemgetter(*map(GroupBackwardCall._fields.index, _SHAPES))
+_SEED_OF_GROUP, _SEED_OF_GROUP_BACKWARD = (c._fields.index("seed") for c in (GroupForwardCall, GroupBackwardCall))
 # The schema has counted the fields of a call: counting them again would take 0.1 us.
 _made = tuple.__new__
 _of_forward = itemgetter(*map(ForwardCall._fields.index, _SHAPES))
@@ -121,6 +137,57 @@ def low_rank_update_after(p: Tensor, *arguments: Any) -> Tensor:
     return low_rank_update(*arguments)[0]
 
 
+def allocate_group_forward(
+    x: Tensor, lora_a: list[Tensor], lora_b: list[Tensor], dash_sigma: list[Tensor]
+) -> tuple[list[Tensor], Tensor]:
+    """y (M, N) of every member in the dtype of x, and P (M, R) of all in the accumulator's."""
+    m, width = x.shape[0], sum(t.shape[0] for t in (*lora_a, *dash_sigma))
+    return [x.new_empty(m, b.shape[0]) for b in lora_b], x.new_empty(m, width, dtype=accumulator(x.dtype))
+
+
+def allocate_group_backward(
+    needs: list[bool], x: Tensor, lora_a: list[Tensor], lora_b: list[Tensor], dash_sigma: list[Tensor]
+) -> GroupGradients:
+    """dx and the members' da, db_lora, dsigma, dbias, as `allocate_backward`; needs: dx, then those of a list each."""
+    count = len(lora_a)
+    members = [
+        allocate_backward([False, *(needs[1 + i :: count])], x, lora_a[i], lora_b[i], dash_sigma[i])
+        for i in range(count)
+    ]
+    dx = x.new_empty(*x.shape) if needs[0] else x.new_empty(0)
+    da, db_lora, dsigma, dbias = (list(grads) for grads in list(zip(*members, strict=True))[1:])
+    return dx, da, db_lora, dsigma, dbias
+
+
+def dash_linear_group(*arguments: Any) -> tuple[list[Tensor], Tensor]:
+    """Every y, and P. The arguments are the fields of GroupForwardCall before `y`, and the backend."""
+    fields, backend = arguments[:-1], arguments[-1]
+    _check(fields[_SEED_OF_GROUP], fields[0])
+    y, p = allocate_group_forward(*_of_group(arguments))
+    registry.run_group(_made(GroupForwardCall, (*fields, y, p)), backend)
+    return y, p
+
+
+def dash_linear_group_backward(*arguments: Any) -> GroupGradients:
+    """The arguments are the fields of GroupBackwardCall before `dx`, which gradients are needed, and the backend."""
+    fields, needs, backend = arguments[:-2], arguments[-2], arguments[-1]
+    _check(fields[_SEED_OF_GROUP_BACKWARD], fields[1])
+    grads = allocate_group_backward(needs, *_of_group_backward(arguments))
+    wanted: list[Any] = [grads[0] if needs[0] else None]
+    for i, kind in enumerate(grads[1:]):
+        wanted.append([g if n else None for g, n in zip(kind, needs[1 + i * len(kind) :], strict=False)])
+    registry.run_group(_made(GroupBackwardCall, (*fields, *wanted)), backend)
+    return grads
+
+
+def _fake_group(*arguments: Any) -> tuple[list[Tensor], Tensor]:
+    return allocate_group_forward(*_of_group(arguments))
+
+
+def _fake_group_backward(*arguments: Any) -> GroupGradients:
+    return allocate_group_backward(arguments[-2], *_of_group_backward(arguments))
+
+
 def _fake_dash_linear(*arguments: Any) -> tuple[Tensor, Tensor]:
     _check(arguments[_SEED], arguments[0])
     return allocate_forward(*_of_forward(arguments))
@@ -142,6 +209,8 @@ for _name, _real, _fake in (
     ("project", project, lambda x, *arguments: _fake_low_rank_update(x, x, *arguments)[1]),
     ("dash_linear_after", dash_linear_after, lambda p, *arguments: _fake_dash_linear(*arguments)[0]),
     ("low_rank_update_after", low_rank_update_after, lambda p, *arguments: _fake_low_rank_update(*arguments)[0]),
+    ("dash_linear_group", dash_linear_group, _fake_group),
+    ("dash_linear_group_backward", dash_linear_group_backward, _fake_group_backward),
 ):
     LIBRARY.impl(_name, _real, "CompositeExplicitAutograd")
     torch.library.register_fake(f"loradash::{_name}", _fake, lib=LIBRARY)
@@ -151,5 +220,7 @@ for _name, _real, _fake in (
 COMPILED = [torch.library.Library(f"loradash_{device}", "IMPL") for device in ("cpu", "cuda")]
 if extension.is_compiled():
     for _library, _key in zip(COMPILED, ("AutogradCPU", "AutogradCUDA"), strict=True):
-        for _name in ("forward", "backward"):
+        # A group has kernels of its own on the CPU alone.
+        own = ("group_forward", "group_backward") if _key == "AutogradCPU" else ()
+        for _name in ("forward", "backward", *own):
             _library.impl(_name, torch.library.fallthrough_kernel, _key)

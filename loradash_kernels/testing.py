@@ -18,9 +18,10 @@ A case lies on one device, where it is run and judged: on a GPU the float64 refe
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import reduce
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,6 +30,7 @@ from torch.nn import functional as F
 from .backends.reference import stacked
 from .calls import accumulator
 from .functional import dash_linear, low_rank_update
+from .group import GroupMember, dash_linear_group
 from .random import draw_seed, dropout_mask, dropout_threshold, keep_scale
 
 GRADIENTS = ("x", "bias", "lora_a", "lora_b", "dash_sigma")
@@ -313,3 +315,56 @@ def check_error_rule(case: Case, ours: dict[str, Tensor], mask: Tensor | None = 
             raise AssertionError(
                 f"{name}[{place}] is {ours[name][index]}: its error is {ratios.max():.3g} of what is allowed"
             )
+
+
+def make_group(
+    m: int, k: int, members: Sequence[tuple[int, int, int]], dtype: torch.dtype, **options: Any
+) -> list[Case]:
+    """Cases of one x and one mask, one for every (N, r, s); options are those of `make_case`."""
+    seed = options.pop("seed", 0)
+    cases = [make_case(m, k, n, r, s, dtype, seed=seed + i, **options) for i, (n, r, s) in enumerate(members)]
+    for case in cases:
+        case.tensors["x"], case.seed = cases[0].x, seed
+    return cases
+
+
+def run_group(cases: list[Case], backend: str | None = None) -> list[dict[str, Tensor]]:
+    """`dash_linear_group` of cases that `make_group` made: what `run` gives for each, and the dx of all as that of each."""
+    leaves: list[dict[str, Any]] = [
+        {
+            n: None if t is None else _copied(t).requires_grad_(n in GRADIENTS)
+            for n, t in case.tensors.items()
+            if n != "x"
+        }
+        for case in cases
+    ]
+    first = cases[0]
+    x = _copied(first.x).requires_grad_()
+    members = [GroupMember(**own, scaling=case.scaling) for own, case in zip(leaves, cases, strict=True)]
+    torch.manual_seed(first.seed)
+    outputs = dash_linear_group(x, members, dropout_p=first.dropout_p, backend=backend)
+    torch.autograd.backward(outputs, [_copied(case.dy) for case in cases])
+    assert x.grad is not None
+    return [
+        {"y": y.detach(), "x": x.grad, **{n: t.grad for n, t in own.items() if t is not None and t.grad is not None}}
+        for y, own in zip(outputs, leaves, strict=True)
+    ]
+
+
+def check_group_error_rule(cases: list[Case], ours: list[dict[str, Tensor]]) -> None:
+    """The rule for every member; for dx, which is the sum over the members, the sum of what they are allowed, and the
+    rounding of every partial sum to the dtype of x. Raises AssertionError as `check_error_rule`."""
+    exact = [formula(case, torch.float64)["x"] for case in cases]
+    for i, (case, found, dx) in enumerate(zip(cases, ours, exact, strict=True)):
+        try:
+            check_error_rule(case, {**found, "x": dx.to(case.x.dtype)})
+        except AssertionError as error:
+            raise AssertionError(f"member {i}: {error}") from error
+    allowed = torch.stack([allowances(case)["x"] for case in cases]).sum(0)
+    size = torch.stack([dx.abs() for dx in exact]).sum(0) + allowed
+    # A sum of g numbers is rounded g - 1 times; below the smallest normal number the unit is that of the dtype.
+    limits = torch.finfo(cases[0].x.dtype)
+    allowed = allowed + (len(cases) - 1) * (limits.eps / 2 * size + limits.smallest_normal * limits.eps)
+    wrong = (ours[0]["x"].double() - torch.stack(exact).sum(0)).abs().nan_to_num(torch.inf)
+    if (wrong > allowed).any():
+        raise AssertionError(f"the group's dx errs by {wrong.max():.3g}, and {allowed.max():.3g} at most is allowed")

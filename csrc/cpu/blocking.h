@@ -12,7 +12,7 @@
 namespace loradash::cpu {
 
 // Memory that a thread keeps between calls: allocating megabytes in every call costs a page fault per 4 KB.
-enum Slot { kPackedD, kPackedQ, kGradP, kPartials, kBits, kStaged, kStagedPanel, kSmall, kFactors, kTiles, kSlots };
+enum Slot { kPackedD, kPackedQ, kGradP, kPartials, kBits, kStaged, kStagedPanel, kSmall, kFactors, kTiles, kRanks, kSlots };
 
 template <typename X>
 X* scratch(Slot slot, int64_t count) {
@@ -78,14 +78,14 @@ struct RowOperand {
   const E* at(int64_t row, int height, int64_t d) const { return data + row * ld + d * (sizeof(E) == 2 ? 1 : height); }
 };
 
+// `staged` has room for rows of tile_pitch<E>(k).
 template <typename T, typename E>
 RowOperand<E> row_operand(const Kernels<T, E>& kernels, const T* src, int64_t ld, int64_t rows, int64_t k,
-                          const uint32_t* bits, int64_t bits_stride) {
+                          const uint32_t* bits, int64_t bits_stride, E* staged) {
   // bf16 operands are read row by row, and T is bf16 too.
   if constexpr (std::is_same_v<E, bf16>)
     if (!bits && k % kDepthStep<E> == 0) return {src, ld};
   const int64_t pitch = tile_pitch<E>(k);
-  E* staged = scratch<E>(kStaged, rows * pitch);
   for_tiles(kernels, rows, [&](int64_t i, int height) {
     kernels.stage_tile(src + i * ld, ld, height, k, bits ? bits + i * bits_stride : nullptr, bits_stride,
                        staged + i * pitch);
@@ -93,14 +93,14 @@ RowOperand<E> row_operand(const Kernels<T, E>& kernels, const T* src, int64_t ld
   return {staged, pitch};
 }
 
-// Stages a block of rows (rows, R) of P or G, times one factor a column.
+// Stages a block of rows (rows, width) of P or G, times one factor a column.
 template <typename T, typename E>
-RowOperand<E> scaled_operand(const Kernels<T, E>& kernels, const float* src, int64_t rows, int64_t width,
+RowOperand<E> scaled_operand(const Kernels<T, E>& kernels, const float* src, int64_t ld, int64_t rows, int64_t width,
                              const float* factors) {
   const int64_t pitch = tile_pitch<E>(width);
   E* staged = scratch<E>(kSmall, rows * pitch);
   for_tiles(kernels, rows, [&](int64_t i, int height) {
-    kernels.scale_tile(src + i * width, height, width, factors, staged + i * pitch);
+    kernels.scale_tile(src + i * ld, ld, height, width, factors, staged + i * pitch);
   });
   return {staged, pitch};
 }
@@ -114,42 +114,64 @@ struct Panels {
   const E* at(int64_t panel) const { return data + panel * depth * kPanel; }
 };
 
+// R of all members.
+template <typename Member>
+int64_t total_width(const Member* members, int64_t count) {
+  int64_t width = 0;
+  for (int64_t i = 0; i < count; ++i) width += members[i].adapters.width();
+  return width;
+}
+
 template <typename E>
-E* zeroed_panels(Slot slot, int64_t depth, int64_t columns) {
-  const int64_t count = depth * ceil_div(columns, kPanel) * kPanel;
-  E* data = scratch<E>(slot, count);
-  std::fill_n(data, count, E{});
-  return data;
+int64_t panels_size(int64_t depth, int64_t columns) {
+  return padded_depth<E>(depth) * ceil_div(columns, kPanel) * kPanel;
 }
 
-// Packs D = [A; Vt] as right operand with depth K (for x D^T) or depth R (for G D), once per call.
-template <typename T, typename E>
-Panels<E> pack_d(const Kernels<T, E>& kernels, const Fp32Adapters& a, int64_t k, bool depth_is_k) {
-  const int64_t columns = depth_is_k ? a.width() : k, depth = padded_depth<E>(depth_is_k ? k : a.width());
-  E* data = zeroed_panels<E>(kPackedD, depth, columns);
-  if (depth_is_k) {
-    kernels.pack_block(a.lora_a, 1, k, k, a.rank, depth, 0, 0, data);
-    kernels.pack_block(a.dash_vt, 1, k, k, a.directions, depth, 0, a.rank, data);
-  } else {
-    kernels.pack_block(a.lora_a, k, 1, a.rank, k, depth, 0, 0, data);
-    kernels.pack_block(a.dash_vt, k, 1, a.directions, k, depth, a.rank, 0, data);
+// Packs D = [A; Vt] of all members as right operand with depth K (for x D^T) or depth R (for G D), once per call.
+template <typename T, typename E, typename Member>
+Panels<E> pack_d(const Kernels<T, E>& kernels, const Member* members, int64_t count, int64_t k, bool depth_is_k) {
+  const int64_t width = total_width(members, count), depth = padded_depth<E>(depth_is_k ? k : width);
+  const int64_t size = panels_size<E>(depth, depth_is_k ? width : k);
+  E* data = scratch<E>(kPackedD, size);
+  std::fill_n(data, size, E{});
+  const auto pack = [&](const float* rows, int64_t first, int64_t number) {
+    if (depth_is_k)
+      kernels.pack_block(rows, 1, k, k, number, depth, 0, first, data);
+    else
+      kernels.pack_block(rows, k, 1, number, k, depth, first, 0, data);
+  };
+  for (int64_t i = 0, first = 0; i < count; first += members[i++].adapters.width()) {
+    const Fp32Adapters& a = members[i].adapters;
+    pack(a.lora_a, first, a.rank);
+    pack(a.dash_vt, first + a.rank, a.directions);
   }
   return {data, depth};
 }
 
-// Packs Q = [B | U] as right operand with depth R (for P Q^T) or depth N (for dy Q).
-template <typename T, typename E>
-Panels<E> pack_q(const Kernels<T, E>& kernels, const Fp32Adapters& a, int64_t n, bool depth_is_n) {
-  const int64_t columns = depth_is_n ? a.width() : n, depth = padded_depth<E>(depth_is_n ? n : a.width());
-  E* data = zeroed_panels<E>(kPackedQ, depth, columns);
-  if (depth_is_n) {
-    kernels.pack_block(a.lora_b, a.rank, 1, n, a.rank, depth, 0, 0, data);
-    kernels.pack_block(a.dash_u, a.directions, 1, n, a.directions, depth, 0, a.rank, data);
-  } else {
-    kernels.pack_block(a.lora_b, 1, a.rank, a.rank, n, depth, 0, 0, data);
-    kernels.pack_block(a.dash_u, 1, a.directions, a.directions, n, depth, a.rank, 0, data);
+// Packs the Q = [B | U] of every member as right operand with depth R (for P Q^T) or depth N (for dy Q); calls
+// take(member, panels).
+template <typename T, typename E, typename Member, typename Take>
+void pack_q(const Kernels<T, E>& kernels, const Member* members, int64_t count, bool depth_is_n, const Take& take) {
+  int64_t size = 0;
+  for (int64_t i = 0; i < count; ++i) {
+    const int64_t n = members[i].n, width = members[i].adapters.width();
+    size += depth_is_n ? panels_size<E>(n, width) : panels_size<E>(width, n);
   }
-  return {data, depth};
+  E* data = scratch<E>(kPackedQ, size);
+  std::fill_n(data, size, E{});
+  for (int64_t i = 0; i < count; ++i) {
+    const Fp32Adapters& a = members[i].adapters;
+    const int64_t n = members[i].n, depth = padded_depth<E>(depth_is_n ? n : a.width());
+    if (depth_is_n) {
+      kernels.pack_block(a.lora_b, a.rank, 1, n, a.rank, depth, 0, 0, data);
+      kernels.pack_block(a.dash_u, a.directions, 1, n, a.directions, depth, 0, a.rank, data);
+    } else {
+      kernels.pack_block(a.lora_b, 1, a.rank, a.rank, n, depth, 0, 0, data);
+      kernels.pack_block(a.dash_u, 1, a.directions, a.directions, n, depth, a.rank, 0, data);
+    }
+    take(i, Panels<E>{data, depth});
+    data += panels_size<E>(depth, depth_is_n ? a.width() : n);
+  }
 }
 
 // Writes c = [scaling * 1_r ; dash_sigma] * factor into a caller's array of R.
@@ -170,45 +192,60 @@ void fetch_tile(const T* dst, int64_t ld, int rows, int columns) {
     for (int j = 0; j < columns; j += 64 / static_cast<int>(sizeof(T))) __builtin_prefetch(dst + i * ld + j, 1);
 }
 
-// Adds the low-rank and the base term of a block of rows and a panel, the former masked by `bits` if there are any:
-// c = base_a base_b + mask * (low_a low_b), in this order (the rank columns are few and large: a running sum that began
-// with them would round every one of the many small base products at their magnitude), a tile at a time; finish(i,
-// height, c) takes each, and prepare(i, height) is called when its last pass begins. `c` has room for the block. While
-// the tiles of a block pass over a part of the base panel, each fetches its share of the part that follows.
+// One base product of a tile: a block of rows times a packed weight, of depth 0 where there is none.
+template <typename E>
+struct BaseProduct {
+  RowOperand<E> a;
+  Panels<E> b;
+};
+
+// Adds the low-rank and the base terms of a block of rows and a panel, the former masked by `bits` if there are any:
+// c = sum of base_a base_b + mask * (low_a low_b), in this order (the rank columns are few and large: a running sum that
+// began with them would round every one of the many small base products at their magnitude), a tile at a time;
+// finish(i, height, c) takes each, and prepare(i, height) is called when its last pass begins. There is one base product
+// at least. `c` has room for the block. While the tiles of a block pass over a part of a base panel, each fetches its
+// share of the part that follows.
 template <typename T, typename E, typename Prepare, typename Finish>
-void multiply_block(const Kernels<T, E>& kernels, RowOperand<E> low_a, Panels<E> low_b, RowOperand<E> base_a,
-                    Panels<E> base_b, int64_t panel, int64_t rows, const uint32_t* bits, int64_t bits_stride, float* c,
+void multiply_block(const Kernels<T, E>& kernels, RowOperand<E> low_a, Panels<E> low_b, const BaseProduct<E>* bases,
+                    int64_t count, int64_t panel, int64_t rows, const uint32_t* bits, int64_t bits_stride, float* c,
                     const Prepare& prepare, const Finish& finish) {
-  const int64_t depth = base_b.depth, tiles = ceil_div(rows, kernels.tile_rows);
+  const int64_t tiles = ceil_div(rows, kernels.tile_rows);
   // In one pass the first tile of c serves all.
-  const bool one_pass = depth <= kDepthBlock<E>;
+  const bool one_pass = count == 1 && bases->b.depth <= kDepthBlock<E>;
   const int64_t next_step = ceil_div(kPanel * static_cast<int64_t>(sizeof(E)), tiles);
-  for (int64_t d = 0; d == 0 || d < depth; d += kDepthBlock<E>) {
-    const int64_t width = std::min(kDepthBlock<E>, depth - d);
-    const E* part = base_b.at(panel) + d * kPanel;
-    const char* next = reinterpret_cast<const char*>(part + width * kPanel);
-    for_tiles(kernels, rows, [&](int64_t i, int height) {
-      float* tile = one_pass ? c : c + i * kPanel;
-      const bool last = d + width == depth;
-      const Term<E> terms[2] = {{base_a.at(i, height, d), base_a.ld, part, kPanel, width, next, next_step},
-                                {low_a.at(i, height, 0), low_a.ld, low_b.at(panel), kPanel, low_b.depth, nullptr, 0}};
-      next += width * next_step;
-      if (last) prepare(i, height);
-      kernels.multiply(terms, last && !bits ? 2 : 1, height, tile, d > 0);
-      if (last && bits) {
-        alignas(64) float low[kMaxTile * kPanel];
-        kernels.multiply(terms + 1, 1, height, low, false);
-        kernels.add_masked(low, height, bits + i * bits_stride, bits_stride, tile);
-      }
-      if (last) finish(i, height, tile);
-    });
+  for (int64_t number = 0; number < count; ++number) {
+    const BaseProduct<E>& base = bases[number];
+    const int64_t depth = base.b.depth;
+    for (int64_t d = 0; d == 0 || d < depth; d += kDepthBlock<E>) {
+      const int64_t width = std::min(kDepthBlock<E>, depth - d);
+      const E* part = base.b.at(panel) + d * kPanel;
+      const bool ends = d + width == depth, last = ends && number + 1 == count;
+      const E* follows = !ends || count == 1 ? part + width * kPanel
+                         : last              ? bases[0].b.at(panel + 1)
+                                             : bases[number + 1].b.at(panel);
+      const char* next = reinterpret_cast<const char*>(follows);
+      for_tiles(kernels, rows, [&](int64_t i, int height) {
+        float* tile = one_pass ? c : c + i * kPanel;
+        const Term<E> terms[2] = {{base.a.at(i, height, d), base.a.ld, part, kPanel, width, next, next_step},
+                                  {low_a.at(i, height, 0), low_a.ld, low_b.at(panel), kPanel, low_b.depth, nullptr, 0}};
+        next += width * next_step;
+        if (last) prepare(i, height);
+        kernels.multiply(terms, last && !bits ? 2 : 1, height, tile, d > 0 || number > 0);
+        if (last && bits) {
+          alignas(64) float low[kMaxTile * kPanel];
+          kernels.multiply(terms + 1, 1, height, low, false);
+          kernels.add_masked(low, height, bits + i * bits_stride, bits_stride, tile);
+        }
+        if (last) finish(i, height, tile);
+      });
+    }
   }
 }
 
-// out (rows, columns) = a * b * factor, for the narrow products x D^T and dy Q.
+// out (rows, columns), its rows ld apart, = a * b * factor, for the narrow products x D^T and dy Q.
 template <typename T, typename E>
 void multiply_narrow(const Kernels<T, E>& kernels, RowOperand<E> a, int64_t rows, Panels<E> b, int64_t columns,
-                     float factor, float* out) {
+                     float factor, float* out, int64_t ld) {
   alignas(64) float c[kMaxTile * kPanel];
   for (int64_t j = 0; j < columns; j += kPanel) {
     const int64_t width = std::min<int64_t>(kPanel, columns - j);
@@ -216,7 +253,7 @@ void multiply_narrow(const Kernels<T, E>& kernels, RowOperand<E> a, int64_t rows
       const Term<E> term{a.at(i, height, 0), a.ld, b.at(j / kPanel), kPanel, b.depth, nullptr, 0};
       kernels.multiply(&term, 1, height, c, false);
       for (int r = 0; r < height; ++r)
-        for (int64_t l = 0; l < width; ++l) out[(i + r) * columns + j + l] = c[r * kPanel + l] * factor;
+        for (int64_t l = 0; l < width; ++l) out[(i + r) * ld + j + l] = c[r * kPanel + l] * factor;
     });
   }
 }

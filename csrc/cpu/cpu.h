@@ -18,48 +18,62 @@ struct Dropout {
 
 using Fp32Adapters = Adapters<const float*>;
 
-// The forward pass computes y = x W^T + b + (dropout(x) D^T * c) Q^T, and P = dropout(x) D^T, unscaled.
-struct ForwardParams {
-  Shape shape;
+// One layer of a call. A call has one, or several that read the same x under one mask.
+struct ForwardMember {
+  int64_t n;
   Fp32Adapters adapters;
-  Dropout dropout;
-  // x, base and y have this dtype.
-  DType dtype;
-  const void* x;  // (M, K), row stride ldx
-  int64_t ldx;
   // This is what pack_weight made for the forward pass, or null: then the base product is already in `base`.
   const void* packed;
   // The bias is null, or (N); it is added only where the weight is packed.
   const float* bias;
   // The base is null, or (M, N) contiguous; it may be y itself.
   const void* base;
-  void* y;   // (M, N)
+  void* y;  // (M, N)
+};
+
+// The forward pass computes y = x W^T + b + (dropout(x) D^T * c) Q^T of every member, and P = dropout(x) D^T, unscaled,
+// of D stacked from all of them: R is the sum of their widths, their columns of P lie side by side.
+struct ForwardParams {
+  int64_t m, k;
+  Dropout dropout;
+  // x, base and y have this dtype.
+  DType dtype;
+  const void* x;  // (M, K), row stride ldx
+  int64_t ldx;
+  const ForwardMember* members;
+  int64_t count;
   float* p;  // (M, R)
 };
 
-// The backward pass computes dx = dy W + mask * (G * c) D / (1 - p), dA, dB, d(dash_sigma) and db, except where the
-// output is null.
-struct BackwardParams {
-  Shape shape;
+struct BackwardMember {
+  int64_t n;
   Fp32Adapters adapters;
+  const void* dy;  // (M, N), row stride lddy
+  int64_t lddy;
+  // This is what pack_weight made for the backward pass, or null: then dy W is already in `base`, or there is none.
+  const void* packed;
+  float* da;       // (r, K)
+  float* db_lora;  // (N, r)
+  float* dsigma;   // (s)
+  float* dbias;    // (N)
+};
+
+// The backward pass computes dx = sum of dy W + mask * (G * c) D / (1 - p) over the members, and dA, dB, d(dash_sigma)
+// and db of each, except where the output is null.
+struct BackwardParams {
+  int64_t m, k;
   Dropout dropout;
   // x, dy, base and dx have this dtype.
   DType dtype;
-  const void* dy;  // (M, N), row stride lddy
-  int64_t lddy;
   const void* x;  // (M, K), row stride ldx
   int64_t ldx;
-  // This is what pack_weight made for the backward pass, or null: then dy W is already in `base`, or there is none.
-  const void* packed;
+  const BackwardMember* members;
+  int64_t count;
   // The base is null, or (M, K) contiguous; it may be dx itself.
   const void* base;
   // The forward pass returned this P.
   const float* p;  // (M, R)
   void* dx;        // (M, K)
-  float* da;       // (r, K)
-  float* db_lora;  // (N, r)
-  float* dsigma;   // (s)
-  float* dbias;    // (N)
 };
 
 // The caller's thread pool: `run` calls body(body_context, index) for every index in [0, count).

@@ -1,8 +1,10 @@
-// Forward: y = x W^T + b + (P * c) Q^T with P = dropout(x) D^T.
+// Forward: y = x W^T + b + (P * c) Q^T with P = dropout(x) D^T, for one layer or for several that read the same x.
 //
-// FLOPs: 2 M K N + 2 M R (K + N). Bytes: x once (twice where a block of it leaves L2), W once per block of rows, y
-// once, P once. The rank columns are a second product into the same tile of C, in cache: y is neither read nor rounded
-// twice.
+// FLOPs: 2 M K N + 2 M R (K + N) of every member. Bytes: x once for all members (twice where a block of it leaves L2), W
+// once per block of rows, y once, P once. The rank columns are a second product into the same tile of C, in cache: y is
+// neither read nor rounded twice. The mask is drawn once, and x staged once per block for all the base products.
+#include <vector>
+
 #include "blocking.h"
 
 namespace loradash::cpu {
@@ -14,12 +16,21 @@ class Forward {
   Forward(const ForwardParams& params)
       : p_(params),
         kernels_(*kernels<T, E>()),
-        width_(params.adapters.width()),
-        blocks_(cut_rows<E>(params.shape.m, params.shape.k)),
-        panels_(ceil_div(params.shape.n, kPanel)),
-        d_(pack_d(kernels_, params.adapters, params.shape.k, true)),
-        q_(pack_q(kernels_, params.adapters, params.shape.n, false)),
-        w_{static_cast<const E*>(params.packed), params.packed ? padded_depth<E>(params.shape.k) : 0} {}
+        width_(total_width(params.members, params.count)),
+        blocks_(cut_rows<E>(params.m, params.k)),
+        d_(pack_d(kernels_, params.members, params.count, params.k, true)),
+        members_(params.count) {
+    pack_q(kernels_, p_.members, p_.count, false, [&](int64_t i, Panels<E> q) { members_[i].q = q; });
+    for (int64_t i = 0, first = 0; i < p_.count; ++i) {
+      const ForwardMember& given = p_.members[i];
+      Member& member = members_[i];
+      member.first = first, first += given.adapters.width();
+      member.panels = ceil_div(given.n, kPanel), member.groups = ceil_div(member.panels, kPanelGroup);
+      member.w = {static_cast<const E*>(given.packed), given.packed ? padded_depth<E>(p_.k) : 0};
+      groups_ += member.groups;
+      any_packed_ |= given.packed != nullptr;
+    }
+  }
 
   void run(const ThreadPool& pool) const {
     // A block at a time where every thread gets one: x is still in L2 when its base product starts.
@@ -27,59 +38,80 @@ class Forward {
       parallel(pool, kernels_, blocks_.count, [&](int64_t block) {
         const int64_t m0 = blocks_.begin(block), rows = blocks_.size(block);
         down(m0, rows);
-        up(m0, rows, 0, panels_);
+        const RowOperand<E> a = stage_x(m0, rows);
+        for (int64_t i = 0; i < p_.count; ++i) up(i, m0, rows, a, 0, members_[i].panels);
       });
       return;
     }
-    const int64_t tiles = ceil_div(p_.shape.m, kernels_.tile_rows), groups = ceil_div(panels_, kPanelGroup);
+    const int64_t tiles = ceil_div(p_.m, kernels_.tile_rows);
     parallel(pool, kernels_, tiles, [&](int64_t tile) {
       const int64_t m0 = tile * kernels_.tile_rows;
-      down(m0, std::min<int64_t>(kernels_.tile_rows, p_.shape.m - m0));
+      down(m0, std::min<int64_t>(kernels_.tile_rows, p_.m - m0));
     });
-    parallel(pool, kernels_, blocks_.count * groups, [&](int64_t task) {
-      const int64_t block = task % blocks_.count, first = task / blocks_.count * kPanelGroup;
-      up(blocks_.begin(block), blocks_.size(block), first, std::min(panels_, first + kPanelGroup));
+    parallel(pool, kernels_, blocks_.count * groups_, [&](int64_t task) {
+      const int64_t block = task % blocks_.count, m0 = blocks_.begin(block), rows = blocks_.size(block);
+      int64_t i = 0, group = task / blocks_.count;
+      while (group >= members_[i].groups) group -= members_[i++].groups;
+      const int64_t first = group * kPanelGroup;
+      up(i, m0, rows, stage_x(m0, rows), first, std::min(members_[i].panels, first + kPanelGroup));
     });
   }
 
  private:
+  struct Member {
+    // Its first column of P.
+    int64_t first;
+    int64_t panels, groups;
+    Panels<E> q, w;
+  };
+
   // P (rows, R) = dropout(x) D^T, a tile of x at a time.
   void down(int64_t m0, int64_t rows) const {
     if (width_ == 0) return;
-    const int64_t k = p_.shape.k, words = ceil_div(k, 32);
+    const int64_t k = p_.k, words = ceil_div(k, 32);
     uint32_t* bits = nullptr;
     if (p_.dropout.active()) {
       bits = scratch<uint32_t>(kBits, rows * words);
       kernels_.dropout_bits(p_.dropout, m0, rows, 0, k, bits, words);
     }
+    E* staged = scratch<E>(kStaged, rows * tile_pitch<E>(k));
     for_tiles(kernels_, rows, [&](int64_t i, int height) {
       const RowOperand<E> a =
-          row_operand(kernels_, x(m0 + i), p_.ldx, height, k, bits ? bits + i * words : nullptr, words);
-      multiply_narrow(kernels_, a, height, d_, width_, p_.dropout.keep_scale(), p_.p + (m0 + i) * width_);
+          row_operand(kernels_, x(m0 + i), p_.ldx, height, k, bits ? bits + i * words : nullptr, words, staged);
+      multiply_narrow(kernels_, a, height, d_, width_, p_.dropout.keep_scale(), p_.p + (m0 + i) * width_, width_);
     });
   }
 
-  // y (rows, panels) = base product, rank columns, bias.
-  void up(int64_t m0, int64_t rows, int64_t first, int64_t last) const {
-    const int64_t n = p_.shape.n;
-    float* factors = scratch<float>(kFactors, width_);
-    column_factors(p_.adapters, 1.0f, factors);
-    const RowOperand<E> scaled = scaled_operand(kernels_, p_.p + m0 * width_, rows, width_, factors);
-    RowOperand<E> a{};
-    if (p_.packed) a = row_operand(kernels_, x(m0), p_.ldx, rows, p_.shape.k, nullptr, 0);
+  // x is the left operand of every base product of ours.
+  RowOperand<E> stage_x(int64_t m0, int64_t rows) const {
+    if (!any_packed_) return {};
+    E* staged = scratch<E>(kStaged, rows * tile_pitch<E>(p_.k));
+    return row_operand(kernels_, x(m0), p_.ldx, rows, p_.k, nullptr, 0, staged);
+  }
+
+  // y (rows, panels) of a member = base product, rank columns, bias.
+  void up(int64_t index, int64_t m0, int64_t rows, RowOperand<E> a, int64_t first, int64_t last) const {
+    const ForwardMember& given = p_.members[index];
+    const Member& member = members_[index];
+    const int64_t n = given.n, width = given.adapters.width();
+    float* factors = scratch<float>(kFactors, width);
+    column_factors(given.adapters, 1.0f, factors);
+    const RowOperand<E> scaled =
+        scaled_operand(kernels_, p_.p + m0 * width_ + member.first, width_, rows, width, factors);
+    const BaseProduct<E> base{a, member.w};
     float* c = scratch<float>(kTiles, rows * kPanel);
     for (int64_t panel = first; panel < last; ++panel) {
       const int64_t n0 = panel * kPanel, y0 = m0 * n + n0;
       const int columns = static_cast<int>(std::min<int64_t>(kPanel, n - n0));
       const auto store = [&](int64_t i, int height, const float* tile) {
-        kernels_.store_tile(tile, height, columns, p_.bias ? p_.bias + n0 : nullptr,
-                            p_.base ? static_cast<const T*>(p_.base) + y0 + i * n : nullptr,
-                            static_cast<T*>(p_.y) + y0 + i * n, n);
+        kernels_.store_tile(tile, height, columns, given.bias ? given.bias + n0 : nullptr,
+                            given.base ? static_cast<const T*>(given.base) + y0 + i * n : nullptr,
+                            static_cast<T*>(given.y) + y0 + i * n, n);
       };
       const auto fetch = [&](int64_t i, int height) {
-        fetch_tile(static_cast<T*>(p_.y) + y0 + i * n, n, height, columns);
+        fetch_tile(static_cast<T*>(given.y) + y0 + i * n, n, height, columns);
       };
-      multiply_block(kernels_, scaled, q_, a, w_, panel, rows, nullptr, 0, c, fetch, store);
+      multiply_block(kernels_, scaled, member.q, &base, 1, panel, rows, nullptr, 0, c, fetch, store);
     }
   }
 
@@ -89,14 +121,16 @@ class Forward {
   const Kernels<T, E>& kernels_;
   const int64_t width_;
   const Blocks blocks_;
-  const int64_t panels_;
-  const Panels<E> d_, q_, w_;
+  const Panels<E> d_;
+  std::vector<Member> members_;
+  int64_t groups_ = 0;
+  bool any_packed_ = false;
 };
 
 }  // namespace
 
 void forward(const ForwardParams& params, const ThreadPool& pool) {
-  if (params.shape.m == 0) return;
+  if (params.m == 0) return;
   switch (params.dtype) {
     case DType::kFloat32:
       return Forward<float, float>(params).run(pool);

@@ -102,7 +102,7 @@ struct Kernels {
   void (*store_tile)(const float* c, int rows, int columns, const float* bias, const T* base, T* dst, int64_t ld);
 
   // The small operands come from fp32. This stages a tile of src (rows, columns) * factor, one factor a column.
-  void (*scale_tile)(const float* src, int rows, int64_t columns, const float* factor, E* dst);
+  void (*scale_tile)(const float* src, int64_t ld, int rows, int64_t columns, const float* factor, E* dst);
   // Stages a tile of src^T: its rows are `columns` columns of src, its depth runs over the rows of src. Only bf16
   // needs the pitch.
   void (*transpose_tile)(const float* src, int64_t ld, int64_t rows, int columns, int64_t pitch, E* dst);

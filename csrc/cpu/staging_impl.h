@@ -213,11 +213,11 @@ void stage_transposed(const T* src, int64_t ld, int64_t depth, int columns, E* d
 }
 
 template <typename E>
-void scale_tile(const float* src, int rows, int64_t columns, const float* factor, E* dst) {
+void scale_tile(const float* src, int64_t ld, int rows, int64_t columns, const float* factor, E* dst) {
   const int64_t padded = padded_depth<E>(columns), pitch = tile_pitch<E>(columns);
   for (int i = 0; i < rows; ++i)
     for (int64_t j = 0; j < padded; ++j)
-      dst[tile_offset<E>(rows, pitch, i, j)] = j < columns ? round_to<E>(src[i * columns + j] * factor[j]) : E{};
+      dst[tile_offset<E>(rows, pitch, i, j)] = j < columns ? round_to<E>(src[i * ld + j] * factor[j]) : E{};
 }
 
 template <typename E>

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..calls import KERNEL_DTYPES, BackwardCall, ForwardCall
+from ..calls import KERNEL_DTYPES, BackwardCall, ForwardCall, GroupBackwardCall, GroupForwardCall
 from . import extension
 
 name = "cpu"
@@ -13,6 +13,9 @@ name = "cpu"
 if extension.is_compiled():
     # They are found once: the look-up takes a quarter of a microsecond in every call.
     _forward, _backward = (getattr(torch.ops.loradash_cpu, p).default for p in ("forward", "backward"))
+    _group_forward, _group_backward = (
+        getattr(torch.ops.loradash_cpu, f"group_{p}").default for p in ("forward", "backward")
+    )
 
 
 def missing() -> str | None:
@@ -35,3 +38,11 @@ def forward(call: ForwardCall) -> None:
 
 def backward(call: BackwardCall) -> None:
     _backward(*call)
+
+
+def group_forward(call: GroupForwardCall) -> None:
+    _group_forward(*call)
+
+
+def group_backward(call: GroupBackwardCall) -> None:
+    _group_backward(*call)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..calls import BackwardCall, Call, ForwardCall, adapters
+from ..calls import BackwardCall, Call, ForwardCall, GroupBackwardCall, GroupForwardCall, adapters, widths
 from ..random import keep_scale
 from .fused_dropout import dropped
 
@@ -55,6 +55,62 @@ def backward(call: BackwardCall) -> None:
         torch.sum(g[:, r:] * call.p[:, r:], 0, out=call.dsigma)
     if call.dbias is not None:
         torch.sum(call.dy, 0, dtype=call.dbias.dtype, out=call.dbias)
+
+
+def group_forward(call: GroupForwardCall) -> None:
+    """Every y, and P of all members: x is dropped once, and multiplied once with all their D."""
+    parts = call.p.split(widths(call), 1)
+    members = [call.member(i, p) for i, p in enumerate(parts)]
+    factors = [_factors(member) for member in members]
+    if call.p.shape[1]:
+        stack = torch.cat([d for d, _, _ in factors])
+        _wide_product(dropped(call.x, call.seed, call.threshold), stack.t(), call.p)
+        keep = _keep_scale(members[0])
+        if keep != 1.0:
+            call.p.mul_(keep)
+    for member, (_, q, c) in zip(members, factors, strict=True):
+        assert member.weight is not None
+        _linear(call.x, member.weight, member.bias, member.y)
+        if c is not None:
+            member.y.addmm_((member.p * c).to(call.x.dtype), q.t())
+
+
+def group_backward(call: GroupBackwardCall) -> None:
+    """The gradients that are wanted: the masked low-rank terms of dx are one product, all dA another."""
+    members = [call.member(i, p, None) for i, p in enumerate(call.p.split(widths(call), 1))]
+    factors, dtype = [_factors(member) for member in members], call.x.dtype
+    g = call.p.new_empty(call.p.shape)
+    for member, part, (_, q, c) in zip(members, g.split(widths(call), 1), factors, strict=True):
+        if c is not None:
+            part.copy_(_widened(member.dy, q, member.p.dtype))
+        backward(member._replace(da=None, dsigma=None))
+        if member.dsigma is not None:
+            r = member.lora_a.shape[0]
+            torch.sum(part[:, r:] * member.p[:, r:], 0, out=member.dsigma)
+    if call.dx is not None:
+        c = torch.cat([call.p.new_empty(0) if c is None else c for _, _, c in factors])
+        stack, keep = torch.cat([d for d, _, _ in factors]), _keep_scale(members[0])
+        torch.mm(_scaled(g * c, keep).to(dtype), stack, out=call.dx)
+        call.dx.copy_(dropped(call.dx, call.seed, call.threshold))
+        for dy, weight in zip(call.dy, call.weight, strict=True):
+            call.dx.addmm_(dy, weight)
+    wanted = [
+        (da, part[:, : a.shape[0]] * scaling)
+        for da, part, a, scaling in zip(call.da, g.split(widths(call), 1), call.lora_a, call.scaling, strict=True)
+        if da is not None
+    ]
+    if wanted:
+        kept = dropped(call.x, call.seed, call.threshold)
+        product = _widened(torch.cat([t for _, t in wanted], 1).to(dtype).t(), kept, call.p.dtype)
+        found = _scaled(product, _keep_scale(members[0])).split([t.shape[1] for _, t in wanted])
+        for (da, _), rows in zip(wanted, found, strict=True):
+            da.copy_(rows)
+
+
+def _widened(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
+    out = a.new_empty(a.shape[0], b.shape[1], dtype=dtype)
+    _wide_product(a, b, out)
+    return out
 
 
 def _sum_dx(call: BackwardCall, low: Tensor | None, dx: Tensor) -> None:

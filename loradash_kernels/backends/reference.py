@@ -11,7 +11,18 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..calls import BackwardCall, Call, ForwardCall, accumulator, adapters
+from ..calls import (
+    BackwardCall,
+    Call,
+    ForwardCall,
+    GroupBackwardCall,
+    GroupCall,
+    GroupForwardCall,
+    accumulator,
+    adapters,
+    directed,
+    widths,
+)
 from ..random import dropout_mask, keep_scale
 from . import products
 
@@ -64,7 +75,19 @@ def backward(call: BackwardCall) -> None:
         (products.backward if _on_gpu(call) else _backward)(call)
 
 
-def _on_gpu(call: Call) -> bool:
+def group_forward(call: GroupForwardCall) -> None:
+    """`forward` of every member, with one dropped x and one product with all their D."""
+    with torch._C._DisableAutocast():
+        (products.group_forward if _on_gpu(call) else _group_forward)(call)
+
+
+def group_backward(call: GroupBackwardCall) -> None:
+    """`backward` of every member, dx summed."""
+    with torch._C._DisableAutocast():
+        (products.group_backward if _on_gpu(call) else _group_backward)(call)
+
+
+def _on_gpu(call: Call | GroupCall) -> bool:
     return call.x.is_cuda and call.x.dtype != torch.float64
 
 
@@ -93,3 +116,27 @@ def _backward(call: BackwardCall) -> None:
         call.dsigma.copy_((g[:, r:] * call.p[:, r:]).sum(0))
     if call.dbias is not None:
         call.dbias.copy_(dy.sum(0))
+
+
+def _group_forward(call: GroupForwardCall) -> None:
+    dtype = accumulator(call.x.dtype)
+    stacks = [stacked(*directed(call, i), call.scaling[i], dtype) for i in range(len(call.y))]
+    dropped = _dropped(call.x, call.seed, call.threshold, dtype)
+    torch.mm(dropped, torch.cat([d for d, _, _ in stacks]).t(), out=call.p)
+    for y, p, weight, bias, (_, q, c) in zip(
+        call.y, call.p.split(widths(call), 1), call.weight, call.bias, stacks, strict=True
+    ):
+        base = torch.nn.functional.linear(call.x, weight, bias if bias.numel() else None)
+        y.copy_(torch.addmm(base.to(dtype), p * c, q.t()))
+
+
+def _group_backward(call: GroupBackwardCall) -> None:
+    dtype, parts = accumulator(call.x.dtype), call.p.split(widths(call), 1)
+    dx = None if call.dx is None else call.x.new_zeros(call.x.shape, dtype=dtype)
+    for i, p in enumerate(parts):
+        part = None if dx is None else torch.empty_like(call.x)
+        _backward(call.member(i, p, part))
+        if dx is not None and part is not None:
+            dx += part
+    if call.dx is not None and dx is not None:
+        call.dx.copy_(dx)

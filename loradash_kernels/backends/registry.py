@@ -7,12 +7,20 @@ measurement of this GPU (see `tuning`) says that another is faster. Choosing com
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from ..calls import KERNEL_DTYPES, BackwardCall, Call, ForwardCall
+from ..calls import (
+    KERNEL_DTYPES,
+    BackwardCall,
+    Call,
+    ForwardCall,
+    GroupCall,
+    GroupForwardCall,
+    widths,
+)
 from ..notices import warn_once
 from . import cards, cpu, cuda, reference, tuning
 from .triton import backend as triton
@@ -38,6 +46,9 @@ class Backend(Protocol):
 
 BACKENDS: tuple[Backend, ...] = (cpu, cuda, triton, reference)
 """In order of preference."""
+
+# Their `group_forward` and `group_backward` take a group in one pass over x.
+_GROUPED = frozenset({"cpu", "reference"})
 
 # Each type of device has backends that are made for it.
 _KERNELS: dict[str, tuple[Backend, ...]] = {"cpu": (cpu,), "cuda": (cuda, triton)}
@@ -76,6 +87,38 @@ def pick(call: Call, requested: str | None = None) -> Backend:
     elif chosen is not cpu and x.is_cuda:
         return _measured(call) or chosen
     return chosen
+
+
+def run_group(call: GroupCall, requested: str | None = None) -> None:
+    """Fills the results of a group's call: in one pass over x where the backend has kernels for a group (`_GROUPED`), else
+    member after member with the same mask, each on the backend that `pick` gives it.
+
+    Raises and warns as `pick`, for the widest member.
+    """
+    width = max(widths(call))
+    chosen = _first(call.x, width) if requested is None else _named(requested, call.x, width)
+    if chosen.name not in _GROUPED:
+        _member_by_member(call, requested)
+        return
+    if requested is None and chosen is reference and call.x.dtype in KERNEL_DTYPES:
+        _warn_of_reference(call.x, width)
+    kernels: Any = chosen
+    (kernels.group_forward if isinstance(call, GroupForwardCall) else kernels.group_backward)(call)
+
+
+def _member_by_member(call: GroupCall, requested: str | None) -> None:
+    if isinstance(call, GroupForwardCall):
+        for i, columns in enumerate(call.p.split(widths(call), 1)):
+            member = call.member(i, call.p.new_empty(columns.shape))
+            pick(member, requested).forward(member)
+            columns.copy_(member.p)
+        return
+    for i, columns in enumerate(call.p.split(widths(call), 1)):
+        dx = None if call.dx is None else call.dx if i == 0 else call.dx.new_empty(call.dx.shape)
+        part = call.member(i, columns.contiguous(), dx)
+        pick(part, requested).backward(part)
+        if call.dx is not None and dx is not None and i:
+            call.dx.add_(dx)
 
 
 def _first(x: Tensor, width: int) -> Backend:
@@ -142,8 +185,10 @@ def _remedy(x: Tensor, width: int) -> str:
     return text[:1].upper() + text[1:]
 
 
-def explain_backend(x: Tensor, backend: str | None = None, *, width: int = 0) -> BackendChoice:
+def explain_backend(x: Tensor, backend: str | None = None, *, width: int = 0, members: int = 1) -> BackendChoice:
     """Which backend a call with this x and R = r + s = `width` takes, how, and why not the others.
+
+    members: of a `dash_linear_group`, whose widest has this width; 1 for a `dash_linear`.
 
     Device and dtype of x matter, not the shape: what was measured for single shapes is counted, not consulted.
     """
@@ -151,7 +196,14 @@ def explain_backend(x: Tensor, backend: str | None = None, *, width: int = 0) ->
     taken = f"{chosen.name} comes first" if backend is None else f"{chosen.name} was asked for"
     reasons = {b.name: _reason_against(b, x, width) or taken for b in BACKENDS if b is not chosen}
     unserved = chosen is reference and x.is_cuda and x.dtype in KERNEL_DTYPES
-    return BackendChoice(chosen.name, reasons, _how(chosen, x), _remedy(x, width) if unserved else "")
+    how = "; ".join(filter(None, (_how(chosen, x), _how_grouped(chosen) if members > 1 else "")))
+    return BackendChoice(chosen.name, reasons, how, _remedy(x, width) if unserved else "")
+
+
+def _how_grouped(chosen: Backend) -> str:
+    if chosen.name in _GROUPED:
+        return "the members of a group in one pass over x"
+    return "the members of a group one after another, with the same mask, and dx summed"
 
 
 def _how(chosen: Backend, x: Tensor) -> str:

@@ -15,6 +15,7 @@ from .cache import SpectralCache
 from .checkpoint import AdapterError, load_adapter, save_adapter
 from .config import DashConfig
 from .export import export_lora
+from .grouping import group_projections, ungroup_projections
 from .linear import DashLinear
 from .model import apply_dash, dash_only, disable, merge, summary, unmerge
 from .optimizer import dash_parameter_groups
@@ -42,6 +43,7 @@ __all__ = [
     "dash_state",
     "disable",
     "export_lora",
+    "group_projections",
     "load_adapter",
     "load_training",
     "merge",
@@ -50,6 +52,7 @@ __all__ = [
     "save_adapter",
     "save_training",
     "summary",
+    "ungroup_projections",
     "unmerge",
     "warm_up",
 ]

@@ -71,7 +71,10 @@ class DashLinear(TakesUpdate):
         name: the layer's name in the model, for error messages; empty outside `apply_dash`.
         enabled: False leaves the base layer alone.
         adopted: the class of the layer that gave its weight and bias; None for one that is kept whole.
+        group: the layers that it is computed with (`grouping`), or None.
     """
+
+    group: Any = None
 
     bias: Tensor | None
     launched: Tensor
@@ -180,6 +183,10 @@ class DashLinear(TakesUpdate):
             return self._add_low_rank(self._called(base, input, args, kwargs), input)
         if args or kwargs:
             raise TypeError(f"{self._label()} takes one tensor, got further arguments {[*args, *kwargs]}")
+        if self.group is not None:
+            y = self.group.output(self, input)
+            if y is not None:
+                return y
         weight, bias, lora_a, lora_b, dash_u, dash_vt, dash_sigma = self._tensors()
         if weight.requires_grad:
             weight, bias = as_declared(self, "weight", weight), as_declared(self, "bias", bias)

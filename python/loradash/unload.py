@@ -10,12 +10,13 @@ from torch import nn
 from .attention import compute_as_before
 from .bypass import allow_fusing
 from .distributed import is_sharded
+from .grouping import ungroup_projections
 from .linear import DashLinear, adapter_shapes
 from .model import wrapper_of
 from .state import STATE, own_layers, plain_name, unwrap
 from .units import fsdp1_units, is_fsdp2
 
-_OURS = {"base", "config", "name", "enabled", "transposed", "adopted", "_unmerged"}
+_OURS = {"base", "config", "name", "enabled", "transposed", "adopted", "_unmerged", "group"}
 # Modules of their own kind have their own; a compiled call is the adapted layer's.
 _OF_ANY_MODULE = {"_parameters", "_buffers", "_modules", "_compiled_call_impl"}
 
@@ -41,6 +42,7 @@ def merge_and_unload(model: nn.Module) -> nn.Module:
     if not layers:
         raise ValueError("the model has no LoRA-Dash adapters; there is nothing to merge")
     _check(model, layers)
+    ungroup_projections(model)
     plain: dict[nn.Module, nn.Module] = {}
     for layer in layers.values():
         # Without an update the weight itself stays, and what is tied to it.

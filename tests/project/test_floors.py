@@ -15,7 +15,8 @@ ROOT = Path(__file__).parents[2]
 FLOORS = {
     "loradash_kernels": (
         "_version", "files", "notices", "timing", "random", "calls", "backends", "packed_weights", "composite", "ops",
-        "checkpointing", "flops", "autograd", "sharded", "arguments", "functional", "directions", "testing", "__init__",
+        "checkpointing", "flops", "autograd", "group_autograd", "sharded", "arguments", "functional", "group", "directions", "testing",
+        "__init__",
     ),
     "loradash_kernels/backends": (
         "__init__", "extension", "cards", "measurements", "tuning", "fused_dropout", "products", "reference", "cpu", "cuda",
@@ -32,8 +33,9 @@ FLOORS = {
     ),
     "python/loradash": (
         "presets", "config", "meeting", "distributed", "units", "formats", "base_layers", "quantised", "merging", "linear", "data_parallel", "state",
-        "targets", "attention", "bypass", "tensor_parallel", "model", "unload", "warming", "checkpoint", "peft_layout", "export", "streams", "background",
-        "fingerprint", "cache", "background_process", "batches", "prelaunch", "schedule", "training", "optimizer", "plots", "analysis", "integrations",
+        "targets", "attention", "bypass", "tensor_parallel", "model", "grouping", "unload", "warming", "checkpoint", "peft_layout", "export",
+        "streams", "background", "fingerprint", "cache", "background_process", "batches", "prelaunch", "schedule", "training", "optimizer", "plots",
+        "analysis", "integrations",
         "devices", "machine", "cli", "__init__",
     ),
     "python/loradash/integrations": ("__init__", "callbacks", "lightning", "peft", "subspace_tuning", "transformers"),

@@ -20,13 +20,15 @@ SWEEP = """
 import torch
 from loradash_kernels.backends import extension
 from loradash_kernels.random import dropout_mask, dropout_threshold, window
-from loradash_kernels.testing import check_error_rule, make_case, run
+from loradash_kernels.testing import check_error_rule, check_group_error_rule, make_case, make_group, run, run_group
 for dtype in (torch.float32, torch.bfloat16, torch.float16):
     for shape in ((1, 1, 1, 1, 1), (37, 65, 33, 5, 3), (70, 128, 96, 16, 8), (260, 300, 64, 8, 8)):
         for p in (0.0, 0.1):
             for base in (True, False):
                 case = make_case(*shape, dtype, adapter_dtype=torch.float32, dropout_p=p)
                 check_error_rule(case, run(case, "cpu", base))
+    cases = make_group(150, 65, [(50, 5, 3), (96, 16, 0), (33, 0, 2)], dtype, adapter_dtype=torch.float32, dropout_p=0.1)
+    check_group_error_rule(cases, run_group(cases, "cpu"))
 seed = torch.tensor([5, 6])
 for part in (seed, window(seed, 7, 40)):
     assert torch.equal(torch.ops.loradash_cpu.dropout_mask(part, 9000, 9, 333), dropout_mask(part, 9000, 9, 333))

@@ -45,6 +45,7 @@ def test_operator_in_the_interpreter():
     own, since Triton decides at import whether it interprets."""
     files = [
         "operator/test_error_rule.py",
+        "operator/test_group.py",
         "operator/test_layouts.py",
         "operator/test_odd_inputs.py",
         "operator/test_dropout.py",
