@@ -29,5 +29,5 @@ def test_what_is_wrong_is_named(ours):
 
 def test_gaps_are_relative_and_the_largest():
     assert gap(Phase(1, 0, 0, (2.0, 4.4)), Phase(1, 0, 0, (2.0, 4.0))) == pytest.approx(0.1)
-    with pytest.raises(ValueError, match="shorter|longer"):
+    with pytest.raises(ValueError, match=r"shorter|longer"):
         gap(Phase(1, 0, 0, (2.0,)), Phase(1, 0, 0, (2.0, 4.0)))
