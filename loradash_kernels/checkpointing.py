@@ -15,14 +15,11 @@ import threading
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-
-if TYPE_CHECKING:
-    from .autograd import Operator
 
 Call = Callable[..., tuple[Tensor, Tensor]]
 
@@ -53,13 +50,13 @@ class Region(AbstractContextManager["Region"]):
     ) -> None:
         HERE.region = self._outer.pop()
 
-    def call(self, operator: Operator, call: Call, args: tuple) -> tuple[Tensor, Tensor]:
-        """y and P of a layer whose arguments need gradients, by `call` or otherwise."""
+    def call(self, operator: Any, call: Call, args: tuple) -> tuple[Tensor, Tensor]:
+        """y and P of a layer whose arguments need gradients, by `call` or otherwise. operator: an `autograd.Operator`."""
         raise NotImplementedError
 
 
 class _Forward(Region):
-    def call(self, operator: Operator, call: Call, args: tuple) -> tuple[Tensor, Tensor]:
+    def call(self, operator: Any, call: Call, args: tuple) -> tuple[Tensor, Tensor]:
         y, p = call(*args)
         self.kept.append((p.detach(), operator.seed_of(args)))
         return y, p
@@ -71,7 +68,7 @@ class _Recomputation(Region):
         self._next = iter(self.kept)
         return super().__enter__()
 
-    def call(self, operator: Operator, call: Call, args: tuple) -> tuple[Tensor, Tensor]:
+    def call(self, operator: Any, call: Call, args: tuple) -> tuple[Tensor, Tensor]:
         p, seed = next(self._next, (None, None))
         wanted = operator.shape_of_p(args)
         if p is None or p.shape != wanted:

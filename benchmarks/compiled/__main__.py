@@ -51,7 +51,7 @@ def table(rows: list[Row]) -> str:
     """In Markdown."""
 
     def cell(value: Any) -> str:
-        return f"{value:.2g}" if isinstance(value, float) else str(value)
+        return f"{value:.3g}" if isinstance(value, float) else str(value)
 
     head, lines = list(rows[0]), [[cell(value) for value in row.values()] for row in rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in (head, ["---"] * len(head), *lines)) + "\n"
