@@ -320,14 +320,6 @@ def test_adapters_that_do_not_train(tmp_path):
         trainer.train()
 
 
-def test_zero_has_an_engine_that_no_callback_sees(tmp_path):
-    trainer = trainer_of(own_door(), tmp_path)
-    # What the stages 1 and 2 leave on every parameter that they train.
-    next(iter(dash_layers(trainer.model).values())).lora_a._hp_mapping = None
-    with pytest.raises(ValueError, match=r"ZeRO trains this model.*DashSchedule\(engine\)"):
-        trainer.train()
-
-
 def test_two_callbacks(tmp_path):
     trainer = trainer_of(own_door(), tmp_path, DashCallback(), DashCallback())
     with pytest.raises(ValueError, match="2 of the trainer's callbacks are a DashCallback; keep one"):
