@@ -50,11 +50,15 @@ def dash_linear(
     Under autocast x, weight and bias are cast to its dtype as `nn.functional.linear` casts them: not from float64. Under
     torch.func transforms and forward-mode differentiation the plain formula is computed in their place, without dropout.
 
+    DTensors: where x is one, all are, of one mesh, and the layer is divided by its columns (N), its rows (K) or the batch, as
+    their placements tell (`loradash_kernels.sharded` has the table). The result is a DTensor; partial sums for rows. Every
+    process calls this, with one seed of torch's generator: the mask is that of the whole x.
+
     Raises:
-        ValueError: a shape, dtype, layout or device that does not fit, named; a weight, u or vt that requires grad; a
-            tensor subclass (DTensor, quantised) that does not take the operator.
+        ValueError: a shape, dtype, layout, device or placement that does not fit, named; a weight, u or vt that requires
+            grad; DTensors beside plain tensors; another subclass (quantised) that does not take the operator.
         RuntimeError: a requested backend that cannot run; dropout or a requested backend under a transform;
-            differentiating the gradients again.
+            differentiating the gradients again; processes that share a layer and draw different seeds.
     """
     dtype = arguments.autocast_dtype(x)
     if dtype is not None:

@@ -167,16 +167,16 @@ def _place_of(t: Any, dim: int) -> int | str | None:
     """The tensor dimension by which a mesh dimension shards t, None for none, `SUM` for partial sums, else what it is."""
     from torch.distributed.tensor import Partial, Replicate, Shard
 
-    placement = t.placements[dim]
-    if isinstance(placement, Replicate):
+    placed = t.placements[dim]
+    if isinstance(placed, Replicate):
         return None
     # Asked by comparing, which the compiler does for good; a strided shard, as FSDP2 makes of one, is another order.
     for i in range(t.dim()):
-        if type(placement) is Shard and (placement == Shard(i) or placement == Shard(i - t.dim())):
+        if type(placed) is Shard and (placed == Shard(i) or placed == Shard(i - t.dim())):
             return i
-    if type(placement) is Partial and placement.reduce_op == "sum":
+    if type(placed) is Partial and placed.reduce_op == "sum":
         return SUM
-    return repr(placement)
+    return repr(placed)
 
 
 def placement(place: int | str | None, dims: int) -> Any:
@@ -267,7 +267,7 @@ def _place(x: Any, mesh: Any, ways: Sequence[Way]) -> tuple[int, int]:
         size[place] = min(chunk, size[place] - start)
         largest[place] = -(-largest[place] // mesh.size(dim))
     for entry in getattr(x._spec, "shard_order", ()) if mesh.ndim > 1 else ():
-        if tuple(entry.mesh_dims) != tuple(sorted(entry.mesh_dims)):
+        if any(one > next_ for one, next_ in zip(entry.mesh_dims, entry.mesh_dims[1:], strict=False)):
             raise ValueError(
                 f"dropout: x is sharded along dimension {entry.tensor_dim} in the order {entry.mesh_dims} of the mesh's"
             )
@@ -312,12 +312,13 @@ def agreed(seed: Tensor, mesh: Any) -> Tensor:
     names = tuple(mesh.get_group(dim).group_name for dim in range(mesh.ndim))
     if torch.compiler.is_compiling():
         return torch.ops.loradash.agreed_seed(seed, list(names))
-    if not seed.is_cuda or not torch.cuda.is_current_stream_capturing():
-        _note(seed, names)
+    _note(seed, names)
     return seed
 
 
 def _note(seed: Tensor, names: tuple[str, ...]) -> None:
+    if seed.is_cuda and torch.cuda.is_current_stream_capturing():
+        return
     watch = _WATCHES.setdefault(names, _Watch())
     watch.waiting.append(seed)
     watch.calls += 1
@@ -345,8 +346,8 @@ def _compare(names: tuple[str, ...], watch: _Watch) -> None:
     if not torch.equal(largest, -smallest):
         raise RuntimeError(
             "dropout: the processes that share a layer drew different seeds, and their masks are not parts of one: every process "
-            "of a tensor-parallel group must call torch.manual_seed with the same number, and draw the same numbers from "
-            f"torch's generator since (the one of {seeds.device}); of data-parallel groups each has its own"
+            "of the mesh that x is on (of a tensor-parallel group) must call torch.manual_seed with the same number, and draw the "
+            f"same numbers from torch's generator since (the one of {seeds.device})"
         )
 
 

@@ -156,7 +156,7 @@ class DashSchedule:
         Raises ValueError, with nothing changed, for what is no such state, and for one of another `prelaunch_steps`. Where
         the model is in another phase than the state says when training goes on, RuntimeError before the optimizer steps.
         """
-        _check_state(state, self.state.config.prelaunch_steps)
+        check_state(state, self.state.config.prelaunch_steps)
         if state["dash_only"] or self.state.dash_only:
             train_sigma_alone(self.model, state["dash_only"])
         self.state.step, self._phase = state["step"], state["launched"]
@@ -385,7 +385,7 @@ _STATE = {"step": int, "launched": bool, "prelaunch_steps": int, "dash_only": bo
 """What `DashSchedule.state_dict` holds; integers are at least 0."""
 
 
-def _check_state(state: Mapping[str, Any], prelaunch_steps: int) -> None:
+def check_state(state: Mapping[str, Any], prelaunch_steps: int) -> None:
     if not isinstance(state, Mapping) or state.keys() != _STATE.keys():
         found = sorted(map(str, state)) if isinstance(state, Mapping) else repr(state)
         raise ValueError(f"the state of a DashSchedule has {sorted(_STATE)}, got {found}")

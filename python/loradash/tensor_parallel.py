@@ -12,9 +12,10 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard, distribute_tensor
@@ -22,7 +23,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, Ro
 
 from loradash_kernels.sharded import COLUMN, ROW, Way, placement
 
-from .distributed import is_sharded
+from .distributed import gathered, is_sharded
 from .linear import DashLinear
 from .quantised import is_quantised
 from .state import plain_name, unwrap
@@ -168,7 +169,7 @@ def parallelize(model: nn.Module, mesh: DeviceMesh) -> nn.Module:
         mesh: of one dimension: mesh["tp"] of a larger one.
 
     Raises ValueError, with the model unchanged: no plan, a style in it that only transformers has, heads that the processes do
-    not divide, and what `ColwiseDash` and `RowwiseDash` refuse.
+    not divide, a trained parameter tied between modules that it divides, and what `ColwiseDash` and `RowwiseDash` refuse.
     """
     root = unwrap(model)
     plan = getattr(root, "tp_plan", None)
@@ -176,6 +177,8 @@ def parallelize(model: nn.Module, mesh: DeviceMesh) -> nn.Module:
         raise ValueError(
             f"{type(root).__name__} has no tp_plan; say which layer is divided how: parallelize_module(model, mesh, plan)"
         )
+    if mesh.ndim != 1:
+        raise ValueError(f'the mesh has {mesh.ndim} dimensions; wanted one, as mesh["tp"] gives it')
     config = getattr(root.config, "get_text_config", lambda: root.config)()
     for name in _HEADS:
         heads = getattr(config, name, None)
@@ -184,16 +187,63 @@ def parallelize(model: nn.Module, mesh: DeviceMesh) -> nn.Module:
     styles: dict[str, ParallelStyle] = {}
     chosen = {name: style for name, module in root.named_modules() if (style := _style_of(plan, plain_name(name)))}
     for name, style in chosen.items():
-        if style not in _STYLES:
-            raise ValueError(f"{name}: the model's tp_plan divides it as {style!r}; wanted one of {sorted(_STYLES)}")
         layer = root.get_submodule(name)
+        if style not in _STYLES or not isinstance(layer, (DashLinear, nn.Linear, nn.Embedding)):
+            raise ValueError(
+                f"{name}: the model's tp_plan divides it, a {type(layer).__name__}, as {style!r}; wanted one of {sorted(_STYLES)} "
+                "for a linear layer, adapted by apply_dash or not, or an embedding"
+            )
         if isinstance(layer, DashLinear):
             _check(layer, mesh, ROW if style.startswith("rowwise") else COLUMN)
         styles[name] = _STYLES[style]()
+    _check_ties(root, chosen)
     parallelize_module(root, mesh, styles)
     return model
+
+
+def _check_ties(root: nn.Module, chosen: Mapping[str, str]) -> None:
+    """A tied parameter becomes one parameter of each module that is divided: frozen they stay equal, trained they would not."""
+    owners: dict[int, list[str]] = {}
+    for name, parameter in root.named_parameters(remove_duplicate=False):
+        if parameter.requires_grad:
+            owners.setdefault(id(parameter), []).append(name)
+    for names in owners.values():
+        if len(names) > 1 and any(name.rpartition(".")[0] in chosen for name in names):
+            raise ValueError(
+                f"{' and '.join(names)} are one parameter, which trains and which the model's tp_plan would part; freeze it, or untie it"
+            )
 
 
 def _style_of(plan: Mapping[str, str], name: str) -> str | None:
     """The style of a module, whose plan writes * for a layer's number."""
     return plan.get(re.sub(r"\.\d+(?=\.|$)", ".*", name))
+
+
+@torch.no_grad()
+def clip_grad_norm_(
+    parameters: Iterable[Tensor], max_norm: float, norm_type: float = 2.0, error_if_nonfinite: bool = False
+) -> Tensor:
+    """torch.nn.utils.clip_grad_norm_ for gradients of which some are plain tensors and some DTensors, of one mesh or several.
+
+    torch's own takes gradients of one kind alone: it raises where a module that trains as a whole is not divided beside
+    layers that are, or where `fully_shard` comes after a plan that leaves some modules out. Every process must call this.
+
+    Returns the norm of all gradients together, a plain tensor (); RuntimeError where it is not finite and
+    `error_if_nonfinite`, in all processes, with nothing changed.
+    """
+    kinds: dict[Any, list[Tensor]] = {}
+    for parameter in parameters:
+        if parameter.grad is not None:
+            kinds.setdefault(getattr(parameter.grad, "device_mesh", None), []).append(parameter.grad)
+    norms = [nn.utils.get_total_norm(gradients, norm_type) for gradients in kinds.values()]
+    if not norms:
+        return torch.tensor(0.0)
+    total = torch.linalg.vector_norm(torch.stack([gathered(norm) for norm in norms]), norm_type)
+    if error_if_nonfinite and not bool(total.isfinite()):
+        raise RuntimeError(f"the norm of order {norm_type} of the gradients is {float(total)}, which cannot be clipped")
+    factor = (max_norm / (total + 1e-6)).clamp(max=1.0)
+    for gradients in kinds.values():
+        for gradient in gradients:
+            local = gradient.to_local() if isinstance(gradient, DTensor) else gradient
+            local.mul_(factor.to(local.device))
+    return total

@@ -12,12 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from .distributed import place
-from .schedule import DashSchedule
+from .schedule import DashSchedule, check_state
 from .state import dash_layers, parameter_of, plain_name
 from .units import fsdp1_units
 
-# The phase that an optimizer is in, beside what DashSchedule knows: has it stepped any Δσ?
-_STEPPED = "sigma_stepped"
+# How far an optimizer has come, beside what DashSchedule knows: has it stepped anything, and any Δσ?
+_STEPPED, _SIGMA_STEPPED = "optimizer_stepped", "sigma_stepped"
 
 
 def save_training(
@@ -43,9 +43,9 @@ def save_training(
     import torch.distributed.checkpoint as dcp
 
     model = _inside(model)
-    stepped = _has_stepped(model, optimizer)
+    stepped = _steps_taken(model, optimizer)
     with _complete(model, optimizer) as optimizer_state:
-        dcp.save({**_parts(model, optimizer_state, schedule), **others, _STEPPED: stepped}, checkpoint_id=folder)
+        dcp.save({**_parts(model, optimizer_state, schedule), **others, **stepped}, checkpoint_id=folder)
 
 
 def load_training(
@@ -60,7 +60,7 @@ def load_training(
     this.
 
     Raises torch.distributed.checkpoint's CheckpointException where a tensor or the folder is not there or does not fit, and
-    ValueError as `DashSchedule.load_state_dict`.
+    ValueError as `DashSchedule.load_state_dict`, both with nothing changed.
     """
     import torch.distributed.checkpoint as dcp
     from torch.distributed.checkpoint.state_dict import (
@@ -71,8 +71,12 @@ def load_training(
     )
 
     model, flat = _inside(model), StateDictOptions(flatten_optimizer_state_dict=True)
+    if schedule is not None:
+        told = {"schedule": schedule.state_dict()}
+        dcp.load(told, checkpoint_id=folder)
+        check_state(told["schedule"], schedule.state.config.prelaunch_steps)
     with _complete(model, optimizer) as optimizer_state:
-        state = {**_parts(model, optimizer_state, schedule), **others, _STEPPED: False}
+        state = {**_parts(model, optimizer_state, schedule), **others, _STEPPED: False, _SIGMA_STEPPED: False}
         dcp.load(state, checkpoint_id=folder)
     # FSDP1 warns of each weight that is not set.
     values = get_model_state_dict(model) | state["model"] if fsdp1_units(model) else state["model"]
@@ -80,7 +84,10 @@ def load_training(
     if optimizer is None:
         return
     set_optimizer_state_dict(model, optimizer, optimizer_state, options=flat)
+    # What has no state yet got one for the sake of the files, which is not that of a first step.
     if not state[_STEPPED]:
+        optimizer.state.clear()
+    elif not state[_SIGMA_STEPPED]:
         for sigma in _sigmas(model):
             optimizer.state.pop(sigma, None)
 
@@ -109,15 +116,15 @@ def _sigmas(model: nn.Module) -> list[Tensor]:
     return [parameter_of(layer.dash_sigma) for layer in dash_layers(model).values()]
 
 
-def _has_stepped(model: nn.Module, optimizer: torch.optim.Optimizer | None) -> bool:
-    """Has an optimizer state of any Δσ, in any process?"""
-    ours = optimizer is not None and any(optimizer.state.get(sigma) for sigma in _sigmas(model))
+def _steps_taken(model: nn.Module, optimizer: torch.optim.Optimizer | None) -> dict[str, bool]:
+    """Has an optimizer any state, and any of a Δσ, in any process?"""
+    state = {} if optimizer is None else optimizer.state
+    ours = bool(state), any(state.get(sigma) for sigma in _sigmas(model))
     processes = place()[1]
-    if processes == 1:
-        return ours
     found = [ours] * processes
-    torch.distributed.all_gather_object(found, ours)
-    return any(found)
+    if processes > 1:
+        torch.distributed.all_gather_object(found, ours)
+    return {_STEPPED: any(any_state for any_state, _ in found), _SIGMA_STEPPED: any(sigma for _, sigma in found)}
 
 
 @contextlib.contextmanager

@@ -86,7 +86,7 @@ PARENTS = {
         "refused",
     ),
     "model with adapters of PEFT": (peft_model, "refused"),
-    "model sharded by `fully_shard` or `parallelize_module`": (None, "refused"),
+    "model sharded by `fully_shard`, `replicate` or `parallelize_module`": (None, "refused"),
     "model that is itself one layer": (linear, "refused"),
     "model with adapters": (lambda: apply_dash(nn.Sequential(linear()), config()), "refused"),
 }

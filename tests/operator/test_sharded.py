@@ -3,18 +3,12 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 
 import pytest
 from support.processes import run_processes
 from support.sharded_worker import CHECKS
 
-WORKER = f"""
-import sys
-sys.path.insert(0, {str(Path(__file__).parents[1])!r})
-from support.sharded_worker import main
-main(*sys.argv[1:])
-"""
+WORKER = "import sys; from support.sharded_worker import main; main(*sys.argv[1:])"
 
 
 @pytest.fixture(scope="module")

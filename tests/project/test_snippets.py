@@ -51,10 +51,26 @@ def _finite(names: Namespace) -> None:
     assert torch.isfinite(names["y"]).all() and names["found"].u.shape == names["u"].shape
 
 
+def _divided(names: Namespace) -> None:
+    placements = {type(layer.weight).__name__ for layer in dash_layers(names["model"]).values()}
+    snippets.leave_group()
+    assert placements == {"DTensor"}
+
+
+def _sharded_and_saved(names: Namespace) -> None:
+    snippets.leave_group()
+    assert all(hasattr(layer.lora_b, "device_mesh") for layer in dash_layers(names["model"]).values())
+    assert Path("run", ".metadata").is_file()
+
+
+ON_A_MESH = Fixture({"mesh": lambda names: snippets.lone_mesh()}, _divided)
 FIXTURES: dict[tuple[str, str, int], Fixture] = {
     ("README.md", OWN_MODEL, 1): Fixture(then=_launched_and_saved),
     ("README.md", OWN_MODEL, 2): Fixture({"model": lambda names: dash_model()}, _decomposes),
     ("README.md", OWN_MODEL, 3): Fixture(arithmetic(), _finite),
+    ("docs/tensor-parallel.md", OWN_MODEL, 1): ON_A_MESH,
+    ("docs/tensor-parallel.md", OWN_MODEL, 2): ON_A_MESH,
+    ("docs/distributed.md", "FSDP2", 1): Fixture({"mesh": lambda names: snippets.lone_mesh()}, _sharded_and_saved),
 }
 # Blocks that are no programs: (file, heading, number) -> why.
 LISTED: dict[tuple[str, str, int], str] = {}

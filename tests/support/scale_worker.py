@@ -69,7 +69,10 @@ def reference(way: Scheme, folder: Path) -> Reference:
     with torch.no_grad():
         output = model(batch(STEPS)[0])
     model.train()
-    exported = loradash.export_lora(model, folder / "exported")
+    exported = folder / "exported"
+    # A LoRA's file has no place for trained biases.
+    if not way.config.train_bias:
+        loradash.export_lora(model, exported)
     return Reference(losses, model, output, loradash.save_adapter(model, folder / "adapter"), exported)
 
 
@@ -217,7 +220,7 @@ class Walk:
                 cell.compare(name, ours[other] @ ours[name], theirs[other] @ theirs[name], self.way.tolerance)
 
     def merge(self, cell: Cell) -> None:
-        """Merged the output stays; unmerged it is that of before, bit for bit; then merged for good."""
+        """Merged the output stays; unmerged it is that of before, bit for bit; disabled it is the base model's."""
         model = self.trained().model
         before = self.output(model)
         with self.way.whole(model, writing=True):
@@ -228,6 +231,9 @@ class Walk:
         with self.way.whole(model, writing=True):
             loradash.unmerge(model)
         cell.require(torch.equal(self.output(model), before), "unmerge did not bring back what was before")
+        with loradash.disable(model), loradash.disable(self.single.model):
+            off = self.way.forward(self.single.model, batch(STEPS)[0])
+            cell.compare("disabled", self.output(model), off, self.way.tolerance)
 
     def resume(self, cell: Cell) -> None:
         """Stopped before launch, at it and after it, and gone on with in a model of other adapters."""
@@ -296,8 +302,8 @@ class Walk:
                 run.optimizer.step()
             run.optimizer.zero_grad()
             run.schedule.step()
-            # The first step settles who has what.
-            if step:
+            # DDP lays out its buckets after the first step, and says so in the second.
+            if step > 1:
                 self.way.check_traffic(run.model, base, ours)
         cell.compare("launched", torch.tensor(float(run.schedule.launched)), torch.tensor(1.0), 0.0)
 

@@ -11,13 +11,17 @@ import torch
 import torch._dynamo.testing
 from loradash import DashConfig, DashLinear, DashSchedule, SpectralCache, apply_dash
 from loradash.distributed import gathered
-from loradash.tensor_parallel import ColwiseDash, RowwiseDash, parallelize
+from loradash.tensor_parallel import ColwiseDash, RowwiseDash, clip_grad_norm_, parallelize
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor.parallel import ColwiseParallel, PrepareModuleInput, parallelize_module
 from torch.utils.checkpoint import checkpoint
 
+from loradash_kernels import sharded
+
+from .collectives import Traffic
 from .sharded import Meshes, raises
 
 WIDTH, HIDDEN = 32, 64
@@ -151,20 +155,76 @@ def compiled(meshes: Meshes, folder: Path) -> None:
         assert counter.frame_count == 1, f"{counter.frame_count} compilations"
     for ours, theirs in zip(*reversed(results), strict=True):
         assert_same(ours, theirs)
+    sharded._WATCHES.clear()
+    torch.manual_seed(meshes.rank)
+    with raises(RuntimeError, "drew different seeds"):
+        fast(inputs())
+    sharded._WATCHES.clear()
+
+
+def traffic(meshes: Meshes, folder: Path) -> None:
+    """Beside the frozen layers: nothing in forward, one sum a layer in backward."""
+    plan = {"up": ColwiseDash(), "down": RowwiseDash()}
+    frozen = parallelize_module(Pair().requires_grad_(False), meshes.pair, plan)
+    adapted, sent = divided(meshes.pair, launched=False, dropout=0.0), []
+    for model in (frozen, adapted):
+        x = inputs().requires_grad_()
+        with Traffic() as forward:
+            y = model(x).sum()
+        with Traffic() as backward:
+            y.backward()
+        sent.append((forward, backward))
+    (forward, backward), (ours, ours_backward) = sent
+    assert ours.bytes == forward.bytes and ours.calls == forward.calls == {"all_reduce": 1}
+    r, s = 3, 2
+    more = 4 * (r * WIDTH + s) + 4 * (WIDTH * r + s)
+    assert ours_backward.bytes == {"all_reduce": backward.bytes["all_reduce"] + more}, ours_backward.bytes
+    assert ours_backward.calls["all_reduce"] == backward.calls["all_reduce"] + 2
+
+
+class Headed(nn.Module):
+    """A pair, and a head that trains as a whole and is not divided."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.pair, self.head = Pair(), nn.Linear(WIDTH, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.pair(x))
 
 
 def clipping(meshes: Meshes, folder: Path) -> None:
-    """The norm of all gradients is that of one process."""
-    plain, model = pair(), divided(meshes.pair)
-    norms = []
-    for of in (plain, model):
-        result(of, of, inputs())
-        norm = nn.utils.clip_grad_norm_([p for p in of.parameters() if p.requires_grad], 0.5)
-        norms.append(gathered(norm))
-    torch.testing.assert_close(norms[1], norms[0])
-    for name, p in model.named_parameters():
-        if p.requires_grad:
-            torch.testing.assert_close(gathered(p.grad), plain.get_parameter(name).grad, rtol=1e-4, atol=1e-5)
+    """torch's clip_grad_norm_ where all gradients are DTensors of one mesh; ours where they are not."""
+
+    def headed() -> nn.Module:
+        torch.manual_seed(0)
+        model = apply_dash(Headed(), DashConfig(r=3, directions=2, dropout=0.25, trainable_modules=["head"]))
+        nn.init.normal_(model.pair.up.lora_b)
+        return model
+
+    def clipped(model: nn.Module, clip: Callable[..., Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        result(model, model, inputs())
+        trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
+        norm = clip(trained.values(), 0.5)
+        return gathered(norm), {n: gathered(p.grad) for n, p in trained.items()}
+
+    divide = {f"pair.{name}": style for name, style in PLAN.items()}
+    fully = parallelize_module(headed(), meshes.pair, divide)
+    for module in (fully.pair.up, fully.pair.down, fully):
+        fully_shard(module, mesh=meshes.two_by_two["dp"])
+    of_torch = nn.utils.clip_grad_norm_
+    for plain, model, clip in (
+        (pair(), divided(meshes.pair), of_torch),
+        (pair(), divided(meshes.pair), clip_grad_norm_),
+        (headed(), parallelize_module(headed(), meshes.pair, divide), clip_grad_norm_),
+        (headed(), fully, clip_grad_norm_),
+    ):
+        norm, gradients = clipped(plain, of_torch)
+        found, ours = clipped(model, clip)
+        torch.testing.assert_close(found, norm)
+        assert_same(ours, gradients)
+    with raises(RuntimeError, "mixed torch.Tensor and DTensor"):
+        clipped(parallelize_module(headed(), meshes.pair, divide), of_torch)
 
 
 def functions_of_models(meshes: Meshes, folder: Path) -> None:
@@ -253,14 +313,21 @@ def own_plans(meshes: Meshes, folder: Path) -> None:
     model = parallelize(planned(plan), meshes.pair)
     assert model.layers[1].up.weight.placements == (Shard(0),) and model.layers[0].down.weight.placements == (Shard(1),)
     torch.testing.assert_close(model.layers[1](inputs()), wanted)
+    tied = planned(plan)
+    tied.layers[0].down.weight = tied.layers[1].down.weight
+    tied.layers[1].down.weight.requires_grad_()
     for wrong, words in (
         (planned(None), ("no tp_plan", "parallelize_module")),
         (planned({**plan, "layers.*.up": "packed_colwise"}), ("layers.0.up", "packed_colwise")),
+        (planned({**plan, "layers.*": "colwise"}), ("layers.0", "a Pair")),
         (planned(plan, heads=3), ("num_key_value_heads is 3",)),
+        (tied, ("layers.0.down.weight and layers.1.down.weight are one parameter",)),
     ):
         with raises(ValueError, *words):
             parallelize(wrong, meshes.pair)
         assert not any(isinstance(p, DTensor) for p in wrong.parameters())
+    with raises(ValueError, "2 dimensions"):
+        parallelize(planned(plan), meshes.two_by_two)
 
 
 CHECKS = (
@@ -268,6 +335,7 @@ CHECKS = (
     layouts,
     checkpointing,
     compiled,
+    traffic,
     clipping,
     functions_of_models,
     refused_layers,

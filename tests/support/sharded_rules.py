@@ -94,6 +94,21 @@ def rule_in_two_dimensions(meshes: Meshes, folder: Path) -> None:
         judged(make_case(12, 32, 20, 3, 2, dropout_p=0.3), meshes.two_by_two, ways, base=True)
 
 
+def compiled_in_two_dimensions(meshes: Meshes, folder: Path) -> None:
+    """One graph, with the mask that one compiled process draws."""
+    case = make_case(12, 32, 20, 3, 2, dropout_p=0.3)
+
+    @torch.no_grad()
+    def call(t: dict[str, Any]) -> Any:
+        return dash_linear(t["x"], t["weight"], t["bias"], **options(t, case))
+
+    results = []
+    for tensors in (case.tensors, placed(case, meshes.two_by_two, ("batch", "row"))):
+        torch.manual_seed(case.seed)
+        results.append(torch.compile(call, fullgraph=True, backend="aot_eager")(tensors))
+    torch.testing.assert_close(results[1].full_tensor(), results[0])
+
+
 def leading_dimensions(meshes: Meshes, folder: Path) -> None:
     """x (batch, length, K): sharded by batch, by columns, or by length where that is a block of rows."""
     case = make_case(24, 16, 8, 3, 2, dropout_p=0.3)
@@ -208,6 +223,7 @@ def differing_seeds(meshes: Meshes, folder: Path) -> None:
 CHECKS = (
     rule_in_one_dimension,
     rule_in_two_dimensions,
+    compiled_in_two_dimensions,
     leading_dimensions,
     refused_placements,
     refused_operators,

@@ -247,6 +247,18 @@ PROVIDED: dict[str, Maker] = {
 }
 
 
+def lone_mesh() -> Any:
+    """A mesh (dp, tp) of this one process, whose group is made here and ended by `leave_group`."""
+    from torch.distributed.device_mesh import init_device_mesh
+
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    return init_device_mesh("cpu", (1, 1), mesh_dim_names=("dp", "tp"))
+
+
+def leave_group() -> None:
+    torch.distributed.destroy_process_group()
+
+
 def arithmetic() -> dict[str, Maker]:
     """Tensors for the operators: M 5, K 24, N 16, r 4, s 8."""
     m, k, n, r, s = 5, 24, 16, 4, 8

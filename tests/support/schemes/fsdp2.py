@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Iterable
 from typing import Any
 
 import torch
+from loradash import DashConfig
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.utils.checkpoint import checkpoint
 
 from ..collectives import Traffic
@@ -36,11 +38,10 @@ class FSDP2(Scheme):
         return self.shard(model)
 
     def check_traffic(self, model: nn.Module, base: Traffic, ours: Traffic) -> None:
-        """No gather more, none bigger than by the adapters; reduced is what trains."""
+        """No gather more, and the blocks' two bigger by their adapters; reduced is what trains."""
         assert base.calls.keys() == {"all_gather"} and ours.calls["all_gather"] == base.calls["all_gather"]
         added = padded_bytes(p for name, p in model.named_parameters() if is_of_adapter(name))
-        gathered = base.calls["all_gather"] / len([m for m in model.modules() if isinstance(m, FSDPModule)])
-        assert ours.bytes["all_gather"] - base.bytes["all_gather"] <= gathered * added
+        assert ours.bytes["all_gather"] - base.bytes["all_gather"] == 2 * added
         trained = padded_bytes(p for p in model.parameters() if p.requires_grad)
         assert ours.bytes == {"all_gather": ours.bytes["all_gather"], "reduce_scatter": trained}
 
@@ -93,7 +94,11 @@ class Layers(FSDP2):
 
 
 class Root(FSDP2):
-    """The root alone, which keeps its parameters gathered after a forward pass."""
+    """The root alone, which keeps its parameters gathered after a forward pass; biases train too."""
+
+    @property
+    def config(self) -> DashConfig:
+        return dataclasses.replace(super().config, train_bias=True)
 
     def wrap(self, model: Any) -> nn.Module:
         return self.shard(model)
@@ -107,10 +112,10 @@ class Kept(FSDP2):
 
 
 class Bf16(FSDP2):
-    """Computes in bfloat16, reduces in float32. One process computes in float32."""
+    """Computes in bfloat16, reduces in float32. One process computes in float32, and Adam's first steps are signs."""
 
     loss_tolerance = 2e-2
-    tolerance = 1e-1
+    tolerance = 0.25
 
     def options(self) -> dict[str, Any]:
         return {"mp_policy": MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)}
