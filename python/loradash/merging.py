@@ -74,6 +74,11 @@ class TakesUpdate(nn.Module):
             raise ValueError(
                 f"{self._label()}: its weight is on meta (offloaded, or not loaded yet) and cannot be merged"
             )
+        if self.base is not None and is_sharded(weight):  # type: ignore[arg-type]
+            raise ValueError(
+                f"{self._label()}: {type(holder).__name__} is kept whole, and sharded (DTensor), and cannot take the update: "
+                "save_adapter(model, path) in every process, then merge(load_adapter(plain_model, path))"
+            )
         # A layer parametrized or pruned since it was adapted computes its weight.
         computed = "weight" not in holder._parameters
         if computed or is_quantised(weight) or (self.base is not None and not can_take_update(self.base)):

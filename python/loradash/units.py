@@ -1,8 +1,9 @@
 """Models in units of FSDP: modules whose parameters are gathered together.
 
-FullyShardedDataParallel (FSDP1) keeps the parameters of each of its units in one flat parameter. Between steps a parameter has its name (use_orig_params=True), but is one-dimensional, the part of it that this process holds.
-In a unit's own passes it is a view of the gathered flat parameter, and so requires grad where any of the unit's does.
-use_orig_params=False refuses units in which some parameters train and others are frozen, as they are in every adapted layer.
+FullyShardedDataParallel (FSDP1) keeps the parameters of each of its units in one flat parameter. Between steps a parameter
+has its name (use_orig_params=True), but is one-dimensional, the part of it that this process holds. In a unit's own passes it
+is a view of the gathered flat parameter, and so requires grad where any of the unit's does. use_orig_params=False refuses
+units in which some parameters train and others are frozen, as they are in every adapted layer.
 """
 
 from __future__ import annotations
@@ -73,15 +74,16 @@ class Units:
         """Within the block the parameters of an adapted layer, or of any module, are whole, in every process at once; with
         `write` what is written to them stays. Gives whether it had to do something.
 
-        Parameters that FSDP2 keeps are gathered only for a layer that is kept whole; others can be one by one.
+        Parameters that FSDP2 keeps are gathered only to be read, and only for a layer that is kept whole: others can be one by
+        one, and are written as they are.
         """
         module = _module_of(layer)
-        kept_whole = getattr(layer, "base", None) is not None
+        read = not write and getattr(layer, "base", None) is not None
         with contextlib.ExitStack() as stack:
             flat = dict.fromkeys(self._flat[m] for m in module.modules() if m in self._flat)
             for unit in flat:
                 stack.enter_context(whole_unit(unit, write))
-            sharded = dict.fromkeys(self._sharded[m] for m in module.modules() if kept_whole and m in self._sharded)
+            sharded = dict.fromkeys(self._sharded[m] for m in module.modules() if read and m in self._sharded)
             for unit in sharded:
                 unit.unshard()
                 stack.callback(unit.reshard)

@@ -62,3 +62,16 @@ def test_sharded_models_are_not_unloaded(process_group, tmp_path, ran):
         merge_and_unload(model)
     assert len(loradash.dash_layers(model)) == 5
     merge_and_unload(load_adapter(network(), save_adapter(model, tmp_path)))
+
+
+@pytest.mark.parametrize("ran", [False, True], ids=["new", "after a forward pass"])
+def test_layers_kept_whole_are_not_merged(process_group, ran):
+    """What is written to a gathered weight would be lost with it."""
+    model = network()
+    model.blocks[0].up.register_forward_hook(lambda *_: None)
+    fully_shard(apply_dash(model, DashConfig(r=2)), mesh=process_group)
+    if ran:
+        model(torch.zeros(1, 24))
+    with pytest.raises(ValueError, match=r"blocks\.0\.up: Linear is kept whole, and sharded"):
+        loradash.merge(model)
+    assert not any(layer.merged for layer in loradash.dash_layers(model).values())

@@ -27,7 +27,7 @@ def run_schemes(
     folder: Path,
     cells: Sequence[str] = CELLS,
     processes: int = 2,
-    seconds: float = 240,
+    seconds: float = 600,
 ) -> dict[str, dict[str, Result]]:
     """Walks the cells of schemes that take as many processes, one after the other in one world: their own, or `cells`.
 

@@ -322,7 +322,7 @@ def main(schemes: str, rank: str, store: str, folder: str, processes: str) -> No
         init_method=f"file://{store}",
         rank=int(rank),
         world_size=int(processes),
-        timeout=timedelta(seconds=60),
+        timeout=timedelta(seconds=120),
     )
     for way in ways:
         way.set_up()
