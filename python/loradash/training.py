@@ -15,6 +15,7 @@ from .distributed import place
 from .schedule import DashSchedule, check_state
 from .state import dash_layers, parameter_of, plain_name
 from .units import fsdp1_units
+from .zero import is_trained_by_zero
 
 # How far an optimizer has come, beside what DashSchedule knows: has it stepped anything, and any Δσ?
 _STEPPED, _SIGMA_STEPPED = "optimizer_stepped", "sigma_stepped"
@@ -38,7 +39,7 @@ def save_training(
         optimizer, schedule: None, both, in a stage of a pipeline in which nothing trains.
         others: what else has state_dict and load_state_dict, by names of your own (a scheduler of learning rates).
 
-    Raises RuntimeError between `optimizer.step()` and `schedule.step()`.
+    Raises RuntimeError between `optimizer.step()` and `schedule.step()`, ValueError under DeepSpeed's ZeRO.
     """
     import torch.distributed.checkpoint as dcp
 
@@ -98,6 +99,11 @@ def _parts(model: nn.Module, optimizer_state: dict[str, Any], schedule: DashSche
 
 
 def _inside(model: nn.Module) -> nn.Module:
+    if any(map(is_trained_by_zero, model.parameters())):
+        raise ValueError(
+            "DeepSpeed's ZeRO keeps parts and copies that torch.distributed.checkpoint does not know: "
+            "engine.save_checkpoint(folder, client_state={'schedule': schedule.state_dict()}) and engine.load_checkpoint"
+        )
     return model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
 
 

@@ -324,6 +324,14 @@ def test_misuse(whole, tmp_path):
     with pytest.raises(ValueError, match="merged adapters do not train; unmerge the model before fit: 0, 2"):
         fit(Merged)
 
+    class Partitioned(Module):
+        def on_fit_start(self):
+            # What the stages 1 and 2 of ZeRO leave on every parameter that they train.
+            self.backbone[0].lora_a._hp_mapping = None
+
+    with pytest.raises(ValueError, match=r"ZeRO trains this model.*DashSchedule\(engine\)"):
+        fit(Partitioned)
+
     class TooLate(Plain):
         def on_fit_start(self):
             self.backbone = apply_dash(self.backbone, CONFIG)

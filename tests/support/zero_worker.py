@@ -20,8 +20,10 @@ from loradash import (
     dash_only,
     dash_state,
     load_adapter,
+    load_training,
     merge,
     save_adapter,
+    save_training,
     summary,
     unmerge,
 )
@@ -151,6 +153,10 @@ unmerge(engine)
 assert all(
     torch.equal(gathered(layer.weight), network().get_submodule(n).weight) for n, layer in dash_layers(engine).items()
 )
+
+for call in (save_training, load_training):
+    with pytest.raises(ValueError, match=r"engine\.save_checkpoint"):
+        call(folder / "training", engine, engine.optimizer, schedule)
 
 # A user's own gathering: reading is right inside it, writing is refused.
 inside = deepspeed.zero.GatheredParameters(list(engine.parameters())) if way.stage == 3 else nullcontext()

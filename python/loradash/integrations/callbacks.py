@@ -10,6 +10,7 @@ from torch import nn
 from ..distributed import gathered
 from ..schedule import DashSchedule
 from ..state import dash_layers, parameter_of, plain_name
+from ..zero import is_trained_by_zero
 
 
 class Figures:
@@ -49,6 +50,15 @@ def warn_without_launch(schedule: DashSchedule) -> None:
     if wanted and not schedule.launched:
         when = f"of {due}, before launch" if step < due else f"without launch, which was due at {due}"
         warnings.warn(f"loradash: training ended at step {step} {when}: plain LoRA so far", stacklevel=3)
+
+
+def refuse_zero(model: nn.Module) -> None:
+    """ValueError where DeepSpeed's ZeRO has the adapters: a schedule is made of its engine, which trainers keep to themselves."""
+    if any(is_trained_by_zero(parameter_of(layer.lora_a)) for layer in dash_layers(model).values()):
+        raise ValueError(
+            "DeepSpeed's ZeRO trains this model, and a trainer's callback does not see its engine: train by FSDP2 or DDP, or in "
+            "a loop of your own with DashSchedule(engine)"
+        )
 
 
 def adapter_ids(model: nn.Module) -> set[int]:

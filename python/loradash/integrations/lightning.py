@@ -13,7 +13,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from ..cache import SpectralCache
 from ..schedule import DashSchedule
 from ..state import dash_layers, dash_state, plain_name
-from .callbacks import Figures, adapter_ids, frozen_names, warn_without_launch
+from .callbacks import Figures, adapter_ids, frozen_names, refuse_zero, warn_without_launch
 
 try:
     from lightning.pytorch import __version__ as _version
@@ -132,6 +132,7 @@ class DashCallback(Callback):
         merged = [name for name, layer in dash_layers(pl_module).items() if layer.merged]
         if merged:
             raise ValueError(f"merged adapters do not train; unmerge the model before fit: {_some(merged)}")
+        refuse_zero(pl_module)
         self.schedule = DashSchedule(pl_module, self.progress, self.cache)
         if self._saved is not None and self._read_by == id(pl_module):
             self.schedule.load_state_dict(self._saved["schedule"])

@@ -17,7 +17,7 @@ from ..checkpoint import save_adapter
 from ..distributed import is_sharded
 from ..schedule import DashSchedule
 from ..state import dash_layers, dash_state, host_of, plain_name
-from .callbacks import Figures, frozen_names, warn_without_launch
+from .callbacks import Figures, frozen_names, refuse_zero, warn_without_launch
 
 try:
     from transformers import PreTrainedModel, Trainer, TrainerCallback
@@ -57,7 +57,7 @@ class DashCallback(TrainerCallback, ExportableState):
         schedule: that of the running or last training; its `reports` have the rates of every layer.
 
     Raises ValueError, when Trainer is made or starts, for a model without adapters, with merged or frozen ones, a quantised
-    model that is no PeftModel, a second DashCallback, and a checkpoint (the best one so far too) saved without one.
+    model that is no PeftModel, one that DeepSpeed's ZeRO trains, a second DashCallback, and a checkpoint (the best one so far too) saved without one.
     """
 
     def __init__(
@@ -94,6 +94,7 @@ class DashCallback(TrainerCallback, ExportableState):
         # Trainer's model_init makes another model than the one at the end of its __init__.
         _prepare(model)
         _check_training(model)
+        refuse_zero(model)
         name = type(self).__name__
         entry = state.stateful_callbacks.get(name)
         if isinstance(entry, list):
