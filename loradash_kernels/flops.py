@@ -71,7 +71,7 @@ def _one(stacked: Shape | None) -> Shape | None:
 
 
 def group_flops(*arguments: Any, **_: Any) -> int:
-    """Those of every member."""
+    """The sum over the members."""
     fields = arguments[:-1]
     call: Any = GroupForwardCall(*fields, *[None] * (len(GroupForwardCall._fields) - len(fields)))
     shapes = zip(call.weight, call.lora_a, call.lora_b, call.dash_sigma, strict=True)
@@ -81,7 +81,7 @@ def group_flops(*arguments: Any, **_: Any) -> int:
 
 
 def group_backward_flops(*arguments: Any, **_: Any) -> int:
-    """Those of every member; the sum of their dx is no product."""
+    """The sum over the members; adding their dx is no product."""
     *fields, needs, _backend = arguments
     call: Any = GroupBackwardCall(*fields, *[None] * (len(GroupBackwardCall._fields) - len(fields)))
     count = len(call.weight)

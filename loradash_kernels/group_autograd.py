@@ -94,13 +94,13 @@ class GroupFunction(torch.autograd.Function):
 
 
 def setup_context(ctx: Any, inputs: tuple, output: tuple[list[Tensor], Tensor]) -> None:
-    """That of the operator."""
+    """What the operator saves."""
     x, *lists, seed, scaling, threshold, backend = inputs
     _save(ctx, x, dict(zip(LISTS, lists, strict=True)), output[1], seed, (scaling, threshold, backend))
 
 
 def backward(ctx: Any, dys: list[Tensor | None], dp: Tensor | None) -> tuple[Any, ...]:
-    """That of the operator: a gradient, or a list of them, for every argument."""
+    """A gradient, or a list of them, for every argument of the operator."""
     needs_x, *lists = ctx.needs_input_grad[: 1 + len(LISTS)]
     dx, found = _gradients(ctx, dys, needs_x, dict(zip(LISTS, lists, strict=True)))
     return (dx, *(found[name] for name in LISTS), None, None, None, None)

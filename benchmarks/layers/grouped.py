@@ -3,7 +3,8 @@
     OMP_NUM_THREADS=1 python -m benchmarks.layers.grouped [--rounds 40] [--out benchmarks/results]
 
 Forward and backward, three weights N x N and one x (M, N) that requires a gradient. One thread, variants in turn in short
-blocks, medians; ratios within one run are what to quote. The load of the machine stands in every line.
+blocks, medians of the processor's time, which does not count when others had the core; ratios within one run are what to
+quote. The load of the machine stands in every line.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -70,7 +72,9 @@ def rows(rounds: int) -> list[dict[str, Any]]:
     found = []
     for dtype, shape in tqdm([(d, s) for d in DTYPES for s in SHAPES], desc="groups", file=sys.stderr):
         cases = {name: make(name, shape, DTYPES[dtype]) for name in VARIANTS}
-        seconds = interleaved({name: case.step for name, case in cases.items()}, rounds, 2, warm=1)
+        seconds = interleaved(
+            {name: case.step for name, case in cases.items()}, rounds, 2, warm=1, clock=time.process_time
+        )
         load = os.getloadavg()[0]
         for name, case in cases.items():
             found.append(

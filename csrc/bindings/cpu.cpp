@@ -48,7 +48,7 @@ struct AdapterTensors {
                static_cast<float>(scaling)} {}
   explicit AdapterTensors(const auto& call)
       : AdapterTensors(call.lora_a, call.lora_b, call.dash_u, call.dash_vt, call.dash_sigma, call.scaling) {}
-  // Those of a member of a group.
+  // The adapters of a member of a group.
   AdapterTensors(const auto& call, size_t i)
       : AdapterTensors(call.lora_a[i], call.lora_b[i], call.dash_u[i], call.dash_vt[i], call.dash_sigma[i],
                        call.scaling[i]) {}

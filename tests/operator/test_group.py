@@ -18,8 +18,8 @@ from loradash_kernels.testing import GRADIENTS, check_group_error_rule, make_gro
 GROUPS = [
     (1, 1, [(1, 1, 1), (1, 1, 0)]),
     (37, 65, [(50, 4, 3), (33, 5, 0), (7, 0, 2)]),
-    (150, 96, [(64, 16, 8), (64, 16, 8), (64, 16, 8)]),
-    (300, 40, [(70, 20, 8)]),
+    (70, 64, [(64, 16, 8), (64, 16, 8), (64, 16, 8)]),
+    (33, 40, [(70, 20, 8)]),
 ]
 LEAVES = ("lora_a", "lora_b", "dash_sigma", "bias")
 
@@ -275,3 +275,12 @@ def test_how_a_group_runs_is_said():
     x = torch.zeros(2, 4)
     assert "in one pass over x" in explain_backend(x, "reference", members=3).how
     assert "group" not in explain_backend(x, "reference").how
+
+
+def test_rows_of_one_fused_weight():
+    """The weights of q, k and v may be views of one."""
+    cases = group(members=((20, 4, 3), (8, 2, 0), (10, 3, 2)), m=70)
+    fused = torch.cat([case.tensors["weight"] for case in cases])
+    for case, rows in zip(cases, fused.split([20, 8, 10]), strict=True):
+        case.tensors["weight"] = rows
+    check_group_error_rule(cases, run_group(cases))
