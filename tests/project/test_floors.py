@@ -34,7 +34,7 @@ FLOORS = {
         "presets", "config", "meeting", "zero", "distributed", "units", "formats", "base_layers", "quantised", "merging", "parked", "linear", "convolution", "expert_modules", "experts",
         "data_parallel", "state",
         "targets", "attention", "bypass", "tensor_parallel", "model", "grouping", "adapters", "combining", "unload", "warming", "checkpoint", "hotswap", "peft_layout", "export", "streams", "background",
-        "fingerprint", "cache", "background_process", "batches", "prelaunch", "schedule", "training", "optimizer", "plots", "analysis", "integrations",
+        "fingerprint", "cache", "background_process", "batches", "prelaunch", "watches", "schedule", "training", "optimizer", "plots", "analysis", "integrations",
         "devices", "machine", "cli", "__init__",
     ),
     "python/loradash/integrations": ("__init__", "callbacks", "lightning", "peft", "subspace_tuning", "transformers"),
