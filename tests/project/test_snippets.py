@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 import typer
-from loradash import dash_layers, dash_state
+from loradash import DashSchedule, dash_layers, dash_state
 from loradash.cli import app
 from support import snippets
 from support.snippets import PROVIDED, Block, Maker, Namespace, arithmetic, blocks_of, dash_model
@@ -57,10 +57,14 @@ def _divided(names: Namespace) -> None:
     assert placements == {"DTensor"}
 
 
+def _training_saved(names: Namespace) -> None:
+    assert Path("run", ".metadata").is_file()
+
+
 def _sharded_and_saved(names: Namespace) -> None:
     snippets.leave_group()
     assert all(hasattr(layer.lora_b, "device_mesh") for layer in dash_layers(names["model"]).values())
-    assert Path("run", ".metadata").is_file()
+    _training_saved(names)
 
 
 ON_A_MESH = Fixture({"mesh": lambda names: snippets.lone_mesh()}, _divided)
@@ -68,6 +72,9 @@ FIXTURES: dict[tuple[str, str, int], Fixture] = {
     ("README.md", OWN_MODEL, 1): Fixture(then=_launched_and_saved),
     ("README.md", OWN_MODEL, 2): Fixture({"model": lambda names: dash_model()}, _decomposes),
     ("README.md", OWN_MODEL, 3): Fixture(arithmetic(), _finite),
+    ("README.md", "Whole models, at scale", 1): Fixture(
+        {"model": lambda names: dash_model(), "schedule": lambda names: DashSchedule(names["model"])}, _training_saved
+    ),
     ("docs/tensor-parallel.md", OWN_MODEL, 1): ON_A_MESH,
     ("docs/tensor-parallel.md", OWN_MODEL, 2): ON_A_MESH,
     ("docs/distributed.md", "FSDP2", 1): Fixture({"mesh": lambda names: snippets.lone_mesh()}, _sharded_and_saved),
