@@ -22,7 +22,8 @@ CXX_FILES = $(shell find csrc examples tools -name '*.cpp' -o -name '*.h' -o -na
 CLANG_FORMAT := $(PY) -c "from clang_format import clang_format; clang_format()"
 RESULTS := benchmarks/results
 
-.PHONY: demo test cuda-check cuda-counters test-ptxsim bench bench-all bench-front-ends bench-experts bench-scale gpu-proof counters peft-tests peft-versions lint format docs clean in-place bench-compile bench-grouped
+.PHONY: demo test cuda-check cuda-counters test-ptxsim bench bench-all bench-front-ends bench-experts bench-grouped bench-compile bench-scale \
+	gpu-proof counters peft-tests peft-versions lint format docs clean in-place
 
 demo: $(READY)
 	$(PY) -m loradash.cli finetune --out runs/demo

@@ -25,14 +25,6 @@ _SAVED = ("x", "weight", "lora_a", "lora_b", "dash_u", "dash_vt", "dash_sigma")
 _FROZEN = ("weight", "dash_u", "dash_vt")
 
 
-def _gradients(operator: Operator, direct: bool, *args: Any) -> tuple[Tensor, ...]:
-    """The backward operator: called directly where forward was and dy is plain, through the dispatcher where something must
-    see it."""
-    if must_dispatch(direct, args[0], args[1]):
-        return operator.backward_packet(*args)
-    return operator.run_backward(*args)
-
-
 def must_dispatch(direct: bool, dy: Tensor, x: Tensor) -> bool:
     """Must something see the backward operator, or was forward called by the dispatcher (not `direct`)?"""
     if forward_ad._current_level >= 0 and forward_ad.unpack_dual(dy).tangent is not None:
@@ -139,8 +131,9 @@ class Operator:
         scaling, threshold, backend = ctx.options
         needed = (*ctx.needs_input_grad, False)
         needs = list(self.leaves_of(needed))
-        direct = getattr(ctx, "direct", False)
-        grads = _gradients(self, direct, dy, *tensors, seed, scaling, threshold, needs, backend)
+        # Called directly where forward was and dy is plain, through the dispatcher where something must see it.
+        run = self.backward_packet if must_dispatch(getattr(ctx, "direct", False), dy, x) else self.run_backward
+        grads = run(dy, *tensors, seed, scaling, threshold, needs, backend)
         sigma_dtype = None if dash_sigma is None else dash_sigma.dtype
         dtypes = (x.dtype, lora_a.dtype, lora_b.dtype, sigma_dtype, ctx.bias_dtype)
         for place, grad, dtype, need in zip(self.leaves, grads, dtypes, needs, strict=True):

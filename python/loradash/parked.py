@@ -185,17 +185,21 @@ class HasAdapters(TakesUpdate):
         """
         if self._mixed_rows is not None:
             raise ValueError(f"{self._label()} is in a mixed batch; merge after its block")
-        if self._unmerged is None:
+        if self._unmerged is None and adapters is not None:
             self._weights = adapters
         try:
             return super().merge(requantise, part)
         finally:
             if self._unmerged is None:
-                self._weights = None
+                self._forget_weights()
 
     def unmerge(self) -> None:
         super().unmerge()
-        self._weights = None
+        self._forget_weights()
+
+    def _forget_weights(self) -> None:
+        # As before there ever were any: a layer that was patched is given back with the attributes that it had.
+        self.__dict__.pop("_weights", None)
 
     def park_new(self, adapter: str, config: DashConfig, device: torch.device) -> None:
         """An untrained adapter, which is not active."""

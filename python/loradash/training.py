@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from .distributed import place
 from .schedule import DashSchedule, check_state
-from .state import dash_layers, parameter_of, plain_name
+from .state import dash_layers, parameter_of, parked_parameters, plain_name
 from .units import fsdp1_units
 from .zero import is_trained_by_zero
 
@@ -108,11 +108,12 @@ def _inside(model: nn.Module) -> nn.Module:
 
 
 def _model_state(model: nn.Module) -> dict[str, Any]:
-    """Everything but frozen weights. A and B are frozen too once Δσ trains alone."""
+    """Everything but frozen weights. A and B are frozen too once Δσ trains alone, and all of an adapter that is not active."""
     from torch.distributed.checkpoint.state_dict import get_model_state_dict
 
     layers = dash_layers(model).values()
-    ours = {id(parameter_of(p)) for layer in layers for p in (layer.lora_a, layer.lora_b, layer.dash_sigma)}
+    active = (p for layer in layers for p in (layer.lora_a, layer.lora_b, layer.dash_sigma))
+    ours = {id(parameter_of(p)) for p in (*active, *(p for _, p in parked_parameters(model)))}
     parameters = model.named_parameters(remove_duplicate=False)
     frozen = {plain_name(name) for name, p in parameters if not p.requires_grad and id(p) not in ours}
     return {name: value for name, value in get_model_state_dict(model).items() if name not in frozen}

@@ -13,6 +13,7 @@ import loradash.integrations
 import pytest
 
 ROOT = Path(__file__).parents[2]
+SCALE = "tensor", "fsdp", "checkpoint", "pipelining"
 FRAMEWORKS = (
     "peft",
     "transformers",
@@ -61,8 +62,8 @@ def test_without_the_compiled_part():
 
 
 def test_imports_are_light():
-    """Neither package imports what only an extra installs."""
-    heavy = "matplotlib", "triton.compiler", *FRAMEWORKS
+    """Neither package imports what only an extra installs, or what only several processes need."""
+    heavy = "matplotlib", "triton.compiler", "deepspeed", *(f"torch.distributed.{n}" for n in SCALE), *FRAMEWORKS
     code = f"import sys, loradash, loradash_kernels; print([m for m in {heavy!r} if m in sys.modules])"
     assert (
         subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
