@@ -17,7 +17,7 @@ this way it is one in backward, of N · r + s, whatever M is. One sum a layer an
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -326,11 +326,17 @@ def _note(seed: Tensor, names: tuple[str, ...]) -> None:
         _compare(names, watch)
 
 
-def compare_seeds() -> None:
-    """Compares what was noted since the last comparison. Every process must call this."""
-    for names, watch in list(_WATCHES.items()):
-        if watch.waiting:
+def compare_seeds(groups: Collection[str]) -> None:
+    """Compares what was noted since the last comparison by calls on meshes of these process groups, given by name. Every process
+    of the groups must call this."""
+    for names, watch in _WATCHES.items():
+        if watch.waiting and set(names) <= set(groups):
             _compare(names, watch)
+
+
+def groups_of(t: Any) -> set[str]:
+    """The names of the process groups that have a DTensor."""
+    return {t.device_mesh.get_group(dim).group_name for dim in range(t.device_mesh.ndim)}
 
 
 def _compare(names: tuple[str, ...], watch: _Watch) -> None:
@@ -338,8 +344,10 @@ def _compare(names: tuple[str, ...], watch: _Watch) -> None:
 
     seeds = torch.stack(watch.waiting).flatten()
     watch.waiting = []
+    # Their number and a sum in which each has a weight of its own, so that processes always send the same few bytes.
+    digest = torch.stack((seeds.new_full((), len(seeds)), (seeds * (2 * torch.arange(len(seeds)) + 1).to(seeds)).sum()))
     # The largest, and the smallest as the largest of the negated.
-    extremes = torch.cat((seeds, -seeds))
+    extremes = torch.cat((digest, -digest))
     for name in names:
         all_reduce(extremes, op=ReduceOp.MAX, group=_resolve_process_group(name))  # type: ignore[arg-type]
     largest, smallest = extremes.chunk(2)

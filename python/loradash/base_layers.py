@@ -106,7 +106,8 @@ def treatment(module: nn.Module) -> Treatment:
         raise ValueError(f"{type(module).__name__} has no weight yet; run the model once before adapting it")
     if any(is_dtensor(p) for p in module.parameters()):
         raise ValueError(
-            f"{type(module).__name__} is sharded (DTensor); adapt the model first, then fully_shard or parallelize it"
+            f"{type(module).__name__} is sharded (DTensor); adapt the model first, then fully_shard or parallelize it (a model of "
+            "transformers: load it without tp_plan, then loradash.tensor_parallel.parallelize)"
         )
     hooked = any(getattr(module, name, None) for name in _HOOKS)
     return "adopted" if computes_plainly(module) and not hooked and not _has_more(module) else "kept whole"
