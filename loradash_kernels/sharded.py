@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from . import ops
+from .autograd import TWICE
 from .random import draw_seed, window
 
 LAST = "last"
@@ -191,7 +192,7 @@ def _local(name: str, t: Any, ways: Sequence[Way]) -> Tensor:
     """This process's part. Gradients of x are left partial, for DTensor to sum where that is wanted; ours are summed."""
     from torch.distributed.tensor import Partial
 
-    if not t.requires_grad:
+    if not (t.requires_grad and torch.is_grad_enabled()):
         # Without a gradient there is nothing to note for one.
         with torch.no_grad():
             return t.to_local()
@@ -202,7 +203,16 @@ def _local(name: str, t: Any, ways: Sequence[Way]) -> Tensor:
         if name == "y" and way is ROW:
             # Every process has the whole gradient of a sum.
             gradients[dim] = placement(None, t.dim())
-    return t.to_local(grad_placements=gradients)
+    local = t.to_local(grad_placements=gradients)
+    if not torch.compiler.is_compiling():
+        local.register_hook(_refuse_graph)
+    return local
+
+
+def _refuse_graph(gradient: Tensor) -> None:
+    """Gradients that are to be differentiated again: DTensor's own passes would cut their graph here without a word."""
+    if torch.is_grad_enabled():
+        raise RuntimeError(TWICE)
 
 
 def _once(bias: Tensor, mesh: Any, ways: Sequence[Way]) -> Tensor | None:

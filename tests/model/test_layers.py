@@ -259,7 +259,7 @@ def test_a_layer_divided_by_transformers_is_refused():
     """Some of its releases leave each process a plain tensor, its part of the weight."""
     part = linear()
     part._hf_tp_plan = "colwise"
-    with pytest.raises(ValueError, match="part: Linear is divided over processes by a tp_plan.*without tp_plan"):
+    with pytest.raises(ValueError, match=r"part: Linear is divided over processes by a tp_plan.*without tp_plan"):
         apply_dash(nn.ModuleDict({"part": part}), config())
 
 

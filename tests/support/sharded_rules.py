@@ -238,6 +238,16 @@ def differing_seeds(meshes: Meshes, folder: Path) -> None:
     loradash.distributed.reshard(nn.ParameterList([four["lora_a"]]))
 
 
+def second_derivatives(meshes: Meshes, folder: Path) -> None:
+    """Refused, for whatever argument: DTensor itself gives wrong ones."""
+    case = make_case(8, 16, 8, 3, 2)
+    t = placed(case, meshes.pair, ("row",))
+    for name in TRAINED:
+        y = dash_linear(t["x"], t["weight"], t["bias"], **options(t, case)).full_tensor()
+        with raises(RuntimeError, "second derivatives are not implemented"):
+            torch.autograd.grad(y.square().sum(), t[name], create_graph=True)
+
+
 CHECKS = (
     rule_in_one_dimension,
     rule_in_two_dimensions,
@@ -247,4 +257,5 @@ CHECKS = (
     refused_operators,
     window_of_eight,
     differing_seeds,
+    second_derivatives,
 )
