@@ -78,6 +78,16 @@ def refuse_mixed(tensors: dict[str, Any]) -> None:
         )
 
 
+def refuse_distributed(what: str, tensors: dict[str, Any]) -> None:
+    """Raises ValueError for DTensors among the tensors of something that has no rule for them."""
+    sharded = [name for name, t in tensors.items() if is_distributed(t)]
+    if sharded:
+        raise ValueError(
+            f"{', '.join(sharded)} of {what} is a DTensor; wanted plain tensors, which layers divided by parallelize_module do "
+            "not have, and those of FSDP2 have"
+        )
+
+
 class Split(NamedTuple):
     """This process's part of a call.
 

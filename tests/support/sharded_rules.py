@@ -13,7 +13,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 from torch.nn import functional as F
 
-from loradash_kernels import dash_linear, low_rank_update, sharded
+from loradash_kernels import GroupMember, dash_experts, dash_linear, dash_linear_group, low_rank_update, sharded
 from loradash_kernels.testing import Case, check_error_rule, make_case
 
 from .sharded import Meshes, raises
@@ -185,6 +185,21 @@ def refused_operators(meshes: Meshes, folder: Path) -> None:
         torch.ops.loradash.dash_linear(*mixed, None, 1.0, 0, None)
 
 
+def refused_functions(meshes: Meshes, folder: Path) -> None:
+    """Functions that have no rule, with DTensors for all arguments or for some."""
+    case = make_case(8, 16, 8, 3, 2)
+    whole = placed(case, meshes.pair, ("whole",))
+    for t in (whole, {**case.tensors, "weight": whole["weight"]}, {**whole, "x": case.x}):
+        named = "x" if t is whole else "weight"
+        adapters = {name: t[name] for name in NAMES[3:]}
+        member = GroupMember(weight=t["weight"], bias=t["bias"], **adapters)
+        with raises(ValueError, f"{named}", "of a group is a DTensor"):
+            dash_linear_group(t["x"], [member, member])
+        stacked = {name: tensor.unsqueeze(0) for name, tensor in adapters.items()}
+        with raises(ValueError, f"{named}", "of experts is a DTensor"):
+            dash_experts(t["x"], t["weight"].unsqueeze(0), torch.tensor([8]), **stacked)
+
+
 def window_of_eight(meshes: Meshes, folder: Path) -> None:
     """One draw of the mask serves eight neighbours: where a part of K begins between them, dropout is refused."""
     case = make_case(8, 24, 8, 3, 2, dropout_p=0.3)
@@ -255,6 +270,7 @@ CHECKS = (
     leading_dimensions,
     refused_placements,
     refused_operators,
+    refused_functions,
     window_of_eight,
     differing_seeds,
     second_derivatives,
