@@ -17,7 +17,7 @@ from torch.autograd import forward_ad
 
 from . import checkpointing, ops
 
-_TWICE = "loradash: second derivatives are not implemented; the gradients of dash_linear cannot be differentiated again"
+TWICE = "loradash: second derivatives are not implemented; the gradients of dash_linear cannot be differentiated again"
 
 # The arguments whose gradients the backward operator gives, in its order, and those that it takes from the forward pass.
 _LEAVES = ("x", "lora_a", "lora_b", "dash_sigma", "bias")
@@ -182,7 +182,7 @@ LOW_RANK_UPDATE = Operator(torch.ops.loradash.low_rank_update, ops.low_rank_upda
 
 def no_second_derivative(ctx: Any, *grads: Tensor) -> tuple[None, ...]:
     """The gradients of a backward operator: RuntimeError."""
-    raise RuntimeError(_TWICE)
+    raise RuntimeError(TWICE)
 
 
 for _name in ("dash_linear_backward", "dash_linear_group_backward"):

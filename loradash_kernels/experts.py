@@ -24,6 +24,7 @@ from .autograd import Operator, no_second_derivative
 from .backends import registry
 from .calls import BackwardCall, ForwardCall, accumulator
 from .random import draw_seed, row_windows
+from .sharded import refuse_distributed
 
 _SCHEMA_ADAPTERS = "Tensor lora_a, Tensor lora_b, Tensor? dash_u, Tensor? dash_vt, Tensor? dash_sigma"
 _SCHEMA_OPTIONS = "Tensor? seed, float scaling, int threshold"
@@ -103,6 +104,7 @@ def _check(x: Tensor, weight: Tensor, offsets: Tensor, bias: Tensor | None, adap
     """Checks everything but the values of offsets, which the host may not know."""
     names = ("weight", "bias", "lora_a", "lora_b", "dash_u", "dash_vt", "dash_sigma")
     stacked = dict(zip(names, (weight, bias, *adapters), strict=True))
+    refuse_distributed("experts", {"x": x, **stacked})
     if weight.dim() != 3 or weight.shape[0] == 0:
         raise ValueError(f"weight has shape {tuple(weight.shape)}; wanted (E, N, K) with at least one expert")
     experts = weight.shape[0]

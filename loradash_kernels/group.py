@@ -12,6 +12,7 @@ from . import arguments, composite, ops
 from .functional import _rows, _threshold
 from .group_autograd import LISTS, GroupFunction
 from .random import draw_seed
+from .sharded import refuse_distributed
 
 _PLAIN = frozenset({Tensor, torch.nn.Parameter, torch.nn.parameter.Buffer})
 
@@ -105,11 +106,15 @@ def _present(member: GroupMember, name: str) -> Tensor:
 def _call(x: Tensor, lists: list[list[Tensor]], options: tuple) -> list[Tensor]:
     """As `functional` calls an operator: by the dispatcher where something looks at operations."""
     flat = [t for members in lists for t in members]
+    plain = _PLAIN.issuperset(map(type, (x, *flat)))
+    if not plain:
+        named = {f"{name} of member {i}": t for name, of in zip(LISTS, lists, strict=True) for i, t in enumerate(of)}
+        refuse_distributed("a group", {"x": x, **named})
     if (
         torch.compiler.is_compiling()
         or torch._C._len_torch_dispatch_stack()
         or torch._C._is_tracing()
-        or not _PLAIN.issuperset(map(type, (x, *flat)))
+        or not plain
         or x.is_meta
     ):
         return list(torch.ops.loradash.dash_linear_group(x, *lists, *options)[0])

@@ -19,6 +19,7 @@ from torch.nn import functional as F
 
 from . import arguments
 from .functional import dash_linear, low_rank_update
+from .sharded import refuse_distributed
 
 NO_ADAPTER = -1
 """In an index of rows: this row gets the base layer's output alone."""
@@ -178,12 +179,7 @@ def _by_group(
 
 def _check(adapters: Sequence[Adapter | None], rows: RowGroups, **tensors: Tensor) -> None:
     x = tensors["x"]
-    sharded = [name for name, t in tensors.items() if hasattr(t, "device_mesh")]
-    if sharded:
-        raise ValueError(
-            f"{', '.join(sharded)} of a mixed batch is a DTensor; wanted plain tensors, which layers divided by "
-            "parallelize_module do not have, and those of FSDP2 have"
-        )
+    refuse_distributed("a mixed batch", tensors)
     if x.dim() < 2 or x.shape[0] != rows.total:
         raise ValueError(
             f"x has shape {tuple(x.shape)}; wanted ({rows.total}, ..., K), as the mixed batch has an adapter for each of "

@@ -17,13 +17,14 @@ this way it is one in backward, of N · r + s, whatever M is. One sum a layer an
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from . import ops
+from .autograd import TWICE
 from .random import draw_seed, window
 
 LAST = "last"
@@ -74,6 +75,16 @@ def refuse_mixed(tensors: dict[str, Any]) -> None:
             f"{listed}, and {', '.join(plain)} a plain tensor: wanted all as DTensors of one mesh. Give activations by "
             "DTensor.from_local(x, mesh, placements), or parallelize the layer by loradash.tensor_parallel's ColwiseDash or "
             "RowwiseDash, which do it"
+        )
+
+
+def refuse_distributed(what: str, tensors: dict[str, Any]) -> None:
+    """Raises ValueError for DTensors among the tensors of something that has no rule for them."""
+    sharded = [name for name, t in tensors.items() if is_distributed(t)]
+    if sharded:
+        raise ValueError(
+            f"{', '.join(sharded)} of {what} is a DTensor; wanted plain tensors, which layers divided by parallelize_module do "
+            "not have, and those of FSDP2 have"
         )
 
 
@@ -191,7 +202,7 @@ def _local(name: str, t: Any, ways: Sequence[Way]) -> Tensor:
     """This process's part. Gradients of x are left partial, for DTensor to sum where that is wanted; ours are summed."""
     from torch.distributed.tensor import Partial
 
-    if not t.requires_grad:
+    if not (t.requires_grad and torch.is_grad_enabled()):
         # Without a gradient there is nothing to note for one.
         with torch.no_grad():
             return t.to_local()
@@ -202,7 +213,16 @@ def _local(name: str, t: Any, ways: Sequence[Way]) -> Tensor:
         if name == "y" and way is ROW:
             # Every process has the whole gradient of a sum.
             gradients[dim] = placement(None, t.dim())
-    return t.to_local(grad_placements=gradients)
+    local = t.to_local(grad_placements=gradients)
+    if not torch.compiler.is_compiling():
+        local.register_hook(_refuse_graph)
+    return local
+
+
+def _refuse_graph(gradient: Tensor) -> None:
+    """Gradients that are to be differentiated again: DTensor's own passes would cut their graph here without a word."""
+    if torch.is_grad_enabled():
+        raise RuntimeError(TWICE)
 
 
 def _once(bias: Tensor, mesh: Any, ways: Sequence[Way]) -> Tensor | None:
@@ -326,11 +346,17 @@ def _note(seed: Tensor, names: tuple[str, ...]) -> None:
         _compare(names, watch)
 
 
-def compare_seeds() -> None:
-    """Compares what was noted since the last comparison. Every process must call this."""
-    for names, watch in list(_WATCHES.items()):
-        if watch.waiting:
+def compare_seeds(groups: Collection[str]) -> None:
+    """Compares what was noted since the last comparison by calls on meshes of these process groups, given by name. Every process
+    of the groups must call this."""
+    for names, watch in _WATCHES.items():
+        if watch.waiting and set(names) <= set(groups):
             _compare(names, watch)
+
+
+def groups_of(t: Any) -> set[str]:
+    """The names of the process groups that have a DTensor."""
+    return {t.device_mesh.get_group(dim).group_name for dim in range(t.device_mesh.ndim)}
 
 
 def _compare(names: tuple[str, ...], watch: _Watch) -> None:
@@ -338,8 +364,10 @@ def _compare(names: tuple[str, ...], watch: _Watch) -> None:
 
     seeds = torch.stack(watch.waiting).flatten()
     watch.waiting = []
+    # Their number and a sum in which each has a weight of its own, so that processes always send the same few bytes.
+    digest = torch.stack((seeds.new_full((), len(seeds)), (seeds * (2 * torch.arange(len(seeds)) + 1).to(seeds)).sum()))
     # The largest, and the smallest as the largest of the negated.
-    extremes = torch.cat((seeds, -seeds))
+    extremes = torch.cat((digest, -digest))
     for name in names:
         all_reduce(extremes, op=ReduceOp.MAX, group=_resolve_process_group(name))  # type: ignore[arg-type]
     largest, smallest = extremes.chunk(2)

@@ -86,6 +86,9 @@ def features(module: nn.Module) -> tuple[int, int]:
     return k, n
 
 
+_PLANNED = " (of transformers: loaded without tp_plan, adapted, divided by loradash.tensor_parallel.parallelize)"
+
+
 def treatment(module: nn.Module) -> Treatment:
     """What `DashLinear` does with a linear layer.
 
@@ -106,7 +109,12 @@ def treatment(module: nn.Module) -> Treatment:
         raise ValueError(f"{type(module).__name__} has no weight yet; run the model once before adapting it")
     if any(is_dtensor(p) for p in module.parameters()):
         raise ValueError(
-            f"{type(module).__name__} is sharded (DTensor); adapt the model first, then fully_shard or parallelize it"
+            f"{type(module).__name__} is sharded (DTensor); adapt the model first, then fully_shard or parallelize it{_PLANNED}"
+        )
+    # Older releases of transformers leave each process its part as a plain tensor, and hooks.
+    if getattr(module, "_hf_tp_plan", None) is not None:
+        raise ValueError(
+            f"{type(module).__name__} is divided over processes by a tp_plan; adapt the model first{_PLANNED}"
         )
     hooked = any(getattr(module, name, None) for name in _HOOKS)
     return "adopted" if computes_plainly(module) and not hooked and not _has_more(module) else "kept whole"

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from loradash_kernels import Directions
-from loradash_kernels.sharded import compare_seeds
+from loradash_kernels.sharded import compare_seeds, groups_of
 
 from . import zero
 from .meeting import Meeting, global_rank
@@ -64,8 +64,7 @@ def reshard(model: nn.Module) -> None:
     for module in model.modules():
         if hasattr(module, "reshard") and hasattr(module, "unshard"):
             module.reshard()  # type: ignore[operator]
-    if any(map(is_sharded, model.parameters())):
-        compare_seeds()
+    compare_seeds({name for p in model.parameters() if is_dtensor(p) for name in groups_of(p)})
 
 
 Group: TypeAlias = 'Literal["world", "self"] | torch.distributed.ProcessGroup'

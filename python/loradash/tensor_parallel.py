@@ -77,7 +77,8 @@ def _divide(layer: DashLinear, mesh: DeviceMesh, way: Way, style: Any, desired: 
     """Distributes an adapted layer's tensors, and has its calls take and give what the style says."""
     _check(layer, mesh, way)
     for name in (*_PARAMETERS, *_BUFFERS):
-        tensor = getattr(layer, name)
+        # A layer whose adapters were all deleted has its weight and bias alone.
+        tensor = getattr(layer, name, None)
         if tensor is not None:
             place = way.places.get(name)
             if name == "weight" and layer.transposed and place is not None:
@@ -108,6 +109,12 @@ def _check(layer: DashLinear, mesh: DeviceMesh, way: Way) -> None:
         raise ValueError(f"{label} is merged; unmerge(model) before parallelize_module")
     if "weight" not in layer._parameters or is_quantised(layer.weight):
         raise ValueError(f"{label}: its weight is computed or quantised, and cannot be divided")
+    parked = [name for name, _ in layer.parked_adapters()]
+    if parked:
+        raise ValueError(
+            f"{label} has parked adapters ({', '.join(parked)}), which nobody could activate or save once the layer is divided: "
+            "divide a model of one adapter; save the others, and delete_adapter(model, name)"
+        )
     if any(is_sharded(p) for p in layer.parameters()):
         raise ValueError(f"{label} is sharded already (DTensor); parallelize_module comes before fully_shard, and once")
     size, what = (layer.out_features, "out_features") if way is COLUMN else (layer.in_features, "in_features")
@@ -157,6 +164,8 @@ _STYLES: dict[str, Callable[[], ParallelStyle]] = {
     "rowwise_rep": lambda: RowwiseDash(input_layouts=Replicate()),
     "embedding_rowwise": lambda: RowwiseParallel(input_layouts=Replicate()),
 }
+# What transformers does with the gradients of a module that it leaves whole, and whose input it does not.
+_WHOLE = "replicated_with_grad_allreduce"
 _HEADS = ("num_attention_heads", "num_key_value_heads")
 
 
@@ -168,7 +177,7 @@ def parallelize(model: nn.Module, mesh: DeviceMesh) -> nn.Module:
     Args:
         mesh: of one dimension: mesh["tp"] of a larger one.
 
-    Raises ValueError, with the model unchanged: no plan, a style in it that only transformers has, heads that the processes do
+    Raises ValueError, with the model unchanged: no plan, a style in it that only transformers has, a module divided already, heads that the processes do
     not divide, a trained parameter tied between modules that it divides, and what `ColwiseDash` and `RowwiseDash` refuse.
     """
     root = unwrap(model)
@@ -184,21 +193,34 @@ def parallelize(model: nn.Module, mesh: DeviceMesh) -> nn.Module:
         heads = getattr(config, name, None)
         if heads is not None and heads % mesh.size():
             raise ValueError(f"{name} is {heads}, which {mesh.size()} processes do not divide into equal parts")
-    styles: dict[str, ParallelStyle] = {}
-    chosen = {name: style for name, module in root.named_modules() if (style := _style_of(plan, plain_name(name)))}
+    chosen = {
+        name: style for name, module in root.named_modules() if (style := _style_in(plan, plain_name(name), module))
+    }
     for name, style in chosen.items():
-        layer = root.get_submodule(name)
-        if style not in _STYLES or not isinstance(layer, (DashLinear, nn.Linear, nn.Embedding)):
-            raise ValueError(
-                f"{name}: the model's tp_plan divides it, a {type(layer).__name__}, as {style!r}; wanted one of {sorted(_STYLES)} "
-                "for a linear layer, adapted by apply_dash or not, or an embedding"
-            )
-        if isinstance(layer, DashLinear):
-            _check(layer, mesh, ROW if style.startswith("rowwise") else COLUMN)
-        styles[name] = _STYLES[style]()
+        _check_planned(name, root.get_submodule(name), style, mesh)
     _check_ties(root, chosen)
-    parallelize_module(root, mesh, styles)
+    parallelize_module(root, mesh, {name: _STYLES[style]() for name, style in chosen.items()})
     return model
+
+
+def _style_in(plan: Mapping[str, str], name: str, module: nn.Module) -> str | None:
+    """The style of a module, whose plan writes * for a layer's number; None for one that the plan does not touch."""
+    style = plan.get(re.sub(r"\.\d+(?=\.|$)", ".*", name))
+    frozen = not any(p.requires_grad for p in module.parameters())
+    return None if style == _WHOLE and frozen else style
+
+
+def _check_planned(name: str, module: nn.Module, style: str, mesh: DeviceMesh) -> None:
+    """Raises ValueError where a module cannot be divided as the model's plan says."""
+    if style not in _STYLES or not isinstance(module, (DashLinear, nn.Linear, nn.Embedding)):
+        raise ValueError(
+            f"{name}: the model's tp_plan divides it, a {type(module).__name__}, as {style!r}; wanted one of {sorted(_STYLES)} "
+            f"for a linear layer, adapted by apply_dash or not, or an embedding; or {_WHOLE!r} for what does not train"
+        )
+    if isinstance(module, DashLinear):
+        _check(module, mesh, ROW if style.startswith("rowwise") else COLUMN)
+    elif any(map(is_sharded, module.parameters())):
+        raise ValueError(f"{name} is sharded already (DTensor); load the model whole, without a tp_plan of its own")
 
 
 def _check_ties(root: nn.Module, chosen: Mapping[str, str]) -> None:
@@ -214,14 +236,9 @@ def _check_ties(root: nn.Module, chosen: Mapping[str, str]) -> None:
             )
 
 
-def _style_of(plan: Mapping[str, str], name: str) -> str | None:
-    """The style of a module, whose plan writes * for a layer's number."""
-    return plan.get(re.sub(r"\.\d+(?=\.|$)", ".*", name))
-
-
 @torch.no_grad()
 def clip_grad_norm_(
-    parameters: Iterable[Tensor], max_norm: float, norm_type: float = 2.0, error_if_nonfinite: bool = False
+    parameters: Tensor | Iterable[Tensor], max_norm: float, norm_type: float = 2.0, error_if_nonfinite: bool = False
 ) -> Tensor:
     """torch.nn.utils.clip_grad_norm_ for gradients of which some are plain tensors and some DTensors, of one mesh or several.
 
@@ -232,13 +249,14 @@ def clip_grad_norm_(
     `error_if_nonfinite`, in all processes, with nothing changed.
     """
     kinds: dict[Any, list[Tensor]] = {}
-    for parameter in parameters:
+    for parameter in [parameters] if isinstance(parameters, Tensor) else parameters:
         if parameter.grad is not None:
             kinds.setdefault(getattr(parameter.grad, "device_mesh", None), []).append(parameter.grad)
     norms = [nn.utils.get_total_norm(gradients, norm_type) for gradients in kinds.values()]
     if not norms:
         return torch.tensor(0.0)
-    total = torch.linalg.vector_norm(torch.stack([gathered(norm) for norm in norms]), norm_type)
+    whole = [gathered(norm) for norm in norms]
+    total = torch.linalg.vector_norm(torch.stack([norm.to(whole[0].device) for norm in whole]), norm_type)
     if error_if_nonfinite and not bool(total.isfinite()):
         raise RuntimeError(f"the norm of order {norm_type} of the gradients is {float(total)}, which cannot be clipped")
     factor = (max_norm / (total + 1e-6)).clamp(max=1.0)

@@ -255,6 +255,14 @@ def test_a_sharded_layer_is_refused():
         torch.distributed.destroy_process_group()
 
 
+def test_a_layer_divided_by_transformers_is_refused():
+    """Some of its releases leave each process a plain tensor, its part of the weight."""
+    part = linear()
+    part._hf_tp_plan = "colwise"
+    with pytest.raises(ValueError, match=r"part: Linear is divided over processes by a tp_plan.*without tp_plan"):
+        apply_dash(nn.ModuleDict({"part": part}), config())
+
+
 def test_weights_that_are_plain_attributes():
     """DataParallel's replicas, pruning and parametrizations keep tensors outside of the module's parameters."""
     x = torch.randn(3, WIDTH)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Sequence
+import traceback
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 
@@ -35,3 +36,37 @@ def run_processes(
         assert worker.returncode == 0, errors
         said.append(output)
     return said
+
+
+def fork(processes: int, program: Callable[[int], None], folder: Path) -> None:
+    """program(rank) in processes that are forked from this one, which has imported for all of them: that takes longer than most
+    of what they do. It must not have run a backward pass, after which autograd does not fork.
+
+    What process `rank` prints goes to FOLDER/output.RANK. RuntimeError, with the ends of these, where one failed.
+    """
+    sys.stdout.flush()
+    children = {_forked(rank, program, folder / f"output.{rank}"): rank for rank in range(processes)}
+    failed = sorted(rank for child, rank in children.items() if os.waitpid(child, 0)[1])
+    if failed:
+        said = "\n".join((folder / f"output.{rank}").read_text()[-2000:] for rank in failed)
+        raise RuntimeError(f"processes {failed} of {processes} failed: {said}")
+
+
+def _forked(rank: int, program: Callable[[int], None], output: Path) -> int:
+    child = os.fork()
+    if child:
+        return child
+    status = 1
+    try:
+        file = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        os.dup2(file, 1)
+        os.dup2(file, 2)
+        program(rank)
+        status = 0
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        # The interpreter's exit now and then aborts in gloo's threads.
+        os._exit(status)

@@ -1,5 +1,5 @@
-"""One process of `support.scale`: python -m support.scale_worker SCHEMES RANK STORE FOLDER PROCESSES, SCHEMES being JSON, the
-cells of every scheme by its name.
+"""The parent of `support.scale`'s processes: python -m support.scale_worker SCHEMES STORE FOLDER PROCESSES, SCHEMES being JSON,
+the cells of every scheme by its name.
 
 Every cell is compared with what one process makes of the same batches, computed here before the processes meet. It writes
 FOLDER/SCHEME/result.RANK.json after every cell, so that nothing is lost where a later one hangs.
@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import json
 import math
-import os
 import sys
 import traceback
 from datetime import timedelta
@@ -19,13 +18,18 @@ from typing import Any, NamedTuple
 
 import loradash
 import torch
+
+# What optimizers and checkpoints import when they are first used.
+import torch._dynamo
 import torch.distributed as dist
+import torch.distributed.checkpoint
 from loradash import DashSchedule, dash_layers, dash_state
 from loradash.distributed import gathered
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from .collectives import Traffic
+from .processes import fork
 from .schemes import LAUNCH, STEPS, Run, Scheme, batch, mean_over_processes, of_part, scheme
 
 # Before launch and after it.
@@ -308,34 +312,39 @@ class Walk:
         cell.compare("launched", torch.tensor(float(run.schedule.launched)), torch.tensor(1.0), 0.0)
 
 
-def main(schemes: str, rank: str, store: str, folder: str, processes: str) -> None:
-    cells = json.loads(schemes)
-    ways = [scheme(name, int(rank)) for name in cells]
-    places = {way.name: Path(folder) / way.name for way in ways}
-    for way in ways:
-        if way.processes != int(processes):
-            raise ValueError(f"{way.name} takes {way.processes} processes, not {processes}")
-        places[way.name].mkdir(exist_ok=True)
+def main(schemes: str, store: str, folder: str, processes: str) -> None:
+    cells, count = json.loads(schemes), int(processes)
+    for name in cells:
+        # Imports its file, before the processes do.
+        takes = scheme(name, 0).processes
+        if takes != count:
+            raise ValueError(f"{name} takes {takes} processes, not {count}")
+    fork(count, lambda rank: walk(cells, rank, store, Path(folder), count), Path(folder))
+
+
+def walk(schemes: dict[str, list[str]], rank: int, store: str, folder: Path, processes: int) -> None:
+    """All cells of all schemes in one of the processes."""
+    ways = [scheme(name, rank) for name in schemes]
+    places = {way.name: folder / way.name for way in ways}
+    for place in places.values():
+        place.mkdir(exist_ok=True)
     single = {way.name: reference(way, places[way.name] / f"one.{rank}") for way in ways}
     dist.init_process_group(
         "gloo",
         init_method=f"file://{store}",
-        rank=int(rank),
-        world_size=int(processes),
+        rank=rank,
+        world_size=processes,
         timeout=timedelta(seconds=120),
     )
     for way in ways:
         way.set_up()
-        walk = Walk(way, single[way.name], places[way.name])
+        walked = Walk(way, single[way.name], places[way.name])
         results = {}
-        for cell in cells[way.name]:
-            results[cell] = walk.cell(cell)
+        for cell in schemes[way.name]:
+            results[cell] = walked.cell(cell)
             (places[way.name] / f"result.{rank}.json").write_text(json.dumps(results))
-    sys.stdout.flush()
     with contextlib.suppress(RuntimeError):
         dist.barrier()
-    # The interpreter's exit now and then aborts in gloo's threads.
-    os._exit(0)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from loradash.tensor_parallel import ColwiseDash, RowwiseDash, clip_grad_norm_, 
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 from torch.distributed.tensor.parallel import ColwiseParallel, PrepareModuleInput, parallelize_module
 from torch.utils.checkpoint import checkpoint
 
@@ -136,25 +137,21 @@ def checkpointing(meshes: Meshes, folder: Path) -> None:
 
 
 def compiled(meshes: Meshes, folder: Path) -> None:
-    """One graph, the same masks as of one compiled process, and no compilation more at launch."""
+    """One graph, the masks of one process, and no compilation more at launch."""
+    sharded._WATCHES.clear()
     if meshes.rank >= 2:
         return
-    whole = pair(launched=False)
-    model = divided(meshes.pair, launched=False)
-    results = []
-    for of in (whole, model):
-        counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
-        fast = torch.compile(of, fullgraph=True, backend=counter)
-        results.append([result(fast, of, inputs())])
+    whole, model = pair(launched=False), divided(meshes.pair, launched=False)
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    fast = torch.compile(model, fullgraph=True, backend=counter)
+    for value in (0.0, 0.1):
         with torch.no_grad():
-            for layer in (of.up, of.down):
-                layer.dash_sigma.fill_(0.5)
-                layer.dash_u.fill_(0.1)
-                layer.dash_vt.fill_(0.1)
-        results[-1].append(result(fast, of, inputs()))
-        assert counter.frame_count == 1, f"{counter.frame_count} compilations"
-    for ours, theirs in zip(*reversed(results), strict=True):
-        assert_same(ours, theirs)
+            for layer in (whole.up, whole.down, model.up, model.down):
+                layer.dash_sigma.fill_(5 * value)
+                layer.dash_u.fill_(value)
+                layer.dash_vt.fill_(value)
+        assert_same(result(fast, model, inputs()), result(whole, whole, inputs()))
+    assert counter.frame_count == 1, f"{counter.frame_count} compilations"
     sharded._WATCHES.clear()
     torch.manual_seed(meshes.rank)
     with raises(RuntimeError, "drew different seeds"):
@@ -227,6 +224,29 @@ def clipping(meshes: Meshes, folder: Path) -> None:
         clipped(parallelize_module(headed(), meshes.pair, divide), of_torch)
 
 
+def clipping_of_any_placement(meshes: Meshes, folder: Path) -> None:
+    """Partial sums count as what they sum to, on whichever mesh; a tensor alone is taken like a list of one."""
+    dp, tp = meshes.two_by_two["dp"], meshes.pair
+
+    def of(local: Tensor, mesh: DeviceMesh, placement: Any) -> nn.Parameter:
+        gradient = DTensor.from_local(local, mesh, [placement], run_check=False)
+        parameter = nn.Parameter(torch.zeros_like(gradient.redistribute(placements=[Replicate()])))
+        parameter.grad = gradient
+        return parameter
+
+    parameters = [
+        of(torch.full((2, 2), 1.0 + tp.get_local_rank()), tp, Partial()),
+        of(torch.ones(2, 2), tp, Replicate()),
+        of(torch.ones(2, 2), dp, Shard(0)),
+    ]
+    wanted = torch.tensor(4 * 9.0 + 4 + 8).sqrt()
+    torch.testing.assert_close(clip_grad_norm_(parameters, 1.0), wanted)
+    for parameter, value in zip(parameters, (3.0, 1.0, 1.0), strict=True):
+        torch.testing.assert_close(gathered(parameter.grad).mean(), value / wanted)
+    torch.testing.assert_close(clip_grad_norm_(parameters, 1.0, norm_type=math.inf), 3.0 / wanted)
+    torch.testing.assert_close(clip_grad_norm_(parameters[1], 1.0), 2.0 / wanted)
+
+
 def functions_of_models(meshes: Meshes, folder: Path) -> None:
     """What loradash does with a whole model."""
     plain, model, x = pair(launched=False), divided(meshes.pair, launched=False), inputs()
@@ -284,6 +304,11 @@ def refused_layers(meshes: Meshes, folder: Path) -> None:
     loradash.merge(model)
     refused(model, meshes.pair, "up is merged", "unmerge")
     refused(divided(meshes.pair), meshes.pair, "up is sharded already")
+    model = pair()
+    loradash.add_adapter(model, "second", DashConfig(r=2, directions=2))
+    refused(model, meshes.pair, "up has parked adapters (second)", "delete_adapter")
+    loradash.delete_adapter(model, "second")
+    parallelize_module(model, meshes.pair, PLAN)
     whole = Pair()
     whole.up.register_forward_hook(lambda *_: None)
     refused(apply_dash(whole, DashConfig(r=2)), meshes.pair, "up keeps a Linear whole")
@@ -296,16 +321,32 @@ def refused_layers(meshes: Meshes, folder: Path) -> None:
         apply_dash(model, DashConfig(r=2))
 
 
+def without_adapters(meshes: Meshes, folder: Path) -> None:
+    """A layer whose adapters were deleted is divided like any linear layer."""
+    model = pair()
+    loradash.add_adapter(model, "second", DashConfig(r=2, directions=2, target_modules=["down"]))
+    loradash.set_adapter(model, "second")
+    loradash.delete_adapter(model, "default")
+    assert model.up.adapters == []
+    nn.init.normal_(model.down.lora_b)
+    wanted = result(model, model, inputs())
+    model = parallelize_module(model, meshes.pair, PLAN)
+    assert model.up.weight.placements == (Shard(0),)
+    assert_same(result(model, model, inputs()), wanted)
+
+
 def own_plans(meshes: Meshes, folder: Path) -> None:
     """`parallelize` follows the plan that a model of transformers has."""
 
     def planned(plan: dict[str, str] | None, heads: int = 4) -> nn.Module:
         model = nn.Module()
         model.layers = nn.ModuleList([Pair(), Pair()])
+        model.norm = nn.LayerNorm(4)
         model.tp_plan, model.config = plan, type("Config", (), {"num_key_value_heads": heads})()
         return apply_dash(model, DashConfig(r=2, target_modules=["up"]))
 
-    plan = {"layers.*.up": "colwise", "layers.*.down": "rowwise"}
+    # The norm is left whole, and does not train.
+    plan = {"layers.*.up": "colwise", "layers.*.down": "rowwise", "norm": "replicated_with_grad_allreduce"}
     torch.manual_seed(0)
     plain = planned(plan)
     wanted = plain.layers[1](inputs())
@@ -313,6 +354,15 @@ def own_plans(meshes: Meshes, folder: Path) -> None:
     model = parallelize(planned(plan), meshes.pair)
     assert model.layers[1].up.weight.placements == (Shard(0),) and model.layers[0].down.weight.placements == (Shard(1),)
     torch.testing.assert_close(model.layers[1](inputs()), wanted)
+    assert not isinstance(model.norm.weight, DTensor)
+    with raises(ValueError, "layers.0.up is sharded already"):
+        parallelize(model, meshes.pair)
+    half, trained = planned(plan), planned(plan)
+    parallelize_module(half, meshes.pair, {"layers.1.down": RowwiseDash()})
+    with raises(ValueError, "layers.1.down is sharded already", "without a tp_plan"):
+        parallelize(half, meshes.pair)
+    assert not isinstance(half.layers[0].up.weight, DTensor)
+    trained.norm.requires_grad_()
     tied = planned(plan)
     tied.layers[0].down.weight = tied.layers[1].down.weight
     tied.layers[1].down.weight.requires_grad_()
@@ -321,6 +371,7 @@ def own_plans(meshes: Meshes, folder: Path) -> None:
         (planned({**plan, "layers.*.up": "packed_colwise"}), ("layers.0.up", "packed_colwise")),
         (planned({**plan, "layers.*": "colwise"}), ("layers.0", "a Pair")),
         (planned(plan, heads=3), ("num_key_value_heads is 3",)),
+        (trained, ("norm", "a LayerNorm", "does not train")),
         (tied, ("layers.0.down.weight and layers.1.down.weight are one parameter",)),
     ):
         with raises(ValueError, *words):
@@ -337,7 +388,9 @@ CHECKS = (
     compiled,
     traffic,
     clipping,
+    clipping_of_any_placement,
     functions_of_models,
     refused_layers,
+    without_adapters,
     own_plans,
 )

@@ -13,7 +13,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 from torch.nn import functional as F
 
-from loradash_kernels import dash_linear, low_rank_update, sharded
+from loradash_kernels import GroupMember, dash_experts, dash_linear, dash_linear_group, low_rank_update, sharded
 from loradash_kernels.testing import Case, check_error_rule, make_case
 
 from .sharded import Meshes, raises
@@ -95,18 +95,19 @@ def rule_in_two_dimensions(meshes: Meshes, folder: Path) -> None:
 
 
 def compiled_in_two_dimensions(meshes: Meshes, folder: Path) -> None:
-    """One graph, with the mask that one compiled process draws."""
+    """One graph, with the mask of one process."""
     case = make_case(12, 32, 20, 3, 2, dropout_p=0.3)
 
     @torch.no_grad()
     def call(t: dict[str, Any]) -> Any:
         return dash_linear(t["x"], t["weight"], t["bias"], **options(t, case))
 
-    results = []
-    for tensors in (case.tensors, placed(case, meshes.two_by_two, ("batch", "row"))):
-        torch.manual_seed(case.seed)
-        results.append(torch.compile(call, fullgraph=True, backend="aot_eager")(tensors))
-    torch.testing.assert_close(results[1].full_tensor(), results[0])
+    torch.manual_seed(case.seed)
+    wanted = call(case.tensors)
+    t = placed(case, meshes.two_by_two, ("batch", "row"))
+    torch.manual_seed(case.seed)
+    y = torch.compile(call, fullgraph=True, backend="aot_eager")(t)
+    torch.testing.assert_close(y.full_tensor(), wanted)
 
 
 def leading_dimensions(meshes: Meshes, folder: Path) -> None:
@@ -184,6 +185,21 @@ def refused_operators(meshes: Meshes, folder: Path) -> None:
         torch.ops.loradash.dash_linear(*mixed, None, 1.0, 0, None)
 
 
+def refused_functions(meshes: Meshes, folder: Path) -> None:
+    """Functions that have no rule, with DTensors for all arguments or for some."""
+    case = make_case(8, 16, 8, 3, 2)
+    whole = placed(case, meshes.pair, ("whole",))
+    for t in (whole, {**case.tensors, "weight": whole["weight"]}, {**whole, "x": case.x}):
+        named = "x" if t is whole else "weight"
+        adapters = {name: t[name] for name in NAMES[3:]}
+        member = GroupMember(weight=t["weight"], bias=t["bias"], **adapters)
+        with raises(ValueError, f"{named}", "of a group is a DTensor"):
+            dash_linear_group(t["x"], [member, member])
+        stacked = {name: tensor.unsqueeze(0) for name, tensor in adapters.items()}
+        with raises(ValueError, f"{named}", "of experts is a DTensor"):
+            dash_experts(t["x"], t["weight"].unsqueeze(0), torch.tensor([8]), **stacked)
+
+
 def window_of_eight(meshes: Meshes, folder: Path) -> None:
     """One draw of the mask serves eight neighbours: where a part of K begins between them, dropout is refused."""
     case = make_case(8, 24, 8, 3, 2, dropout_p=0.3)
@@ -196,10 +212,10 @@ def differing_seeds(meshes: Meshes, folder: Path) -> None:
     """Found in the first call; and later ones before anything is saved."""
     case = make_case(8, 16, 8, 3, 2, dropout_p=0.3)
     t = placed(case, meshes.pair, ("row",))
-    sharded.compare_seeds()
     sharded._WATCHES.clear()
+    ours = nn.ParameterList([t["lora_a"]])
 
-    def call() -> None:
+    def call(t: dict[str, Any] = t) -> None:
         dash_linear(t["x"], t["weight"], t["bias"], **options(t, case))
 
     torch.manual_seed(meshes.rank)
@@ -213,11 +229,38 @@ def differing_seeds(meshes: Meshes, folder: Path) -> None:
     for _ in range(2):
         call()
     with raises(RuntimeError, "drew different seeds"):
-        loradash.distributed.reshard(nn.ParameterList([t["lora_a"]]))
+        loradash.distributed.reshard(ours)
     torch.manual_seed(meshes.rank // 2)
     # Data-parallel groups draw masks of their own.
     call()
-    sharded.compare_seeds()
+    loradash.distributed.reshard(ours)
+    # A call more in one process is told like another seed.
+    sharded._WATCHES.clear()
+    for _ in range(3 + meshes.rank % 2):
+        sharded._WATCHES.setdefault((meshes.pair.get_group().group_name,), sharded._Watch()).waiting.append(
+            torch.ones(2).long()
+        )
+    with raises(RuntimeError, "drew different seeds"):
+        loradash.distributed.reshard(ours)
+    # What other meshes have to compare takes processes that a model of this one does not have.
+    four = placed(case, meshes.four, ("whole",))
+    torch.manual_seed(7)
+    for _ in range(3):
+        call(four)
+    if meshes.rank < 2:
+        loradash.distributed.reshard(ours)
+        assert sharded._WATCHES[(meshes.four.get_group().group_name,)].waiting
+    loradash.distributed.reshard(nn.ParameterList([four["lora_a"]]))
+
+
+def second_derivatives(meshes: Meshes, folder: Path) -> None:
+    """Refused, for whatever argument: DTensor itself gives wrong ones."""
+    case = make_case(8, 16, 8, 3, 2)
+    t = placed(case, meshes.pair, ("row",))
+    for name in TRAINED:
+        y = dash_linear(t["x"], t["weight"], t["bias"], **options(t, case)).full_tensor()
+        with raises(RuntimeError, "second derivatives are not implemented"):
+            torch.autograd.grad(y.square().sum(), t[name], create_graph=True)
 
 
 CHECKS = (
@@ -227,6 +270,8 @@ CHECKS = (
     leading_dimensions,
     refused_placements,
     refused_operators,
+    refused_functions,
     window_of_eight,
     differing_seeds,
+    second_derivatives,
 )

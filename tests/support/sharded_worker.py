@@ -1,21 +1,20 @@
-"""One of four processes: python -m support.sharded_worker RANK STORE FOLDER
+"""The parent of four processes that walk the checks: main(RANK, STORE, FOLDER), RANK being 0.
 
-Every check writes what went wrong, or null, into FOLDER/RANK.json.
+Every check writes what went wrong, or null, into FOLDER/RANK.json of each process.
 """
 
 from __future__ import annotations
 
 import json
-import os
-import sys
 import traceback
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 
+import torch
 import torch.distributed as dist
 
-from . import sharded_layers, sharded_rules
+from . import processes, sharded_layers, sharded_rules
 from .sharded import Meshes
 
 CHECKS: dict[str, Callable[[Meshes, Path], None]] = {
@@ -24,23 +23,23 @@ CHECKS: dict[str, Callable[[Meshes, Path], None]] = {
 
 
 def main(rank: str, store: str, folder: str) -> None:
+    with torch.no_grad():
+        # Brings in what the compiler imports when it is first used.
+        torch.compile(torch.sin, backend="aot_eager")(torch.zeros(1))
+    processes.fork(4, lambda rank: walk(rank, store, Path(folder)), Path(folder))
+
+
+def walk(rank: int, store: str, folder: Path) -> None:
     dist.init_process_group(
-        "gloo", init_method=f"file://{store}", rank=int(rank), world_size=4, timeout=timedelta(seconds=120)
+        "gloo", init_method=f"file://{store}", rank=rank, world_size=4, timeout=timedelta(seconds=120)
     )
     meshes, results = Meshes(), {}
     for name, check in CHECKS.items():
         try:
-            check(meshes, Path(folder))
+            check(meshes, folder)
             results[name] = None
         # The other checks have their turn.
         except Exception:
             results[name] = traceback.format_exc()
-        (Path(folder) / f"{rank}.json").write_text(json.dumps(results))
+        (folder / f"{rank}.json").write_text(json.dumps(results))
     dist.barrier()
-    sys.stdout.flush()
-    # The interpreter's exit now and then aborts in gloo's threads.
-    os._exit(0)
-
-
-if __name__ == "__main__":
-    main(*sys.argv[1:])
