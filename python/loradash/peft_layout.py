@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from .bypass import child_at, mended_children
 from .experts import ExpertParameter
 from .linear import DashLinear
+from .slices import LinearSlice
 from .split import SplitLinear
 from .state import dash_state, experts_of, linears_of, own_layers, plain_name
 from .targets import trainable_modules
@@ -78,9 +79,14 @@ def view_of(model: nn.Module, root: nn.Module) -> View:
         if isinstance(module, DashLinear | SplitLinear):
             layer = name
     layers = own_layers(model)
-    fused = {id(m): (n, m) for n, m in reversed(modules.items()) if isinstance(m, SplitLinear) and m.adapted()}
-    adapted: dict[str, DashLinear | SplitLinear] = {n: m for n, m in linears_of(layers).items() if n in modules}
-    adapted |= dict(reversed(fused.values()))
+    adapted: dict[str, DashLinear | SplitLinear] = {}
+    for name, one in linears_of(layers).items():
+        if not isinstance(one.base, LinearSlice):
+            adapted[name] = one
+    for name, module in modules.items():
+        # Parts of a fused layer are one LoRA of that.
+        if isinstance(module, SplitLinear) and module.adapted() and module not in adapted.values():
+            adapted[name] = module
     whole = {n: modules[n] for n in trainable_modules(model, dash_state(model).config)}
     return View(modules, adapted, whole, experts_of(layers))
 

@@ -56,8 +56,9 @@ class LinearSlice(nn.Linear):
         """
         whole = self.whole
         if whole.before is None:
-            whole.before = whole.weight
-            whole.weight = nn.Parameter(whole.before.detach().clone(), requires_grad=False)
+            # An assignment would make it a parameter of the module.
+            whole.__dict__["before"] = whole.weight
+            whole.weight = nn.Parameter(whole.weight.detach().clone(), requires_grad=False)
         whole.taken.add(self.start)
         self.weight.copy_(rows)
         return self.rows_of(whole.before)
@@ -69,4 +70,4 @@ class LinearSlice(nn.Linear):
         self.weight.copy_(rows)
         whole.taken.discard(self.start)
         if not whole.taken:
-            whole.weight, whole.before = whole.before, None
+            whole.weight, whole.__dict__["before"] = whole.before, None

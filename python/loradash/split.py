@@ -31,8 +31,8 @@ class SplitLinear(nn.Module):
     """A fused linear layer whose parts are layers of their own: children by the parts' names, which `apply_dash` finds.
 
     y = [y_1 | y_2 | ...]; all parts are computed by one `dash_linear_group`, whose members' weights are views of the one
-    weight. A part without an adapter is a member of rank 0. Parts that something else hangs on (hooks, another framework's
-    adapter, a mixed batch) are called one by one.
+    weight. A part without an adapter is a member of rank 0. Where something else hangs on a part (hooks, another framework's
+    adapter, a mixed batch, a mode or dropout of its own) they are called one by one.
 
     Parameters: weight (N, K), or (K, N) as Conv1D has it, and bias (N), under the names that they had.
 
@@ -91,16 +91,19 @@ class SplitLinear(nn.Module):
             weight, bias = as_declared(self, "weight", weight), as_declared(self, "bias", bias)
         if not all(map(_is_member, parts)):
             return torch.cat([part(input) for part in parts], -1)
-        weight = weight.t() if self.transposed else weight
         layers = [part if isinstance(part, DashLinear) and part.takes_plain_calls else None for part in parts]
-        first = next((layer for layer in layers if layer is not None), None)
-        if first is None:
-            return F.linear(input, weight, bias)
+        modes = {(layer.config.dropout, layer.training) for layer in layers if layer is not None}
+        if not modes:
+            return F.linear(input, weight.t() if self.transposed else weight, bias)
+        if len(modes) > 1:
+            return torch.cat([part(input) for part in parts], -1)
+        ((dropout, training),) = modes
         sizes = list(self.sizes.values())
-        weights, biases = weight.split(sizes), [None] * len(sizes) if bias is None else bias.split(sizes)
+        weights = (weight.t() if self.transposed else weight).split(sizes)
+        biases = [None] * len(sizes) if bias is None else bias.split(sizes)
         members = [_member(*each) for each in zip(layers, weights, biases, strict=True)]
         try:
-            outputs = dash_linear_group(input, members, dropout_p=first.config.dropout, training=first.training)
+            outputs = dash_linear_group(input, members, dropout_p=dropout, training=training)
         except ValueError as error:
             raise ValueError(f"{self.name or type(self).__name__} ({', '.join(self.sizes)}): {error}") from error
         return torch.cat(outputs, -1)
@@ -216,11 +219,19 @@ def join_projections(model: nn.Module) -> None:
 
     Raises ValueError, with the model unchanged, for a part that has an adapter (`merge_and_unload`).
     """
-    splits = {m: plain_name(name) for name, m in model.named_modules() if isinstance(m, SplitLinear) and m is not model}
-    for split, name in splits.items():
-        for part, module in zip(split.sizes, split.parts(), strict=True):
+    for name, split in model.named_modules():
+        for part, module in split._modules.items() if isinstance(split, SplitLinear) else ():
             if type(module) is not LinearSlice:
-                raise ValueError(f"{name}.{part} is a {type(module).__name__}; merge_and_unload(model) first")
+                raise ValueError(
+                    f"{plain_name(name)}.{part} is a {type(module).__name__}; merge_and_unload(model) first"
+                )
+    join_plain(model)
+
+
+def join_plain(model: nn.Module) -> None:
+    """`join_projections` for the layers whose parts have nothing around them."""
+    splits = [m for m in model.modules() if isinstance(m, SplitLinear) and m is not model]
+    splits = [split for split in splits if all(type(part) is LinearSlice for part in split.parts())]
     for split in splits:
         split.origin._parameters.update(weight=split.weight, bias=split.bias)
         split.origin.train(split.training)
@@ -255,17 +266,17 @@ def _split(name: str, linear: nn.Module, parts: Parts) -> SplitLinear:
         raise ValueError(
             f"{name}: {type(linear).__name__} computes in a way of its own (quantised, hooked) and cannot be split"
         )
-    return SplitLinear(linear, _sizes(name, features(linear)[1], parts), name)
+    try:
+        return SplitLinear(linear, _sizes(name, features(linear)[1], parts), name)
+    except KeyError as error:
+        raise ValueError(f"{name}: a part cannot be called so: {error}") from error
 
 
 def _sizes(name: str, n: int, parts: Parts) -> dict[str, int]:
     names = list(parts)
-    if isinstance(parts, str) or len(names) < 2 or len(set(names)) < len(names):
+    strings = not isinstance(parts, str) and all(isinstance(part, str) for part in names)
+    if not strings or len(names) < 2 or len(set(names)) < len(names):
         raise ValueError(f"{name}: parts are {parts!r}; wanted two names or more, each once")
-    for part in names:
-        taken = hasattr(SplitLinear, part) if isinstance(part, str) else False
-        if not isinstance(part, str) or not part.isidentifier() or taken or part in ("weight", "bias", "name", "sizes"):
-            raise ValueError(f"{name}: a part cannot be called {part!r}")
     if not isinstance(parts, Mapping):
         if n % len(names):
             raise ValueError(f"{name} has {n} outputs, which are not {len(names)} parts of one size")

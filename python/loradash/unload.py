@@ -16,7 +16,7 @@ from .linear import DashLinear
 from .model import wrapper_of
 from .parked import PARTS, PLACE
 from .slices import LinearSlice
-from .split import SplitLinear, join_projections, move_hooks
+from .split import SplitLinear, join_plain, move_hooks
 from .state import STATE, WAITING, OwnLayer, all_layers, experts_of, linears_of, plain_name, unwrap
 from .units import fsdp1_units, is_fsdp2
 
@@ -78,7 +78,7 @@ def merge_and_unload(model: nn.Module) -> nn.Module:
                 parent._modules[name] = plain[child]
         compute_as_before(parent)
         allow_fusing(parent)
-    join_projections(model)
+    join_plain(model)
     state = root.__dict__.pop(STATE, None)
     root.__dict__.pop(WAITING, None)
     for name, parameter in root.named_parameters(remove_duplicate=False):
