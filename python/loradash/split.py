@@ -217,7 +217,7 @@ def split_projections(model: nn.Module, layers: Mapping[str, Parts]) -> list[str
 def join_projections(model: nn.Module) -> None:
     """Undoes `split_projections`: the fused layers themselves come back. Nothing happens where none is split.
 
-    Raises ValueError, with the model unchanged, for a part that has an adapter (`merge_and_unload`).
+    Raises ValueError, with the model unchanged, for a part that has an adapter (`merge_and_unload`) or hooks.
     """
     for name, split in model.named_modules():
         for part, module in split._modules.items() if isinstance(split, SplitLinear) else ():
@@ -225,13 +225,15 @@ def join_projections(model: nn.Module) -> None:
                 raise ValueError(
                     f"{plain_name(name)}.{part} is a {type(module).__name__}; merge_and_unload(model) first"
                 )
+            if not _is_member(module):
+                raise ValueError(f"{plain_name(name)}.{part} has hooks, which the fused layer has no place for")
     join_plain(model)
 
 
 def join_plain(model: nn.Module) -> None:
-    """`join_projections` for the layers whose parts have nothing around them."""
+    """`join_projections` for the layers whose parts have nothing around or on them; others stay split."""
     splits = [m for m in model.modules() if isinstance(m, SplitLinear) and m is not model]
-    splits = [split for split in splits if all(type(part) is LinearSlice for part in split.parts())]
+    splits = [s for s in splits if all(type(part) is LinearSlice and _is_member(part) for part in s.parts())]
     for split in splits:
         split.origin._parameters.update(weight=split.weight, bias=split.bias)
         split.origin.train(split.training)

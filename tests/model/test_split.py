@@ -274,6 +274,21 @@ def test_what_hangs_on_a_part(base):
 
 
 @pytest.mark.parametrize("base", [False], indirect=True)
+def test_hooks_on_a_part_outlive_its_adapter(base):
+    model, seen = filled(adapted(base)), []
+    handle = model.qkv.k.register_forward_hook(lambda *_: seen.append(1))
+    y = model(x_of()).detach()
+    torch.testing.assert_close(merge_and_unload(model)(x_of()), y)
+    assert len(seen) == 2 and type(model.qkv) is SplitLinear
+    with pytest.raises(ValueError, match=r"qkv\.k has hooks"):
+        join_projections(model)
+    handle.remove()
+    model.qkv.k._forward_hooks.clear()
+    join_projections(model)
+    torch.testing.assert_close(model(x_of()), y)
+
+
+@pytest.mark.parametrize("base", [False], indirect=True)
 def test_compiled(base):
     torch._dynamo.reset()
     model = filled(adapted(base))
