@@ -32,6 +32,7 @@ from .model import apply_dash, dash_only, disable, merge, summary, unmerge
 from .optimizer import dash_parameter_groups
 from .prelaunch import LayerReport, prelaunch
 from .schedule import DashSchedule
+from .split import join_projections, split_projections
 from .state import dash_layers, dash_state
 from .training import load_training, save_training
 from .unload import merge_and_unload
@@ -60,6 +61,7 @@ __all__ = [
     "export_lora",
     "group_projections",
     "hotswap_adapter",
+    "join_projections",
     "load_adapter",
     "load_training",
     "merge",
@@ -70,6 +72,7 @@ __all__ = [
     "save_adapter",
     "save_training",
     "set_adapter",
+    "split_projections",
     "summary",
     "train_adapters",
     "ungroup_projections",

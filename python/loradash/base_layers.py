@@ -10,6 +10,7 @@ from torch.nn.parameter import is_lazy
 
 from .distributed import is_dtensor
 from .formats import is_packed_bitnet, unready
+from .slices import LinearSlice
 from .zero import whole_shape
 
 Treatment = Literal["adopted", "kept whole"]
@@ -122,7 +123,8 @@ def treatment(module: nn.Module) -> Treatment:
 
 def computes_plainly(module: nn.Module) -> bool:
     """Does the layer, its hooks aside, compute x Wᵀ + b (or its convolution) with a floating weight of its own?"""
-    kind, weight = _kind(module), module._parameters.get("weight")
+    holder = module.whole if isinstance(module, LinearSlice) else module
+    kind, weight = _kind(module), holder._parameters.get("weight")
     return (
         kind is not None
         and type(module).forward is kind.forward

@@ -23,6 +23,7 @@ from .distributed import assign, gathered, reshard
 from .experts import ExpertParameter
 from .model import apply_dash, merge_layers, merged_factors, refuse_refreezing, train_sigma_alone
 from .parked import DEFAULT, adapter_shapes
+from .slices import LinearSlice
 from .state import STATE, OwnLayer, dash_state, own_layers, states, unwrap
 from .targets import (
     as_trained,
@@ -164,7 +165,7 @@ def _wanted(file: Path, model: nn.Module, config: DashConfig) -> dict[str, Tenso
         wanted |= _new_tensors(name, adapter_shapes(n, k, config.for_module(name)))
         if config.train_bias and linear.bias is not None:
             wanted[f"{name}.bias"] = linear.bias  # type: ignore[assignment]
-        _check_real(file, {f"{name}.{key}": t for key, t in linear.state_dict().items() if isinstance(t, Tensor)})
+        _check_real(file, {f"{name}.{key}": t for key, t in _state(linear).items() if isinstance(t, Tensor)})
     for name, (module, key) in target_parameters(model, config).items():
         layer = ExpertParameter(module, key, config.for_module(name), name)
         wanted |= _new_tensors(name, layer.shapes(layer.config))
@@ -176,6 +177,11 @@ def _wanted(file: Path, model: nn.Module, config: DashConfig) -> dict[str, Tenso
         _check_real(file, kept)
         wanted |= kept
     return wanted
+
+
+def _state(linear: nn.Module) -> dict[str, Any]:
+    """What a layer computes with; a part of a fused one has that there."""
+    return (linear.whole if isinstance(linear, LinearSlice) else linear).state_dict()
 
 
 def _new_tensors(name: str, shapes: dict[str, tuple[int, ...]]) -> dict[str, Tensor]:

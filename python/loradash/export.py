@@ -30,6 +30,7 @@ from .peft_layout import (
     view_of,
     warn_of_tied_targets,
 )
+from .split import SplitLinear
 from .state import OwnLayer, all_layers, dash_state, host_of, plain_name, unwrap
 from .targets import module_tensors
 from .units import whole
@@ -92,8 +93,10 @@ def _contents(model: nn.Module, root: nn.Module) -> tuple[Layout, dict[str, Tens
 
 
 @torch.no_grad()
-def _folded(layer: OwnLayer) -> tuple[Tensor, Tensor]:
+def _folded(layer: OwnLayer | SplitLinear) -> tuple[Tensor, Tensor]:
     """A (..., R, K) and B (..., N, R) of the whole update, float32, R = r + s."""
+    if isinstance(layer, SplitLinear):
+        return layer.folded()
     lora_a, lora_b, sigma, u, vt = (
         gathered(t).float() for t in (layer.lora_a, layer.lora_b, layer.dash_sigma, layer.dash_u, layer.dash_vt)
     )

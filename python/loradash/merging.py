@@ -14,6 +14,7 @@ from .config import DashConfig
 from .distributed import assign, gathered, is_sharded
 from .formats import keeping_codes, moved
 from .quantised import RequantisationError, can_take_update, is_quantised, requantise, restore, weight_of
+from .slices import LinearSlice
 
 Self = TypeVar("Self", bound="TakesUpdate")
 
@@ -80,7 +81,7 @@ class TakesUpdate(nn.Module):
                 "save_adapter(model, path) in every process, then merge(load_adapter(plain_model, path))"
             )
         # A layer parametrized or pruned since it was adapted computes its weight.
-        computed = "weight" not in holder._parameters
+        computed = "weight" not in holder._parameters and not isinstance(holder, LinearSlice)
         if computed or is_quantised(weight) or (self.base is not None and not can_take_update(self.base)):
             quantised = is_quantised(weight)
             kind = "is quantised" if quantised else "computes in a way of its own"
@@ -133,6 +134,13 @@ class TakesUpdate(nn.Module):
             self._keep(zero.own_part(weight) if zero.is_partitioned(weight) else weight.detach().clone())
             # One process's values for all, where machines round differently.
             assign(weight, merged, source=0)
+        elif isinstance(holder, LinearSlice):
+            if part is not None:
+                raise ValueError(
+                    f"{self._label()} is a part of a weight that FSDP1 has, and cannot be merged there: save_adapter(model, path) "
+                    "in every process, then merge(load_adapter(plain_model, path))"
+                )
+            self._keep(holder.take(merged))
         elif part is not None:
             self._keep(part)
             weight.copy_(merged)
@@ -159,6 +167,10 @@ class TakesUpdate(nn.Module):
         original, holder = self._unmerged, self if self.base is None else self.base
         if zero.is_partitioned(holder.weight):  # type: ignore[arg-type]
             zero.put_back(holder.weight, cast(Tensor, original))
+            self._keep(None)
+            return
+        if isinstance(holder, LinearSlice):
+            holder.give_back(cast(Tensor, original))
             self._keep(None)
             return
         if isinstance(original, Tensor) and not isinstance(original, nn.Parameter):

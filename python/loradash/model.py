@@ -24,6 +24,7 @@ from .experts import DashExperts, ExpertParameter
 from .linear import DashLinear
 from .parked import DEFAULT
 from .quantised import RequantisationError
+from .slices import LinearSlice
 from .state import (
     STATE,
     DashState,
@@ -191,6 +192,10 @@ def _trained_parameters(model: nn.Module, config: DashConfig) -> list[nn.Paramet
     """Parameters of the modules that train as a whole. Raises ValueError for one that cannot."""
     found = []
     for name, module in trainable_modules(model, config).items():
+        if isinstance(module, LinearSlice):
+            raise ValueError(
+                f"trainable_modules: {name} is a part of a fused layer, which trains as a whole or not at all"
+            )
         for key, parameter in module.named_parameters():
             if not parameter.is_floating_point():
                 raise ValueError(f"trainable_modules: {name}.{key} is {parameter.dtype} and cannot train")

@@ -14,7 +14,9 @@ from torch import Tensor, nn
 from .bypass import child_at, mended_children
 from .experts import ExpertParameter
 from .linear import DashLinear
-from .state import OwnLayer, dash_state, experts_of, linears_of, own_layers, plain_name
+from .slices import LinearSlice
+from .split import SplitLinear
+from .state import dash_state, experts_of, linears_of, own_layers, plain_name
 from .targets import trainable_modules
 
 PREFIX = "base_model.model."
@@ -48,7 +50,7 @@ class View:
     """
 
     modules: dict[str, nn.Module]
-    adapted: dict[str, DashLinear]
+    adapted: dict[str, DashLinear | SplitLinear]
     whole: dict[str, nn.Module]
     experts: dict[str, ExpertParameter]
 
@@ -74,11 +76,19 @@ def view_of(model: nn.Module, root: nn.Module) -> View:
             continue
         # A wrapper and what it wraps have one plain name; the latter comes second and stays.
         modules[name] = module
-        if isinstance(module, DashLinear):
+        if isinstance(module, DashLinear | SplitLinear):
             layer = name
     layers = own_layers(model)
+    adapted: dict[str, DashLinear | SplitLinear] = {}
+    for name, one in linears_of(layers).items():
+        if not isinstance(one.base, LinearSlice):
+            adapted[name] = one
+    for name, module in modules.items():
+        # Parts of a fused layer are one LoRA of that.
+        if isinstance(module, SplitLinear) and module.adapted() and module not in adapted.values():
+            adapted[name] = module
     whole = {n: modules[n] for n in trainable_modules(model, dash_state(model).config)}
-    return View(modules, linears_of(layers), whole, experts_of(layers))
+    return View(modules, adapted, whole, experts_of(layers))
 
 
 @dataclass(frozen=True)
@@ -86,7 +96,7 @@ class Layout:
     """How the parts of an adapter are named in PEFT's files."""
 
     task: str | None
-    adapted: dict[str, DashLinear]
+    adapted: dict[str, DashLinear | SplitLinear]
     whole: dict[str, nn.Module]
     targets: list[str] | str
     experts: dict[str, ExpertParameter]
@@ -94,8 +104,8 @@ class Layout:
     @property
     def rank(self) -> int:
         """The largest r + s of a layer: PEFT gets one rank for all."""
-        layers: list[OwnLayer] = [*self.adapted.values(), *self.experts.values()]
-        return max(layer.config.r + layer.dash_vt.shape[-2] for layer in layers)
+        layers = [*self.adapted.values(), *self.experts.values()]
+        return max(m.rank if isinstance(m, SplitLinear) else m.config.r + m.dash_vt.shape[-2] for m in layers)
 
 
 def task_of(root: nn.Module) -> str | None:

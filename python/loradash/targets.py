@@ -13,6 +13,7 @@ from .base_layers import is_linear, is_pointwise, pointwise_refusal
 from .config import DashConfig, matches, unmatched, without_match
 from .expert_modules import refusal, stacked_names
 from .linear import DashLinear
+from .slices import LinearSlice
 from .state import plain_name, unwrap
 
 
@@ -93,6 +94,9 @@ def _refused(model: nn.Module, config: DashConfig) -> dict[str, nn.Module]:
         return {}
     adaptable = _adaptable(model, config)
     inside = {part for module in adaptable.values() for part in module.modules()}
+    # Where parts of a fused layer are targets, a pattern that matches the whole too means them.
+    named = [module for name, module in adaptable.items() if is_target(name, config)]
+    inside.update(part.whole for module in named for part in module.modules() if isinstance(part, LinearSlice))
     least = 2 if isinstance(config.target_modules, str) else 0
     modules = {plain_name(name): module for name, module in model.named_modules() if module not in inside}
     return {name: m for name, m in modules.items() if is_target(name, config) and _has_numbers(m, least)}

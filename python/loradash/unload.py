@@ -15,6 +15,8 @@ from .grouping import ungroup_projections
 from .linear import DashLinear
 from .model import wrapper_of
 from .parked import PARTS, PLACE
+from .slices import LinearSlice
+from .split import SplitLinear, join_plain, move_hooks
 from .state import STATE, WAITING, OwnLayer, all_layers, experts_of, linears_of, plain_name, unwrap
 from .units import fsdp1_units, is_fsdp2
 
@@ -76,6 +78,7 @@ def merge_and_unload(model: nn.Module) -> nn.Module:
                 parent._modules[name] = plain[child]
         compute_as_before(parent)
         allow_fusing(parent)
+    join_plain(model)
     state = root.__dict__.pop(STATE, None)
     root.__dict__.pop(WAITING, None)
     for name, parameter in root.named_parameters(remove_duplicate=False):
@@ -134,6 +137,9 @@ def _original(layer: OwnLayer) -> Tensor | None:
     """The weight without the update, as the module had it."""
     if isinstance(layer, ExpertParameter):
         return layer.unmerged if layer.merged else layer.weight
+    if isinstance(layer.base, LinearSlice):
+        whole: SplitLinear = layer.base.whole
+        return whole.weight if whole.before is None else whole.before
     original = layer._unmerged if layer.merged else _holder(layer).weight
     return original.get("weight") if isinstance(original, dict) else cast(Tensor, original)
 
@@ -149,6 +155,8 @@ def _holder(layer: OwnLayer) -> nn.Module:
     """The module that has the weight."""
     if isinstance(layer, ExpertParameter):
         return layer.module
+    if isinstance(layer.base, LinearSlice):
+        return layer.base.whole
     return layer if layer.base is None else layer.base
 
 
@@ -164,7 +172,7 @@ def _owners(model: nn.Module) -> dict[int, dict[str, nn.Module]]:
 def _plain(layer: DashLinear) -> nn.Module:
     """The layer that a merged one stands for."""
     if layer.base is not None:
-        _move_hooks(layer, layer.base)
+        move_hooks(layer, layer.base)
         return layer.base
     kind = cast("type[nn.Module]", layer.adopted)
     plain = kind.__new__(kind)
@@ -177,11 +185,3 @@ def _plain(layer: DashLinear) -> nn.Module:
         parts = vars(layer)[kind_of_part]
         vars(plain)[kind_of_part].update({k: v for k, v in parts.items() if k not in adapter})
     return plain
-
-
-def _move_hooks(layer: nn.Module, base: nn.Module) -> None:
-    for key, hooks in vars(layer).items():
-        if "_hooks" in key:
-            base.__dict__[key].update(hooks)
-    if layer._is_full_backward_hook is not None:
-        base._is_full_backward_hook = layer._is_full_backward_hook

@@ -31,9 +31,9 @@ FLOORS = {
         "decompose", "rates", "kept",
     ),
     "python/loradash": (
-        "presets", "config", "meeting", "zero", "distributed", "units", "formats", "base_layers", "quantised", "merging", "parked", "linear", "convolution", "expert_modules", "experts",
+        "presets", "config", "meeting", "zero", "distributed", "units", "formats", "slices", "base_layers", "quantised", "merging", "parked", "linear", "convolution", "expert_modules", "experts",
         "data_parallel", "state",
-        "targets", "attention", "bypass", "tensor_parallel", "model", "grouping", "adapters", "combining", "unload", "warming", "checkpoint", "hotswap", "peft_layout", "export", "streams", "background",
+        "targets", "attention", "bypass", "tensor_parallel", "model", "grouping", "split", "adapters", "combining", "unload", "warming", "checkpoint", "hotswap", "peft_layout", "export", "streams", "background",
         "fingerprint", "cache", "background_process", "batches", "prelaunch", "watches", "schedule", "training", "optimizer", "plots", "analysis", "integrations",
         "devices", "machine", "cli", "__init__",
     ),
