@@ -21,7 +21,7 @@ from .base_layers import features
 from .config import DashConfig
 from .distributed import assign, gathered, reshard
 from .experts import ExpertParameter
-from .model import apply_dash, merge_layers, merged_factors, refuse_refreezing, train_sigma_alone
+from .model import merge_layers, merged_factors, put_adapters, refuse_refreezing, train_sigma_alone
 from .parked import DEFAULT, adapter_shapes
 from .state import STATE, OwnLayer, dash_state, own_layers, states, unwrap
 from .targets import (
@@ -301,7 +301,7 @@ def load_adapter(model: nn.Module, path: str | os.PathLike, adapter: str | None 
         found = found._replace(config=as_trained(unwrap(model), found.config, found.tensors))
         values = fitted(file, found.tensors, _wanted(file, unwrap(model), found.config))
         try:
-            apply_dash(unwrap(model), found.config, DEFAULT if adapter is None else adapter)
+            put_adapters(unwrap(model), found.config, DEFAULT if adapter is None else adapter)
         except (ValueError, TypeError, RuntimeError) as error:
             raise AdapterError(f"{file}: the adapter does not fit the model: {error}") from error
     else:
