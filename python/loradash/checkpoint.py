@@ -22,7 +22,7 @@ from .config import DashConfig
 from .distributed import assign, gathered, reshard
 from .experts import ExpertParameter
 from .model import merge_layers, merged_factors, put_adapters, refuse_refreezing, train_sigma_alone
-from .parked import DEFAULT, adapter_shapes
+from .parked import DEFAULT, PARTS, adapter_shapes
 from .state import STATE, OwnLayer, dash_state, own_layers, states, unwrap
 from .targets import (
     as_trained,
@@ -38,7 +38,6 @@ from .zero import whole_shape
 
 FORMAT = "loradash-1"
 FILE_NAME = "loradash_adapter.safetensors"
-_TENSORS = ("lora_a", "lora_b", "dash_sigma", "dash_u", "dash_vt", "launched")
 
 
 class AdapterError(ValueError):
@@ -72,7 +71,7 @@ def _by_module(model: nn.Module, config: DashConfig) -> Iterator[tuple[Any, Call
 
 
 def _of_layer(name: str, layer: OwnLayer, config: DashConfig) -> dict[str, Tensor]:
-    tensors = {f"{name}.{key}": getattr(layer, key) for key in _TENSORS}
+    tensors = {f"{name}.{key}": getattr(layer, key) for key in PARTS}
     if config.train_bias and layer.bias is not None:
         tensors[f"{name}.bias"] = layer.bias
     return tensors
@@ -234,7 +233,7 @@ def _spoiled(key: str, theirs: Tensor, ours: Tensor) -> str | None:
         same_kind = theirs.is_floating_point() == ours.is_floating_point()
         return None if same_kind and torch.equal(ours.to(theirs.dtype), theirs) else there_and_back
     finite = _finite(theirs)
-    if key.rpartition(".")[2] in _TENSORS and not bool(finite.all()):
+    if key.rpartition(".")[2] in PARTS and not bool(finite.all()):
         return "is not finite"
     return None if bool((_finite(ours) == finite).all()) else f"{there_and_back}, which overflows"
 

@@ -27,14 +27,11 @@ from .config import DashConfig
 from .distributed import assign, gathered, is_sharded
 from .expert_modules import HOW, Kind, call_refusal, kind_of
 from .linear import take_directions
-from .parked import adapter_shapes
+from .parked import PARAMETERS, PARTS, adapter_shapes
 from .units import as_declared
 
 HANDLES = "_loradash_parameters"
 """The attribute of an experts module that holds its `ExpertParameter`s, by parameter name."""
-
-PARTS = ("lora_a", "lora_b", "dash_sigma", "dash_u", "dash_vt", "launched")
-_TRAINED = ("lora_a", "lora_b", "dash_sigma")
 
 
 class DashExperts(nn.Module):
@@ -174,7 +171,7 @@ class ExpertParameter:
                 # As a linear layer's, expert by expert.
                 bound = 1 / math.sqrt(self.in_features)
                 nn.init.uniform_(tensor, -bound, bound)
-            if part in _TRAINED:
+            if part in PARAMETERS:
                 module.register_parameter(name, nn.Parameter(tensor))
             else:
                 module.register_buffer(name, tensor)
@@ -313,15 +310,18 @@ class ExpertParameter:
     @torch.no_grad()
     def unmerge(self) -> None:
         """Puts the original weight back, bit for bit. Without `merge`: no effect."""
-        original, self.unmerged = self.unmerged, None
+        original = self.unmerged
         if original is None:
             return
         if zero.is_partitioned(self.weight):
             zero.put_back(self.weight, original)
-        elif not isinstance(original, nn.Parameter):
+        elif isinstance(original, nn.Parameter):
+            setattr(self.module, self.parameter, original)
+        elif self.weight.shape == original.shape:
             self.weight.copy_(original)
         else:
-            setattr(self.module, self.parameter, original)
+            raise ValueError(f"{self.label()}: FSDP1 holds its weight whole; unmerge outside of summon_full_params")
+        self.unmerged = None
 
 
 class ExpertView:

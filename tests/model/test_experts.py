@@ -16,6 +16,7 @@ from loradash import (
     apply_dash,
     dash_layers,
     disable,
+    hotswap_adapter,
     load_adapter,
     merge,
     merge_and_unload,
@@ -237,6 +238,24 @@ def test_that_experts_are_left_out_is_said(wanted, tmp_path):
     with told if wanted is None else contextlib.nullcontext():
         apply_dash(model, DashConfig(r=2, target_parameters=wanted))
     load_adapter(moe(), save_adapter(model, tmp_path))
+
+
+def test_a_smaller_adapter_is_swapped_in(tmp_path):
+    smaller = filled(adapted(moe(), r=2, directions=1, alpha=4))
+    model = filled(adapted(moe()))
+    held = [p.data_ptr() for p in model.parameters()]
+    hotswap_adapter(model, save_adapter(smaller, tmp_path))
+    torch.testing.assert_close(logits(model), logits(smaller))
+    assert held == [p.data_ptr() for p in model.parameters()]
+
+
+def test_a_part_that_does_not_fit_is_kept_for_a_later_unmerge():
+    """As under FSDP1's summon_full_params, where the weight is whole and the part is flat."""
+    layer = next(iter(dash_layers(adapted(moe())).values()))
+    layer.unmerged = torch.zeros(5)
+    with pytest.raises(ValueError, match=r"gate_up_proj: .*outside of summon_full_params"):
+        layer.unmerge()
+    assert layer.merged
 
 
 def test_what_is_refused(base):
