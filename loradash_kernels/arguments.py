@@ -26,6 +26,15 @@ def autocast(t: Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:
     return t.to(dtype) if eligible else t
 
 
+def autocast_base(
+    x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """`autocast` of the arguments of the base product."""
+    device = x.device
+    cast = None if bias is None else autocast(bias, dtype, device)
+    return autocast(x, dtype, device), autocast(weight, dtype, device), cast
+
+
 def check_base(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
     """Checks weight and bias, the arguments of the base product; x has passed `check_adapters`."""
     if weight.requires_grad:

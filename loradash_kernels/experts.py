@@ -74,9 +74,7 @@ def dash_experts(
     """
     dtype = arguments.autocast_dtype(x)
     if dtype is not None:
-        device = x.device
-        x, weight = arguments.autocast(x, dtype, device), arguments.autocast(weight, dtype, device)
-        bias = None if bias is None else arguments.autocast(bias, dtype, device)
+        x, weight, bias = arguments.autocast_base(x, weight, bias, dtype)
     adapters = (lora_a, lora_b, dash_u, dash_vt, dash_sigma)
     _check(x, weight, offsets, bias, adapters)
     threshold = functional._threshold(dropout_p, training)

@@ -112,9 +112,7 @@ def dash_linear_rows(
         return dash_linear(x, weight, bias, **adapters[only]._asdict(), training=training, backend=backend)  # type: ignore[union-attr]
     dtype = arguments.autocast_dtype(x)
     if dtype is not None:
-        device = x.device
-        x, weight = arguments.autocast(x, dtype, device), arguments.autocast(weight, dtype, device)
-        bias = None if bias is None else arguments.autocast(bias, dtype, device)
+        x, weight, bias = arguments.autocast_base(x, weight, bias, dtype)
     arguments.check_base(x, weight, bias)
     tokens = x.shape[:-1].numel()
     if x.is_cpu and tokens >= _MANY_TOKENS * len(rows.numbers):

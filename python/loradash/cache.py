@@ -118,15 +118,17 @@ class SpectralCache:
         """
         # What FSDP2 left gathered after a forward pass it will free.
         reshard(model)
-        layers, units = matrices(dash_layers(model)), Units(model)
-        merged = [name for name, layer in layers.items() if layer.merged]
+        held, units = dash_layers(model), Units(model)
+        merged = [name for name, layer in held.items() if layer.merged]
         if merged:
             raise ValueError(f"unmerge(model) before its weights are decomposed; merged: {', '.join(merged[:4])}")
-        left_out = [
-            n
-            for n, layer in layers.items()
+        # Of a sharded experts' parameter this process has no experts to look at.
+        unread = {
+            n: layer
+            for n, layer in held.items()
             if layer.weight.is_meta or any(map(is_sharded, (layer.weight, layer.lora_a))) or units.has(layer)
-        ]
+        }
+        layers, left_out = matrices(held), list(matrices(unread))
         if left_out:
             warnings.warn(
                 f"loradash: {len(left_out)} of {len(layers)} layers are sharded or offloaded and cannot be read in the "

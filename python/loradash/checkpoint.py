@@ -21,8 +21,8 @@ from .base_layers import features
 from .config import DashConfig
 from .distributed import assign, gathered, reshard
 from .experts import ExpertParameter
-from .model import apply_dash, merge_layers, merged_factors, refuse_refreezing, train_sigma_alone
-from .parked import DEFAULT, adapter_shapes
+from .model import merge_layers, merged_factors, put_adapters, refuse_refreezing, train_sigma_alone
+from .parked import DEFAULT, PARTS, adapter_shapes
 from .slices import LinearSlice
 from .state import STATE, OwnLayer, dash_state, own_layers, states, unwrap
 from .targets import (
@@ -39,7 +39,6 @@ from .zero import whole_shape
 
 FORMAT = "loradash-1"
 FILE_NAME = "loradash_adapter.safetensors"
-_TENSORS = ("lora_a", "lora_b", "dash_sigma", "dash_u", "dash_vt", "launched")
 
 
 class AdapterError(ValueError):
@@ -73,7 +72,7 @@ def _by_module(model: nn.Module, config: DashConfig) -> Iterator[tuple[Any, Call
 
 
 def _of_layer(name: str, layer: OwnLayer, config: DashConfig) -> dict[str, Tensor]:
-    tensors = {f"{name}.{key}": getattr(layer, key) for key in _TENSORS}
+    tensors = {f"{name}.{key}": getattr(layer, key) for key in PARTS}
     if config.train_bias and layer.bias is not None:
         tensors[f"{name}.bias"] = layer.bias
     return tensors
@@ -240,7 +239,7 @@ def _spoiled(key: str, theirs: Tensor, ours: Tensor) -> str | None:
         same_kind = theirs.is_floating_point() == ours.is_floating_point()
         return None if same_kind and torch.equal(ours.to(theirs.dtype), theirs) else there_and_back
     finite = _finite(theirs)
-    if key.rpartition(".")[2] in _TENSORS and not bool(finite.all()):
+    if key.rpartition(".")[2] in PARTS and not bool(finite.all()):
         return "is not finite"
     return None if bool((_finite(ours) == finite).all()) else f"{there_and_back}, which overflows"
 
@@ -307,7 +306,7 @@ def load_adapter(model: nn.Module, path: str | os.PathLike, adapter: str | None 
         found = found._replace(config=as_trained(unwrap(model), found.config, found.tensors))
         values = fitted(file, found.tensors, _wanted(file, unwrap(model), found.config))
         try:
-            apply_dash(unwrap(model), found.config, DEFAULT if adapter is None else adapter)
+            put_adapters(unwrap(model), found.config, DEFAULT if adapter is None else adapter)
         except (ValueError, TypeError, RuntimeError) as error:
             raise AdapterError(f"{file}: the adapter does not fit the model: {error}") from error
     else:

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from loradash_kernels import expert_offsets
 
@@ -59,6 +60,8 @@ def refusal(module: nn.Module, parameter: str) -> str | None:
     tensor, kind = module._parameters[parameter], kind_of(module)
     if tensor is None:
         return "is None"
+    if is_lazy(tensor):
+        return "has no values yet; run the model once before adapting it"
     if kind is None:
         return (
             f"is a parameter {tuple(tensor.shape)} of {type(module).__name__}, whose forward is not known: experts are those of "
@@ -95,7 +98,7 @@ def stacked_names(model: nn.Module) -> Iterator[str]:
     for name, module in model.named_modules():
         for key in module._parameters:
             if refusal(module, key) is None:
-                yield f"{name}.{key}"
+                yield f"{name}.{key}".lstrip(".")
 
 
 def _routed(self: Any, hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:

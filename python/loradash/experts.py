@@ -27,13 +27,11 @@ from .config import DashConfig
 from .distributed import assign, gathered, is_sharded
 from .expert_modules import HOW, Kind, call_refusal, kind_of
 from .linear import take_directions
-from .parked import adapter_shapes
+from .parked import PARAMETERS, PARTS, adapter_shapes
+from .units import as_declared
 
 HANDLES = "_loradash_parameters"
 """The attribute of an experts module that holds its `ExpertParameter`s, by parameter name."""
-
-PARTS = ("lora_a", "lora_b", "dash_sigma", "dash_u", "dash_vt", "launched")
-_TRAINED = ("lora_a", "lora_b", "dash_sigma")
 
 
 class DashExperts(nn.Module):
@@ -60,6 +58,8 @@ class DashExperts(nn.Module):
         """x (M, K), rows sorted by expert, through every expert's W and adapter: (M, N)."""
         handle = self.__dict__[HANDLES].get(parameter)
         weight, bias = getattr(self, parameter), getattr(self, f"{parameter}_bias", None)
+        if weight.requires_grad:
+            weight, bias = as_declared(self, parameter, weight), as_declared(self, f"{parameter}_bias", bias)
         weight = weight.transpose(1, 2) if self._loradash_how.transposed else weight
         # As transformers' grouped product has it.
         x = x.to(weight.dtype)
@@ -144,6 +144,9 @@ class ExpertParameter:
         self.module, self.parameter, self.config, self.name = module, parameter, config, name
         self.how, self.enabled = how, True
         self.unmerged: Tensor | None = None
+        # Noted here: FSDP1 and ZeRO-3 leave the parameter without its shape between uses.
+        self.experts, rows, columns = zero.whole_shape(self.weight)
+        self.out_features, self.in_features = (columns, rows) if how.transposed else (rows, columns)
 
     @property
     def layer(self) -> nn.Module:
@@ -168,7 +171,7 @@ class ExpertParameter:
                 # As a linear layer's, expert by expert.
                 bound = 1 / math.sqrt(self.in_features)
                 nn.init.uniform_(tensor, -bound, bound)
-            if part in _TRAINED:
+            if part in PARAMETERS:
                 module.register_parameter(name, nn.Parameter(tensor))
             else:
                 module.register_buffer(name, tensor)
@@ -233,18 +236,6 @@ class ExpertParameter:
         return self.config.scaling
 
     @property
-    def experts(self) -> int:
-        return self.weight.shape[0]
-
-    @property
-    def in_features(self) -> int:
-        return self.weight.shape[1 if self.how.transposed else 2]
-
-    @property
-    def out_features(self) -> int:
-        return self.weight.shape[2 if self.how.transposed else 1]
-
-    @property
     def merged(self) -> bool:
         return self.unmerged is not None
 
@@ -268,6 +259,13 @@ class ExpertParameter:
     def launch(self, directions: Directions) -> None:
         """Takes u (E, N, s) and vt (E, s, K), and starts Δσ at zero; ValueError, and no change, where that cannot be."""
         take_directions(self, directions)
+
+    def launch_experts(self, found: Mapping[int, Directions]) -> None:
+        """`launch` of some experts, each with its own u (N, s) and vt (s, K); the others stay plain LoRA."""
+        u, vt = torch.zeros_like(self.dash_u), torch.zeros_like(self.dash_vt)
+        for expert, directions in found.items():
+            u[expert], vt[expert] = directions.u, directions.vt
+        self.launch(next(iter(found.values()))._replace(u=u, vt=vt))
 
     @torch.no_grad()
     def delta(self, expert: int | None = None) -> Tensor:
@@ -312,19 +310,22 @@ class ExpertParameter:
     @torch.no_grad()
     def unmerge(self) -> None:
         """Puts the original weight back, bit for bit. Without `merge`: no effect."""
-        original, self.unmerged = self.unmerged, None
+        original = self.unmerged
         if original is None:
             return
         if zero.is_partitioned(self.weight):
             zero.put_back(self.weight, original)
-        elif not isinstance(original, nn.Parameter):
+        elif isinstance(original, nn.Parameter):
+            setattr(self.module, self.parameter, original)
+        elif self.weight.shape == original.shape:
             self.weight.copy_(original)
         else:
-            setattr(self.module, self.parameter, original)
+            raise ValueError(f"{self.label()}: FSDP1 holds its weight whole; unmerge outside of summon_full_params")
+        self.unmerged = None
 
 
 class ExpertView:
-    """One matrix of an adapted expert parameter, as a layer (N, K) for pre-launch (`loradash.state.AdaptedLayer`)."""
+    """One matrix of an adapted expert parameter, as a layer (N, K) to decompose (`loradash.state.AdaptedLayer`)."""
 
     base = None
 
@@ -348,9 +349,6 @@ class ExpertView:
 
     def weight_nk(self) -> Tensor:
         return self.whole.oriented(self.weight)
-
-    def launch(self, directions: Directions) -> None:
-        take_directions(self, directions)
 
 
 def matrices(layers: Mapping[str, Any]) -> dict[str, Any]:

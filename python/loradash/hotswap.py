@@ -12,9 +12,8 @@ from torch.nn import functional as F
 from .checkpoint import AdapterError, adapter_tensors, file_of, fitted, read_adapter, write_tensors
 from .config import DashConfig
 from .distributed import reshard
-from .linear import DashLinear
 from .parked import PARTS
-from .state import dash_state, own_layers
+from .state import OwnLayer, dash_state, own_layers
 from .units import whole
 
 
@@ -47,8 +46,6 @@ def hotswap_adapter(model: nn.Module, path: str | os.PathLike) -> nn.Module:
     reshard(model)
     values: dict[str, Tensor] = {}
     for name, layer in layers.items():
-        if not isinstance(layer, DashLinear):
-            raise AdapterError(f"{file}: {name} is a parameter of experts, which are not swapped; use load_adapter")
         values |= _placed(file, name, layer, adapter.tensors, adapter.config.for_module(name))
     left = adapter.tensors.keys() - {f"{name}.{key}" for name in layers for key in PARTS}
     with whole(model):
@@ -62,7 +59,7 @@ def hotswap_adapter(model: nn.Module, path: str | os.PathLike) -> nn.Module:
 
 @torch.no_grad()
 def _placed(
-    file: Path, name: str, layer: DashLinear, tensors: dict[str, Tensor], config: DashConfig
+    file: Path, name: str, layer: OwnLayer, tensors: dict[str, Tensor], config: DashConfig
 ) -> dict[str, Tensor]:
     """What a layer's tensors are to be; where the file has none for it, those that add nothing."""
     shapes = layer.shapes(layer.config)

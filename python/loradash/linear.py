@@ -36,7 +36,7 @@ def take_directions(layer: Any, directions: Directions) -> None:
     layer.dash_u.copy_(shard_of(directions.u, layer.dash_u))
     layer.dash_vt.copy_(shard_of(directions.vt, layer.dash_vt))
     if zero.is_trained_by_zero(layer.dash_sigma):
-        assign(layer.dash_sigma, torch.zeros(layer.dash_vt.shape[:1]))
+        assign(layer.dash_sigma, torch.zeros(zero.whole_shape(layer.dash_sigma)))
     else:
         layer.dash_sigma.zero_()
     layer.launched.fill_(True)

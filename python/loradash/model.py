@@ -20,6 +20,7 @@ from .bypass import bypassed_children, child_at, refuse_fusing
 from .config import DashConfig
 from .convolution import DashConvolution
 from .distributed import reshard
+from .expert_modules import stacked_names
 from .experts import DashExperts, ExpertParameter
 from .linear import DashLinear
 from .parked import DEFAULT
@@ -61,8 +62,22 @@ def apply_dash(model: nn.Module, config: DashConfig | None = None, adapter: str 
 
     Returns the model. Raises ValueError, with the model unchanged: nothing matches, or a setting does not; adapted or
     wrapped (DistributedDataParallel, fully_shard, FSDP1) already; a layer that cannot be adapted, or that its parent passes by.
+    Warns where every linear layer is adapted and experts are left out, unless target_parameters=[] says so.
     """
     config = config or DashConfig()
+    given = put_adapters(model, config, adapter)
+    left_out = next(stacked_names(unwrap(model)), None)
+    if left_out is not None and config.target_modules is None and config.target_parameters is None:
+        warnings.warn(
+            f"loradash: every linear layer is adapted, and the experts of this model are parameters ({plain_name(left_out)}) that "
+            "stay as they are: target_parameters adapts them, and target_parameters=[] says that they are left out",
+            stacklevel=2,
+        )
+    return given
+
+
+def put_adapters(model: nn.Module, config: DashConfig, adapter: str) -> nn.Module:
+    """`apply_dash`, whatever is left out."""
     given = model
     # torch.compile traces the changed module anew.
     model = model._modules.get("_orig_mod") or model
@@ -129,7 +144,9 @@ def _check_model(model: nn.Module) -> None:
     for name, module in model.named_modules():
         if isinstance(module, DashLinear | DashExperts) or STATE in module.__dict__:
             where = f", in {name}" if name else ""
-            raise ValueError(f"the model has LoRA-Dash adapters already{where}; add_adapter(model, name, config) adds one")
+            raise ValueError(
+                f"the model has LoRA-Dash adapters already{where}; add_adapter(model, name, config) adds one"
+            )
         if is_adapted_by_peft(module):
             raise ValueError(f"{name} has an adapter of PEFT; merge_and_unload it first")
         if wrapper := wrapper_of(module):

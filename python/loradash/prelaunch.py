@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -27,7 +29,7 @@ from .distributed import (
     reshard,
     share_out,
 )
-from .experts import matrices
+from .experts import ExpertParameter, ExpertView, matrices
 from .meeting import Meeting
 from .state import AdaptedLayer, dash_layers, dash_state
 from .units import Units
@@ -71,40 +73,59 @@ def prelaunch(
     torch.OutOfMemoryError, naming the layer, where one alone is too much.
     """
     method = dash_state(model).config.svd
-    layers = matrices(dash_layers(model))
+    held = dash_layers(model)
+    layers = matrices(held)
     rank, processes = place(group)
     if processes > 1:
         check_same_layers({name: (layer.out_features, layer.in_features) for name, layer in layers.items()}, group)
     reshard(model)
-    _check_phase(layers)
+    _check_phase(held)
     units = Units(model)
-    adapters = _adapters(layers, units)
+    adapters = _adapters(held, units)
     idle = [name for name, (a, b) in adapters.items() if not bool(a.any()) or not bool(b.any())]
     if idle:
         warnings.warn(
             f"loradash: no update yet in {len(idle)} layers, they stay plain LoRA: {', '.join(idle[:4])}", stacklevel=2
         )
     names = [name for name, layer in layers.items() if name not in set(idle) and layer.dash_vt.shape[0]]
-    finder = _Finder(layers, adapters, method, cache, device, units)
-    shares = share_out({name: cost(layers[name].out_features, layers[name].in_features) for name in names}, processes)
+    finder = _Finder(held, names, adapters, method, cache, device, units)
+    shares = share_out(finder.costs(), processes)
     with tqdm(total=len(names), desc="pre-launch", unit="layer", disable=not progress or rank != 0) as bar:
         found = _find(finder, shares, rank, bar, process_group(group))
+    shares = [[name for part in share for name in finder.members[part]] for share in shares]
     if processes > 1:
         buffers = {name: (layers[name].dash_u, layers[name].dash_vt) for name in names}
         found = exchange_directions(found, shares, rank, buffers, group)
-    for name in names:
-        layers[name].launch(found[name])
+    _launch(held, found)
     return [LayerReport(n, found[n].routes[0], found[n].rate, found[n].sigma, found[n].index) for n in names]
 
 
 def _adapters(layers: dict[str, AdaptedLayer], units: Units) -> dict[str, tuple[Tensor, Tensor]]:
-    """A and B of every layer, whole."""
+    """A and B of every matrix, whole."""
     found = {}
     for name, layer in layers.items():
         with units.whole(layer) as gathers:
             a, b = gathered(layer.lora_a), gathered(layer.lora_b)
-            found[name] = (a.clone(), b.clone()) if gathers else (a, b)
+            a, b = (a.clone(), b.clone()) if gathers else (a, b)
+        for matrix, view in matrices({name: layer}).items():
+            found[matrix] = (_slice(a, view), _slice(b, view))
     return found
+
+
+def _slice(whole: Tensor, view: Any) -> Tensor:
+    """A matrix's part of a tensor of what holds it."""
+    return whole[view.expert] if isinstance(view, ExpertView) else whole
+
+
+def _launch(held: dict[str, AdaptedLayer], found: dict[str, Directions]) -> None:
+    for name, layer in held.items():
+        if isinstance(layer, ExpertParameter):
+            views = matrices({name: layer}).items()
+            experts = {view.expert: found[matrix] for matrix, view in views if matrix in found}
+            if experts:
+                layer.launch_experts(experts)
+        elif name in found:
+            layer.launch(found[name])
 
 
 def _check_phase(layers: dict[str, AdaptedLayer]) -> None:
@@ -122,36 +143,59 @@ def _check_phase(layers: dict[str, AdaptedLayer]) -> None:
 
 
 class _Finder:
-    """Decomposes and chooses, a batch of layers at a time."""
+    """Decomposes and chooses, a batch of layers at a time.
+
+    Attributes:
+        members: what processes share out, and the matrices in each: themselves, and where weights are sharded all of an experts'
+            parameter, which is gathered once.
+    """
 
     def __init__(
         self,
-        layers: dict[str, AdaptedLayer],
+        held: dict[str, AdaptedLayer],
+        names: Sequence[str],
         adapters: dict[str, tuple[Tensor, Tensor]],
         method: str,
         cache: SpectralCache | None,
         device: torch.device | str | None,
         units: Units,
     ) -> None:
-        self.layers, self.adapters, self.method, self.cache, self.device = layers, adapters, method, cache, device
-        self.units = units
+        self.held, self.layers, self.adapters = held, matrices(held), adapters
+        self.method, self.cache, self.device, self.units = method, cache, device, units
+        wanted = set(names)
+        found = {part: [n for n in matrices({part: layer}) if n in wanted] for part, layer in held.items()}
+        together = {part: inside for part, inside in found.items() if inside}
+        self.devices = {n: held[part].lora_a.device for part, inside in together.items() for n in inside}
+        self.members = together if self.is_sharded() else {name: [name] for name in names}
         # Elements of a batch that once was too large for a device, halved.
         self.bounds: dict[torch.device, int] = {}
 
     def device_of(self, name: str) -> torch.device:
-        return torch.device(self.device or self.layers[name].lora_a.device)
+        return torch.device(self.device or self.devices[name])
 
     def is_sharded(self) -> bool:
         """Are there weights that only all processes together can gather?"""
-        return any(is_sharded(layer.weight) or self.units.has(layer) for layer in self.layers.values())
+        return any(is_sharded(layer.weight) or self.units.has(layer) for layer in self.held.values())
+
+    def costs(self) -> dict[str, float]:
+        """Of what is shared out."""
+        layers = self.layers
+        return {
+            part: sum(cost(layers[n].out_features, layers[n].in_features) for n in inside)
+            for part, inside in self.members.items()
+        }
 
     def whole_weight(self, name: str) -> Tensor:
-        """W (N, K) of a layer; every process must ask for the same one."""
-        layer = self.layers[name]
+        """W (N, K) of a layer, or (E, N, K); every process must ask for the same one."""
+        layer = self.held[name]
         with self.units.whole(layer) as gathers:
             if is_sharded(layer.weight):
                 return layer.oriented(gathered(layer.weight))
             return layer.weight_nk().detach().clone() if gathers else layer.weight_nk()
+
+    def part_of(self, weight: Tensor, name: str) -> Tensor:
+        """A matrix (N, K) of what `whole_weight` gave."""
+        return _slice(weight, self.layers[name])
 
     def batches(self, names: Sequence[str]) -> Iterator[list[str]]:
         """Layers of one shape, rank and device together, in batches of bounded size; with a cache one at a time.
@@ -166,7 +210,7 @@ class _Finder:
                 layer.dash_vt.shape,
                 self.adapters[name][0].shape,
                 layer.scaling,
-                layer.lora_a.device,
+                self.devices[name],
             )
             groups.setdefault(key, []).append(name)
         for members in groups.values():
@@ -246,12 +290,14 @@ def _find(
         found.update(finder.find(names, weight_of))
         meeting.advance(len(names))
 
+    def take_part(part: str, weight: Tensor) -> None:
+        for batch in finder.batches(finder.members[part]):
+            take(batch, functools.partial(finder.part_of, weight))
+
     # Ctrl-C too is told to the other processes.
     try:
         if finder.is_sharded():
-            gather_in_turns(
-                shares, rank, finder.whole_weight, lambda name, weight: take([name], lambda _: weight), meeting
-            )
+            gather_in_turns(shares, rank, finder.whole_weight, take_part, meeting)
         else:
             for batch in finder.batches(shares[rank]):
                 if meeting.is_lost():

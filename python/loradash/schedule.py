@@ -13,6 +13,7 @@ from . import zero
 from .adapters import as_active
 from .cache import SpectralCache
 from .distributed import Group, gathered
+from .experts import ExpertParameter
 from .linear import DashLinear
 from .model import train_sigma_alone
 from .prelaunch import LayerReport, prelaunch
@@ -250,7 +251,8 @@ def _as_now(layers: dict[str, AdaptedLayer]) -> dict[str, AdaptedLayer]:
 
 def _is_gathered_in_forward(layer: AdaptedLayer) -> bool:
     """Is its weight, where ZeRO-3 keeps it in parts, one of a `DashLinear`'s own?"""
-    return not zero.is_partitioned(layer.weight) or (isinstance(layer, DashLinear) and layer.base is None)
+    own = layer.layer if isinstance(layer, OneAdapter) else layer
+    return not zero.is_partitioned(layer.weight) or (isinstance(own, DashLinear | ExpertParameter) and own.base is None)
 
 
 _STATE = {"step": int, "launched": bool, "prelaunch_steps": int, "dash_only": bool, "watched": bool, "assumed": int}

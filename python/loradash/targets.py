@@ -11,6 +11,7 @@ from torch.nn.parameter import is_lazy
 
 from .base_layers import is_linear, is_pointwise, pointwise_refusal
 from .config import DashConfig, matches, unmatched, without_match
+from .convolution import DashConvolution
 from .expert_modules import refusal, stacked_names
 from .linear import DashLinear
 from .slices import LinearSlice
@@ -68,17 +69,18 @@ def _is_left_to_adapt(name: str, config: DashConfig) -> bool:
 
 
 def _linear_layers(model: nn.Module) -> dict[str, nn.Module]:
-    """Linear layers by plain name, adapted ones among them, without the parts of these."""
+    """Linear layers by plain name and convolutions that are adapted as such, without the parts of adapted ones."""
     found = {plain_name(name): m for name, m in model.named_modules() if isinstance(m, DashLinear) or is_linear(m)}
     inside = {part for m in found.values() if isinstance(m, DashLinear) for part in m.modules() if part is not m}
     return {name: m for name, m in found.items() if m not in inside}
 
 
 def _adaptable(model: nn.Module, config: DashConfig) -> dict[str, nn.Module]:
-    """Linear layers, and where target_modules names any layers convolutions that are linear ones over channels."""
+    """Linear layers, and where target_modules names any layers convolutions that are linear ones over channels, whether another
+    adapter has them already or not."""
     found = _linear_layers(model)
     if config.target_modules is None:
-        return found
+        return {name: module for name, module in found.items() if not isinstance(module, DashConvolution)}
     inside = {part for module in found.values() for part in module.modules()}
     others = {plain_name(name): module for name, module in model.named_modules() if module not in inside}
     return found | {name: module for name, module in others.items() if is_pointwise(module)}
@@ -88,7 +90,8 @@ def _refused(model: nn.Module, config: DashConfig) -> dict[str, nn.Module]:
     """Layers that target_modules names and that cannot be adapted, and have numbers of their own that could have been meant.
 
     A name in a list means a layer, whatever its numbers are. A regular expression means a part of a model, where vectors
-    (norms, gates) come along: of these it means the layers with matrices.
+    (norms, gates) come along: of these it means the layers with matrices. Experts of which target_parameters adapts a parameter
+    are adapted, not refused.
     """
     if config.target_modules is None:
         return {}
@@ -99,7 +102,13 @@ def _refused(model: nn.Module, config: DashConfig) -> dict[str, nn.Module]:
     inside.update(part.whole for module in named for part in module.modules() if isinstance(part, LinearSlice))
     least = 2 if isinstance(config.target_modules, str) else 0
     modules = {plain_name(name): module for name, module in model.named_modules() if module not in inside}
-    return {name: m for name, m in modules.items() if is_target(name, config) and _has_numbers(m, least)}
+    return {
+        name: m
+        for name, m in modules.items()
+        if is_target(name, config)
+        and _has_numbers(m, least)
+        and not any(is_target_parameter(f"{name}.{key}", config) for key in m._parameters)
+    }
 
 
 def as_trained(model: nn.Module, config: DashConfig, tensors: Container[str]) -> DashConfig:
@@ -160,8 +169,13 @@ def check_patterns(model: nn.Module, config: DashConfig) -> None:
 
 
 def _described(modules: dict[str, nn.Module]) -> str:
-    shown = [f"{name or 'the model'}: {pointwise_refusal(module)}" for name, module in list(modules.items())[:4]]
+    shown = [f"{name or 'the model'}: {_no_layer(module)}" for name, module in list(modules.items())[:4]]
     return "; ".join(shown) + ("; ..." if len(modules) > 4 else "")
+
+
+def _no_layer(module: nn.Module) -> str | None:
+    stacked = list(stacked_names(module))
+    return f"its {', '.join(stacked)} are adapted by target_parameters" if stacked else pointwise_refusal(module)
 
 
 def trainable_modules(model: nn.Module, config: DashConfig) -> dict[str, nn.Module]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 from collections import defaultdict
 from collections.abc import Iterator
@@ -13,12 +14,13 @@ from torch import Tensor, nn
 
 from .distributed import place
 from .schedule import DashSchedule, check_state
-from .state import dash_layers, parameter_of, parked_parameters, plain_name
+from .state import dash_layers, host_of, parameter_of, parked_parameters, plain_name, states
 from .units import fsdp1_units
 from .zero import is_trained_by_zero
 
 # How far an optimizer has come, beside what DashSchedule knows: has it stepped anything, and any Δσ?
 _STEPPED, _SIGMA_STEPPED = "optimizer_stepped", "sigma_stepped"
+_ADAPTERS = "adapters"
 
 
 def save_training(
@@ -28,7 +30,7 @@ def save_training(
     schedule: DashSchedule | None,
     **others: Any,
 ) -> None:
-    """Writes what a run needs to go on, each process its own part: adapters and whatever else trains, buffers, the
+    """Writes what a run needs to go on, each process its own part: all adapters and whatever else trains, buffers, the
     optimizer's state, the schedule's. The frozen weights are not written: they are the base model's.
 
     For a model as it is, in DistributedDataParallel, sharded by FSDP2 or FSDP1, by DTensors of any mesh, or one stage of a
@@ -46,7 +48,8 @@ def save_training(
     model = _inside(model)
     stepped = _steps_taken(model, optimizer)
     with _complete(model, optimizer) as optimizer_state:
-        dcp.save({**_parts(model, optimizer_state, schedule), **others, **stepped}, checkpoint_id=folder)
+        parts = {**_parts(model, optimizer_state, schedule), **others, **stepped}
+        dcp.save(parts if schedule is None else {**parts, _ADAPTERS: json.dumps(_steps(model))}, checkpoint_id=folder)
 
 
 def load_training(
@@ -61,7 +64,7 @@ def load_training(
     this.
 
     Raises torch.distributed.checkpoint's CheckpointException where a tensor or the folder is not there or does not fit, and
-    ValueError as `DashSchedule.load_state_dict`, both with nothing changed.
+    ValueError as `DashSchedule.load_state_dict` and where another adapter is active, or there are others, with nothing changed.
     """
     import torch.distributed.checkpoint as dcp
     from torch.distributed.checkpoint.state_dict import (
@@ -73,8 +76,10 @@ def load_training(
 
     model, flat = _inside(model), StateDictOptions(flatten_optimizer_state_dict=True)
     if schedule is not None:
-        told = {"schedule": schedule.state_dict()}
+        told: dict[str, Any] = {"schedule": schedule.state_dict(), _ADAPTERS: ""}
         dcp.load(told, checkpoint_id=folder)
+        steps = json.loads(told[_ADAPTERS])
+        _check_adapters(model, steps)
         check_state(told["schedule"], schedule.state.config.prelaunch_steps)
     with _complete(model, optimizer) as optimizer_state:
         state = {**_parts(model, optimizer_state, schedule), **others, _STEPPED: False, _SIGMA_STEPPED: False}
@@ -82,6 +87,8 @@ def load_training(
     # FSDP1 warns of each weight that is not set.
     values = get_model_state_dict(model) | state["model"] if fsdp1_units(model) else state["model"]
     set_model_state_dict(model, values, options=StateDictOptions(strict=False))
+    if schedule is not None:
+        _waiting_since(model, steps)
     if optimizer is None:
         return
     set_optimizer_state_dict(model, optimizer, optimizer_state, options=flat)
@@ -91,6 +98,30 @@ def load_training(
     elif not state[_SIGMA_STEPPED]:
         for sigma in _sigmas(model):
             optimizer.state.pop(sigma, None)
+
+
+def _steps(model: nn.Module) -> dict[str, int]:
+    """The steps of every adapter, the active one first."""
+    return {name: state.step for name, state in states(model).items()}
+
+
+def _check_adapters(model: nn.Module, found: dict[str, int]) -> None:
+    """Raises ValueError where a checkpoint has other adapters than the model, or another one is active."""
+    ours = list(states(model))
+    if set(ours) != set(found):
+        raise ValueError(f"the checkpoint has the adapters {', '.join(found)}, the model has {', '.join(ours)}")
+    active = next(iter(found))
+    if ours[0] != active:
+        raise ValueError(
+            f"in the checkpoint the adapter {active!r} is active, and in the model {ours[0]!r}: set_adapter(model, {active!r}), "
+            "then make the optimizer and the schedule"
+        )
+
+
+def _waiting_since(model: nn.Module, steps: dict[str, int]) -> None:
+    """The schedule counts the active adapter's steps."""
+    for name, state in list(states(model).items())[1:]:
+        state.step = steps[name]
 
 
 def _parts(model: nn.Module, optimizer_state: dict[str, Any], schedule: DashSchedule | None) -> dict[str, Any]:
@@ -112,8 +143,9 @@ def _model_state(model: nn.Module) -> dict[str, Any]:
     from torch.distributed.checkpoint.state_dict import get_model_state_dict
 
     layers = dash_layers(model).values()
-    active = (p for layer in layers for p in (layer.lora_a, layer.lora_b, layer.dash_sigma))
-    ours = {id(parameter_of(p)) for p in (*active, *(p for _, p in parked_parameters(model)))}
+    ours = {id(parameter_of(p)) for layer in layers for p in (layer.lora_a, layer.lora_b, layer.dash_sigma)}
+    # Adapters that are not active are frozen, and are part of the run.
+    ours |= set() if host_of(model) is not None else {id(p) for _, p in parked_parameters(model)}
     parameters = model.named_parameters(remove_duplicate=False)
     frozen = {plain_name(name) for name, p in parameters if not p.requires_grad and id(p) not in ours}
     return {name: value for name, value in get_model_state_dict(model).items() if name not in frozen}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-from pathlib import Path
 
 import pytest
 import torch
@@ -15,9 +14,7 @@ pytest.importorskip("transformers", minversion="5")
 
 from loradash.integrations.peft import DashLoraConfig  # noqa: E402
 from support.experts import BOTH, IDS, MODELS, adapted, filled, logits, moe  # noqa: E402
-from support.processes import run_processes  # noqa: E402
-
-TESTS = str(Path(__file__).parents[1])
+from support.scale import check, run_schemes  # noqa: E402
 
 
 @pytest.mark.parametrize("kind", MODELS)
@@ -67,74 +64,20 @@ def test_loradash_in_peft_adapts_no_experts():
         peft.get_peft_model(copy.deepcopy(base), DashLoraConfig(target_modules="all-linear"))
 
 
-WORKER = """
-import json, os, sys, torch
-import torch.distributed as dist
-sys.path.insert(0, sys.argv[4])
-from support.experts import IDS, adapted, loss_of, moe
-import loradash
-from loradash import DashSchedule, dash_layers, load_adapter, merge, save_adapter, unmerge
-rank, store, folder = int(sys.argv[1]), sys.argv[2], sys.argv[3]
-dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
-
-def run(scheme):
-    torch.manual_seed(0)
-    model = adapted(moe()).train()
-    wrapped = model
-    if scheme == "ddp":
-        # Nothing is ever unused: all experts of a parameter are one node, the idle ones' gradients are zeros.
-        wrapped = torch.nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True)
-    if scheme == "fsdp2":
-        for layer in model.model.layers:
-            fully_shard(layer, mesh=mesh)
-        fully_shard(model, mesh=mesh)
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
-    schedule, losses = DashSchedule(wrapped, progress=False), []
-    for _ in range(4):
-        ids = IDS if scheme == "one" else IDS[rank : rank + 1]
-        loss = loss_of(wrapped, ids)
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        schedule.step()
-        loss = loss.detach()
-        if scheme != "one":
-            dist.all_reduce(loss)
-            loss /= 2
-        losses.append(loss.item())
-    assert schedule.launched
-    path = f"{folder}/{scheme}.safetensors"
-    save_adapter(wrapped, path)
-    model.eval()
-    with torch.no_grad():
-        found = wrapped(input_ids=IDS).logits
-        merge(wrapped)
-        gap = (wrapped(input_ids=IDS).logits - found).abs().max().item()
-        unmerge(wrapped)
-        assert torch.equal(wrapped(input_ids=IDS).logits, found)
-    plain = load_adapter(moe(), path).eval()
-    with torch.no_grad():
-        loaded = (plain(input_ids=IDS).logits - found).abs().max().item()
-    return losses, gap, loaded, found.tolist()
-
-mesh = init_device_mesh("cpu", (2,))
-print(json.dumps({scheme: run(scheme) for scheme in ("one", "ddp", "fsdp2")}), flush=True)
-dist.barrier()
-os._exit(0)
-"""
+SHARDED = ("train", "launch", "save", "load", "export", "merge", "resume")
+WALKS = {"ddp_experts": ("train", "launch"), "fsdp1_experts": SHARDED, "fsdp2_experts": SHARDED}
 
 
-def test_two_processes(tmp_path):
-    """DDP without find_unused_parameters, and FSDP2, train, launch, save and merge as one process does."""
-    said = json.loads(run_processes(WORKER, tmp_path, str(tmp_path), TESTS)[0].splitlines()[-1])
-    alone, _, _, wanted = said["one"]
-    for scheme in ("ddp", "fsdp2"):
-        losses, merged, loaded, found = said[scheme]
-        assert losses == pytest.approx(alone, abs=1e-5), scheme
-        assert merged < 1e-4 and loaded < 1e-5
-        torch.testing.assert_close(torch.tensor(found), torch.tensor(wanted), rtol=1e-3, atol=1e-3)
+@pytest.fixture(scope="module")
+def processes(tmp_path_factory):
+    return run_schemes(WALKS, tmp_path_factory.mktemp("experts"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("scheme", "cell"), [(scheme, cell) for scheme, cells in WALKS.items() for cell in cells])
+def test_two_processes(processes, scheme, cell):
+    """As one process: DDP without find_unused_parameters, FSDP1, whose parameters are flat between uses, and FSDP2."""
+    check(processes[scheme], cell)
 
 
 def test_trainer_launches_and_resumes_them(tmp_path):

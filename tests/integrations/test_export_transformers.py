@@ -75,7 +75,14 @@ MODELS = {
     ),
     "tokens": ("BertForTokenClassification", "BertConfig", SIZES, {}, "TOKEN_CLS", ["classifier"]),
     "questions": ("BertForQuestionAnswering", "BertConfig", SIZES, {}, "QUESTION_ANS", ["qa_outputs"]),
-    "mixtral": ("MixtralForCausalLM", "MixtralConfig", {**MOE, "num_local_experts": 4}, {}, "CAUSAL_LM", None),
+    "mixtral": (
+        "MixtralForCausalLM",
+        "MixtralConfig",
+        {**MOE, "num_local_experts": 4},
+        {"target_parameters": []},
+        "CAUSAL_LM",
+        None,
+    ),
     "mixtral, one block": (
         "MixtralForCausalLM",
         "MixtralConfig",
@@ -175,6 +182,6 @@ def test_layers_that_peft_takes_for_experts_are_refused(tmp_path):
     }
     base = build("DeepseekV3ForCausalLM", "DeepseekV3Config", **sizes)
     with pytest.raises(ValueError, match=r"model\.layers\.0\.mlp\.gate_proj: PEFT takes a layer of this name"):
-        export_lora(trained(apply_dash(copy.deepcopy(base), config())), tmp_path)
-    without = config(exclude_modules=["gate_proj", "up_proj", "down_proj"])
+        export_lora(trained(apply_dash(copy.deepcopy(base), config(target_parameters=[]))), tmp_path)
+    without = config(target_parameters=[], exclude_modules=["gate_proj", "up_proj", "down_proj"])
     served_like(base, trained(apply_dash(copy.deepcopy(base), without)), tmp_path, {"input_ids": IDS}, 1e-4)

@@ -204,6 +204,34 @@ def test_files_of_one_among_several(tmp_path):
         assert (tmp_path / "peft" / file).read_bytes() == (tmp_path / "same" / file).read_bytes()
 
 
+def test_a_checkpoint_of_a_run_has_them_all(tmp_path):
+    """Values and steps of the parked ones too, which are frozen."""
+
+    def run(values, active):
+        model = filled(two(), values)
+        set_adapter(model, active)
+        return model, torch.optim.AdamW(dash_parameter_groups(model, lr=1e-2)), DashSchedule(model, progress=False)
+
+    model, optimizer, schedule = run(1, "b")
+    loradash.state.states(model)["default"].step = 7
+    model(X).square().mean().backward()
+    optimizer.step()
+    schedule.step()
+    loradash.save_training(tmp_path, model, optimizer, schedule)
+    again, *rest = run(2, "b")
+    loradash.load_training(tmp_path, again, *rest)
+    for name, steps in (("b", 1), ("default", 7)):
+        set_adapter(model, name)
+        set_adapter(again, name)
+        assert torch.equal(model(X), again(X)) and dash_state(again).step == steps
+    with pytest.raises(ValueError, match="the adapter 'b' is active, and in the model 'default'"):
+        loradash.load_training(tmp_path, *run(2, "default"))
+    lone = apply_dash(network(), DashConfig(r=2))
+    optimizer, schedule = torch.optim.AdamW(dash_parameter_groups(lone, lr=1e-2)), DashSchedule(lone, progress=False)
+    with pytest.raises(ValueError, match="the checkpoint has the adapters b, default, the model has default"):
+        loradash.load_training(tmp_path, lone, optimizer, schedule)
+
+
 def test_a_file_that_cannot_be_added_changes_nothing(tmp_path):
     head = filled(apply_dash(network(), DashConfig(r=2, directions=1, target_modules=["0"], trainable_modules=["4"])))
     save_adapter(head, tmp_path)

@@ -184,7 +184,12 @@ def test_whole_models(name, tmp_path, record_property):
         with pytest.raises(ValueError, match=trial.stays):
             apply_dash(model, DashConfig(r=4, directions=4))
     config = DashConfig(
-        r=4, directions=4, prelaunch_steps=2, target_modules=trial.targets, exclude_modules=trial.exclude
+        r=4,
+        directions=4,
+        prelaunch_steps=2,
+        target_modules=trial.targets,
+        target_parameters=[],
+        exclude_modules=trial.exclude,
     )
     apply_dash(model, config)
     gaps = {"fresh": largest(output(model, trial), expected)}

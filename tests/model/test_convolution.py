@@ -121,6 +121,33 @@ def test_saved_loaded_and_warmed_up(conv, tmp_path):
     assert [run.name for run in loradash.warm_up(model, rows=[8], progress=False)] == ["1.conv"]
 
 
+def test_beside_an_adapter_that_leaves_it_out(tmp_path):
+    """target_modules=None takes linear layers, whatever another adapter has; rows of both in one batch."""
+
+    def network():
+        torch.manual_seed(0)
+        return nn.ModuleDict({"conv": nn.Conv2d(K, N, 1), "head": nn.Linear(N, 3)})
+
+    def output(model, x):
+        return model["head"](model["conv"](x).mean((-1, -2)))
+
+    model = apply_dash(network(), config(target_modules=["conv", "head"]), adapter="all")
+    loradash.add_adapter(model, "linear", config(target_modules=None))
+    assert model["conv"].adapters == ["all"]
+    x, wanted = torch.randn(2, K, 3, 3), {}
+    for name in ("linear", "all"):
+        loradash.set_adapter(model, name)
+        for layer in loradash.dash_layers(model).values():
+            nn.init.normal_(layer.lora_b)
+        wanted[name] = output(model, x)
+        alone = loradash.load_adapter(network(), loradash.save_adapter(model, tmp_path / name))
+        torch.testing.assert_close(output(alone, x), wanted[name])
+        swapped = apply_dash(network(), config(target_modules=["conv", "head"]))
+        torch.testing.assert_close(output(loradash.hotswap_adapter(swapped, tmp_path / name), x), wanted[name])
+    with loradash.mixed_batch(model, ["linear", "all"]):
+        torch.testing.assert_close(output(model, x), torch.stack((wanted["linear"][0], wanted["all"][1])))
+
+
 def test_exported_to_peft(conv, tmp_path):
     peft = pytest.importorskip("peft")
     model, layer = adapted(conv)

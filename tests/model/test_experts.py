@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import importlib
 import re
@@ -15,6 +16,7 @@ from loradash import (
     apply_dash,
     dash_layers,
     disable,
+    hotswap_adapter,
     load_adapter,
     merge,
     merge_and_unload,
@@ -223,6 +225,39 @@ class Unknown(nn.Module):
         return torch.einsum("mk,enk->men", self.head(x), self.gate_up_proj)
 
 
+def test_an_expression_over_a_block_takes_its_layers_and_leaves_its_experts_to_target_parameters():
+    model = apply_dash(moe(), DashConfig(r=2, target_modules=r".*(attn|experts).*", target_parameters=BOTH))
+    assert {"model.layers.0.self_attn.q_proj", "model.layers.0.mlp.experts.down_proj"} < dash_layers(model).keys()
+
+
+@pytest.mark.parametrize("wanted", [None, []])
+def test_that_experts_are_left_out_is_said(wanted, tmp_path):
+    """Unless an empty list says so; of a file it was said when it was trained."""
+    model = moe()
+    told = pytest.warns(UserWarning, match=r"experts of this model are parameters \(model\.layers\.0\.mlp")
+    with told if wanted is None else contextlib.nullcontext():
+        apply_dash(model, DashConfig(r=2, target_parameters=wanted))
+    load_adapter(moe(), save_adapter(model, tmp_path))
+
+
+def test_a_smaller_adapter_is_swapped_in(tmp_path):
+    smaller = filled(adapted(moe(), r=2, directions=1, alpha=4))
+    model = filled(adapted(moe()))
+    held = [p.data_ptr() for p in model.parameters()]
+    hotswap_adapter(model, save_adapter(smaller, tmp_path))
+    torch.testing.assert_close(logits(model), logits(smaller))
+    assert held == [p.data_ptr() for p in model.parameters()]
+
+
+def test_a_part_that_does_not_fit_is_kept_for_a_later_unmerge():
+    """As under FSDP1's summon_full_params, where the weight is whole and the part is flat."""
+    layer = next(iter(dash_layers(adapted(moe())).values()))
+    layer.unmerged = torch.zeros(5)
+    with pytest.raises(ValueError, match=r"gate_up_proj: .*outside of summon_full_params"):
+        layer.unmerge()
+    assert layer.merged
+
+
 def test_what_is_refused(base):
     def refused(match, model=base, **settings):
         before = {n: p.requires_grad for n, p in model.named_parameters()}
@@ -248,6 +283,11 @@ def test_what_is_refused(base):
         overrides={"down_proj": {"r": 2}, "none": {"r": 2}},
     )
     refused("matches none of the", target_parameters=None)
+    refused(
+        r"experts: its gate_up_proj, down_proj are adapted by target_parameters",
+        target_modules=["experts"],
+        target_parameters=None,
+    )
     for spoil, match in (
         (lambda m: setattr(m, "_is_expert_parallel", True), "expert parallelism"),
         (lambda m: setattr(m.config, "_experts_implementation", "deepgemm"), "experts_implementation='deepgemm'"),

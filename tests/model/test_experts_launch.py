@@ -132,5 +132,5 @@ def test_launch_from_a_cache(base, tmp_path):
         found.append([layer.dash_u.abs() for layer in dash_layers(model).values()])
     for plain, cached in zip(*found, strict=True):
         torch.testing.assert_close(cached, plain, rtol=1e-3, atol=1e-4)
-    with pytest.raises(ValueError, match=r"launched already.*gate_up_proj\[0\]"):
+    with pytest.raises(ValueError, match=r"launched already.*gate_up_proj"):
         prelaunch(model, progress=False)

@@ -6,6 +6,7 @@ A scheme is a class in a file of this folder, named in `FILES`; `support.scale_w
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import importlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -83,10 +84,41 @@ def with_scaled_layers() -> Network:
     return model
 
 
+class Mixture(nn.Module):
+    """transformers' experts, two of four for every token, by fixed features of it."""
+
+    def __init__(self) -> None:
+        from transformers import MixtralConfig
+        from transformers.models.mixtral.modeling_mixtral import MixtralExperts
+
+        super().__init__()
+        sizes = {"hidden_size": WIDTH, "intermediate_size": CLASSES, "num_local_experts": 4, "num_experts_per_tok": 2}
+        self.experts = MixtralExperts(MixtralConfig(**sizes))
+        for parameter in self.experts.parameters():
+            nn.init.normal_(parameter, std=0.3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        weights, index = x[..., :4].flatten(0, 1).softmax(-1).topk(2)
+        return self.experts(x.flatten(0, 1), index, weights).view_as(x)
+
+
+def with_experts() -> Network:
+    """Every block's `down` is followed by a mixture."""
+    model = network()
+    for block in model.blocks:
+        block.down = nn.Sequential(block.down, Mixture())
+    return model
+
+
 def batch(step: int) -> tuple[Tensor, Tensor]:
     """x (ROWS, TOKENS, WIDTH) and the target (ROWS, TOKENS, CLASSES) of a step."""
     draw = torch.Generator().manual_seed(1000 + step)
     return torch.randn(ROWS, TOKENS, WIDTH, generator=draw), torch.randn(ROWS, TOKENS, CLASSES, generator=draw)
+
+
+def adapting_experts(config: DashConfig) -> DashConfig:
+    """The settings with the experts of `with_experts` beside."""
+    return dataclasses.replace(config, target_parameters=["experts.gate_up_proj", "experts.down_proj"])
 
 
 class Run(NamedTuple):

@@ -6,11 +6,12 @@ import contextlib
 from typing import Any
 
 import torch
+from loradash import DashConfig
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ..collectives import Traffic
-from . import Run, Scheme
+from . import Run, Scheme, adapting_experts, with_experts
 
 OPTIONS: dict[str, dict[str, Any]] = {
     "ddp": {},
@@ -33,6 +34,15 @@ class DDP(Scheme):
     def check_traffic(self, model: nn.Module, base: Traffic, ours: Traffic) -> None:
         trained = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
         assert ours.bytes == {"all_reduce": trained}, (ours.bytes, trained)
+
+
+class Experts(DDP):
+    @property
+    def config(self) -> DashConfig:
+        return adapting_experts(super().config)
+
+    def network(self) -> nn.Module:
+        return with_experts()
 
 
 class Four(DDP):
@@ -61,4 +71,4 @@ class Accumulating(DDP):
         return sum(losses, torch.zeros(()))
 
 
-SCHEMES = {**dict.fromkeys(OPTIONS, DDP), "ddp_no_sync": Accumulating, "ddp_four": Four}
+SCHEMES = {**dict.fromkeys(OPTIONS, DDP), "ddp_experts": Experts, "ddp_no_sync": Accumulating, "ddp_four": Four}

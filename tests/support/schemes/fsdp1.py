@@ -6,12 +6,13 @@ import contextlib
 from collections.abc import Iterator
 
 import torch
+from loradash import DashConfig
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 
-from . import Block, Scheme, with_scaled_layers
+from . import Block, Scheme, adapting_experts, with_experts, with_scaled_layers
 
 
 class FSDP1(Scheme):
@@ -42,10 +43,19 @@ class KeptWhole(FSDP1):
         return with_scaled_layers()
 
 
+class Experts(FSDP1):
+    @property
+    def config(self) -> DashConfig:
+        return adapting_experts(super().config)
+
+    def network(self) -> nn.Module:
+        return with_experts()
+
+
 class Flat(FSDP1):
     """use_orig_params=False."""
 
     flat = True
 
 
-SCHEMES = {"fsdp1": FSDP1, "fsdp1_flat": Flat, "fsdp1_kept_whole": KeptWhole}
+SCHEMES = {"fsdp1": FSDP1, "fsdp1_experts": Experts, "fsdp1_flat": Flat, "fsdp1_kept_whole": KeptWhole}

@@ -16,7 +16,7 @@ from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, Offlo
 from torch.utils.checkpoint import checkpoint
 
 from ..collectives import Traffic
-from . import Scheme, network, with_scaled_layers
+from . import Scheme, adapting_experts, network, with_experts, with_scaled_layers
 
 
 class FSDP2(Scheme):
@@ -81,6 +81,15 @@ class Half(FSDP2):
 class KeptWhole(FSDP2):
     def network(self) -> nn.Module:
         return with_scaled_layers()
+
+
+class Experts(FSDP2):
+    @property
+    def config(self) -> DashConfig:
+        return adapting_experts(super().config)
+
+    def network(self) -> nn.Module:
+        return with_experts()
 
 
 class Layers(FSDP2):
@@ -156,6 +165,7 @@ SCHEMES = {
     "fsdp2_whole": Whole,
     "fsdp2_four": Four,
     "fsdp2_half": Half,
+    "fsdp2_experts": Experts,
     "fsdp2_kept_whole": KeptWhole,
     "fsdp2_layers": Layers,
     "fsdp2_root": Root,

@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from loradash import DashSchedule, dash_layers, dash_parameter_groups
+from loradash import DashConfig, DashSchedule, dash_layers, dash_parameter_groups
 from torch import Tensor, nn
 
-from . import Run, Scheme
+from . import Run, Scheme, adapting_experts, with_experts
 
 
 def prepare() -> None:
@@ -80,4 +80,15 @@ class ZeRO(Scheme):
         run.schedule.load_state_dict(client["schedule"])
 
 
-SCHEMES = {"zero2": ZeRO, "zero3": ZeRO}
+class Experts(ZeRO):
+    stage = 3  # type: ignore[assignment]
+
+    @property
+    def config(self) -> DashConfig:
+        return adapting_experts(super().config)
+
+    def network(self) -> nn.Module:
+        return with_experts()
+
+
+SCHEMES = {"zero2": ZeRO, "zero3": ZeRO, "zero3_experts": Experts}
