@@ -6,9 +6,12 @@ import loradash
 import pytest
 import torch
 from loradash import DashConfig, apply_dash, load_adapter, merge_and_unload, save_adapter
+from safetensors.torch import load_file
 from support.scale import CELLS, check
 from support.schemes import network
-from torch.distributed.fsdp import fully_shard
+from torch import nn
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 
 
 @pytest.mark.slow
@@ -75,3 +78,46 @@ def test_layers_kept_whole_are_not_merged(process_group, ran):
     with pytest.raises(ValueError, match=r"blocks\.0\.up: Linear is kept whole, and sharded"):
         loradash.merge(model)
     assert not any(layer.merged for layer in loradash.dash_layers(model).values())
+
+
+class Tripled(nn.Linear):
+    """Kept whole."""
+
+    def forward(self, x):
+        return 3 * super().forward(x)
+
+
+def tripled():
+    """Adapted, with an update."""
+    torch.manual_seed(0)
+    model = apply_dash(nn.Sequential(Tripled(16, 24), nn.Linear(24, 8)), DashConfig(r=2, directions=2))
+    for layer in loradash.dash_layers(model).values():
+        nn.init.normal_(layer.lora_b)
+    return model
+
+
+def test_mixed_precision_of_layers_kept_whole(process_group, tmp_path):
+    """The layer is asked for its products in bfloat16; adapters are read as they are, in float32."""
+    model, one = tripled(), tripled()
+    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    fully_shard(model, mesh=process_group, mp_policy=policy)
+    assert all(
+        map(
+            torch.equal,
+            load_file(save_adapter(model, tmp_path)).values(),
+            load_file(save_adapter(one, tmp_path / "one")).values(),
+        )
+    )
+    loradash.prelaunch(model, progress=False)
+    loradash.prelaunch(one, progress=False)
+    ours, theirs = (m[0].dash_u @ m[0].dash_vt for m in (model, one))
+    torch.testing.assert_close(ours, theirs, rtol=0.05, atol=0.02)
+
+
+def test_a_sharded_layer_that_nothing_can_ask_is_refused(process_group):
+    """Its weight is not what it multiplies with."""
+    model = tripled()
+    parallelize_module(model[0].base, process_group, ColwiseParallel())
+    with pytest.raises(ValueError, match=r"^0: Tripled computes in a way of its own, and its weight is sharded"):
+        loradash.prelaunch(model, progress=False)
+    assert not any(layer.launched for layer in loradash.dash_layers(model).values())

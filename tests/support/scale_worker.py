@@ -58,7 +58,7 @@ def reference(way: Scheme, folder: Path) -> Reference:
         for part in range(way.parts):
             seeded(step, part)
             x, target = (of_part(t, part, way.parts) for t in batch(step))
-            loss = way.loss(model(x), target) / way.parts
+            loss = way.loss(way.alone(model, x), target) / way.parts
             loss.backward()
             parts.append(loss.item())
         optimizer.step()
@@ -67,7 +67,7 @@ def reference(way: Scheme, folder: Path) -> Reference:
         losses.append(sum(parts))
     model.eval()
     with torch.no_grad():
-        output = model(batch(STEPS)[0])
+        output = way.alone(model, batch(STEPS)[0])
     model.train()
     exported = folder / "exported"
     # A LoRA's file has no place for trained biases.

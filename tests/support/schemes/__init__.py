@@ -157,6 +157,10 @@ class Scheme:
     def optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
         return torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
 
+    def alone(self, model: nn.Module, x: Tensor) -> Tensor:
+        """What one process computes for the processes to be held against."""
+        return model(x)
+
     def forward(self, model: nn.Module, x: Tensor) -> Tensor:
         """The whole output of a model in evaluation, as a plain tensor."""
         training = model.training
