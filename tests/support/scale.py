@@ -6,9 +6,11 @@ check(results["fsdp2"], "train")
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -38,28 +40,22 @@ def run_schemes(
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
     environment["PYTHONPATH"] = os.pathsep.join([str(TESTS), environment.get("PYTHONPATH", "")]).rstrip(os.pathsep)
     walks = {name: list(schemes[name] if isinstance(schemes, Mapping) else cells) for name in schemes}
-    store = folder / f"store.{processes}.{'.'.join(walks)}"[:200]
-    arguments = [str(store), str(folder), str(processes)]
-    workers = []
-    for rank in range(processes):
-        with (folder / f"output.{rank}").open("w") as output:
-            program = [sys.executable, "-m", "support.scale_worker", json.dumps(walks), str(rank), *arguments]
-            workers.append(subprocess.Popen(program, env=environment, stdout=output, stderr=subprocess.STDOUT))
-    last = ["" for _ in workers]
+    program = [sys.executable, "-m", "support.scale_worker", json.dumps(walks), str(folder), str(processes)]
+    with (folder / "output").open("w") as output:
+        world = subprocess.Popen(
+            program, env=environment, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
+        )
+    last = []
     try:
-        for rank, worker in enumerate(workers):
-            try:
-                worker.wait(timeout=seconds)
-            except subprocess.TimeoutExpired:
-                last[rank] = f"process {rank} did not end in {seconds:g} s: "
-            if worker.returncode != 0:
-                last[rank] += (folder / f"output.{rank}").read_text()[-2000:]
+        world.wait(timeout=seconds)
+    except subprocess.TimeoutExpired:
+        last.append(f"the processes did not end in {seconds:g} s")
     finally:
-        for worker in workers:
-            worker.kill()
-    return {
-        name: _merged(folder / name, cells, processes, "\n".join(filter(None, last))) for name, cells in walks.items()
-    }
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(world.pid, signal.SIGKILL)
+    if world.returncode != 0:
+        last += [file.read_text()[-2000:] for file in sorted(folder.glob("output*"))]
+    return {name: _merged(folder / name, cells, processes, "\n".join(last)) for name, cells in walks.items()}
 
 
 def _merged(folder: Path, cells: Sequence[str], processes: int, last: str) -> dict[str, Result]:

@@ -1,8 +1,9 @@
-"""One process of `support.scale`: python -m support.scale_worker SCHEMES RANK STORE FOLDER PROCESSES, SCHEMES being JSON, the
-cells of every scheme by its name.
+"""The processes of `support.scale`: python -m support.scale_worker SCHEMES FOLDER PROCESSES, SCHEMES being JSON, the cells of
+every scheme by its name.
 
-Every cell is compared with what one process makes of the same batches, computed here before the processes meet. It writes
-FOLDER/SCHEME/result.RANK.json after every cell, so that nothing is lost where a later one hangs.
+Modules take seconds to import, so one process does that and the others are its forks. Every cell is compared with what one
+process makes of the same batches, computed in each before they meet. Each writes FOLDER/SCHEME/result.RANK.json after every
+cell, so that nothing is lost where a later one hangs, and says the rest in FOLDER/output.RANK.
 """
 
 from __future__ import annotations
@@ -11,8 +12,10 @@ import contextlib
 import json
 import math
 import os
+import signal
 import sys
 import traceback
+from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -308,34 +311,69 @@ class Walk:
         cell.compare("launched", torch.tensor(float(run.schedule.launched)), torch.tensor(1.0), 0.0)
 
 
-def main(schemes: str, rank: str, store: str, folder: str, processes: str) -> None:
-    cells = json.loads(schemes)
-    ways = [scheme(name, int(rank)) for name in cells]
-    places = {way.name: Path(folder) / way.name for way in ways}
-    for way in ways:
-        if way.processes != int(processes):
-            raise ValueError(f"{way.name} takes {way.processes} processes, not {processes}")
-        places[way.name].mkdir(exist_ok=True)
-    single = {way.name: reference(way, places[way.name] / f"one.{rank}") for way in ways}
+def walk(ways: list[Scheme], cells: dict[str, list[str]], rank: int, folder: Path, processes: int) -> None:
+    """What one process does."""
+    single = {way.name: reference(way, folder / way.name / f"one.{rank}") for way in ways}
     dist.init_process_group(
         "gloo",
-        init_method=f"file://{store}",
-        rank=int(rank),
-        world_size=int(processes),
+        init_method=f"file://{folder}/store.{os.getppid()}",
+        rank=rank,
+        world_size=processes,
         timeout=timedelta(seconds=120),
     )
     for way in ways:
         way.set_up()
-        walk = Walk(way, single[way.name], places[way.name])
-        results = {}
+        place = folder / way.name
+        steps, results = Walk(way, single[way.name], place), {}
         for cell in cells[way.name]:
-            results[cell] = walk.cell(cell)
-            (places[way.name] / f"result.{rank}.json").write_text(json.dumps(results))
+            results[cell] = steps.cell(cell)
+            (place / f"result.{rank}.json").write_text(json.dumps(results))
     sys.stdout.flush()
     with contextlib.suppress(RuntimeError):
         dist.barrier()
-    # The interpreter's exit now and then aborts in gloo's threads.
-    os._exit(0)
+
+
+def fork(work: Callable[[int], None], processes: int, folder: Path) -> bool:
+    """Does work(rank) in processes of their own. Where one fails the others, which would wait for it, are ended: False."""
+    children = []
+    for rank in range(processes):
+        child = os.fork()
+        if child == 0:
+            output = os.open(folder / f"output.{rank}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+            os.dup2(output, 1)
+            os.dup2(output, 2)
+            try:
+                work(rank)
+            except BaseException:
+                traceback.print_exc()
+                sys.stdout.flush()
+                os._exit(1)
+            # The interpreter's exit now and then aborts in gloo's threads.
+            os._exit(0)
+        children.append(child)
+    for _ in range(processes):
+        ended, status = os.wait()
+        children.remove(ended)
+        if status:
+            for child in children:
+                os.kill(child, signal.SIGKILL)
+            return False
+    return True
+
+
+def main(schemes: str, place: str, number: str) -> None:
+    cells, folder, processes = json.loads(schemes), Path(place), int(number)
+    made = {name: [scheme(name, rank) for rank in range(processes)] for name in cells}
+    for name, (way, *_) in made.items():
+        if way.processes != processes:
+            raise ValueError(f"{name} takes {way.processes} processes, not {processes}")
+        (folder / name).mkdir(exist_ok=True)
+        way.import_all()
+    sys.exit(
+        not fork(
+            lambda rank: walk([ways[rank] for ways in made.values()], cells, rank, folder, processes), processes, folder
+        )
+    )
 
 
 if __name__ == "__main__":

@@ -142,6 +142,14 @@ class Scheme:
         """Which part of a batch this process computes."""
         return self.rank * self.parts // self.processes
 
+    def import_all(self) -> None:
+        """Imports what this scheme will import, in the process of which the others are forks, and computes nothing."""
+        import torch.distributed.checkpoint.state_dict  # noqa: F401
+
+        run = self.adapted()
+        self.optimizer(run)
+        DashSchedule(run, progress=False)
+
     def set_up(self) -> None:
         """Called once, in every process, when the group is there: meshes are made here."""
 

@@ -1,46 +1,41 @@
-"""FSDP2 in two processes, against one."""
+"""Models wrapped by DDP, FSDP1 and FSDP2, in a world of one process."""
 
 from __future__ import annotations
+
+import contextlib
 
 import loradash
 import pytest
 import torch
-from loradash import DashConfig, apply_dash, load_adapter, merge_and_unload, save_adapter
+from loradash import DashConfig, apply_dash, dash_layers, load_adapter, merge_and_unload, save_adapter
 from safetensors.torch import load_file
-from support.scale import CELLS, check
 from support.schemes import network
 from torch import nn
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed._composable.replicate import replicate
+from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("cell", [*CELLS, "cache", "traffic"])
-def test_fsdp2(two, cell):
-    """A step gathers as often as the frozen model's, and reduces the gradients of what trains (traffic)."""
-    check(two[1]["fsdp2"], cell)
+def test_replicated_models_are_adapted_first(process_group):
+    """By torch's `replicate`, which leaves a model's class as it is, or makes it one of FSDP2's."""
+    model = network()
+    replicate(model)
+    with pytest.raises(ValueError, match=r"wrapped in .*; apply_dash comes before it"):
+        apply_dash(model, DashConfig(r=2))
+    assert not dash_layers(model)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("cell", ["train", "launch"])
-@pytest.mark.parametrize(
-    "option", ["layers", "kept", "bf16", "half", "offloaded", "not_offloaded", "checkpointed", "wrapped"]
-)
-def test_its_options(two, option, cell):
-    check(two[1][f"fsdp2_{option}"], cell)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("cell", [cell for cell in CELLS if cell != "export"])
-def test_a_root_that_stays_gathered(two, cell):
-    check(two[1]["fsdp2_root"], cell)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("cell", ["train", "launch", "save", "load", "resume"])
-def test_layers_kept_whole(two, cell):
-    """Pre-launch asks the layer itself for its products, with its weight gathered."""
-    check(two[1]["fsdp2_kept_whole"], cell)
+@pytest.mark.parametrize("thawed", [False, True])
+def test_a_weight_that_trains_is_refused(process_group, thawed):
+    """All parameters of a unit are views of one that trains: what each was declared as tells which may not."""
+    model = apply_dash(network(), DashConfig(r=2))
+    model.blocks[0].up.weight.requires_grad_(thawed)
+    flat = FullyShardedDataParallel(model, use_orig_params=True, device_id=torch.device("cpu"))
+    with (
+        pytest.raises(ValueError, match=r"blocks\.0\.up: weight requires grad") if thawed else contextlib.nullcontext()
+    ):
+        flat(torch.zeros(1, 24)).sum().backward()
+    assert thawed or model.blocks[0].up.weight.grad is None
 
 
 @pytest.mark.parametrize("ran", [False, True], ids=["new", "after a forward pass"])
@@ -53,7 +48,7 @@ def test_sharding_comes_after_adapting(process_group, whole, ran):
         model(torch.zeros(1, 24))
     with pytest.raises(ValueError, match=r"wrapped in fully_shard \(FSDP\w+\); apply_dash comes before it"):
         apply_dash(model, DashConfig(r=2))
-    assert not loradash.dash_layers(model)
+    assert not dash_layers(model)
 
 
 @pytest.mark.parametrize("ran", [False, True], ids=["new", "after a forward pass"])
@@ -63,7 +58,7 @@ def test_sharded_models_are_not_unloaded(process_group, tmp_path, ran):
         model(torch.zeros(1, 24))
     with pytest.raises(ValueError, match=r"the model is wrapped in fully_shard .*load_adapter\(plain_model"):
         merge_and_unload(model)
-    assert len(loradash.dash_layers(model)) == 5
+    assert len(dash_layers(model)) == 5
     merge_and_unload(load_adapter(network(), save_adapter(model, tmp_path)))
 
 
@@ -77,7 +72,7 @@ def test_layers_kept_whole_are_not_merged(process_group, ran):
         model(torch.zeros(1, 24))
     with pytest.raises(ValueError, match=r"blocks\.0\.up: Linear is kept whole, and sharded"):
         loradash.merge(model)
-    assert not any(layer.merged for layer in loradash.dash_layers(model).values())
+    assert not any(layer.merged for layer in dash_layers(model).values())
 
 
 class Tripled(nn.Linear):
@@ -91,7 +86,7 @@ def tripled():
     """Adapted, with an update."""
     torch.manual_seed(0)
     model = apply_dash(nn.Sequential(Tripled(16, 24), nn.Linear(24, 8)), DashConfig(r=2, directions=2))
-    for layer in loradash.dash_layers(model).values():
+    for layer in dash_layers(model).values():
         nn.init.normal_(layer.lora_b)
     return model
 
@@ -120,4 +115,4 @@ def test_a_sharded_layer_that_nothing_can_ask_is_refused(process_group):
     parallelize_module(model[0].base, process_group, ColwiseParallel())
     with pytest.raises(ValueError, match=r"^0: Tripled computes in a way of its own, and its weight is sharded"):
         loradash.prelaunch(model, progress=False)
-    assert not any(layer.launched for layer in loradash.dash_layers(model).values())
+    assert not any(layer.launched for layer in dash_layers(model).values())
