@@ -250,7 +250,8 @@ def _as_now(layers: dict[str, AdaptedLayer]) -> dict[str, AdaptedLayer]:
 
 def _is_gathered_in_forward(layer: AdaptedLayer) -> bool:
     """Is its weight, where ZeRO-3 keeps it in parts, one of a `DashLinear`'s own?"""
-    return not zero.is_partitioned(layer.weight) or (isinstance(layer, DashLinear) and layer.base is None)
+    own = layer.layer if isinstance(layer, OneAdapter) else layer
+    return not zero.is_partitioned(layer.weight) or (isinstance(own, DashLinear) and own.base is None)
 
 
 _STATE = {"step": int, "launched": bool, "prelaunch_steps": int, "dash_only": bool, "watched": bool, "assumed": int}

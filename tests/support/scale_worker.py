@@ -290,6 +290,11 @@ class Walk:
             cell.require(len(files) == len(dash_layers(run.model)), f"the cache has {files}")
             kept = loradash.SpectralCache(kept.folder)
 
+    def apart(self, cell: Cell) -> None:
+        """What only this scheme has."""
+        self.way.look_apart(self.folder)
+        cell.compare("told apart", torch.zeros(()), torch.zeros(()), 0.0)
+
     def traffic(self, cell: Cell) -> None:
         """What a step sends, beside what the frozen model's does under the same scheme, before launch and after it."""
         frozen = self.way.frozen()

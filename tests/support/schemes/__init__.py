@@ -138,6 +138,10 @@ class Scheme:
         """AssertionError where a step of an adapted model sends what it need not, beside a frozen model's."""
         raise NotImplementedError
 
+    def look_apart(self, folder: Path) -> None:
+        """AssertionError where something that only this scheme has is not right."""
+        raise NotImplementedError
+
     def part(self) -> int:
         """Which part of a batch this process computes."""
         return self.rank * self.parts // self.processes
