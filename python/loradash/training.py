@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from .distributed import place
+from .model import refuse_refreezing
 from .schedule import DashSchedule, check_state
 from .state import dash_layers, parameter_of, plain_name
 from .units import fsdp1_units
@@ -76,6 +77,7 @@ def load_training(
         told = {"schedule": schedule.state_dict()}
         dcp.load(told, checkpoint_id=folder)
         check_state(told["schedule"], schedule.state.config.prelaunch_steps)
+        refuse_refreezing(model, told["schedule"]["dash_only"])
     with _complete(model, optimizer) as optimizer_state:
         state = {**_parts(model, optimizer_state, schedule), **others, _STEPPED: False, _SIGMA_STEPPED: False}
         dcp.load(state, checkpoint_id=folder)

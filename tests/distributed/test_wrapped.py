@@ -7,13 +7,14 @@ import contextlib
 import loradash
 import pytest
 import torch
-from loradash import DashConfig, apply_dash, dash_layers, load_adapter, merge_and_unload, save_adapter
+from loradash import DashConfig, DashSchedule, apply_dash, dash_layers, load_adapter, merge_and_unload, save_adapter
 from safetensors.torch import load_file
 from support.schemes import network
 from torch import nn
 from torch.distributed._composable.replicate import replicate
 from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
+from torch.nn.parallel import DistributedDataParallel
 
 
 def test_replicated_models_are_adapted_first(process_group):
@@ -116,3 +117,47 @@ def test_a_sharded_layer_that_nothing_can_ask_is_refused(process_group):
     with pytest.raises(ValueError, match=r"^0: Tripled computes in a way of its own, and its weight is sharded"):
         loradash.prelaunch(model, progress=False)
     assert not any(layer.launched for layer in dash_layers(model).values())
+
+
+def launched(alone=False):
+    model = apply_dash(network(), DashConfig(r=2, directions=2))
+    for layer in dash_layers(model).values():
+        nn.init.normal_(layer.lora_b)
+    loradash.prelaunch(model, progress=False)
+    if alone:
+        loradash.dash_only(model)
+    return model
+
+
+@pytest.mark.parametrize("freezes", [True, False], ids=["freezes", "thaws"])
+def test_what_ddp_averages_stays_what_trains(process_group, tmp_path, freezes):
+    """It would wait for gradients that do not come, or leave those that it does not know as they are in each process."""
+    model, file = launched(not freezes), save_adapter(launched(freezes), tmp_path)
+    ddp = DistributedDataParallel(model)
+    before = {name: t.clone() for name, t in model.state_dict().items()}
+    with pytest.raises(ValueError, match="make that anew"):
+        load_adapter(ddp, file)
+    assert all(torch.equal(t, before[name]) for name, t in model.state_dict().items())
+    assert loradash.dash_state(model).dash_only is not freezes
+    del ddp
+    load_adapter(model, file)
+
+
+def test_a_run_of_frozen_adapters_is_not_loaded_into_ddp(process_group, tmp_path):
+    """With nothing changed."""
+
+    def run_of(model):
+        return model, torch.optim.SGD([p for p in model.parameters() if p.requires_grad]), DashSchedule(model)
+
+    loradash.save_training(tmp_path, *run_of(launched(alone=True)))
+    model = DistributedDataParallel(apply_dash(network(), DashConfig(r=2, directions=2)))
+    before = {name: t.clone() for name, t in model.state_dict().items()}
+    with pytest.raises(ValueError, match="make that anew"):
+        loradash.load_training(tmp_path, *run_of(model))
+    assert all(torch.equal(t, before[name]) for name, t in model.state_dict().items())
+
+
+def test_ddp_may_look_for_what_froze(process_group):
+    model = launched()
+    loradash.dash_only(DistributedDataParallel(model, find_unused_parameters=True))
+    assert not dash_layers(model)["head"].lora_a.requires_grad
