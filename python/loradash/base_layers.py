@@ -126,14 +126,22 @@ def computes_plainly(module: nn.Module) -> bool:
     holder = module.whole if isinstance(module, LinearSlice) else module
     kind, weight = _kind(module), holder._parameters.get("weight")
     return (
+        has_plain_code(module)
+        and type(weight) is nn.Parameter
+        and weight.dtype in PLAIN
+        and (len(whole_shape(weight)) == 2 or kind in CONVOLUTIONS)
+    )
+
+
+def has_plain_code(module: nn.Module) -> bool:
+    """Does its class compute what nn.Linear, Conv1D or a convolution does, whatever its weight is (sharded, quantised)?"""
+    kind = _kind(module)
+    return (
         kind is not None
         and type(module).forward is kind.forward
         and type(module).__call__ is nn.Module.__call__
         and "forward" not in module.__dict__
         and not hasattr(module, "parametrizations")
-        and type(weight) is nn.Parameter
-        and weight.dtype in PLAIN
-        and (len(whole_shape(weight)) == 2 or kind in CONVOLUTIONS)
     )
 
 

@@ -45,6 +45,23 @@ def refuse_unaveraged(model: nn.Module, parameters: Iterable[Tensor], adapter: s
             )
 
 
+def refuse_refreezing(model: nn.Module, parameters: Iterable[Tensor], freeze: bool) -> None:
+    """Raises ValueError where a model is part of a DistributedDataParallel to which these parameters, frozen or thawed now, are
+    of the other kind: it would wait for a frozen one's gradient, and leave a thawed one's as it is in each process."""
+    wanted = {id(p) for p in parameters}
+    for ddp, known in list(_WRAPPED.items()):
+        if model not in set(ddp.modules()):
+            continue
+        trained = wanted & {id(p) for p in known}
+        unawaited = freeze and ddp.find_unused_parameters
+        if not unawaited and (trained if freeze else wanted - trained):
+            raise ValueError(
+                "DistributedDataParallel averages the gradients of what trained when it was made: freeze or thaw A and B "
+                "(dash_only, or load_adapter of such a file) in the model inside, and make that anew; with "
+                "find_unused_parameters=True it lets them be frozen later"
+            )
+
+
 def frozen_buffers(module: nn.Module) -> set[str]:
     """Full names of the adapters' buffers in a module; all the names of a layer that occurs twice."""
     found: set[str] = set()

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from . import zero
+from . import data_parallel, zero
 from .attention import call_adapted_layers
 from .base_layers import CONVOLUTIONS, is_linear
 from .bypass import bypassed_children, child_at, refuse_fusing
@@ -336,7 +336,8 @@ def merged_factors(layers: Mapping[str, OwnLayer]) -> Mapping[str, float] | None
 
 
 def dash_only(model: nn.Module) -> None:
-    """From now on only Δσ trains: A and B are frozen. Raises ValueError before launch."""
+    """From now on only Δσ trains: A and B are frozen. Raises ValueError before launch, and where DeepSpeed's ZeRO or
+    DistributedDataParallel has them as parameters that train."""
     layers = own_layers(model, "requires_grad_(False) on its lora_A and lora_B")
     waiting = [name for name, layer in layers.items() if not bool(layer.launched)]
     if waiting:
@@ -347,7 +348,8 @@ def dash_only(model: nn.Module) -> None:
 def train_sigma_alone(model: nn.Module, alone: bool) -> None:
     """Freezes A and B, or has them train again, whatever the phase: a resumed run learns of that by its own ways.
 
-    Raises ValueError, with nothing changed, once deepspeed.initialize has put them together with others.
+    Raises ValueError, with nothing changed, once deepspeed.initialize has put them together with others, and
+    inside a DistributedDataParallel that was made while they were not as now.
     """
     refuse_refreezing(model, alone)
     for layer in dash_layers(model).values():
@@ -357,13 +359,17 @@ def train_sigma_alone(model: nn.Module, alone: bool) -> None:
 
 
 def refuse_refreezing(model: nn.Module, alone: bool) -> None:
-    """ZeRO steps on whatever deepspeed.initialize gave it: frozen later, A and B would go on by their momentum."""
-    held = any(zero.is_trained_by_zero(layer.lora_a) for layer in dash_layers(model).values())
-    if held and alone != dash_state(model).dash_only:
+    """ZeRO steps on whatever deepspeed.initialize gave it: frozen later, A and B would go on by their momentum. DDP averages
+    what trained when it was made."""
+    if alone == dash_state(model).dash_only:
+        return
+    adapters = [p for layer in dash_layers(model).values() for p in (layer.lora_a, layer.lora_b)]
+    if any(map(zero.is_trained_by_zero, adapters)):
         raise ValueError(
             "DeepSpeed's optimizer has the adapters as they trained when it was made: freeze or thaw A and B (dash_only, or "
             "load_adapter of such a file) before deepspeed.initialize"
         )
+    data_parallel.refuse_refreezing(unwrap(model), adapters, freeze=alone)
 
 
 @dataclass(frozen=True)

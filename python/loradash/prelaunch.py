@@ -14,6 +14,7 @@ from tqdm.auto import tqdm
 
 from loradash_kernels import Directions, task_specific_directions
 
+from .base_layers import has_plain_code
 from .batches import batch_elements, is_out_of_memory, no_memory, release
 from .cache import SpectralCache
 from .distributed import (
@@ -142,6 +143,15 @@ def _check_phase(layers: dict[str, AdaptedLayer]) -> None:
             raise ValueError(f"{text}: {', '.join(names[:4])}")
 
 
+def _check_plain(name: str, layer: AdaptedLayer) -> None:
+    base = layer.base
+    if base is not None and not has_plain_code(base):
+        raise ValueError(
+            f"{name}: {type(base).__name__} computes in a way of its own, and its weight is sharded (DTensor, ZeRO-3), where it "
+            "cannot be asked for its products; train it under FSDP2, FSDP1, DDP or ZeRO-2, or leave it out (exclude_modules)"
+        )
+
+
 class _Finder:
     """Decomposes and chooses, a batch of layers at a time.
 
@@ -186,10 +196,12 @@ class _Finder:
         }
 
     def whole_weight(self, name: str) -> Tensor:
-        """W (N, K) of a layer, or (E, N, K); every process must ask for the same one."""
+        """W (N, K) of a layer, or (E, N, K); every process must ask for the same one. ValueError for a sharded layer that has to be
+        asked for it and that no unit of FSDP gathers."""
         layer = self.held[name]
-        with self.units.whole(layer) as gathers:
+        with self.units.computing(layer) as gathers:
             if is_sharded(layer.weight):
+                _check_plain(name, layer)
                 return layer.oriented(gathered(layer.weight))
             return layer.weight_nk().detach().clone() if gathers else layer.weight_nk()
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from .distributed import place
+from .model import refuse_refreezing
 from .schedule import DashSchedule, check_state
 from .state import dash_layers, host_of, parameter_of, parked_parameters, plain_name, states
 from .units import fsdp1_units
@@ -81,6 +82,7 @@ def load_training(
         steps = json.loads(told[_ADAPTERS])
         _check_adapters(model, steps)
         check_state(told["schedule"], schedule.state.config.prelaunch_steps)
+        refuse_refreezing(model, told["schedule"]["dash_only"])
     with _complete(model, optimizer) as optimizer_state:
         state = {**_parts(model, optimizer_state, schedule), **others, _STEPPED: False, _SIGMA_STEPPED: False}
         dcp.load(state, checkpoint_id=folder)

@@ -71,23 +71,30 @@ class Units:
 
     @contextlib.contextmanager
     def whole(self, layer: Any, write: bool = False) -> Iterator[bool]:
-        """Within the block the parameters of an adapted layer, or of any module, are whole, in every process at once; with
-        `write` what is written to them stays. Gives whether it had to do something.
+        """Within the block the parameters that FSDP1 has of an adapted layer, or of any module, are whole, in every process at
+        once; with `write` what is written to them stays. Gives whether it had to do something.
 
-        Parameters that FSDP2 keeps are gathered only to be read, and only for a layer that is kept whole: others can be one by
-        one, and are written as they are.
+        Those of FSDP2 can be gathered one by one (`distributed.gathered`), and are written as they are.
         """
-        module = _module_of(layer)
-        read = not write and getattr(layer, "base", None) is not None
         with contextlib.ExitStack() as stack:
-            flat = dict.fromkeys(self._flat[m] for m in module.modules() if m in self._flat)
+            flat = dict.fromkeys(self._flat[m] for m in _module_of(layer).modules() if m in self._flat)
             for unit in flat:
                 stack.enter_context(whole_unit(unit, write))
-            sharded = dict.fromkeys(self._sharded[m] for m in module.modules() if read and m in self._sharded)
+            yield bool(flat)
+
+    @contextlib.contextmanager
+    def computing(self, layer: Any) -> Iterator[bool]:
+        """`whole`, and an adapted layer that is kept whole can be asked for its products: its parameters in FSDP2 are gathered as for a
+        forward pass, in the dtype in which that computes. Adapters are not to be read from it."""
+        module = _module_of(layer)
+        with contextlib.ExitStack() as stack:
+            flat = stack.enter_context(self.whole(layer))
+            asked = layer.base is not None
+            sharded = dict.fromkeys(self._sharded[m] for m in module.modules() if asked and m in self._sharded)
             for unit in sharded:
                 unit.unshard()
                 stack.callback(unit.reshard)
-            yield bool(flat or sharded)
+            yield flat or bool(sharded)
 
     def has(self, layer: Any) -> bool:
         """Is a layer in a unit of FSDP1?"""

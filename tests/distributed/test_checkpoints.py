@@ -1,4 +1,4 @@
-"""What two processes left goes on elsewhere: in four, under another scheme, and in this one."""
+"""Checkpoints of a run, in one process; test_schemes.py has them between several."""
 
 from __future__ import annotations
 
@@ -8,57 +8,12 @@ import loradash
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
-from loradash import DashConfig, DashSchedule, dash_state
-from support.scale import check, run_schemes
-from support.schemes import LAUNCH, STEPS, batch, network
+from loradash import DashSchedule, dash_state
+from support.schemes import LAUNCH, STEPS, network
+from support.single import CONFIG, begin, steps
 from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
-from torch.nn import functional as F
-
-CONFIG = DashConfig(r=3, directions=3, prelaunch_steps=LAUNCH, trainable_modules=["head"])
-
-
-def begin(optimizer=torch.optim.AdamW, **options):
-    model = loradash.apply_dash(network(), CONFIG)
-    made = optimizer([p for p in model.parameters() if p.requires_grad], lr=1e-2, **options)
-    return model, made, DashSchedule(model, progress=False)
-
-
-def steps(run, first, last):
-    model, optimizer, schedule = run
-    losses = []
-    for step in range(first, last):
-        x, target = batch(step)
-        loss = F.mse_loss(model(x), target)
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        schedule.step()
-        losses.append(loss.item())
-    return losses
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("scheme", ["fsdp2_four", "ddp_four"])
-def test_in_four_processes(two, four, scheme):
-    check(two[1]["fsdp2_whole"], "leave")
-    check(four[scheme], "go_on")
-
-
-@pytest.fixture(scope="module")
-def four(two):
-    return run_schemes(["fsdp2_four", "ddp_four"], two[0], cells=["go_on"], processes=4)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("start", [LAUNCH - 2, LAUNCH + 2])
-def test_in_one_process(two, start):
-    run = begin()
-    loradash.load_training(two[0] / "fsdp2_whole" / f"left.{start}", *run)
-    assert dash_state(run[0]).step == start and run[2].launched == (start > LAUNCH)
-    assert steps(run, start, STEPS) == pytest.approx(steps(begin(), 0, STEPS)[start:], abs=1e-5)
-
 
 OPTIMIZERS = {
     "adamw": (torch.optim.AdamW, {}),

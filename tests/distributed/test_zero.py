@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 
 import pytest
-from support.processes import run_processes
 from support.scale import CELLS, check, run_schemes
 
 # Imported in processes of their own alone.
@@ -16,30 +15,21 @@ pytestmark = pytest.mark.skipif(
     reason="needs deepspeed: DS_BUILD_OPS=0 pip install --no-build-isolation deepspeed==0.19.8",
 )
 
-STAGES = ("zero2", "zero3")
+# What only ZeRO has (apart): its own copies of parameters, and refusals before training starts.
+CELLS_OF_ZERO = (*CELLS, "apart")
+WALKS = {"zero2": CELLS_OF_ZERO, "zero3": (*CELLS_OF_ZERO, "cache")}
 # Experts are those of transformers 5.
-try:
-    EXPERTS = ("zero3_experts",) if version("transformers").split(".")[0] >= "5" else ()
-except PackageNotFoundError:
-    EXPERTS = ()
-WORKER = Path(__file__).parents[1] / "support" / "zero_worker.py"
+with contextlib.suppress(PackageNotFoundError):
+    if version("transformers").split(".")[0] >= "5":
+        WALKS["zero3_experts"] = CELLS
 
 
 @pytest.fixture(scope="module")
 def zero(tmp_path_factory):
-    return run_schemes([*STAGES, *EXPERTS], tmp_path_factory.mktemp("zero"))
+    return run_schemes(WALKS, tmp_path_factory.mktemp("zero"))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("stage", [*STAGES, *EXPERTS])
-@pytest.mark.parametrize("cell", CELLS)
-def test_zero(zero, stage, cell):
-    check(zero[stage], cell)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("stage", STAGES)
-def test_what_zero_keeps_apart(tmp_path, stage):
-    """Its own copies of parameters, and what cannot be right under it, each in words before training starts."""
-    said = run_processes(WORKER.read_text(), tmp_path, stage)
-    assert all(text.strip().endswith("done") for text in said), said
+@pytest.mark.parametrize(("scheme", "cell"), [(scheme, cell) for scheme, cells in WALKS.items() for cell in cells])
+def test_zero(zero, scheme, cell):
+    check(zero[scheme], cell)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 import traceback
@@ -42,14 +43,19 @@ def fork(processes: int, program: Callable[[int], None], folder: Path) -> None:
     """program(rank) in processes that are forked from this one, which has imported for all of them: that takes longer than most
     of what they do. It must not have run a backward pass, after which autograd does not fork.
 
-    What process `rank` prints goes to FOLDER/output.RANK. RuntimeError, with the ends of these, where one failed.
+    What process `rank` prints goes to FOLDER/output.RANK. Where one fails the others, which would wait for it, are ended:
+    RuntimeError with the end of what it printed.
     """
     sys.stdout.flush()
     children = {_forked(rank, program, folder / f"output.{rank}"): rank for rank in range(processes)}
-    failed = sorted(rank for child, rank in children.items() if os.waitpid(child, 0)[1])
-    if failed:
-        said = "\n".join((folder / f"output.{rank}").read_text()[-2000:] for rank in failed)
-        raise RuntimeError(f"processes {failed} of {processes} failed: {said}")
+    while children:
+        ended, status = os.wait()
+        rank = children.pop(ended)
+        if status:
+            for child in children:
+                os.kill(child, signal.SIGKILL)
+            said = (folder / f"output.{rank}").read_text()[-2000:]
+            raise RuntimeError(f"process {rank} of {processes} failed: {said}")
 
 
 def _forked(rank: int, program: Callable[[int], None], output: Path) -> int:

@@ -40,21 +40,22 @@ def run_schemes(
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
     environment["PYTHONPATH"] = os.pathsep.join([str(TESTS), environment.get("PYTHONPATH", "")]).rstrip(os.pathsep)
     walks = {name: list(schemes[name] if isinstance(schemes, Mapping) else cells) for name in schemes}
-    store = folder / f"store.{processes}.{'.'.join(walks)}"[:200]
-    program = [sys.executable, "-m", "support.scale_worker", json.dumps(walks), str(store), str(folder), str(processes)]
-    # Its processes are of its session, with which they are killed.
-    worker = subprocess.Popen(
-        program, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True
-    )
+    program = [sys.executable, "-m", "support.scale_worker", json.dumps(walks), str(folder), str(processes)]
+    with (folder / "output").open("w") as output:
+        world = subprocess.Popen(
+            program, env=environment, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
+        )
+    last = []
     try:
-        last = worker.communicate(timeout=seconds)[1][-5000:]
+        world.wait(timeout=seconds)
     except subprocess.TimeoutExpired:
-        said = (f"{file.name}: {file.read_text()[-2000:]}" for file in sorted(folder.glob("output.*")))
-        last = f"processes did not end in {seconds:g} s: " + "\n".join(said)
+        last.append(f"the processes did not end in {seconds:g} s")
     finally:
         with contextlib.suppress(ProcessLookupError):
-            os.killpg(worker.pid, signal.SIGKILL)
-    return {name: _merged(folder / name, cells, processes, last) for name, cells in walks.items()}
+            os.killpg(world.pid, signal.SIGKILL)
+    if world.returncode != 0:
+        last += [file.read_text()[-2000:] for file in sorted(folder.glob("output*"))]
+    return {name: _merged(folder / name, cells, processes, "\n".join(last)) for name, cells in walks.items()}
 
 
 def _merged(folder: Path, cells: Sequence[str], processes: int, last: str) -> dict[str, Result]:

@@ -1,8 +1,9 @@
-"""The parent of `support.scale`'s processes: python -m support.scale_worker SCHEMES STORE FOLDER PROCESSES, SCHEMES being JSON,
-the cells of every scheme by its name.
+"""The processes of `support.scale`: python -m support.scale_worker SCHEMES FOLDER PROCESSES, SCHEMES being JSON, the cells of
+every scheme by its name.
 
-Every cell is compared with what one process makes of the same batches, computed here before the processes meet. It writes
-FOLDER/SCHEME/result.RANK.json after every cell, so that nothing is lost where a later one hangs.
+Modules take seconds to import, so one process does that and the others are its forks. Every cell is compared with what one
+process makes of the same batches, computed in each before they meet. Each writes FOLDER/SCHEME/result.RANK.json after every
+cell, so that nothing is lost where a later one hangs, and says the rest in FOLDER/output.RANK.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+import os
 import sys
 import traceback
 from datetime import timedelta
@@ -18,11 +20,7 @@ from typing import Any, NamedTuple
 
 import loradash
 import torch
-
-# What optimizers and checkpoints import when they are first used.
-import torch._dynamo
 import torch.distributed as dist
-import torch.distributed.checkpoint
 from loradash import DashSchedule, dash_layers, dash_state
 from loradash.distributed import gathered
 from safetensors.torch import load_file
@@ -62,7 +60,7 @@ def reference(way: Scheme, folder: Path) -> Reference:
         for part in range(way.parts):
             seeded(step, part)
             x, target = (of_part(t, part, way.parts) for t in batch(step))
-            loss = way.loss(model(x), target) / way.parts
+            loss = way.loss(way.alone(model, x), target) / way.parts
             loss.backward()
             parts.append(loss.item())
         optimizer.step()
@@ -71,7 +69,7 @@ def reference(way: Scheme, folder: Path) -> Reference:
         losses.append(sum(parts))
     model.eval()
     with torch.no_grad():
-        output = model(batch(STEPS)[0])
+        output = way.alone(model, batch(STEPS)[0])
     model.train()
     exported = folder / "exported"
     # A LoRA's file has no place for trained biases.
@@ -291,6 +289,11 @@ class Walk:
             cell.require(len(files) == len(dash_layers(run.model)), f"the cache has {files}")
             kept = loradash.SpectralCache(kept.folder)
 
+    def apart(self, cell: Cell) -> None:
+        """What only this scheme has."""
+        self.way.look_apart(self.folder)
+        cell.compare("told apart", torch.zeros(()), torch.zeros(()), 0.0)
+
     def traffic(self, cell: Cell) -> None:
         """What a step sends, beside what the frozen model's does under the same scheme, before launch and after it."""
         frozen = self.way.frozen()
@@ -312,39 +315,37 @@ class Walk:
         cell.compare("launched", torch.tensor(float(run.schedule.launched)), torch.tensor(1.0), 0.0)
 
 
-def main(schemes: str, store: str, folder: str, processes: str) -> None:
-    cells, count = json.loads(schemes), int(processes)
-    for name in cells:
-        # Imports its file, before the processes do.
-        takes = scheme(name, 0).processes
-        if takes != count:
-            raise ValueError(f"{name} takes {takes} processes, not {count}")
-    fork(count, lambda rank: walk(cells, rank, store, Path(folder), count), Path(folder))
-
-
-def walk(schemes: dict[str, list[str]], rank: int, store: str, folder: Path, processes: int) -> None:
-    """All cells of all schemes in one of the processes."""
-    ways = [scheme(name, rank) for name in schemes]
-    places = {way.name: folder / way.name for way in ways}
-    for place in places.values():
-        place.mkdir(exist_ok=True)
-    single = {way.name: reference(way, places[way.name] / f"one.{rank}") for way in ways}
+def walk(ways: list[Scheme], cells: dict[str, list[str]], rank: int, folder: Path, processes: int) -> None:
+    """What one process does."""
+    single = {way.name: reference(way, folder / way.name / f"one.{rank}") for way in ways}
     dist.init_process_group(
         "gloo",
-        init_method=f"file://{store}",
+        init_method=f"file://{folder}/store.{os.getppid()}",
         rank=rank,
         world_size=processes,
         timeout=timedelta(seconds=120),
     )
     for way in ways:
         way.set_up()
-        walked = Walk(way, single[way.name], places[way.name])
-        results = {}
-        for cell in schemes[way.name]:
-            results[cell] = walked.cell(cell)
-            (places[way.name] / f"result.{rank}.json").write_text(json.dumps(results))
+        place = folder / way.name
+        steps, results = Walk(way, single[way.name], place), {}
+        for cell in cells[way.name]:
+            results[cell] = steps.cell(cell)
+            (place / f"result.{rank}.json").write_text(json.dumps(results))
+    sys.stdout.flush()
     with contextlib.suppress(RuntimeError):
         dist.barrier()
+
+
+def main(schemes: str, place: str, number: str) -> None:
+    cells, folder, processes = json.loads(schemes), Path(place), int(number)
+    made = {name: [scheme(name, rank) for rank in range(processes)] for name in cells}
+    for name, (way, *_) in made.items():
+        if way.processes != processes:
+            raise ValueError(f"{name} takes {way.processes} processes, not {processes}")
+        (folder / name).mkdir(exist_ok=True)
+        way.import_all()
+    fork(processes, lambda rank: walk([ways[rank] for ways in made.values()], cells, rank, folder, processes), folder)
 
 
 if __name__ == "__main__":

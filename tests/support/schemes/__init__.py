@@ -170,9 +170,21 @@ class Scheme:
         """AssertionError where a step of an adapted model sends what it need not, beside a frozen model's."""
         raise NotImplementedError
 
+    def look_apart(self, folder: Path) -> None:
+        """AssertionError where something that only this scheme has is not right."""
+        raise NotImplementedError
+
     def part(self) -> int:
         """Which part of a batch this process computes."""
         return self.rank * self.parts // self.processes
+
+    def import_all(self) -> None:
+        """Imports what this scheme will import, in the process of which the others are forks, and computes nothing."""
+        import torch.distributed.checkpoint.state_dict  # noqa: F401
+
+        run = self.adapted()
+        self.optimizer(run)
+        DashSchedule(run, progress=False)
 
     def set_up(self) -> None:
         """Called once, in every process, when the group is there: meshes are made here."""
@@ -188,6 +200,10 @@ class Scheme:
 
     def optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
         return torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+
+    def alone(self, model: nn.Module, x: Tensor) -> Tensor:
+        """What one process computes for the processes to be held against."""
+        return model(x)
 
     def forward(self, model: nn.Module, x: Tensor) -> Tensor:
         """The whole output of a model in evaluation, as a plain tensor."""

@@ -44,8 +44,18 @@ class ZeRO(Scheme):
     def stage(self) -> int:
         return int(self.name[-1])
 
+    def import_all(self) -> None:
+        super().import_all()
+        os.environ["DS_ACCELERATOR"] = "cpu"
+        import deepspeed  # noqa: F401
+
     def set_up(self) -> None:
         prepare()
+
+    def look_apart(self, folder: Path) -> None:
+        from ..zero_apart import keeps_apart
+
+        keeps_apart(self, folder)
 
     def wrap(self, model: nn.Module) -> Any:
         import deepspeed

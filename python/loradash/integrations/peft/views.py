@@ -10,9 +10,8 @@ from typing import Any
 import torch
 from peft.tuners.tuners_utils import BaseTuner
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
-from loradash.base_layers import computes_plainly, is_transposed
+from loradash.base_layers import computes_plainly, has_plain_code, is_transposed
 from loradash.config import DashConfig
 from loradash.distributed import is_sharded
 from loradash.linear import take_directions
@@ -25,9 +24,6 @@ from .files import export_lora
 
 STATES = "_loradash_adapters"
 """The attribute of the base model that holds the `AdapterState` of each adapter."""
-
-
-_PLAIN_FORWARDS = (nn.Linear.forward, Conv1D.forward)
 
 
 class LayerView:
@@ -93,7 +89,7 @@ class LayerView:
     def base(self) -> nn.Module | None:
         base = self.layer.get_base_layer()
         # Its weight is gathered before anybody multiplies with it.
-        sharded = type(base).forward in _PLAIN_FORWARDS and is_sharded(base.weight)
+        sharded = is_sharded(base.weight) and has_plain_code(base)
         return None if sharded or computes_plainly(base) else base
 
     @property
