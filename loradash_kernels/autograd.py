@@ -64,7 +64,7 @@ class Operator:
 
     def __init__(self, packet: torch._ops.OpOverloadPacket, run: Callable[..., tuple[Tensor, Tensor]]) -> None:
         names = [argument.name for argument in packet.default._schema.arguments]
-        self.packet, self.run, self.count = packet, run, len(names)
+        self.packet, self.run, self.names, self.count = packet, run, names, len(names)
 
         def places(*wanted: str) -> tuple[int, ...]:
             """Where these arguments stand. One that this operator lacks stands behind the last, where None is put."""

@@ -270,6 +270,10 @@ class _Experts(Operator):
     backward_packet = torch.ops.loradash.dash_experts_backward
     run_backward = staticmethod(_dash_experts_backward)
 
+    def shape_of_p(self, args: tuple) -> tuple[int, int]:
+        x, lora_a, _, dash_sigma, _ = self.leaves_of((*args, None))
+        return x.shape[0], lora_a.shape[1] + (0 if dash_sigma is None else dash_sigma.shape[1])
+
 
 EXPERTS = _Experts(torch.ops.loradash.dash_experts, _dash_experts)
 torch.library.register_autograd("loradash::dash_experts_backward", no_second_derivative, lib=ops.LIBRARY)
