@@ -165,7 +165,7 @@ def _call(operator: Operator, args: tuple) -> Tensor:
 
 def _refuse_mixed(operator: Operator, args: tuple) -> None:
     """Raises ValueError for DTensors among the arguments: where x is one too, each process calls with its part of them."""
-    sharded.refuse_mixed(dict(zip(operator.names, args, strict=True)))
+    sharded.refuse_mixed({name: args[place] for name, place in operator.tensors})
 
 
 def _call_with_subclasses(op: torch._ops.OpOverloadPacket, args: tuple) -> Tensor:

@@ -220,19 +220,6 @@ def test_the_steps_of_a_layer(backend, device, base):
     torch.testing.assert_close([after(p, *first, *adapters, *options), p], list(expected), rtol=0, atol=0)
 
 
-def test_steps_pass_opcheck():
-    t = make_case(6, 8, 10, 2, 3).tensors
-    adapters, options = [t[name] for name in ADAPTERS], (torch.tensor([1, 2]), 2.0, 1000, None)
-    utils = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
-    p = torch.ops.loradash.project(t["x"], *adapters, *options)
-    for op, first in (
-        (torch.ops.loradash.project, (t["x"],)),
-        (torch.ops.loradash.dash_linear_after, (p, t["x"], t["weight"], t["bias"])),
-        (torch.ops.loradash.low_rank_update_after, (p, torch.randn(6, 10), t["x"])),
-    ):
-        torch.library.opcheck(op.default, (*first, *adapters, *options), test_utils=utils)
-
-
 def test_eager_calls_outside_are_untouched():
     case = make_case(6, 8, 10, 2, 3)
     t = dict(case.tensors)
