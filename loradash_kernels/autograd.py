@@ -55,13 +55,16 @@ class Operator:
     run_backward = staticmethod(ops.dash_linear_backward)
 
     def __init__(self, packet: torch._ops.OpOverloadPacket, run: Callable[..., tuple[Tensor, Tensor]]) -> None:
-        names = [argument.name for argument in packet.default._schema.arguments]
+        schema = packet.default._schema.arguments
+        names = [argument.name for argument in schema]
         self.packet, self.run, self.count = packet, run, len(names)
 
         def places(*wanted: str) -> tuple[int, ...]:
             """Where these arguments stand. One that this operator lacks stands behind the last, where None is put."""
             return tuple(names.index(name) if name in names else self.count for name in wanted)
 
+        # Those that the caller gave; numbers may be symbols of a compiler.
+        self.tensors = [(a.name, i) for i, a in enumerate(schema) if "Tensor" in str(a.type) and a.name != "seed"]
         self.frozen = [(name, names.index(name)) for name in _FROZEN if name in names]
         self.seed, self.bias, self.base = places("seed", "bias", "y")
         self.leaves = places(*_LEAVES)

@@ -21,7 +21,8 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-Call = Callable[..., tuple[Tensor, Tensor]]
+# The outputs of one layer or of a group, and behind them P.
+Call = Callable[..., tuple[Tensor, ...]]
 
 
 class _Here(threading.local):
@@ -50,16 +51,18 @@ class Region(AbstractContextManager["Region"]):
     ) -> None:
         HERE.region = self._outer.pop()
 
-    def call(self, operator: Any, call: Call, args: tuple) -> tuple[Tensor, Tensor]:
-        """y and P of a layer whose arguments need gradients, by `call` or otherwise. operator: an `autograd.Operator`."""
+    def call(self, operator: Any, call: Call, args: tuple) -> tuple[Tensor, ...]:
+        """y and P of a layer whose arguments need gradients, by `call` or otherwise; every y, and P, of a group.
+
+        operator: an `autograd.Operator`, or the `group_autograd.Group`."""
         raise NotImplementedError
 
 
 class _Forward(Region):
-    def call(self, operator: Any, call: Call, args: tuple) -> tuple[Tensor, Tensor]:
-        y, p = call(*args)
-        self.kept.append((p.detach(), operator.seed_of(args)))
-        return y, p
+    def call(self, operator: Any, call: Call, args: tuple) -> tuple[Tensor, ...]:
+        found = call(*args)
+        self.kept.append((found[-1].detach(), operator.seed_of(args)))
+        return found
 
 
 class _Recomputation(Region):
@@ -68,7 +71,7 @@ class _Recomputation(Region):
         self._next = iter(self.kept)
         return super().__enter__()
 
-    def call(self, operator: Any, call: Call, args: tuple) -> tuple[Tensor, Tensor]:
+    def call(self, operator: Any, call: Call, args: tuple) -> tuple[Tensor, ...]:
         p, seed = next(self._next, (None, None))
         wanted = operator.shape_of_p(args)
         if p is None or p.shape != wanted:
@@ -81,16 +84,16 @@ class _Recomputation(Region):
         args = operator.with_seed(args, seed)
         saved = operator.saving.apply(*args, p)
         with torch.no_grad():
-            y, _ = operator.packet(*args)
-        return _Attached.apply(y, saved), p
+            *outputs, _ = operator.packet(*args)
+        return (*_Attached.apply(saved, *outputs), p)
 
 
 class _Attached(torch.autograd.Function):
-    """y as what needs gradients. They are never asked for: recomputation is there for what it saves."""
+    """Outputs as what needs gradients. They are never asked for: recomputation is there for what it saves."""
 
     @staticmethod
-    def forward(ctx: Any, y: Tensor, saved: Tensor) -> Tensor:
-        return y.view_as(y)
+    def forward(ctx: Any, saved: Tensor, *outputs: Tensor) -> tuple[Tensor, ...]:
+        return tuple(y.view_as(y) for y in outputs)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:

@@ -87,11 +87,12 @@ def _updated(y: Tensor, x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
         return (y.to(dtype) + (p * c) @ q.t()).to(y.dtype), p
 
 
-def operator_decompositions() -> dict[OpOverload, Callable[..., tuple[Tensor, Tensor]]]:
+def operator_decompositions() -> dict[OpOverload, Callable[..., tuple[Any, Tensor]]]:
     """The forward operators in PyTorch's own operations, for `torch.export.ExportedProgram.run_decompositions`.
 
     A program decomposed by this table needs neither this package nor Python where it runs (AOTInductor, C++), and pays with
-    separate products. Dropout is the same mask, drawn by integer arithmetic that is slow outside a compiler.
+    separate products. Dropout is the same mask, drawn by integer arithmetic that is slow outside a compiler. `dash_experts`,
+    whose loop depends on the route, is not in the table: merge the experts.
     """
 
     def dash_linear(x: Tensor, weight: Tensor, bias: Tensor | None, *arguments: Any) -> tuple[Tensor, Tensor]:
@@ -100,5 +101,14 @@ def operator_decompositions() -> dict[OpOverload, Callable[..., tuple[Tensor, Te
     def low_rank_update(y: Tensor, x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
         return _updated(y, x, *arguments[:-1])
 
-    found = (dash_linear, low_rank_update)
+    def dash_linear_group(x: Tensor, *arguments: Any) -> tuple[list[Tensor], Tensor]:
+        *lists, seed, scaling, threshold, _ = arguments
+        results = []
+        for weight, bias, a, b, u, vt, sigma, scale in zip(*lists, scaling, strict=True):
+            directions = (u, vt, sigma) if sigma.numel() else (None, None, None)
+            base = F.linear(x, weight, bias if bias.numel() else None)
+            results.append(_updated(base, x, a, b, *directions, seed, scale, threshold))
+        return [y for y, _ in results], torch.cat([p for _, p in results], 1)
+
+    found = (dash_linear, low_rank_update, dash_linear_group)
     return {getattr(torch.ops.loradash, formula.__name__).default: formula for formula in found}

@@ -23,7 +23,7 @@ from . import arguments, composite, functional, ops
 from .autograd import Operator, no_second_derivative
 from .backends import registry
 from .calls import BackwardCall, ForwardCall, accumulator
-from .random import draw_seed, row_windows
+from .random import check_seed, draw_seed, row_windows
 from .sharded import refuse_distributed
 
 _SCHEMA_ADAPTERS = "Tensor lora_a, Tensor lora_b, Tensor? dash_u, Tensor? dash_vt, Tensor? dash_sigma"
@@ -205,6 +205,7 @@ def _dash_experts(
     backend: str | None,
 ) -> tuple[Tensor, Tensor]:
     """y and P of all experts, each by the kernels of its own call."""
+    check_seed(seed, x)
     y, p = _allocate(x, weight, lora_a, dash_sigma)
     counts, hit = _hit(offsets, seed, threshold, x.shape[0])
     xs, ys, ps = (_rows(t, counts) for t in (x, y, p))
@@ -234,6 +235,7 @@ def _dash_experts_backward(
     backend: str | None,
 ) -> ops.Gradients:
     """The gradients of all experts, each written into its slice."""
+    check_seed(seed, x)
     grads = _allocate_gradients(needs, x, lora_a, lora_b, dash_sigma)
     counts, hit = _hit(offsets, seed, threshold, x.shape[0])
     wanted = [g if need else None for g, need in zip(grads, needs, strict=True)]
@@ -248,10 +250,12 @@ def _dash_experts_backward(
 
 
 def _fake_forward(*arguments_: Any) -> tuple[Tensor, Tensor]:
+    check_seed(arguments_[9], arguments_[0])
     return _allocate(arguments_[0], arguments_[1], arguments_[4], arguments_[8])
 
 
 def _fake_backward(*arguments_: Any) -> ops.Gradients:
+    check_seed(arguments_[10], arguments_[1])
     return _allocate_gradients(arguments_[-2], arguments_[1], arguments_[3], arguments_[4], arguments_[7])
 
 
@@ -269,6 +273,10 @@ class _Experts(Operator):
     saved = (*Operator.saved, "offsets")
     backward_packet = torch.ops.loradash.dash_experts_backward
     run_backward = staticmethod(_dash_experts_backward)
+
+    def shape_of_p(self, args: tuple) -> tuple[int, int]:
+        x, lora_a, _, dash_sigma, _ = self.leaves_of((*args, None))
+        return x.shape[0], lora_a.shape[1] + (0 if dash_sigma is None else dash_sigma.shape[1])
 
 
 EXPERTS = _Experts(torch.ops.loradash.dash_experts, _dash_experts)

@@ -163,8 +163,7 @@ def _call(operator: Operator, args: tuple) -> Tensor:
 
 def _refuse_mixed(operator: Operator, args: tuple) -> None:
     """Raises ValueError for DTensors among the arguments: where x is one too, each process calls with its part of them."""
-    names = _ARGUMENTS if operator is DASH_LINEAR else _ARGUMENTS_OF_UPDATE
-    sharded.refuse_mixed(dict(zip(names, args, strict=False)))
+    sharded.refuse_mixed({name: args[place] for name, place in operator.tensors})
 
 
 def _call_with_subclasses(op: torch._ops.OpOverloadPacket, args: tuple) -> Tensor:

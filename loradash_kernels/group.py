@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from . import arguments, composite, ops
+from . import arguments, composite
 from .functional import _rows, _threshold
-from .group_autograd import LISTS, GroupFunction
+from .group_autograd import GROUP, LISTS
 from .random import draw_seed
 from .sharded import refuse_distributed
 
@@ -105,19 +105,16 @@ def _present(member: GroupMember, name: str) -> Tensor:
 
 def _call(x: Tensor, lists: list[list[Tensor]], options: tuple) -> list[Tensor]:
     """As `functional` calls an operator: by the dispatcher where something looks at operations."""
-    flat = [t for members in lists for t in members]
-    plain = _PLAIN.issuperset(map(type, (x, *flat)))
+    tensors = (x, *(t for members in lists for t in members))
+    plain = _PLAIN.issuperset(map(type, tensors))
     if not plain:
         named = {f"{name} of member {i}": t for name, of in zip(LISTS, lists, strict=True) for i, t in enumerate(of)}
         refuse_distributed("a group", {"x": x, **named})
-    if (
+    dispatch = bool(
         torch.compiler.is_compiling()
         or torch._C._len_torch_dispatch_stack()
         or torch._C._is_tracing()
         or not plain
         or x.is_meta
-    ):
-        return list(torch.ops.loradash.dash_linear_group(x, *lists, *options)[0])
-    if torch.is_grad_enabled() and any(t.requires_grad for t in (x, *flat)):
-        return list(GroupFunction.apply(x, *flat, *options)[:-1])
-    return ops.dash_linear_group(x, *lists, *options)[0]
+    )
+    return GROUP.call(dispatch, (*tensors, *options))

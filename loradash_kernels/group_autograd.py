@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import ops
+from . import checkpointing, ops
 from .autograd import must_dispatch
 
 # The lists of the operator, in the order of its schema, and those whose gradients the backward operator gives, in its order.
@@ -43,6 +43,9 @@ def _save(ctx: Any, x: Tensor, lists: Lists, p: Tensor, seed: Tensor | None, opt
     ctx.save_for_backward(x, *(t for name in _SAVED for t in lists[name]), p, seed)
     ctx.count, ctx.options = count, options
     ctx.dtypes = [t.dtype for name in _LEAVES for t in lists[name]]
+
+
+def _mark(ctx: Any, p: Tensor) -> None:
     ctx.mark_non_differentiable(p)
     ctx.set_materialize_grads(False)
 
@@ -83,6 +86,7 @@ class GroupFunction(torch.autograd.Function):
         lists = _lists(flat, len(scaling))
         y, p = ops.dash_linear_group(x, *lists.values(), seed, scaling, threshold, backend)
         _save(ctx, x, lists, p, seed, (scaling, threshold, backend))
+        _mark(ctx, p)
         ctx.direct = True
         return (*y, p)
 
@@ -93,10 +97,73 @@ class GroupFunction(torch.autograd.Function):
         return (dx, *(grad for name in LISTS for grad in found[name]), None, None, None, None)
 
 
+class _Saving(torch.autograd.Function):
+    """A function of the arguments and of their P that saves what `GroupFunction` does, and computes nothing."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, *args: Any) -> Tensor:
+        *flat, seed, scaling, threshold, backend, p = args
+        _save(ctx, x, _lists(flat, len(scaling)), p, seed, (scaling, threshold, backend))
+        return p.new_empty(())
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        raise RuntimeError("loradash: gradients of a recomputation")
+
+
+class Group:
+    """How a group is called. args: those of `GroupFunction`; the results are every y, and P."""
+
+    saving = _Saving
+
+    @staticmethod
+    def packet(x: Tensor, *args: Any) -> tuple[Tensor, ...]:
+        """By the dispatcher."""
+        *flat, seed, scaling, threshold, backend = args
+        lists = _lists(flat, len(scaling))
+        y, p = torch.ops.loradash.dash_linear_group(x, *lists.values(), seed, scaling, threshold, backend)
+        return (*y, p)
+
+    @staticmethod
+    def run(x: Tensor, *args: Any) -> tuple[Tensor, ...]:
+        """Without gradients and without the dispatcher."""
+        *flat, seed, scaling, threshold, backend = args
+        y, p = ops.dash_linear_group(x, *_lists(flat, len(scaling)).values(), seed, scaling, threshold, backend)
+        return (*y, p)
+
+    def call(self, dispatch: bool, args: tuple) -> list[Tensor]:
+        """Every y."""
+        differentiated = torch.is_grad_enabled() and any(t.requires_grad for t in args[:-4])
+        by = self.packet if dispatch else GroupFunction.apply if differentiated else self.run
+        region = None if torch.compiler.is_compiling() or not differentiated else checkpointing.HERE.region
+        found = by(*args) if region is None else region.call(self, by, args)
+        return list(found[:-1])
+
+    @staticmethod
+    def seed_of(args: tuple) -> Tensor | None:
+        return args[-4]
+
+    @staticmethod
+    def with_seed(args: tuple, seed: Tensor | None) -> tuple:
+        """The arguments with this seed."""
+        return (*args[:-4], seed, *args[-3:])
+
+    @staticmethod
+    def shape_of_p(args: tuple) -> tuple[int, int]:
+        """(M, R), of all members together."""
+        x, *flat = args[:-4]
+        lists = _lists(flat, len(args[-3]))
+        return x.shape[0], sum(t.shape[0] for t in (*lists["lora_a"], *lists["dash_sigma"]))
+
+
+GROUP = Group()
+
+
 def setup_context(ctx: Any, inputs: tuple, output: tuple[list[Tensor], Tensor]) -> None:
     """What the operator saves."""
     x, *lists, seed, scaling, threshold, backend = inputs
     _save(ctx, x, dict(zip(LISTS, lists, strict=True)), output[1], seed, (scaling, threshold, backend))
+    _mark(ctx, output[1])
 
 
 def backward(ctx: Any, dys: list[Tensor | None], dp: Tensor | None) -> tuple[Any, ...]:

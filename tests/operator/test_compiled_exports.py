@@ -91,10 +91,23 @@ def test_decomposed_training_draws_the_same_mask():
 def test_decompositions_are_the_operators(dtype, dropout):
     t = make_case(5, 16, 6, 2, 3, dtype).tensors
     adapters = [t[name] for name in ("lora_a", "lora_b", "dash_u", "dash_vt", "dash_sigma")]
-    y = torch.randn(5, 6, dtype=dtype)
+    y, seed = torch.randn(5, 6, dtype=dtype), draw_seed() if dropout else None
+    base = [t["weight"], t["bias"]]
+    # A member without bias and directions beside it.
+    a, b, u, vt, sigma = adapters
+    second = [t["weight"], t["bias"][:0], a, b, u[:, :0], vt[:0], sigma[:0]]
+    calls = {
+        "dash_linear": (t["x"], *base, *adapters, seed, 2.0, dropout, None),
+        "low_rank_update": (y, t["x"], *adapters, seed, 2.0, dropout, None),
+        "dash_linear_group": (
+            t["x"],
+            *([one, other] for one, other in zip((*base, *adapters), second, strict=True)),
+            *(seed, [2.0, 1.0], dropout, None),
+        ),
+    }
+    # A bfloat16 sum of terms that cancel is as far off as its largest term is rounded.
+    tolerances = {"rtol": 2e-2, "atol": 5e-2} if dtype == torch.bfloat16 else {"rtol": 1e-5, "atol": 1e-5}
     for op, formula in operator_decompositions().items():
-        first = (t["x"], t["weight"], t["bias"]) if "dash_linear" in str(op) else (y, t["x"])
-        arguments = (*first, *adapters, draw_seed() if dropout else None, 2.0, dropout, None)
-        # A bfloat16 sum of terms that cancel is as far off as its largest term is rounded.
-        tolerances = {"rtol": 2e-2, "atol": 5e-2} if dtype == torch.bfloat16 else {"rtol": 1e-5, "atol": 1e-5}
+        arguments = calls.pop(op._schema.name.split("::")[1])
         torch.testing.assert_close(formula(*arguments), op(*arguments), **tolerances)
+    assert not calls

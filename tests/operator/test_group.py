@@ -176,25 +176,6 @@ def arguments(cases, grad, seed=None, threshold=0):
     return [x, *lists, seed, [m.scaling for m in members], threshold, None]
 
 
-@pytest.mark.parametrize("grad", [False, True])
-def test_opcheck(grad):
-    args = arguments(group(members=((10, 2, 3), (8, 2, 0))), grad, torch.tensor([1, 2]), 1000)
-    tests = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
-    torch.library.opcheck(torch.ops.loradash.dash_linear_group.default, args, test_utils=tests)
-
-
-def test_opcheck_backward():
-    cases = group(members=((10, 2, 3), (8, 2, 0)))
-    x, weight, _bias, *adapters, seed, scaling, threshold, backend = arguments(cases, False)
-    _, p = torch.ops.loradash.dash_linear_group(x, weight, _bias, *adapters, seed, scaling, threshold, backend)
-    dy = [case.dy for case in cases]
-    for needs in ([True] * 9, [False, True, False] * 3):
-        args = [dy, x, weight, *adapters, p, seed, scaling, threshold, needs, backend]
-        torch.library.opcheck(
-            torch.ops.loradash.dash_linear_group_backward.default, args, test_utils=("test_schema", "test_faketensor")
-        )
-
-
 def test_compiled():
     """One graph for every M, with the output and gradients of eager."""
     torch._dynamo.reset()

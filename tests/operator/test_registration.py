@@ -27,12 +27,11 @@ def arguments(case, grad, seed=None, threshold=0):
     return [*tensors, seed, 2.0, threshold, None]
 
 
-@pytest.mark.parametrize("grad", [False, True])
-@pytest.mark.parametrize(("s", "seed"), [(0, [1, 2]), (3, [1, 2]), (3, [1, 2, 5, 16])])
-def test_opcheck_dash_linear(grad, s, seed):
-    case = make_case(6, 8, 10, 2, s)
-    seed = torch.tensor(seed)
-    torch.library.opcheck(torch.ops.loradash.dash_linear.default, arguments(case, grad, seed, 1000), test_utils=TESTS)
+@pytest.mark.parametrize(("s", "seed"), [(0, [1, 2]), (3, [1, 2, 5, 16])])
+def test_opcheck_dash_linear(s, seed):
+    """Without directions, and with the seed of a window; every operator is checked in test_every_operator."""
+    args = arguments(make_case(6, 8, 10, 2, s), True, torch.tensor(seed), 1000)
+    torch.library.opcheck(torch.ops.loradash.dash_linear.default, args, test_utils=TESTS)
 
 
 @pytest.mark.parametrize("make", [lambda x: x[:, ::2], lambda x: x.t().contiguous().t()[:, :8], lambda x: x[::2, :8]])
@@ -42,26 +41,6 @@ def test_opcheck_layouts(make):
         case.tensors[n] = case.tensors[n][:, :8].contiguous()
     case.tensors["x"] = make(case.x)
     torch.library.opcheck(torch.ops.loradash.dash_linear.default, arguments(case, False), test_utils=TESTS)
-
-
-@pytest.mark.parametrize("grad", [False, True])
-def test_opcheck_low_rank_update(grad):
-    case = make_case(6, 8, 10, 2, 2)
-    args = arguments(case, grad)
-    y = torch.randn(6, 10, requires_grad=grad)
-    torch.library.opcheck(torch.ops.loradash.low_rank_update.default, [y, args[0], *args[3:]], test_utils=TESTS)
-
-
-def test_opcheck_backward():
-    case = make_case(6, 8, 10, 2, 2)
-    args = arguments(case, False)
-    _, p = torch.ops.loradash.dash_linear(*args)
-    for needs in ([True] * 5, [False, True, False, False, True]):
-        torch.library.opcheck(
-            torch.ops.loradash.dash_linear_backward.default,
-            [case.dy, args[0], args[1], *args[3:8], p, None, 2.0, 0, needs, None],
-            test_utils=TESTS[:3],
-        )
 
 
 def test_second_derivatives_raise():

@@ -219,18 +219,27 @@ def test_flops_without_gradients(tensors):
 
 @pytest.mark.slow
 def test_flop_counter_imported_before_or_after():
+    """After: nothing of ours stays in the import system. Before: as if this package were imported again, with a registry without
+    its formulas."""
     code = (
         "import sys, torch, loradash_kernels as lk\n"
-        "from torch.utils.flop_counter import FlopCounterMode\n"
+        "assert 'torch.utils.flop_counter' not in sys.modules\n"
+        "from torch.utils import flop_counter\n"
         "assert not any(type(f).__module__.startswith('loradash') for f in sys.meta_path)\n"
         "z = torch.zeros\n"
-        "with FlopCounterMode(display=False) as c: lk.dash_linear(z(2, 3), z(4, 3), lora_a=z(1, 3), lora_b=z(4, 1))\n"
-        "print(c.get_total_flops())"
+        "def count():\n"
+        "    with flop_counter.FlopCounterMode(display=False) as c:\n"
+        "        lk.dash_linear(z(2, 3), z(4, 3), lora_a=z(1, 3), lora_b=z(4, 1))\n"
+        "    return c.get_total_flops()\n"
+        "counts = [count()]\n"
+        "for op in [op for op in flop_counter.flop_registry if 'loradash' in str(op)]: del flop_counter.flop_registry[op]\n"
+        "counts.append(count())\n"
+        "lk.flops.register()\n"
+        "print(*counts, count())"
     )
-    other = "import torch.utils.flop_counter\n" + code
-    for program in (code, other):
-        done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
-        assert done.stdout.split() == [str(2 * 2 * (3 * 4 + 3 + 4))]
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    expected = 2 * 2 * (3 * 4 + 3 + 4)
+    assert [int(count) for count in done.stdout.split()] == [expected, 0, expected]
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.5])

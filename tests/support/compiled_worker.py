@@ -20,7 +20,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from benchmarks.compiled.counts import LAUNCH, adapted, compiler_counts, fresh_compiler, schedule_of
-from benchmarks.compiled.models import MODELS, batch
+from benchmarks.compiled.models import SHALLOW, batch
 
 STEPS = LAUNCH + 2
 PROCESSES, ROWS, TOKENS = 2, 2, 8
@@ -53,7 +53,7 @@ def _fsdp_whole(model: nn.Module) -> Any:
 
 def _plain() -> nn.Module:
     """Without adapters; frozen embeddings, as adapters leave them, so that the first block's input needs no gradient."""
-    model: Any = MODELS["Llama"].model()
+    model: Any = SHALLOW["Llama"].model()
     model.get_input_embeddings().requires_grad_(False)
     return model
 
@@ -86,8 +86,14 @@ def losses(model: nn.Module, call: Any, part: slice, phases: list[Any] | None = 
     return found
 
 
+def warm_up() -> None:
+    """Imports what the compiler and transformers need."""
+    torch.compile(torch.sin, backend="aot_eager")(torch.ones(1))
+    adapted(SHALLOW["Llama"])
+
+
 def main(rank: int, store: str, folder: str) -> None:
-    whole = MODELS["Llama"]
+    whole = SHALLOW["Llama"]
     alone = adapted(whole)
     expected = losses(alone, alone, slice(None))
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=PROCESSES)
