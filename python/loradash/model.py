@@ -128,7 +128,9 @@ def _check_model(model: nn.Module) -> None:
     for name, module in model.named_modules():
         if isinstance(module, DashLinear | DashExperts) or STATE in module.__dict__:
             where = f", in {name}" if name else ""
-            raise ValueError(f"the model has LoRA-Dash adapters already{where}; add_adapter(model, name, config) adds one")
+            raise ValueError(
+                f"the model has LoRA-Dash adapters already{where}; add_adapter(model, name, config) adds one"
+            )
         if is_adapted_by_peft(module):
             raise ValueError(f"{name} has an adapter of PEFT; merge_and_unload it first")
         if wrapper := wrapper_of(module):
