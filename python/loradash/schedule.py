@@ -117,7 +117,7 @@ class DashSchedule:
         self._check_phase()
         stepped, correction = self._watch.since_last()
         self.state.step += int(stepped) - correction
-        layers = self._layers_now()
+        layers = self._layers_now(stepped)
         if not stepped:
             return False
         self._look_after_layers(layers)
@@ -211,9 +211,12 @@ class DashSchedule:
         if self._flat is not None:
             self._flat.hold_back(self._sigmas())
 
-    def _layers_now(self) -> dict[str, AdaptedLayer]:
-        """The layers that have the adapter. Raises RuntimeError where it is neither active nor trains in mixed batches."""
+    def _layers_now(self, stepped: bool) -> dict[str, AdaptedLayer]:
+        """The layers that have the adapter. Raises RuntimeError where it is neither active nor trains in mixed batches, and
+        where the adapters are gone and were trained all the same."""
         state, layers = state_and_layers(self.model)
+        if state is None and not stepped:
+            return {}
         if state is None:
             raise RuntimeError(
                 "the model has no LoRA-Dash adapters any more; count its steps no longer, or adapt it and make a new DashSchedule"
