@@ -3,9 +3,10 @@
 //   d(dash_sigma)_i = sum_m G_s P_s                    db = sum_m dy
 //
 // FLOPs: 2 M N K + 2 M (R N + r N + r K + R K) of every member. Bytes: every dy once, x once and dx once for all members,
-// W once per block of rows. Per block of rows: one pass over a dy gives its G, dB and db while it enters L2; the mask is
-// drawn once, for all dA, which are one product, and for dx; the masked low-rank terms of all members are one product
-// that joins a tile of dx while it is in cache.
+// W once per block of rows. Per block of rows: one pass over a dy gives its G, dB and db while it enters L2, and dy W
+// while it is there: L2 holds the dy of one member, not of all, so their sum waits in fp32. The mask is drawn once, for
+// all dA, which are one product, and for dx; the masked low-rank terms of all members are one product that joins a tile
+// of dx, while it is in cache, with the last dy W.
 // Sums over M are taken block after block into at most 16 partial sums, which are then added in order.
 #include <utility>
 #include <vector>
@@ -22,6 +23,7 @@ class Backward {
       : p_(params),
         kernels_(*kernels<T, E>()),
         width_(total_width(params.members, params.count)),
+        first_packed_(params.count),
         blocks_(cut_rows<E>(params.m, deepest(params))),
         k_panels_(ceil_div(params.k, kPanel)),
         words_(ceil_div(params.k, 32)),
@@ -37,6 +39,7 @@ class Backward {
       member.first_rank = ranks_, ranks_ += given.da ? given.adapters.rank : 0;
       member.w = {static_cast<const E*>(given.packed), given.packed ? padded_depth<E>(given.n) : 0};
       groups_ += member.groups;
+      if (given.packed) first_packed_ = std::min(first_packed_, i);
       partials += member.panels * ((given.db_lora ? given.adapters.rank : 0) + (given.dbias ? 1 : 0)) * kPanel +
                   (given.dsigma ? given.adapters.directions : 0);
     }
@@ -71,7 +74,6 @@ class Backward {
     Panels<E> q, w;
     float *partial_b = nullptr, *partial_bias = nullptr, *partial_sigma = nullptr;
   };
-  using Products = std::vector<BaseProduct<E>>;
 
   static int64_t deepest(const BackwardParams& params) {
     int64_t depth = params.k;
@@ -82,16 +84,18 @@ class Backward {
   // Enough blocks for every thread: each takes whole blocks, whose dy and x stay in its L2.
   void run_by_split(const ThreadPool& pool) const {
     parallel(pool, kernels_, blocks_.splits, [&](int64_t split) {
-      Products products;
       for_blocks(split, [&](int64_t m0, int64_t rows) {
-        stage_dy(m0, rows, products, [&](int64_t i, RowOperand<E> dy) {
-          gradient_of_p(i, m0, rows, dy);
+        RowOperand<E> last;
+        for (int64_t i = 0; i < p_.count; ++i) {
+          last = stage_dy(i, m0, rows);
+          gradient_of_p(i, m0, rows, last);
           gradient_of_sigma(i, split, m0, rows);
           gradient_of_b(i, split, m0, rows, 0, members_[i].panels);
-        });
+          if (i + 1 < p_.count) add_base(i, rows, last, 0, k_panels_);
+        }
         const uint32_t* bits = draw_mask(m0, rows, 0, k_panels_);
         gradient_of_a(split, m0, rows, 0, k_panels_, bits, words_);
-        gradient_of_x(m0, rows, products, 0, k_panels_, bits, words_);
+        gradient_of_x(m0, rows, last, 0, k_panels_, bits, words_);
       });
     });
   }
@@ -101,8 +105,7 @@ class Backward {
     const int64_t tiles = ceil_div(p_.m, kernels_.tile_rows), k_groups = ceil_div(k_panels_, kPanelGroup);
     parallel(pool, kernels_, tiles, [&](int64_t tile) {
       const int64_t m0 = tile * kernels_.tile_rows, rows = std::min<int64_t>(kernels_.tile_rows, p_.m - m0);
-      Products products;
-      stage_dy(m0, rows, products, [&](int64_t i, RowOperand<E> dy) { gradient_of_p(i, m0, rows, dy); });
+      for (int64_t i = 0; i < p_.count; ++i) gradient_of_p(i, m0, rows, stage_dy(i, m0, rows));
     });
     parallel(pool, kernels_, blocks_.splits * groups_, [&](int64_t task) {
       const int64_t split = task / groups_;
@@ -117,12 +120,13 @@ class Backward {
     parallel(pool, kernels_, blocks_.splits * k_groups, [&](int64_t task) {
       const int64_t split = task / k_groups, first = task % k_groups * kPanelGroup;
       const int64_t last = std::min(k_panels_, first + kPanelGroup);
-      Products products;
       for_blocks(split, [&](int64_t m0, int64_t rows) {
         const uint32_t* bits = draw_mask(m0, rows, first, last);
         gradient_of_a(split, m0, rows, first, last, bits, last - first);
-        stage_dy(m0, rows, products, [](int64_t, RowOperand<E>) {});
-        gradient_of_x(m0, rows, products, first, last, bits, last - first);
+        if (!p_.dx) return;
+        const int64_t end = p_.count - 1;
+        for (int64_t i = 0; i < end; ++i) add_base(i, rows, stage_dy(i, m0, rows), first, last);
+        gradient_of_x(m0, rows, stage_dy(end, m0, rows), first, last, bits, last - first);
       });
     });
   }
@@ -143,22 +147,11 @@ class Backward {
     return bits;
   }
 
-  // Every dy is the left operand of dy Q and dy W. Calls use(member, operand) while it is in cache, and leaves in
-  // `products` the terms of dx: those of our base products, or one of depth 0.
-  template <typename Use>
-  void stage_dy(int64_t m0, int64_t rows, Products& products, const Use& use) const {
-    int64_t room = 0;
-    for (int64_t i = 0; i < p_.count; ++i) room += tile_pitch<E>(p_.members[i].n);
-    E* staged = scratch<E>(kStaged, rows * room);
-    products.clear();
-    for (int64_t i = 0; i < p_.count; ++i) {
-      const int64_t n = p_.members[i].n;
-      const RowOperand<E> operand = row_operand(kernels_, dy(i, m0), p_.members[i].lddy, rows, n, nullptr, 0, staged);
-      use(i, operand);
-      if (members_[i].w.data) products.push_back({operand, members_[i].w});
-      staged += rows * tile_pitch<E>(n);
-    }
-    if (products.empty()) products.push_back({});
+  // A dy is the left operand of dy Q and dy W; the next one that is staged takes its place.
+  RowOperand<E> stage_dy(int64_t i, int64_t m0, int64_t rows) const {
+    const int64_t n = p_.members[i].n;
+    E* staged = scratch<E>(kStaged, rows * tile_pitch<E>(n));
+    return row_operand(kernels_, dy(i, m0), p_.members[i].lddy, rows, n, nullptr, 0, staged);
   }
 
   // G (rows, R) = dy Q, the columns of one member.
@@ -250,16 +243,33 @@ class Backward {
     }
   }
 
-  // dx (rows, panels) = the sum of dy W + the masked low-rank terms
-  void gradient_of_x(int64_t m0, int64_t rows, const Products& products, int64_t first, int64_t last,
-                     const uint32_t* bits, int64_t bits_stride) const {
+  // The sums of dy W (panel, rows, 32) of a block of rows; one member needs no more than a panel.
+  float* sums_of_base(int64_t rows, int64_t panels) const {
+    return scratch<float>(kTiles, (p_.count > 1 ? panels : 1) * rows * kPanel);
+  }
+
+  // Adds dy W of a member that others follow.
+  void add_base(int64_t index, int64_t rows, RowOperand<E> dy, int64_t first, int64_t last) const {
+    if (!p_.dx || !members_[index].w.data) return;
+    float* c = sums_of_base(rows, last - first);
+    const Sum<E> sum{{dy, members_[index].w}, index > first_packed_, false};
+    const auto nothing = [](auto...) {};
+    for (int64_t panel = first; panel < last; ++panel)
+      multiply_block(kernels_, sum, panel, rows, nullptr, 0, c + (panel - first) * rows * kPanel, nothing, nothing);
+  }
+
+  // dx (rows, panels) = the sums that are there + dy W of the last member + the masked low-rank terms of all
+  void gradient_of_x(int64_t m0, int64_t rows, RowOperand<E> dy, int64_t first, int64_t last, const uint32_t* bits,
+                     int64_t bits_stride) const {
     if (!p_.dx) return;
     const int64_t k = p_.k;
+    const bool begun = first_packed_ + 1 < p_.count;
     float* factors = scratch<float>(kFactors, width_);
     for (int64_t i = 0; i < p_.count; ++i)
       column_factors(p_.members[i].adapters, p_.dropout.keep_scale(), factors + members_[i].first);
     const RowOperand<E> scaled = scaled_operand(kernels_, grad_p_ + m0 * width_, width_, rows, width_, factors);
-    float* c = scratch<float>(kTiles, rows * kPanel);
+    const Sum<E> sum{{dy, members_.back().w}, begun, true, scaled, d_};
+    float* c = sums_of_base(rows, last - first);
     for (int64_t panel = first; panel < last; ++panel) {
       const int64_t x0 = m0 * k + panel * kPanel;
       const auto store = [&](int64_t i, int height, const float* tile) {
@@ -270,8 +280,8 @@ class Backward {
       const auto fetch = [&](int64_t i, int height) {
         fetch_tile(static_cast<T*>(p_.dx) + x0 + i * k, k, height, columns(k, panel));
       };
-      multiply_block(kernels_, scaled, d_, products.data(), static_cast<int64_t>(products.size()), panel, rows,
-                     bits ? bits + panel - first : nullptr, bits_stride, c, fetch, store);
+      multiply_block(kernels_, sum, panel, rows, bits ? bits + panel - first : nullptr, bits_stride,
+                     begun ? c + (panel - first) * rows * kPanel : c, fetch, store);
     }
   }
 
@@ -331,6 +341,8 @@ class Backward {
   const BackwardParams& p_;
   const Kernels<T, E>& kernels_;
   const int64_t width_;
+  // The first member whose base product is ours; the number of members where there is none.
+  int64_t first_packed_;
   const Blocks blocks_;
   const int64_t k_panels_, words_;
   const Panels<E> d_;

@@ -199,46 +199,49 @@ struct BaseProduct {
   Panels<E> b;
 };
 
-// Adds the low-rank and the base terms of a block of rows and a panel, the former masked by `bits` if there are any:
-// c = sum of base_a base_b + mask * (low_a low_b), in this order (the rank columns are few and large: a running sum that
-// began with them would round every one of the many small base products at their magnitude), a tile at a time;
-// finish(i, height, c) takes each, and prepare(i, height) is called when its last pass begins. There is one base product
-// at least. `c` has room for the block. While the tiles of a block pass over a part of a base panel, each fetches its
-// share of the part that follows.
+// One base product of a sum. What goes before it is in c if `begun`; where it `ends` the sum, the low-rank terms follow.
+template <typename E>
+struct Sum {
+  BaseProduct<E> base;
+  bool begun = false, ends = true;
+  RowOperand<E> low_a = {};
+  Panels<E> low_b = {};
+};
+
+// Adds the base and the low-rank terms of a block of rows and a panel: c = (c +) base_a base_b (+ mask * (low_a low_b)),
+// in this order (the rank columns are few and large: a running sum that began with them would round every one of the
+// many small base products at their magnitude), a tile at a time. Where the sum ends, finish(i, height, c) takes each, and
+// prepare(i, height) is called when its last pass begins. `c` has room for the block. While the tiles of a block pass
+// over a part of the base panel, each fetches its share of the part that follows.
 template <typename T, typename E, typename Prepare, typename Finish>
-void multiply_block(const Kernels<T, E>& kernels, RowOperand<E> low_a, Panels<E> low_b, const BaseProduct<E>* bases,
-                    int64_t count, int64_t panel, int64_t rows, const uint32_t* bits, int64_t bits_stride, float* c,
-                    const Prepare& prepare, const Finish& finish) {
-  const int64_t tiles = ceil_div(rows, kernels.tile_rows);
+void multiply_block(const Kernels<T, E>& kernels, const Sum<E>& sum, int64_t panel, int64_t rows, const uint32_t* bits,
+                    int64_t bits_stride, float* c, const Prepare& prepare, const Finish& finish) {
+  const BaseProduct<E>& base = sum.base;
+  const int64_t tiles = ceil_div(rows, kernels.tile_rows), depth = base.b.depth;
   // In one pass the first tile of c serves all.
-  const bool one_pass = count == 1 && bases->b.depth <= kDepthBlock<E>;
+  const bool one_pass = !sum.begun && sum.ends && depth <= kDepthBlock<E>;
   const int64_t next_step = ceil_div(kPanel * static_cast<int64_t>(sizeof(E)), tiles);
-  for (int64_t number = 0; number < count; ++number) {
-    const BaseProduct<E>& base = bases[number];
-    const int64_t depth = base.b.depth;
-    for (int64_t d = 0; d == 0 || d < depth; d += kDepthBlock<E>) {
-      const int64_t width = std::min(kDepthBlock<E>, depth - d);
-      const E* part = base.b.at(panel) + d * kPanel;
-      const bool ends = d + width == depth, last = ends && number + 1 == count;
-      const E* follows = !ends || count == 1 ? part + width * kPanel
-                         : last              ? bases[0].b.at(panel + 1)
-                                             : bases[number + 1].b.at(panel);
-      const char* next = reinterpret_cast<const char*>(follows);
-      for_tiles(kernels, rows, [&](int64_t i, int height) {
-        float* tile = one_pass ? c : c + i * kPanel;
-        const Term<E> terms[2] = {{base.a.at(i, height, d), base.a.ld, part, kPanel, width, next, next_step},
-                                  {low_a.at(i, height, 0), low_a.ld, low_b.at(panel), kPanel, low_b.depth, nullptr, 0}};
-        next += width * next_step;
-        if (last) prepare(i, height);
-        kernels.multiply(terms, last && !bits ? 2 : 1, height, tile, d > 0 || number > 0);
-        if (last && bits) {
-          alignas(64) float low[kMaxTile * kPanel];
-          kernels.multiply(terms + 1, 1, height, low, false);
-          kernels.add_masked(low, height, bits + i * bits_stride, bits_stride, tile);
-        }
-        if (last) finish(i, height, tile);
-      });
-    }
+  for (int64_t d = 0; d == 0 || d < depth; d += kDepthBlock<E>) {
+    const int64_t width = std::min(kDepthBlock<E>, depth - d);
+    const E* part = base.b.at(panel) + d * kPanel;
+    const bool last = sum.ends && d + width == depth;
+    const char* next = reinterpret_cast<const char*>(part + width * kPanel);
+    for_tiles(kernels, rows, [&](int64_t i, int height) {
+      float* tile = one_pass ? c : c + i * kPanel;
+      Term<E> terms[2] = {{base.a.at(i, height, d), base.a.ld, part, kPanel, width, next, next_step}, {}};
+      next += width * next_step;
+      if (last) {
+        terms[1] = {sum.low_a.at(i, height, 0), sum.low_a.ld, sum.low_b.at(panel), kPanel, sum.low_b.depth, nullptr, 0};
+        prepare(i, height);
+      }
+      kernels.multiply(terms, last && !bits ? 2 : 1, height, tile, d > 0 || sum.begun);
+      if (last && bits) {
+        alignas(64) float low[kMaxTile * kPanel];
+        kernels.multiply(terms + 1, 1, height, low, false);
+        kernels.add_masked(low, height, bits + i * bits_stride, bits_stride, tile);
+      }
+      if (last) finish(i, height, tile);
+    });
   }
 }
 

@@ -98,7 +98,7 @@ class Forward {
     column_factors(given.adapters, 1.0f, factors);
     const RowOperand<E> scaled =
         scaled_operand(kernels_, p_.p + m0 * width_ + member.first, width_, rows, width, factors);
-    const BaseProduct<E> base{a, member.w};
+    const Sum<E> sum{{a, member.w}, false, true, scaled, member.q};
     float* c = scratch<float>(kTiles, rows * kPanel);
     for (int64_t panel = first; panel < last; ++panel) {
       const int64_t n0 = panel * kPanel, y0 = m0 * n + n0;
@@ -111,7 +111,7 @@ class Forward {
       const auto fetch = [&](int64_t i, int height) {
         fetch_tile(static_cast<T*>(given.y) + y0 + i * n, n, height, columns);
       };
-      multiply_block(kernels_, scaled, member.q, &base, 1, panel, rows, nullptr, 0, c, fetch, store);
+      multiply_block(kernels_, sum, panel, rows, nullptr, 0, c, fetch, store);
     }
   }
 

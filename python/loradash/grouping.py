@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from loradash_kernels import GroupMember, dash_linear_group
 from loradash_kernels.notices import warn_once
 
+from .config import DashConfig
 from .linear import DashLinear
 from .state import linears_of, own_layers, plain_name, unwrap
 
@@ -36,16 +37,22 @@ _PLAIN = (nn.Parameter, Tensor, nn.parameter.Buffer)
 
 @dataclass
 class _Snapshot:
-    """What a member's output was computed with: its tensors, their versions and its mode."""
+    """What a member's output was computed with: its tensors, their versions, its mode and its settings."""
 
     tensors: tuple[Tensor | None, ...]
     versions: tuple[int, ...]
     training: bool
+    config: DashConfig
+
+    def drops_as(self, layer: DashLinear) -> bool:
+        """Can one mask serve both? Somebody may have changed either since they were grouped."""
+        return self.training == layer.training and self.config.dropout == layer.config.dropout
 
     def is_of(self, other: _Snapshot | None) -> bool:
         return (
             other is not None
             and self.training == other.training
+            and self.config is other.config
             and self.versions == other.versions
             and all(a is b for a, b in zip(self.tensors, other.tensors, strict=True))
         )
@@ -118,7 +125,7 @@ class Group:
             return y if snapshot is not None and snapshot.is_of(self._snapshot(layer, layer)) else None
         later = [i for i in range(place, len(self.members)) if i == place or i not in self.called]
         found = {i: self._snapshot(self.members[i], layer) for i in later}
-        joining = {i: s for i, s in found.items() if s is not None and s.training == layer.training}
+        joining = {i: s for i, s in found.items() if s is not None and s.drops_as(layer)}
         if place not in joining or len(joining) < 2:
             return None
         return self._compute(place, joining, x, mode)
@@ -157,7 +164,7 @@ class Group:
         expected = layer.in_features * layer.out_features
         if weight.numel() != expected or (expected and not weight.is_meta and weight.untyped_storage().size() == 0):
             raise self._sharded(layer, runs, "not there")
-        return _Snapshot(tensors, tuple(t._version for t in tensors if t is not None), layer.training)
+        return _Snapshot(tensors, tuple(t._version for t in tensors if t is not None), layer.training, layer.config)
 
     def _sharded(self, layer: DashLinear, runs: DashLinear, what: str) -> ValueError:
         names = dict(zip(map(id, self.members), self.names, strict=True))

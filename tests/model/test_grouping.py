@@ -117,6 +117,12 @@ def test_eval_no_grad_and_switches(pair, calls):
         model.train().attention.k_proj.eval()
     same(pair)
     assert calls == [3, 3, 3, 2]
+    # Nor can a mask serve a member that drops another share.
+    for model in pair:
+        layer = model.attention.v_proj
+        layer.config = replace(layer.config, dropout=0.5)
+    same(pair)
+    assert calls == [3, 3, 3, 2], "k_proj is in another mode, v_proj drops otherwise: nobody is left to group"
 
 
 def test_autocast(pair, calls):
