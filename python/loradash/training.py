@@ -15,11 +15,20 @@ from torch import Tensor, nn
 from .distributed import place
 from .model import refuse_refreezing
 from .schedule import DashSchedule, check_state
-from .state import dash_layers, host_of, parameter_of, parked_parameters, plain_name, states
+from .state import (
+    dash_layers,
+    host_of,
+    parameter_of,
+    parked_parameters,
+    plain_name,
+    state_and_layers,
+    states,
+    training_parked,
+)
 from .units import fsdp1_units
 from .zero import is_trained_by_zero
 
-# How far an optimizer has come, beside what DashSchedule knows: has it stepped anything, and any Δσ?
+# How far an optimizer has come, beside what DashSchedule knows: has it stepped anything, and the Δσ of which adapters?
 _STEPPED, _SIGMA_STEPPED = "optimizer_stepped", "sigma_stepped"
 _ADAPTERS = "adapters"
 
@@ -84,7 +93,7 @@ def load_training(
         check_state(told["schedule"], schedule.state.config.prelaunch_steps)
         refuse_refreezing(model, told["schedule"]["dash_only"])
     with _complete(model, optimizer) as optimizer_state:
-        state = {**_parts(model, optimizer_state, schedule), **others, _STEPPED: False, _SIGMA_STEPPED: False}
+        state = {**_parts(model, optimizer_state, schedule), **others, _STEPPED: False, _SIGMA_STEPPED: ""}
         dcp.load(state, checkpoint_id=folder)
     # FSDP1 warns of each weight that is not set.
     values = get_model_state_dict(model) | state["model"] if fsdp1_units(model) else state["model"]
@@ -97,8 +106,9 @@ def load_training(
     # What has no state yet got one for the sake of the files, which is not that of a first step.
     if not state[_STEPPED]:
         optimizer.state.clear()
-    elif not state[_SIGMA_STEPPED]:
-        for sigma in _sigmas(model):
+        return
+    for adapter, sigmas in _sigmas(model).items():
+        for sigma in sigmas if adapter not in json.loads(state[_SIGMA_STEPPED]) else ():
             optimizer.state.pop(sigma, None)
 
 
@@ -153,19 +163,26 @@ def _model_state(model: nn.Module) -> dict[str, Any]:
     return {name: value for name, value in get_model_state_dict(model).items() if name not in frozen}
 
 
-def _sigmas(model: nn.Module) -> list[Tensor]:
-    return [parameter_of(layer.dash_sigma) for layer in dash_layers(model).values()]
+def _sigmas(model: nn.Module) -> dict[str, list[Tensor]]:
+    """The Δσ of the adapters that train: of the active one, and of those that train beside it."""
+    state, active = state_and_layers(model)
+    if state is None:
+        return {}
+    beside = [] if host_of(model) is not None else list(states(model))[1:]
+    layers = {state.name: active, **{name: training_parked(model, name) for name in beside}}
+    return {name: [parameter_of(layer.dash_sigma) for layer in found.values()] for name, found in layers.items()}
 
 
-def _steps_taken(model: nn.Module, optimizer: torch.optim.Optimizer | None) -> dict[str, bool]:
-    """Has an optimizer any state, and any of a Δσ, in any process?"""
+def _steps_taken(model: nn.Module, optimizer: torch.optim.Optimizer | None) -> dict[str, Any]:
+    """Has an optimizer any state, and of the Δσ of which adapters, in any process?"""
     state = {} if optimizer is None else optimizer.state
-    ours = bool(state), any(state.get(sigma) for sigma in _sigmas(model))
+    ours = bool(state), [name for name, found in _sigmas(model).items() if any(state.get(sigma) for sigma in found)]
     processes = place()[1]
     found = [ours] * processes
     if processes > 1:
         torch.distributed.all_gather_object(found, ours)
-    return {_STEPPED: any(any_state for any_state, _ in found), _SIGMA_STEPPED: any(sigma for _, sigma in found)}
+    stepped = sorted({name for _, names in found for name in names})
+    return {_STEPPED: any(any_state for any_state, _ in found), _SIGMA_STEPPED: json.dumps(stepped)}
 
 
 @contextlib.contextmanager
@@ -179,7 +196,9 @@ def _complete(model: nn.Module, optimizer: torch.optim.Optimizer | None) -> Iter
         return
     before = dict(optimizer.state)
     if before:
-        optimizer.state.update(_new_state(optimizer, [s for s in _sigmas(model) if not before.get(s)]))
+        optimizer.state.update(
+            _new_state(optimizer, [s for found in _sigmas(model).values() for s in found if not before.get(s)])
+        )
     try:
         yield get_optimizer_state_dict(model, optimizer, options=StateDictOptions(flatten_optimizer_state_dict=True))
     finally:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 
 import loradash
 import pytest
@@ -26,7 +27,7 @@ from loradash import (
     train_adapters,
 )
 from support import layers as kinds
-from support.several import X, alone, filled, network, two
+from support.several import BASE, OTHER, X, alone, filled, network, two
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -136,6 +137,45 @@ class Checkpointed(nn.Module):
 
     def forward(self, x):
         return checkpoint(self.inner, x, use_reentrant=self.reentrant)
+
+
+@pytest.mark.parametrize("stop", [1, 2, 3], ids=["before", "one launched", "both launched"])
+def test_a_run_in_mixed_batches_goes_on_from_its_checkpoint(stop, tmp_path):
+    """The optimizer knows the Δσ of each adapter since its own launch."""
+
+    def run(seed):
+        torch.manual_seed(seed)
+        model = apply_dash(network(), dataclasses.replace(BASE, prelaunch_steps=1))
+        add_adapter(model, "b", dataclasses.replace(OTHER, prelaunch_steps=2))
+        for module in model.modules():
+            if "lora_a" in module._parameters:
+                nn.init.normal_(module.lora_a, std=0.3, generator=torch.Generator().manual_seed(seed))
+        set_adapter(model, "b")
+        beside = DashSchedule(model, progress=False)
+        set_adapter(model, "default")
+        train_adapters(model, ["b"])
+        optimizer = torch.optim.AdamW(dash_parameter_groups(model, lr=1e-2))
+        return model, optimizer, DashSchedule(model, progress=False), beside
+
+    def steps(run, number):
+        model, optimizer, *schedules = run
+        losses = []
+        for _ in range(number):
+            with mixed_batch(model, NAMES):
+                loss = model(X).square().mean()
+                loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            for schedule in schedules:
+                schedule.step()
+            losses.append(loss.item())
+        return losses
+
+    before, again = run(1), run(2)
+    steps(before, stop)
+    loradash.save_training(tmp_path, *before[:3], beside=before[3])
+    loradash.load_training(tmp_path, *again[:3], beside=again[3])
+    assert steps(again, 3) == steps(before, 3)
 
 
 def test_checkpoints():
