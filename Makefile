@@ -22,7 +22,7 @@ CXX_FILES = $(shell find csrc examples tools -name '*.cpp' -o -name '*.h' -o -na
 CLANG_FORMAT := $(PY) -c "from clang_format import clang_format; clang_format()"
 RESULTS := benchmarks/results
 
-.PHONY: demo test cuda-check cuda-counters test-ptxsim bench bench-all bench-front-ends bench-experts bench-grouped bench-compile bench-scale \
+.PHONY: demo test cuda-check cuda-counters test-ptxsim test-zero bench bench-all bench-front-ends bench-experts bench-grouped bench-compile bench-scale \
 	gpu-proof counters peft-tests peft-versions lint format docs clean in-place
 
 demo: $(READY)
@@ -104,10 +104,16 @@ bench-front-ends: $(READY)
 bench-experts: $(READY)
 	$(ON_CPU) benchmarks.layers.experts --out $(RESULTS)
 
-# DeepSpeed has no wheel; without its own kernels it is installed in seconds.
-bench-scale: $(READY)
-	$(PY) -c "import deepspeed" 2>/dev/null || DS_BUILD_OPS=0 $(PIP) install --quiet --no-build-isolation "deepspeed==0.19.8"
-	$(ON_CPU) benchmarks.scale --out $(RESULTS)
+# DeepSpeed has no wheel; without its own kernels it is installed in seconds. It lies beside the environment, for these targets alone:
+# where it can be imported, accelerate and transformers do so.
+ZERO := $(abspath $(VENV))/deepspeed
+WITH_ZERO := PYTHONPATH=$(ZERO)$${PYTHONPATH:+:$$PYTHONPATH} OMP_NUM_THREADS=1 $(PY) -m
+$(ZERO): $(READY)
+	DS_BUILD_OPS=0 $(PIP) install --quiet --no-build-isolation --no-deps --target $@ "deepspeed==0.19.8" einops hjson msgpack py-cpuinfo ninja
+bench-scale: $(ZERO)
+	$(WITH_ZERO) benchmarks.scale --out $(RESULTS)
+test-zero: $(ZERO)
+	$(WITH_ZERO) pytest tests/distributed/test_zero.py
 
 # Whole models under torch.compile: what is compiled, kept and exported; nothing is timed.
 bench-compile: $(READY)

@@ -24,11 +24,12 @@ from .cache import SpectralCache
 from .checkpoint import AdapterError, load_adapter, save_adapter
 from .combining import merge_adapters
 from .config import DashConfig
+from .counts import summary
 from .export import export_lora
 from .grouping import group_projections, ungroup_projections
 from .hotswap import hotswap_adapter
 from .linear import DashLinear
-from .model import apply_dash, dash_only, disable, merge, summary, unmerge
+from .model import apply_dash, dash_only, disable, merge, unmerge
 from .optimizer import dash_parameter_groups
 from .prelaunch import LayerReport, prelaunch
 from .schedule import DashSchedule

@@ -32,7 +32,7 @@ FLOORS = {
     ),
     "python/loradash": (
         "presets", "config", "meeting", "zero", "distributed", "units", "formats", "slices", "base_layers", "quantised", "merging", "parked", "linear", "convolution", "expert_modules", "experts",
-        "data_parallel", "state",
+        "data_parallel", "state", "counts",
         "targets", "attention", "bypass", "tensor_parallel", "model", "grouping", "split", "adapters", "combining", "unload", "warming", "checkpoint", "hotswap", "peft_layout", "export", "streams", "background",
         "fingerprint", "cache", "background_process", "batches", "prelaunch", "watches", "schedule", "training", "optimizer", "plots", "analysis", "integrations",
         "devices", "machine", "cli", "__init__",
