@@ -74,7 +74,7 @@ struct BackwardCall {
 
 // The members of a group, in lists of one length; they share x, the mask, and what is P or dx.
 struct GroupForwardCall {
-  const Tensor& x;              // (M, K)
+  const Tensor& x;                  // (M, K)
   const at::TensorList weight;      // (N, K) each
   const at::TensorList bias;        // (N), or (0) for none
   const at::TensorList lora_a;      // (r, K)
@@ -109,7 +109,7 @@ struct GroupBackwardCall {
   const OptionalTensor& seed;       // that of forward
   const at::ArrayRef<double> scaling;
   int64_t threshold;
-  const OptionalTensor& dx;  // (M, K)
+  const OptionalTensor& dx;        // (M, K)
   const OptionalTensors& da;       // (r, K)
   const OptionalTensors& db_lora;  // (N, r)
   const OptionalTensors& dsigma;   // (s)

@@ -97,8 +97,15 @@ struct ForwardLayer {
 };
 
 void forward_of(const Tensor& x, const Dropout& dropout, const ForwardMember* members, int64_t count, const Tensor& p) {
-  const ForwardParams params{x.size(0), x.size(1), dropout, dtype_of(x),
-                             x.const_data_ptr(), x.stride(0), members, count, p.mutable_data_ptr<float>()};
+  const ForwardParams params{x.size(0),
+                             x.size(1),
+                             dropout,
+                             dtype_of(x),
+                             x.const_data_ptr(),
+                             x.stride(0),
+                             members,
+                             count,
+                             p.mutable_data_ptr<float>()};
   forward(params, thread_pool());
 }
 

@@ -2,12 +2,12 @@
 //   dx = sum of dy W + mask * ((G * c) D) / (1 - p)    dA = scaling G_r^T dropout(x)    dB = scaling dy^T P_r
 //   d(dash_sigma)_i = sum_m G_s P_s                    db = sum_m dy
 //
-// FLOPs: 2 M N K + 2 M (R N + r N + r K + R K) of every member. Bytes: every dy once, x once and dx once for all members,
-// W once per block of rows. Per block of rows: one pass over a dy gives its G, dB and db while it enters L2, and dy W
-// while it is there: L2 holds the dy of one member, not of all, so their sum waits in fp32. The mask is drawn once, for
-// all dA, which are one product, and for dx; the masked low-rank terms of all members are one product that joins a tile
-// of dx, while it is in cache, with the last dy W.
-// Sums over M are taken block after block into at most 16 partial sums, which are then added in order.
+// FLOPs: 2 M N K + 2 M (R N + r N + r K + R K) of every member. Bytes: every dy once, x once and dx once for all
+// members, W once per block of rows. Per block of rows: one pass over a dy gives its G, dB and db while it enters L2,
+// and dy W while it is there: L2 holds the dy of one member, not of all, so their sum waits in fp32. The mask is drawn
+// once, for all dA, which are one product, and for dx; the masked low-rank terms of all members are one product that
+// joins a tile of dx, while it is in cache, with the last dy W. Sums over M are taken block after block into at most 16
+// partial sums, which are then added in order.
 #include <utility>
 #include <vector>
 

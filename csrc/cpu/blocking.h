@@ -12,7 +12,20 @@
 namespace loradash::cpu {
 
 // Memory that a thread keeps between calls: allocating megabytes in every call costs a page fault per 4 KB.
-enum Slot { kPackedD, kPackedQ, kGradP, kPartials, kBits, kStaged, kStagedPanel, kSmall, kFactors, kTiles, kRanks, kSlots };
+enum Slot {
+  kPackedD,
+  kPackedQ,
+  kGradP,
+  kPartials,
+  kBits,
+  kStaged,
+  kStagedPanel,
+  kSmall,
+  kFactors,
+  kTiles,
+  kRanks,
+  kSlots
+};
 
 template <typename X>
 X* scratch(Slot slot, int64_t count) {
@@ -199,7 +212,8 @@ struct BaseProduct {
   Panels<E> b;
 };
 
-// One base product of a sum. What goes before it is in c if `begun`; where it `ends` the sum, the low-rank terms follow.
+// One base product of a sum. What goes before it is in c if `begun`; where it `ends` the sum, the low-rank terms
+// follow.
 template <typename E>
 struct Sum {
   BaseProduct<E> base;
@@ -208,11 +222,11 @@ struct Sum {
   Panels<E> low_b = {};
 };
 
-// Adds the base and the low-rank terms of a block of rows and a panel: c = (c +) base_a base_b (+ mask * (low_a low_b)),
-// in this order (the rank columns are few and large: a running sum that began with them would round every one of the
-// many small base products at their magnitude), a tile at a time. Where the sum ends, finish(i, height, c) takes each, and
-// prepare(i, height) is called when its last pass begins. `c` has room for the block. While the tiles of a block pass
-// over a part of the base panel, each fetches its share of the part that follows.
+// Adds the base and the low-rank terms of a block of rows and a panel: c = (c +) base_a base_b (+ mask * (low_a
+// low_b)), in this order (the rank columns are few and large: a running sum that began with them would round every one
+// of the many small base products at their magnitude), a tile at a time. Where the sum ends, finish(i, height, c) takes
+// each, and prepare(i, height) is called when its last pass begins. `c` has room for the block. While the tiles of a
+// block pass over a part of the base panel, each fetches its share of the part that follows.
 template <typename T, typename E, typename Prepare, typename Finish>
 void multiply_block(const Kernels<T, E>& kernels, const Sum<E>& sum, int64_t panel, int64_t rows, const uint32_t* bits,
                     int64_t bits_stride, float* c, const Prepare& prepare, const Finish& finish) {

@@ -1,8 +1,8 @@
 // Forward: y = x W^T + b + (P * c) Q^T with P = dropout(x) D^T, for one layer or for several that read the same x.
 //
-// FLOPs: 2 M K N + 2 M R (K + N) of every member. Bytes: x once for all members (twice where a block of it leaves L2), W
-// once per block of rows, y once, P once. The rank columns are a second product into the same tile of C, in cache: y is
-// neither read nor rounded twice. The mask is drawn once, and x staged once per block for all the base products.
+// FLOPs: 2 M K N + 2 M R (K + N) of every member. Bytes: x once for all members (twice where a block of it leaves L2),
+// W once per block of rows, y once, P once. The rank columns are a second product into the same tile of C, in cache: y
+// is neither read nor rounded twice. The mask is drawn once, and x staged once per block for all the base products.
 #include <vector>
 
 #include "blocking.h"

@@ -43,7 +43,7 @@ FLOORS = {
         "model", "__init__",
     ),
     "python/loradash/integrations/subspace_tuning": (
-        "dialects", "state_dicts", "layers", "kinds", "run", "patch", "drop_in", "settings", "convert", "__init__",
+        "dialects", "state_dicts", "layers", "merged", "kinds", "run", "patch", "drop_in", "settings", "convert", "__init__",
     ),
 }  # fmt: skip
 

@@ -34,7 +34,8 @@ Files: `layers` is what their layers have in common on our operator, `kinds` wha
 layers of a model share; `patch` and `drop_in` are the two ways in. `dialects` has the names of their tensors, `state_dicts` and
 `settings` change them and their settings into ours and back, `convert` does so with files.
 
-Other layers of theirs (MergedLinear, Embedding, Conv) have no directions and are left alone, and `PatchReport` says so.
+MergedLinear, which is plain LoRA on some of the projections in one weight (`enable_lora`), runs on the group operator
+(`merged`): no directions, no launch. Other layers of theirs (Embedding, Conv) are left alone, and `PatchReport` says so.
 """
 
 from .convert import convert

@@ -15,6 +15,7 @@ from ...quantised import is_quantised
 from ...state import STATE, plain_name
 from .kinds import CrMrLayer, DropInLayer, LoralibLayer, SdgHost, SdgLayer, adopt, has_hooks, release
 from .layers import AuthorsLayer, Semantics
+from .merged import NAME, MergedLayer, adopt_merged, hindrance, is_merged_linear, release_merged
 from .run import attach, hosts_of, one_of
 
 _ADAPTER_NAMES = ("lora_A", "lora_B", "lora_embedding_A", "lora_index")
@@ -26,14 +27,19 @@ class PatchReport:
 
     Attributes:
         patched: layers that run on our operator, with the authors' code base whose class they are.
+        plain: MergedLinear, which runs on it too, and has no directions: what loradash does with adapters leaves it out, and its
+            own state dict has it.
         left: layers with adapters that keep the authors' code, or another's, each with the reason.
     """
 
     patched: dict[str, str]
     left: dict[str, str]
+    plain: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         lines = [f"{len(self.patched)} layers patched, {len(self.left)} left as they are"]
+        if self.plain:
+            lines.append(f"  {len(self.plain)} {NAME} patched, which have no directions: {', '.join(self.plain[:4])}")
         return "\n".join([*lines, *(f"  {name}: {reason}" for name, reason in self.left.items())])
 
 
@@ -68,24 +74,28 @@ def patch(model: nn.Module, semantics: Semantics = "loradash", step: int | None 
             raise ValueError(f"{name or 'the model'} is wrapped in {wrapper}; patch comes before it")
         if isinstance(module, DropInLayer):
             raise ValueError(f"{name or 'the model'} is a Linear of this package, which runs on the operator as it is")
-        if STATE in module.__dict__ or isinstance(module, AuthorsLayer | SdgHost):
+        if STATE in module.__dict__ or isinstance(module, AuthorsLayer | SdgHost | MergedLayer):
             raise ValueError(f"{name or 'the model'} is adapted already; unpatch(model) first")
     found, left = _sorted_layers(model)
-    if not found:
+    plain = {name: module for name, module in _with_adapters(model) if is_merged_linear(module) and name not in left}
+    if not found and not plain:
         reasons = "; ".join(f"{name}: {reason}" for name, reason in list(left.items())[:4])
         raise ValueError(f"no LoRA-Dash layer of the authors' classes can be patched{': ' if reasons else ''}{reasons}")
-    if semantics == "loradash":
+    if found and semantics == "loradash":
         _check_phases({name: module for name, (module, _) in found.items()}, step)
     layers: dict[str, AuthorsLayer] = {}
     try:
         for name, (module, kind) in found.items():
             layers[name] = adopt(module, kind, semantics, name)
-        attach(model, layers, step)
+        if layers:
+            attach(model, layers, step)
     except BaseException:
         for name in layers:
             release(found[name][0])
         raise
-    return PatchReport({name: kind.dialect for name, (_, kind) in found.items()}, left)
+    for module in plain.values():
+        adopt_merged(module)
+    return PatchReport({name: kind.dialect for name, (_, kind) in found.items()}, left, tuple(plain))
 
 
 def unpatch(model: nn.Module) -> None:
@@ -94,12 +104,16 @@ def unpatch(model: nn.Module) -> None:
     Raises ValueError for a model that has none.
     """
     model = model._modules.get("_orig_mod") or model
-    hosts = hosts_of(model)
-    if not hosts or STATE not in model.__dict__ or any(isinstance(module, DropInLayer) for module in hosts):
+    hosts, plain = hosts_of(model), [module for module in model.modules() if isinstance(module, MergedLayer)]
+    dashed = STATE in model.__dict__ and not any(isinstance(module, DropInLayer) for module in hosts)
+    if not (hosts and dashed) and not plain:
         raise ValueError("the model was not patched: patch(model) comes before unpatch(model), on the same model")
-    for module in hosts:
-        release(module)
-    delattr(model, STATE)
+    for layer in plain:
+        release_merged(layer)
+    if hosts and dashed:
+        for module in hosts:
+            release(module)
+        delattr(model, STATE)
 
 
 def _sorted_layers(model: nn.Module) -> tuple[dict[str, tuple[nn.Module, type[AuthorsLayer]]], dict[str, str]]:
@@ -108,6 +122,10 @@ def _sorted_layers(model: nn.Module) -> tuple[dict[str, tuple[nn.Module, type[Au
     left: dict[str, str] = {}
     for name, module in _with_adapters(model):
         kind = _kind(module)
+        if is_merged_linear(module):
+            reason = _hindrance(module, None) or hindrance(module)
+            left |= {name: f"{NAME}: {reason}"} if reason else {}
+            continue
         reason = "no LoRA-Dash in this class" if kind is None else _hindrance(module, kind)
         if kind is None or reason:
             left[name] = f"{type(module).__name__}: {reason}"
@@ -138,7 +156,7 @@ def _kind(module: nn.Module) -> type[AuthorsLayer] | None:
     return None
 
 
-def _hindrance(module: Any, kind: type[AuthorsLayer]) -> str | None:
+def _hindrance(module: Any, kind: type[AuthorsLayer] | None) -> str | None:
     """Why a layer of theirs cannot be patched; None where it can."""
     if "forward" in module.__dict__:
         return "its forward was replaced"
