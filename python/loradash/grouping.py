@@ -46,7 +46,8 @@ class _Snapshot:
 
     def drops_as(self, layer: DashLinear) -> bool:
         """Can one mask serve both? Somebody may have changed either since they were grouped."""
-        return self.training == layer.training and self.config.dropout == layer.config.dropout
+        same_mode = layer.takes_plain_calls and self.training == layer.training
+        return same_mode and self.config.dropout == layer.config.dropout
 
     def is_of(self, other: _Snapshot | None) -> bool:
         return (

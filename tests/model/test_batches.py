@@ -158,7 +158,7 @@ def test_a_share_is_given_up_where_another_process_failed(bounded, monkeypatch):
     tried = bounded(LAYERS)
 
     class Lost:
-        def __init__(self, rank, processes, what, bar):
+        def __init__(self, rank, processes, what, bar, group):
             assert (rank, processes) == (0, 2)
 
         def is_lost(self):
@@ -171,7 +171,8 @@ def test_a_share_is_given_up_where_another_process_failed(bounded, monkeypatch):
             raise RuntimeError("process 1 failed")
 
     monkeypatch.setattr(batches, "BATCH_ELEMENTS", SIDE * SIDE)
-    monkeypatch.setitem(NAMES, "place", lambda: (0, 2))
+    monkeypatch.setitem(NAMES, "place", lambda group: (0, 2))
+    monkeypatch.setitem(NAMES, "check_same_layers", lambda shapes, group: None)
     monkeypatch.setitem(NAMES, "Meeting", Lost)
     with pytest.raises(RuntimeError, match="process 1 failed"):
         prelaunch(adapted(10), progress=False)
