@@ -12,6 +12,7 @@ more. Compiled: P is marked to be saved and everything else to be recomputed, so
 from __future__ import annotations
 
 import threading
+from abc import abstractmethod
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from types import TracebackType
@@ -51,11 +52,11 @@ class Region(AbstractContextManager["Region"]):
     ) -> None:
         HERE.region = self._outer.pop()
 
+    @abstractmethod
     def call(self, operator: Any, call: Call, args: tuple) -> tuple[Tensor, ...]:
         """y and P of a layer whose arguments need gradients, by `call` or otherwise; every y, and P, of a group.
 
         operator: an `autograd.Operator`, or the `group_autograd.Group`."""
-        raise NotImplementedError
 
 
 class _Forward(Region):

@@ -12,14 +12,13 @@ from collections.abc import Iterable, Iterator, Sequence
 import torch
 from torch import Tensor, nn
 
-from loradash_kernels.rows import NO_ADAPTER as NONE_OF_ROWS
-from loradash_kernels.rows import group_rows
+from loradash_kernels.rows import NO_ADAPTER, group_rows
 
 from .config import DashConfig
 from .data_parallel import refuse_unaveraged
 from .distributed import is_sharded
 from .linear import DashLinear
-from .model import NO_ADAPTER, adapted_layers, check_adapter_name, put_in_place
+from .model import BASE_ALONE, adapted_layers, check_adapter_name, put_in_place
 from .parked import PARAMETERS, MixedRows
 from .quantised import compute_device
 from .state import STATE, WAITING, DashState, all_layers, dash_state, experts_of, linears_of, states, unwrap
@@ -214,14 +213,14 @@ def mixed_batch(model: nn.Module, names: Sequence[str | None]) -> Iterator[nn.Mo
     """
     layers = linear_layers(model, "model(..., adapter_names=names)")
     known = states(model)
-    wanted = [None if name is None or name == NO_ADAPTER else name for name in names]
+    wanted = [None if name is None or name == BASE_ALONE else name for name in names]
     for name in wanted:
         if name is not None and name not in known:
             raise ValueError(f"the model has no adapter {name!r}; it has {', '.join(known)}")
     _check_unmerged(layers)
     # In an order that is the same for all batches, so that what is compiled serves the next one.
     order = tuple(sorted(known))
-    index = [NONE_OF_ROWS if name is None else order.index(name) for name in wanted]
+    index = [NO_ADAPTER if name is None else order.index(name) for name in wanted]
     rows = {device: MixedRows(order, group_rows(index, device)) for device in set(map(_device, layers.values()))}
     before = {layer: layer._mixed_rows for layer in layers.values()}
     try:

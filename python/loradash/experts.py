@@ -148,11 +148,6 @@ class ExpertParameter:
         self.experts, rows, columns = zero.whole_shape(self.weight)
         self.out_features, self.in_features = (columns, rows) if how.transposed else (rows, columns)
 
-    @property
-    def layer(self) -> nn.Module:
-        """The module, by the name that views of layers have for it."""
-        return self.module
-
     def label(self) -> str:
         """What errors call it."""
         return self.name or f"{type(self.module).__name__}.{self.parameter}"

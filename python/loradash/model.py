@@ -42,7 +42,7 @@ from .state import (
 from .targets import check_patterns, target_layers, target_parameters, trainable_modules
 from .units import Units, is_fsdp2
 
-NO_ADAPTER = "base"
+BASE_ALONE = "base"
 """In a mixed batch: this row gets the base model's output."""
 
 
@@ -104,8 +104,8 @@ def put_adapters(model: nn.Module, config: DashConfig, adapter: str) -> nn.Modul
 
 def check_adapter_name(name: str) -> None:
     """Raises ValueError for what cannot be a part of a tensor's name, and for the name that stands for no adapter."""
-    if not isinstance(name, str) or not name or "." in name or name == NO_ADAPTER:
-        raise ValueError(f"an adapter's name must be a string without dots, not empty nor {NO_ADAPTER!r}, got {name!r}")
+    if not isinstance(name, str) or not name or "." in name or name == BASE_ALONE:
+        raise ValueError(f"an adapter's name must be a string without dots, not empty nor {BASE_ALONE!r}, got {name!r}")
 
 
 def adapted_layers(

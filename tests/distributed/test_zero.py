@@ -1,4 +1,4 @@
-"""DeepSpeed's ZeRO, stages 2 and 3, in two processes, against one."""
+"""DeepSpeed's ZeRO, stages 1 to 3, in two processes, against one."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ pytestmark = pytest.mark.skipif(
 
 # What only ZeRO has (apart): its own copies of parameters, and refusals before training starts.
 CELLS_OF_ZERO = (*CELLS, "apart")
-WALKS = {"zero2": CELLS_OF_ZERO, "zero3": (*CELLS_OF_ZERO, "cache")}
+WALKS = {"zero1": CELLS, "zero2": CELLS_OF_ZERO, "zero3": (*CELLS_OF_ZERO, "cache")}
 # Experts are those of transformers 5.
 with contextlib.suppress(PackageNotFoundError):
     if version("transformers").split(".")[0] >= "5":

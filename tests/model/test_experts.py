@@ -32,9 +32,7 @@ from torch.func import functional_call
 
 pytest.importorskip("transformers", minversion="5")
 
-from support.experts import BOTH, IDS, MODELS, adapted, filled, logits, loss_of, moe, update_of
-
-NAMES = ["model.layers.0.mlp.experts.gate_up_proj", "model.layers.0.mlp.experts.down_proj"]
+from support.experts import BOTH, IDS, MODELS, NAMES, adapted, filled, logits, loss_of, moe, update_of
 
 
 @pytest.fixture(scope="module")

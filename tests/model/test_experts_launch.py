@@ -23,9 +23,7 @@ from loradash_kernels import task_specific_directions
 
 pytest.importorskip("transformers", minversion="5")
 
-from support.experts import BOTH, adapted, filled, logits, loss_of, moe
-
-NAMES = ["model.layers.0.mlp.experts.gate_up_proj", "model.layers.0.mlp.experts.down_proj"]
+from support.experts import BOTH, NAMES, adapted, filled, logits, loss_of, moe
 
 
 @pytest.fixture(scope="module")

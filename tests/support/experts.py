@@ -17,6 +17,7 @@ SIZES = {
     "max_position_embeddings": 32,
     "pad_token_id": 0,
 }
+NAMES = ["model.layers.0.mlp.experts.gate_up_proj", "model.layers.0.mlp.experts.down_proj"]
 IDS = torch.randint(1, 32, (2, 8), generator=torch.Generator().manual_seed(3))
 
 # Weights (E, N, K); the same of many experts with a shared one; (E, K, N) with biases; all tokens through all experts.

@@ -26,6 +26,7 @@ FILES = {
     "fsdp1": "fsdp1",
     "fsdp2": "fsdp2",
     "tp2": "tensor_parallel",
+    "zero1": "zero",
     "zero2": "zero",
     "zero3": "zero",
 }

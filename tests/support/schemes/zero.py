@@ -1,4 +1,4 @@
-"""DeepSpeed's ZeRO, stages 2 and 3."""
+"""DeepSpeed's ZeRO, stages 1 to 3."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def settings(stage: int, **more: Any) -> dict[str, Any]:
 
 
 class ZeRO(Scheme):
-    """Stage 2 or 3, as the name says, with a client's AdamW. `run.optimizer` is the engine's."""
+    """Stage 1, 2 or 3, as the name says, with a client's AdamW. `run.optimizer` is the engine's."""
 
     @property
     def stage(self) -> int:
@@ -101,4 +101,4 @@ class Experts(ZeRO):
         return with_experts()
 
 
-SCHEMES = {"zero2": ZeRO, "zero3": ZeRO, "zero3_experts": Experts}
+SCHEMES = {"zero1": ZeRO, "zero2": ZeRO, "zero3": ZeRO, "zero3_experts": Experts}
