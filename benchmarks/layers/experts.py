@@ -18,11 +18,11 @@ from typing import Any, NamedTuple
 
 import torch
 from loradash import DashConfig, apply_dash, dash_layers
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
-from benchmarks.support.measure import environment, interleaved, write_csv
+from benchmarks.support.measure import environment, interleaved, saved_bytes, write_csv
 
 RANK, DIRECTIONS, DROPOUT = 8, 8, 0.05
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -139,20 +139,7 @@ class Arm:
 
     def saved_bytes(self) -> int:
         """Bytes kept for backward beside x, parameters and buffers."""
-        tensors = (self.x, *self.model.parameters(), *self.model.buffers())
-        known = {t.untyped_storage().data_ptr() for t in tensors}
-        seen: dict[int, int] = {}
-
-        def pack(t: Tensor) -> Tensor:
-            storage = t.untyped_storage()
-            if storage.data_ptr() not in known:
-                seen[storage.data_ptr()] = storage.nbytes()
-            return t
-
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-            y = self.model(self.x)
-        del y
-        return sum(seen.values())
+        return saved_bytes(lambda: self.model(self.x), (self.x, *self.model.parameters(), *self.model.buffers()))
 
     def flops(self) -> int:
         """FLOPs of the products of a step; those of transformers' grouped products are not counted by PyTorch."""

@@ -11,6 +11,7 @@ from loradash import DashConfig, DashLinear
 from torch import Tensor, nn
 
 from benchmarks.layers.in_place import InPlaceLoraLinear
+from benchmarks.support.measure import saved_bytes
 from examples.sentiment.baselines import DenseDash, FactoredDash
 
 # Each shape is (M, K, N).
@@ -77,19 +78,7 @@ class Case:
 
     def saved_bytes(self) -> int:
         """Bytes kept for backward beside x, parameters and buffers."""
-        known = {t.untyped_storage().data_ptr() for t in (self.x, *self.layer.parameters(), *self.layer.buffers())}
-        seen: dict[int, int] = {}
-
-        def pack(t: Tensor) -> Tensor:
-            storage = t.untyped_storage()
-            if storage.data_ptr() not in known:
-                seen[storage.data_ptr()] = storage.nbytes()
-            return t
-
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-            y = self.forward()
-        del y
-        return sum(seen.values())
+        return saved_bytes(self.forward, (self.x, *self.layer.parameters(), *self.layer.buffers()))
 
 
 def flops(m: int, k: int, n: int) -> int:

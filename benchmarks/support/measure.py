@@ -7,11 +7,12 @@ import platform
 import statistics
 import subprocess
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 import loradash_kernels
 from loradash_kernels.backends import extension
@@ -99,3 +100,20 @@ def write_csv(path: Path, rows: list[dict[str, Any]]) -> None:
         writer = csv.DictWriter(file, fieldnames=[*rows[0], *about])
         writer.writeheader()
         writer.writerows([{**row, **about} for row in rows])
+
+
+def saved_bytes(forward: Callable[[], Tensor], known: Iterable[Tensor]) -> int:
+    """Bytes that a forward pass keeps for backward, beside tensors that are there anyway: inputs, parameters, buffers."""
+    there = {t.untyped_storage().data_ptr() for t in known}
+    seen: dict[int, int] = {}
+
+    def pack(t: Tensor) -> Tensor:
+        storage = t.untyped_storage()
+        if storage.data_ptr() not in there:
+            seen[storage.data_ptr()] = storage.nbytes()
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        y = forward()
+    del y
+    return sum(seen.values())
